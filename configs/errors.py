@@ -1,0 +1,76 @@
+"""
+Every error that a user can cause or meet. The command line prints them as one paragraph and exits with `exit_code`.
+
+    KdpipeError                     1
+    ├── ConfigError                 2   a key, a value or a path in the configuration
+    ├── DataError                   2   an image, a mask or a folder of them
+    ├── CheckpointError             2   a file of weights
+    ├── TrainingDiverged            1   a loss that is no longer a number
+    ├── Interrupted               130   the user pressed Ctrl-C, and the work stopped at a safe point
+    └── CacheError                  3   a cache that must not be used as it is
+        ├── IncompleteCache             not there, or not finished
+        ├── StaleCache                  made from another teacher, class map, temperature, image, …
+        ├── CorruptCache                its bytes are not the ones that were written
+        ├── CacheLocked                 another process is writing it
+        └── DiskFull                    the disk cannot hold what is to be written
+"""
+
+
+class KdpipeError(Exception):
+    """A user's mistake or a fault outside the program: one paragraph that says what was expected, found, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(KdpipeError):
+    """A configuration that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(KdpipeError):
+    """An image, a mask or a folder of them that cannot be used; the message names the file."""
+
+    exit_code = 2
+
+
+class CheckpointError(KdpipeError):
+    """A file of weights that is missing, unreadable, unsafe or of another model."""
+
+    exit_code = 2
+
+
+class TrainingDiverged(KdpipeError):
+    """The loss became infinite or NaN."""
+
+
+class Interrupted(KdpipeError):
+    """The user asked to stop, and the work stopped at a point from which it can go on."""
+
+    exit_code = 130
+
+
+class CacheError(KdpipeError):
+    """A cache that must not be used as it is."""
+
+    exit_code = 3
+
+
+class IncompleteCache(CacheError):
+    """The cache does not exist, or its last run did not finish."""
+
+
+class StaleCache(CacheError):
+    """The cache was made from something else than what is configured now; the message names the field."""
+
+
+class CorruptCache(CacheError):
+    """The cache's bytes are not those that were written; the message names the tile."""
+
+
+class CacheLocked(CacheError):
+    """Another process is writing this cache; the message says which."""
+
+
+class DiskFull(CacheError):
+    """There is no room for what is to be written."""

@@ -1,0 +1,127 @@
+"""From a YAML file, the name of a shipped config or a mapping to a checked `Config`, and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.schema import Config
+
+SHIPPED_DIR = Path(__file__).resolve().parent
+
+
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """
+    The checked configuration in a file, or shipped under a name such as `dubai/unet_kd`.
+
+    `overrides` are `dotted.key=value` texts, the value in YAML: `train.epochs=2`, `data.train=[a, b]`.
+
+    Raises `ConfigError` that names the file, the key, the value and, for an unknown key, the nearest known one.
+    """
+    path = find_config(source)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} is not readable YAML: {err}") from err
+    except OSError as err:
+        raise ConfigError(f"cannot read the config {path}: {err.strerror}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} should hold a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, origin=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
+    """The checked configuration in a plain mapping; `origin` is what an error names as its place."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as err:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(error) for error in err.errors())) from err
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def find_config(source: str | Path) -> Path:
+    """The file that `-c SOURCE` means: a path, or the name of a shipped config with or without `.yaml`."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = SHIPPED_DIR / path.with_name(path.name.removesuffix(".yaml") + ".yaml") if path.name else path
+    if not path.is_absolute() and ".." not in path.parts and shipped.is_file():
+        return shipped
+    names = shipped_configs()
+    near = difflib.get_close_matches(str(source), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped ones: {', '.join(names)}"
+    raise ConfigError(f"no config at {path.absolute()}, and none shipped under the name {source}; {hint}")
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configs that come with kdpipe, for `-c`."""
+    return sorted(str(path.relative_to(SHIPPED_DIR).with_suffix("")) for path in SHIPPED_DIR.rglob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, which YAML itself forbids and PyYAML lets pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.YAMLError(f"the key {key!r} stands twice{key_node.start_mark}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set needs KEY=VALUE, such as train.epochs=2, found {override!r}")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"--set {key}: {text!r} is not YAML: {err}") from err
+    *parents, last = key.strip().split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {key}: {parent} is a value, not a section")
+    section[last] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    if error["type"] == "missing":
+        return f"the key {key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if location else message
+    return f"{key}: {message}, found {error['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] | None = Config
+    for part in location:
+        if model is None or part not in model.model_fields:
+            return []
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(model.model_fields) if model else []

@@ -1,0 +1,244 @@
+"""The configuration as types: closed (unknown keys are refused), frozen, and checked as a whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DistillMode = Literal["cached", "online", "none"]
+FromClasses = Literal["from classes"]
+
+ROW_SUM_TOLERANCE = 1e-6  # class map rows are typed by hand as decimals such as 0.7 and 0.3
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Classes(Section):
+    """The student's classes, in the order of the indices in the masks."""
+
+    names: list[str] = Field(min_length=2)
+    ignore_index: int = Field(255, ge=0, le=65535)
+    not_scored: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Classes:
+        _refuse_repeats(self.names, "classes.names")
+        if self.ignore_index < len(self.names):
+            raise ValueError(f"ignore_index {self.ignore_index} is also the index of class {self.names[self.ignore_index]}")
+        unknown = [name for name in self.not_scored if name not in self.names]
+        if unknown:
+            raise ValueError(f"not_scored names {unknown}, which are not among names: {self.names}")
+        if set(self.not_scored) == set(self.names):
+            raise ValueError("not_scored names every class, which leaves nothing to score")
+        return self
+
+
+class FixedRange(Section):
+    """A linear stretch of `low..high` (in the file's own units, one pair for all bands or one a band) to 0..255."""
+
+    range: tuple[float, float] | list[tuple[float, float]]
+
+    @model_validator(mode="after")
+    def _check(self) -> FixedRange:
+        for low, high in self.pairs(None):
+            if not low < high:
+                raise ValueError(f"a range needs low < high, found {low}, {high}")
+        return self
+
+    def pairs(self, num_bands: int | None) -> list[tuple[float, float]]:
+        """One (low, high) a band; a single pair is repeated for `num_bands` bands."""
+        if isinstance(self.range, list):
+            return list(self.range)
+        return [self.range] * (num_bands or 1)
+
+
+class Percentiles(Section):
+    """A linear stretch between two percentiles per band, taken once over all training and unlabelled images."""
+
+    percentiles: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> Percentiles:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles need 0 <= low < high <= 100, found {low}, {high}")
+        return self
+
+
+class Data(Section):
+    """Where tiles lie: every root holds a folder of images and, if labelled, one of masks, paired by stem."""
+
+    train: list[str] = Field(min_length=1)
+    val: list[str] = []
+    unlabelled: list[str] = []
+    images: str = "images"
+    masks: str = "masks"
+    allow_missing_masks: bool = False
+    bands: tuple[int, int, int] = (1, 2, 3)
+    stretch: FixedRange | Percentiles | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        for key in ("train", "val", "unlabelled"):
+            _refuse_repeats(getattr(self, key), f"data.{key}")
+        if min(self.bands) < 1:
+            raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
+        if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(3)) != 3:
+            raise ValueError(f"stretch.range needs one pair, or one for each of the 3 bands, found {self.stretch.range}")
+        return self
+
+
+class MeanStd(Section):
+    """Per-channel normalisation of x / 255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, found {list(std)}")
+        return std
+
+
+Normalize = Literal["unit", "imagenet"] | MeanStd
+
+
+class Teacher(Section):
+    """The frozen network, and how it is asked."""
+
+    architecture: str
+    encoder: str
+    checkpoint: str
+    classes: list[str] = Field(min_length=2)
+    normalize: Normalize = "unit"
+    precision: Precision = "auto"
+    tta: Literal["none", "flips", "d4"] = "none"
+    scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    window: Annotated[int, Field(ge=64)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Teacher:
+        _refuse_repeats(self.classes, "teacher.classes")
+        return self
+
+
+class Cache(Section):
+    """The soft targets on disk."""
+
+    path: str
+    kind: Literal["soft"] = "soft"
+    bits: Literal[8, 16] = 8
+
+
+class Distill(Section):
+    """What the student learns from, and how much of it is the teacher."""
+
+    mode: DistillMode = "cached"
+    temperature: float = Field(2.0, gt=0)
+    alpha: float = Field(0.7, ge=0, le=1)
+
+
+class Student(Section):
+    """The network to train."""
+
+    architecture: str
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    checkpoint: str | None = None
+    num_classes: int | FromClasses = "from classes"
+    normalize: Normalize = "imagenet"
+
+
+class Train(Section):
+    """The recipe of stage two."""
+
+    epochs: int = Field(45, ge=1)
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: int = Field(4, ge=1)
+    val_batch_size: int = Field(4, ge=1)
+    crops_per_tile: int = Field(1, ge=1)
+    lr: float = Field(6e-4, gt=0)
+    backbone_lr: float = Field(6e-5, ge=0)
+    weight_decay: float = Field(2.5e-4, ge=0)
+    restart_epochs: int = Field(15, ge=1)
+    restart_mult: int = Field(2, ge=1)
+    crop: int = Field(512, ge=32)
+    scales: list[Annotated[float, Field(gt=0)]] = Field([0.5, 0.75, 1.0, 1.25, 1.5], min_length=1)
+    max_class_share: float = Field(0.75, gt=0, le=1)
+    mosaic: float = Field(0.25, ge=0, le=1)
+    photometric: float = Field(0.25, ge=0, le=1)
+    accumulate: int = Field(1, ge=1)
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    precision: Precision = "auto"
+    workers: int = Field(4, ge=0)
+    val_every_epochs: int = Field(1, ge=1)
+    checkpoint_every_steps: int = Field(200, ge=1)
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    group: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(42, ge=0, lt=2**32)
+    classes: Classes
+    data: Data
+    teacher: Teacher
+    class_map: dict[str, dict[str, float]]
+    cache: Cache
+    distill: Distill = Distill()
+    student: Student
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        missing = [name for name in self.teacher.classes if name not in self.class_map]
+        unknown = [name for name in self.class_map if name not in self.teacher.classes]
+        if missing or unknown:
+            raise ValueError(
+                f"class_map needs one row for each of teacher.classes {self.teacher.classes}: missing {missing}, unknown {unknown}"
+            )
+        for teacher_class, row in self.class_map.items():
+            strangers = [name for name in row if name not in self.classes.names]
+            if strangers:
+                raise ValueError(f"class_map.{teacher_class} names {strangers}, not among classes.names {self.classes.names}")
+            if any(share < 0 for share in row.values()):
+                raise ValueError(f"class_map.{teacher_class} has a negative share: {row}")
+            total = sum(row.values())
+            if abs(total - 1) > ROW_SUM_TOLERANCE:
+                raise ValueError(f"class_map.{teacher_class} must sum to 1, found {total:g}: {row}")
+        num_classes = self.student.num_classes
+        if num_classes != "from classes" and num_classes != len(self.classes.names):
+            raise ValueError(f"student.num_classes is {num_classes}, but classes.names has {len(self.classes.names)} names")
+        return self
+
+    def class_map_matrix(self) -> NDArray[np.float32]:
+        """
+        The class map as float32 `(C_t, C_s)`: rows in the order of `teacher.classes`, columns of `classes.names`.
+
+        Every row sums to 1, so that a distribution over teacher classes becomes one over student classes.
+        """
+        import numpy as np
+
+        rows = [[self.class_map[t].get(s, 0.0) for s in self.classes.names] for t in self.teacher.classes]
+        matrix = np.asarray(rows, dtype=np.float64)
+        return (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _refuse_repeats(values: list[Any], key: str) -> None:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{key} names {repeated} more than once")
