@@ -1,1 +1,16 @@
 """The cache of soft targets: a Zarr v3 group that says how its numbers were made and notices when they change."""
+
+from kdpipe.cache.manifest import Manifest, Recipe
+from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.configs.errors import CacheError, CacheLocked, CorruptCache, IncompleteCache, StaleCache
+
+__all__ = [
+    "CacheError",
+    "CacheLocked",
+    "CorruptCache",
+    "IncompleteCache",
+    "Manifest",
+    "Recipe",
+    "SoftTargetCache",
+    "StaleCache",
+]

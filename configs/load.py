@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
-
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config
+from pydantic import BaseModel, ValidationError
 
 SHIPPED_DIR = Path(__file__).resolve().parent
 
@@ -76,7 +75,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.YAMLError(f"the key {key!r} stands twice{key_node.start_mark}")
             seen.add(key)

@@ -34,7 +34,9 @@ class Classes(Section):
     def _check(self) -> Classes:
         _refuse_repeats(self.names, "classes.names")
         if self.ignore_index < len(self.names):
-            raise ValueError(f"ignore_index {self.ignore_index} is also the index of class {self.names[self.ignore_index]}")
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is also the index of class {self.names[self.ignore_index]}"
+            )
         unknown = [name for name in self.not_scored if name not in self.names]
         if unknown:
             raise ValueError(f"not_scored names {unknown}, which are not among names: {self.names}")
@@ -94,7 +96,9 @@ class Data(Section):
         if min(self.bands) < 1:
             raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
         if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(3)) != 3:
-            raise ValueError(f"stretch.range needs one pair, or one for each of the 3 bands, found {self.stretch.range}")
+            raise ValueError(
+                f"stretch.range needs one pair, or one for each of the 3 bands, found {self.stretch.range}"
+            )
         return self
 
 
@@ -214,7 +218,9 @@ class Config(Section):
         for teacher_class, row in self.class_map.items():
             strangers = [name for name in row if name not in self.classes.names]
             if strangers:
-                raise ValueError(f"class_map.{teacher_class} names {strangers}, not among classes.names {self.classes.names}")
+                raise ValueError(
+                    f"class_map.{teacher_class} names {strangers}, not among classes.names {self.classes.names}"
+                )
             if any(share < 0 for share in row.values()):
                 raise ValueError(f"class_map.{teacher_class} has a negative share: {row}")
             total = sum(row.values())
@@ -222,7 +228,9 @@ class Config(Section):
                 raise ValueError(f"class_map.{teacher_class} must sum to 1, found {total:g}: {row}")
         num_classes = self.student.num_classes
         if num_classes != "from classes" and num_classes != len(self.classes.names):
-            raise ValueError(f"student.num_classes is {num_classes}, but classes.names has {len(self.classes.names)} names")
+            raise ValueError(
+                f"student.num_classes is {num_classes}, but classes.names has {len(self.classes.names)} names"
+            )
         return self
 
     def class_map_matrix(self) -> NDArray[np.float32]:
@@ -235,7 +243,8 @@ class Config(Section):
 
         rows = [[self.class_map[t].get(s, 0.0) for s in self.classes.names] for t in self.teacher.classes]
         matrix = np.asarray(rows, dtype=np.float64)
-        return (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
+        shares: NDArray[np.float32] = (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
+        return shares
 
 
 def _refuse_repeats(values: list[Any], key: str) -> None:

@@ -1,0 +1,146 @@
+"""
+Where things lie in a cache, and how one tile becomes the bytes of one shard (see FORMAT.md for the whole format).
+
+    <cache>/zarr.json                        group; its attributes hold the recipe
+    <cache>/tiles/<folder>/<stem>/0.0.0      one tile: one shard with all its inner chunks
+    <cache>/tiles/<folder>/<stem>/zarr.json  the tile's array metadata and receipt, written after the shard
+    <cache>/manifest.json                    written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from kdpipe.cache.manifest import FORMAT_VERSION, ImageDigest, Recipe, TileRecord
+from kdpipe.cache.simplex import total
+from numpy.typing import NDArray
+
+CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
+TILES = "tiles"
+SHARD_NAME = "0.0.0"
+METADATA_NAME = "zarr.json"
+ATTRIBUTE = "kdpipe"
+ZSTD_LEVEL = 3
+
+
+def tile_path(tile_id: str) -> str:
+    """The folder of a tile, relative to the cache."""
+    return f"{TILES}/{tile_id}"
+
+
+def group_paths(tile_ids: list[str]) -> list[str]:
+    """Every folder that is a Zarr group, from the top: the cache itself, `tiles`, and those between it and the tiles."""
+    groups = {"", TILES}
+    for tile_id in tile_ids:
+        parts = tile_path(tile_id).split("/")
+        groups.update("/".join(parts[:end]) for end in range(2, len(parts)))
+    return sorted(groups)
+
+
+def group_metadata(path: str, recipe: Recipe) -> bytes:
+    """The `zarr.json` of a group; the topmost one says how the numbers were made and how to decode them."""
+    attributes: dict[str, Any] = {}
+    if path == "":
+        attributes[ATTRIBUTE] = {
+            "format_version": FORMAT_VERSION,
+            "decoding": f"p = value / {total(recipe.bits)}; axes: class, row, column",
+            "recipe": recipe.model_dump(),
+        }
+    return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def encode_tile(
+    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str
+) -> tuple[bytes, bytes, TileRecord]:
+    """
+    The bytes of a tile's shard, those of its metadata, and its record.
+
+    `units_CHW` are the integers of `simplex.encode`, uint8 or uint16 `(C, H, W)`. The shard is what zarr-python itself
+    writes; it is made in memory, so that it reaches the disk whole and its digest is that of what was meant to be written.
+    """
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    num_classes, height, width = units_CHW.shape
+    chunk_h, chunk_w = min(CHUNK_PX, height), min(CHUNK_PX, width)
+    buffers: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(buffers),
+        shape=units_CHW.shape,
+        dtype=units_CHW.dtype,
+        chunks=(num_classes, chunk_h, chunk_w),
+        shards=(num_classes, _round_up(height, chunk_h), _round_up(width, chunk_w)),
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        filters=(),
+        fill_value=0,
+        dimension_names=("class", "row", "column"),
+        chunk_key_encoding={"name": "v2", "separator": "."},
+        # Without it a chunk of zeros is left out, and a lost chunk could not be told from one that was never there.
+        config={"write_empty_chunks": True},
+    )
+    array[:] = units_CHW
+    files = {name: buffer.to_bytes() for name, buffer in buffers.items()}
+    shard = files.pop(SHARD_NAME)
+    metadata = json.loads(files.pop(METADATA_NAME))
+    assert not files, f"zarr wrote more than a shard and its metadata: {list(files)}"
+    metadata["attributes"] = {
+        ATTRIBUTE: {
+            "tile": tile_id,
+            "recipe_sha256": recipe_digest,
+            "image": image.model_dump(),
+            "shard_bytes": len(shard),
+            "shard_sha256": sha256(shard),
+        }
+    }
+    metadata_bytes = _dump(metadata)
+    record = TileRecord(
+        id=tile_id,
+        height=height,
+        width=width,
+        image=image,
+        shard_bytes=len(shard),
+        shard_sha256=sha256(shard),
+        metadata_sha256=sha256(metadata_bytes),
+    )
+    return shard, metadata_bytes, record
+
+
+def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileRecord | None:
+    """
+    The record of a finished tile from its metadata, None if that is damaged, of another tile or of another recipe.
+
+    Whoever asks computes the tile again then; `verify-cache` is what reports damage.
+    """
+    try:
+        content = json.loads(metadata)
+        receipt = content["attributes"][ATTRIBUTE]
+        if receipt["tile"] != tile_id or receipt["recipe_sha256"] != recipe_digest or _dump(content) != metadata:
+            return None
+        _, height, width = content["shape"]
+        return TileRecord(
+            id=tile_id,
+            height=height,
+            width=width,
+            image=ImageDigest.model_validate(receipt["image"]),
+            shard_bytes=receipt["shard_bytes"],
+            shard_sha256=receipt["shard_sha256"],
+            metadata_sha256=sha256(metadata),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def sha256(data: bytes) -> str:
+    """The sha256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _dump(metadata: dict[str, Any]) -> bytes:
+    return (json.dumps(metadata, sort_keys=True, indent=1) + "\n").encode()

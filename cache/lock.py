@@ -1,0 +1,105 @@
+"""One writer at a time: the kernel holds the lock, so that it goes with a writer that is killed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdpipe.cache.storage import LocalStorage, Storage
+from kdpipe.configs.errors import CacheLocked
+
+REMOTE_LOCK_NAME = "writer.json"
+
+
+@contextmanager
+def writer_lock(storage: Storage) -> Iterator[None]:
+    """
+    Hold the cache for writing; raises `CacheLocked`, naming host, process and time, where another process holds it.
+
+    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object names
+    the writer, which does not exclude two that start within the same moment.
+    """
+    if isinstance(storage, LocalStorage):
+        with _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url):
+            yield
+    else:
+        with _object_lock(storage):
+            yield
+
+
+@contextmanager
+def _file_lock(path: Path, cache: str) -> Iterator[None]:
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            raise CacheLocked(
+                f"{cache} is being written by {_describe(holder)}; wait until it is done, or stop it"
+            ) from err
+        # The last holder may have deleted the file between our opening and locking it: then this lock excludes nobody.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(_this_process())
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
+def _object_lock(storage: Storage) -> Iterator[None]:
+    if storage.size(REMOTE_LOCK_NAME) is not None:
+        holder = storage.read(REMOTE_LOCK_NAME).decode()
+        if not _is_dead(holder):
+            raise CacheLocked(
+                f"{storage.url} is being written by {_describe(holder)}; wait until it is done, or, if that process is gone, "
+                f"delete {storage.url}/{REMOTE_LOCK_NAME}"
+            )
+    storage.write(REMOTE_LOCK_NAME, _this_process().encode())
+    try:
+        yield
+    finally:
+        storage.remove(REMOTE_LOCK_NAME)
+
+
+def _this_process() -> str:
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
+
+
+def _describe(holder: str) -> str:
+    try:
+        content = json.loads(holder)
+        return f"process {content['pid']} on {content['host']} since {content['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether the holder ran on this host and is gone; of other hosts nothing is known."""
+    try:
+        content = json.loads(holder)
+        if content["host"] != socket.gethostname():
+            return False
+        os.kill(content["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, PermissionError):
+        return False
+    return bool(content["pid"] == os.getpid())

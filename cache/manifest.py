@@ -1,0 +1,154 @@
+"""
+The manifest: what the numbers in a cache were made from, and what each tile's bytes are.
+
+Everything that determines the values is in `Recipe`; the fingerprint is the digest of the recipe and of the source images.
+`manifest.json` is written last: a cache without it is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from kdpipe.configs.errors import CorruptCache
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FORMAT_VERSION = "1.0"
+MANIFEST_NAME = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Recipe(_Record):
+    """Everything that determines the values of a tile, given its image."""
+
+    teacher_sha256: str
+    teacher_architecture: str
+    teacher_encoder: str
+    teacher_classes: list[str]
+    normalize_mean: list[float]
+    normalize_std: list[float]
+    precision: Literal["fp32", "bf16", "fp16"]
+    tta: str
+    scales: list[float]
+    window: int | None
+    bands: list[int]
+    stretch: list[list[float]] | None
+    classes: list[str]
+    class_map: list[list[float]]
+    temperature: float
+    kind: Literal["soft"]
+    bits: int
+    chunk_px: int
+
+    def digest(self) -> str:
+        """The sha256 of the recipe alone, which every tile carries."""
+        return digest_of(self.model_dump())
+
+
+class ImageDigest(_Record):
+    """A source image's content: size in bytes and sha256."""
+
+    size_bytes: int
+    sha256: str
+
+
+class TileRecord(_Record):
+    """One tile: its size in pixels, the image it came from, and the digests of its two files."""
+
+    id: str
+    height: int
+    width: int
+    image: ImageDigest
+    shard_bytes: int
+    shard_sha256: str
+    metadata_sha256: str
+
+
+class Manifest(_Record):
+    """The whole `manifest.json`."""
+
+    format_version: str
+    fingerprint: str
+    recipe: Recipe
+    error_bound: float
+    device: str
+    libraries: dict[str, str]
+    groups: dict[str, str]
+    tiles: list[TileRecord]
+
+
+def fingerprint(recipe: Recipe, images: Mapping[str, ImageDigest]) -> str:
+    """The sha256 of what determines every value in the cache: the recipe, and the tiles' ids and image contents."""
+    return digest_of({"recipe": recipe.model_dump(), "images": {tile: image.sha256 for tile, image in images.items()}})
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`: sorted keys, and a checksum of all the rest as one more field."""
+    content = manifest.model_dump()
+    return _canonical({**content, "checksum": digest_of(content)})
+
+
+def parse_manifest(data: bytes, origin: str) -> Manifest:
+    """
+    The manifest in the bytes of `origin`.
+
+    Raises `CorruptCache` if any byte differs from what `dump_manifest` wrote, or if the format's version is unknown.
+    """
+    advice = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
+    try:
+        content = json.loads(data)
+        if _canonical(content) != data:
+            raise ValueError("it is not laid out as kdpipe writes it")
+        checksum = content.pop("checksum")
+        if checksum != digest_of(content):
+            raise ValueError("its content does not match its checksum")
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise CorruptCache(
+                f"{origin} has format version {version}; this kdpipe reads {FORMAT_VERSION}: install the one that fits"
+            )
+        manifest = Manifest.model_validate(content)
+        if manifest.fingerprint != fingerprint(manifest.recipe, {tile.id: tile.image for tile in manifest.tiles}):
+            raise ValueError("its fingerprint is not that of its recipe and images")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as err:
+        reason = f"{len(err.errors())} fields are not as they should be" if isinstance(err, ValidationError) else err
+        raise CorruptCache(f"{origin} was changed after it was written: {reason}; {advice}") from err
+    return manifest
+
+
+def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
+    """One line for each field of `expected` that the recipe answers otherwise, naming the field and both values."""
+    found = recipe.model_dump()
+    return [
+        f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
+        for field, value in expected.items()
+        if found[field] != value
+    ]
+
+
+def digest_of(content: Any) -> str:
+    """The sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    ).hexdigest()
+
+
+def summarise(names: Iterable[str], shown: int = 5) -> str:
+    """`a, b, c and 7 more`: names for an error that must stay short."""
+    listed = list(names)
+    rest = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _canonical(content: Any) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,186 @@
+"""Reading a cache: by tile and by window, never wrong numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from kdpipe.cache import layout
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, Recipe, TileRecord, parse_manifest
+from kdpipe.cache.simplex import decode, is_simplex
+from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
+from numpy.typing import NDArray
+
+Window = tuple[int, int, int, int]
+
+MAX_OPEN_TILES = (
+    256  # arrays kept open; each holds a few kB of metadata, so that memory stays flat over any number of tiles
+)
+
+
+class SoftTargetCache:
+    """
+    A finished cache of soft targets, read lazily.
+
+    Every tile's bytes are compared with the manifest's digests when the tile is first read in a process, so that a damaged,
+    swapped or replaced tile raises `CorruptCache` instead of returning wrong numbers. Instances can be pickled (each
+    process opens the files for itself); zarr does not survive `fork`, so workers start by spawn or forkserver.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._storage = storage
+        self._records = {record.id: record for record in manifest.tiles}
+        self._forget_open_files()
+
+    @classmethod
+    def open(cls, path: str) -> SoftTargetCache:
+        """
+        The finished cache at a folder or fsspec URL.
+
+        Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed.
+        """
+        storage = open_storage(path)
+        return cls(storage, read_manifest(storage))
+
+    @property
+    def tile_ids(self) -> list[str]:
+        """The ids of the tiles, in the order of the configuration."""
+        return list(self._records)
+
+    def size(self, tile_id: str) -> tuple[int, int]:
+        """Height and width of a tile in pixels."""
+        record = self._record(tile_id)
+        return record.height, record.width
+
+    def read(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
+        """
+        Soft targets, float32 `(C, H, W)`, that sum to one over axis 0.
+
+        `window` is `(top, left, height, width)` in pixels and lies within the tile; only the chunks that it touches are
+        decoded. Raises `KeyError` for an unknown tile, `ValueError` for a window outside of it, `CorruptCache` for damage.
+        """
+        return decode(self.read_units(tile_id, window), self.manifest.recipe.bits)
+
+    def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
+        """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`."""
+        record = self._record(tile_id)
+        top, left, height, width = window or (0, 0, record.height, record.width)
+        if (
+            top < 0
+            or left < 0
+            or height < 1
+            or width < 1
+            or top + height > record.height
+            or left + width > record.width
+        ):
+            raise ValueError(f"window {window} is not within tile {tile_id} of {record.height} × {record.width} px")
+        array = self._array(record)
+        try:
+            units = np.asarray(array[:, top : top + height, left : left + width])
+        except Exception as err:  # zarr raises what its codecs raise: ValueError, RuntimeError, OSError, …
+            raise self._corrupt(tile_id, f"its chunks cannot be decoded ({err})") from err
+        if not is_simplex(units, self.manifest.recipe.bits):
+            raise self._corrupt(tile_id, "a chunk is missing, or its values do not sum to one")
+        return units
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files: the process that unpickles opens its own."""
+        return {"storage": self._storage, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["storage"], state["manifest"])  # type: ignore[misc]
+
+    def _forget_open_files(self) -> None:
+        self._pid: int | None = None
+        self._store: Any = None
+        self._arrays: OrderedDict[str, Any] = OrderedDict()
+        self._checked: set[str] = set()
+
+    def _record(self, tile_id: str) -> TileRecord:
+        try:
+            return self._records[tile_id]
+        except KeyError:
+            raise KeyError(f"no tile {tile_id!r} in {self._storage.url}") from None
+
+    def _array(self, record: TileRecord) -> Any:
+        import zarr
+
+        if self._pid is None:
+            self._pid, self._store = os.getpid(), self._storage.zarr_store()
+        elif self._pid != os.getpid():
+            raise CacheError(
+                f"{self._storage.url} was read in process {self._pid} and then forked, and zarr hangs after a fork: "
+                "start DataLoader workers with multiprocessing_context='spawn' or 'forkserver'"
+            )
+        if record.id not in self._checked:
+            self._check_digests(record)
+            self._checked.add(record.id)
+        array = self._arrays.pop(record.id, None)
+        if array is None:
+            array = zarr.open_array(self._store, path=layout.tile_path(record.id), mode="r", zarr_format=3)
+        self._arrays[record.id] = array
+        if len(self._arrays) > MAX_OPEN_TILES:
+            self._arrays.popitem(last=False)
+        return array
+
+    def _check_digests(self, record: TileRecord) -> None:
+        cause = damage(self._storage, record)
+        if cause:
+            raise self._corrupt(record.id, cause)
+
+    def _corrupt(self, tile_id: str, cause: str) -> CorruptCache:
+        return CorruptCache(
+            f"tile {tile_id} of {self._storage.url} is damaged: {cause}; delete its folder "
+            f"{layout.tile_path(tile_id)} and run `kdpipe precompute-teacher` again, which computes just what is missing"
+        )
+
+
+def damage(storage: Storage, record: TileRecord) -> str | None:
+    """What is wrong with a tile's two files by their digests, None if nothing is."""
+    path = layout.tile_path(record.id)
+    for name, what, digest in (
+        (layout.METADATA_NAME, "metadata", record.metadata_sha256),
+        (layout.SHARD_NAME, "shard", record.shard_sha256),
+    ):
+        try:
+            data = storage.read(f"{path}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            return f"its {what} ({name}) is missing"
+        except OSError as err:
+            return f"its {what} ({name}) cannot be read ({err})"
+        if layout.sha256(data) != digest:
+            return f"its {what} ({name}) is not what was written"
+    return None
+
+
+def read_manifest(storage: Storage) -> Manifest:
+    """The manifest of a finished cache; `IncompleteCache` where there is none, `CorruptCache` where it was changed."""
+    try:
+        data = storage.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        state = "is not finished" if storage.children("") else "does not exist"
+        raise IncompleteCache(
+            f"the cache {storage.url} {state}; run `kdpipe precompute-teacher` with the same configuration"
+        ) from err
+    return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}")
+
+
+def read_recipe(storage: Storage) -> Recipe | None:
+    """The recipe in the topmost group's attributes, None where there is no group; `CorruptCache` if it is unreadable."""
+    try:
+        data = storage.read(layout.METADATA_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        content = json.loads(data)["attributes"][layout.ATTRIBUTE]
+        return Recipe.model_validate(content["recipe"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise CorruptCache(
+            f"{storage.url}/{layout.METADATA_NAME} is not that of a cache of soft targets; "
+            "restore it, choose another cache.path, or delete the cache"
+        ) from err

@@ -1,0 +1,74 @@
+"""
+Probabilities as integers that sum exactly to `2**bits - 1`, so that a decoded target sums to one.
+
+Not covered: where the integers are stored (see `layout.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A float32 softmax over tens of classes, times a class map, sums to one within a few 1e-7.
+SUM_TOLERANCE = 1e-4
+# Rounding of float32 in p * (2**bits - 1), in the quotient at decoding and in the sum of the input, together.
+FLOAT32_SLACK = 1e-6
+
+
+def total(bits: int) -> int:
+    """What the integers of a pixel sum to."""
+    return (1 << bits) - 1
+
+
+def error_bound(bits: int, num_classes: int) -> float:
+    """
+    The largest possible `|decoded - p|` of any entry.
+
+    Largest-remainder rounding hands the `r` missing units to the `r` largest fractional parts. The worst case is that all
+    are equal to `r / C`, and then the error is at most `1 - 1 / C` units.
+    """
+    return (1 - 1 / num_classes) / total(bits) + FLOAT32_SLACK
+
+
+def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
+    """
+    Fixed-point integers `(C, H, W)`, uint8 or uint16, that sum to `2**bits - 1` over axis 0.
+
+    `probs_CHW` is float32 in 0..1 and sums to one over axis 0. Rounded by largest remainder (Hamilton's method); of equal
+    remainders the lower class index wins, so that the result is deterministic.
+
+    Raises `ValueError` for entries that are not a distribution.
+    """
+    num_classes = probs_CHW.shape[0]
+    sums_HW = probs_CHW.sum(axis=0)
+    # Negated, so that NaN is refused as well.
+    if not (np.abs(sums_HW - 1).max(initial=0) <= SUM_TOLERANCE and probs_CHW.min(initial=0) >= -SUM_TOLERANCE):
+        raise ValueError("soft targets must be distributions over axis 0: finite, not negative, summing to one")
+    scaled_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(total(bits))
+    floors_CHW = np.floor(scaled_CHW)
+    remainders_CHW = scaled_CHW - floors_CHW
+    units_CHW = floors_CHW.astype(np.int32)
+    missing_HW = total(bits) - units_CHW.sum(axis=0)
+    rank_HW = np.empty(missing_HW.shape, dtype=np.int32)
+    for i in range(num_classes):
+        rank_HW[:] = 0
+        for j in range(num_classes):
+            if j < i:
+                rank_HW += remainders_CHW[j] >= remainders_CHW[i]
+            elif j > i:
+                rank_HW += remainders_CHW[j] > remainders_CHW[i]
+        units_CHW[i] += rank_HW < missing_HW
+    stored_CHW: NDArray[Any] = units_CHW.astype(np.uint8 if bits <= 8 else np.uint16)
+    return stored_CHW
+
+
+def decode(units_CHW: NDArray[Any], bits: int) -> NDArray[np.float32]:
+    """Probabilities `(C, H, W)`, float32: each integer divided by `2**bits - 1`."""
+    return units_CHW.astype(np.float32) / np.float32(total(bits))
+
+
+def is_simplex(units_CHW: NDArray[Any], bits: int) -> bool:
+    """Whether every pixel sums to `2**bits - 1`: zeros read in the place of missing data do not."""
+    return bool((units_CHW.sum(axis=0, dtype=np.uint32) == total(bits)).all())

@@ -1,0 +1,219 @@
+"""
+The files of a cache: a local folder with writes that survive power loss, or any fsspec URL.
+
+A write is whole or absent, never half: locally a temporary file is synced, renamed, and its folder synced; object stores
+publish an object when its upload completes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdpipe.configs.errors import DiskFull
+from kdpipe.configs.outputs import output_path
+
+PARTIAL_SUFFIX = ".partial"
+
+
+class Storage(Protocol):
+    """What the cache needs of the place it lies in; names are relative, with `/` between parts."""
+
+    url: str
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; `FileNotFoundError` if there is none."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make `name` hold exactly `data`, atomically and durably."""
+
+    def size(self, name: str) -> int | None:
+        """The size of a file in bytes, None if there is none."""
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last written, in seconds since the epoch; None where that is not known."""
+
+    def children(self, name: str) -> list[str]:
+        """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all it holds; nothing happens if there is none."""
+
+    def free_bytes(self) -> int | None:
+        """What still fits, None where there is no limit to ask for."""
+
+    def zarr_store(self) -> Any:
+        """A read-only zarr store over the same files."""
+
+
+def open_storage(path: str) -> Storage:
+    """The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`)."""
+    if "://" in path and not path.startswith("file://"):
+        return RemoteStorage(path)
+    return LocalStorage(output_path(path.removeprefix("file://"), key="cache.path"))
+
+
+class LocalStorage:
+    """A folder on a local or mounted disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = str(folder)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; `FileNotFoundError` if there is none."""
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """
+        Make `name` hold exactly `data`, atomically and durably.
+
+        Raises `DiskFull` and leaves no partial file where the disk is full.
+        """
+        path = self.folder / name
+        partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        try:
+            _make_folders(path.parent)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as err:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if err.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(
+                    f"no room for {len(data)} bytes of {path} (free: {self.free_bytes()} bytes); "
+                    "make room and run the same command again: what is finished is kept"
+                ) from err
+            raise
+        _sync_folder(path.parent)
+
+    def size(self, name: str) -> int | None:
+        """The size of a file in bytes, None if there is none."""
+        try:
+            return (self.folder / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last written, in seconds since the epoch."""
+        try:
+            return (self.folder / name).stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def children(self, name: str) -> list[str]:
+        """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
+        try:
+            return sorted(os.listdir(self.folder / name))  # noqa: PTH208  names are all that is asked for
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all it holds; nothing happens if there is none."""
+        path = self.folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            _sync_folder(path.parent)
+
+    def free_bytes(self) -> int | None:
+        """The free space of the disk that holds, or will hold, the folder."""
+        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+
+    def zarr_store(self) -> Any:
+        """A read-only zarr store over the same files."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.folder, read_only=True)
+
+
+class RemoteStorage:
+    """A prefix on any file system that fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.url = url.rstrip("/")
+        self._fs, self._root = url_to_fs(self.url)  # type: ignore[no-untyped-call]
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; `FileNotFoundError` if there is none."""
+        return bytes(self._fs.cat_file(self._full(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Upload `data` as `name`; an object store shows the object once it is whole."""
+        self._fs.makedirs(self._full(name).rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(self._full(name), data)
+
+    def size(self, name: str) -> int | None:
+        """The size of a file in bytes, None if there is none."""
+        try:
+            return int(self._fs.size(self._full(name)))
+        except FileNotFoundError:
+            return None
+
+    def modified(self, name: str) -> float | None:
+        """When a file was last written, None where the file system does not say."""
+        try:
+            return float(self._fs.modified(self._full(name)).timestamp())
+        except (FileNotFoundError, NotImplementedError):
+            return None
+
+    def children(self, name: str) -> list[str]:
+        """The names directly below a prefix, sorted; empty if there is nothing."""
+        self._fs.invalidate_cache()
+        try:
+            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(self._full(name), detail=False))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        """Delete a file or all below a prefix; nothing happens if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._full(name), recursive=True)
+
+    def free_bytes(self) -> int | None:
+        """None: object stores have no limit to ask for."""
+        return None
+
+    def zarr_store(self) -> Any:
+        """A read-only zarr store over the same files."""
+        from zarr.storage import FsspecStore
+
+        return FsspecStore.from_url(self.url, read_only=True)
+
+    def _full(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+
+def _make_folders(folder: Path) -> None:
+    """Create a folder and those above it, each one durable in its parent before anything is put into it."""
+    for path in _missing_from_the_top(folder):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _missing_from_the_top(folder: Path) -> Iterator[Path]:
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    yield from reversed(missing)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""Writing a cache: tile by tile, in any order, from any thread, and again after any interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from kdpipe.cache import layout
+from kdpipe.cache.lock import writer_lock
+from kdpipe.cache.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    ImageDigest,
+    Manifest,
+    Recipe,
+    TileRecord,
+    differences,
+    dump_manifest,
+    fingerprint,
+    parse_manifest,
+)
+from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.simplex import encode, error_bound
+from kdpipe.cache.sources import is_unchanged
+from kdpipe.cache.storage import Storage
+from kdpipe.configs.errors import CorruptCache, StaleCache
+from numpy.typing import NDArray
+
+
+def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path]) -> dict[str, TileRecord]:
+    """
+    The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
+
+    Reads the manifest if the cache is complete, else each tile's receipt. Raises `StaleCache`, naming the fields, if the
+    cache was made by another recipe.
+    """
+    found = read_recipe(storage)
+    if found is None:
+        if storage.children(""):
+            raise CorruptCache(
+                f"{storage.url} holds files, but no {layout.METADATA_NAME} that says they are a cache of soft targets; "
+                "choose another cache.path, or delete them"
+            )
+        return {}
+    refuse_stale(storage, found, recipe)
+    manifest = _manifest_if_whole(storage)
+    known = {tile.id: tile for tile in manifest.tiles} if manifest else {}
+    digest = recipe.digest()
+    finished = {}
+    for tile_id, image in images.items():
+        path = layout.tile_path(tile_id)
+        record = known.get(tile_id)
+        if record is None:
+            try:
+                record = layout.parse_receipt(storage.read(f"{path}/{layout.METADATA_NAME}"), tile_id, digest)
+            except (FileNotFoundError, NotADirectoryError):
+                record = None
+        if record is None or storage.size(f"{path}/{layout.SHARD_NAME}") != record.shard_bytes:
+            continue
+        written = storage.modified(f"{path}/{layout.METADATA_NAME}")
+        if written is not None and is_unchanged(image, record, written, by_content=False):
+            finished[tile_id] = record
+    return finished
+
+
+def refuse_stale(storage: Storage, found: Recipe, recipe: Recipe) -> None:
+    """Raise `StaleCache` with every field in which the two recipes differ, if any."""
+    changed = differences(found, recipe.model_dump())
+    if changed:
+        raise StaleCache(
+            f"{storage.url} was made from something else than what is configured: {'; '.join(changed)}. "
+            "Set the configuration back, choose another cache.path, or delete the cache"
+        )
+
+
+@contextmanager
+def open_writer(
+    storage: Storage, recipe: Recipe, *, device: str, libraries: Mapping[str, str]
+) -> Iterator[CacheWriter]:
+    """
+    A writer that holds the cache's lock until the block ends.
+
+    Raises `CacheLocked` if another process writes it, `StaleCache` if it was made by another recipe.
+    """
+    with writer_lock(storage):
+        yield CacheWriter(storage, recipe, device=device, libraries=libraries)
+
+
+class CacheWriter:
+    """Writes tiles; get one from `open_writer`."""
+
+    def __init__(self, storage: Storage, recipe: Recipe, *, device: str, libraries: Mapping[str, str]) -> None:
+        self.storage = storage
+        self.recipe = recipe
+        self._device = device
+        self._libraries = dict(libraries)
+        self._recipe_digest = recipe.digest()
+        found = read_recipe(storage)
+        if found is None:
+            self._write_groups([])
+        else:
+            refuse_stale(storage, found, recipe)
+
+    def begin(self) -> None:
+        """Take back the cache's completion before tiles are written: readers refuse it until `finish`."""
+        self.storage.remove(MANIFEST_NAME)
+
+    def write(self, tile_id: str, probs_CHW: NDArray[np.float32], image: ImageDigest) -> TileRecord:
+        """
+        Store one tile and return its record; once this returns, the tile survives a power cut. Safe from several threads.
+
+        `probs_CHW` is float32 `(C, H, W)` and sums to one over axis 0; `image` is the content it was computed from.
+        """
+        assert probs_CHW.shape[0] == len(self.recipe.classes), f"{probs_CHW.shape} for classes {self.recipe.classes}"
+        units_CHW = encode(probs_CHW, self.recipe.bits)
+        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self._recipe_digest)
+        path = layout.tile_path(tile_id)
+        # The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well.
+        if self.storage.children(path):
+            self.storage.remove(f"{path}/{layout.METADATA_NAME}")
+            self.storage.remove(path)
+        self.storage.write(f"{path}/{layout.SHARD_NAME}", shard)
+        self.storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
+        return record
+
+    def finish(self, records: list[TileRecord]) -> Manifest:
+        """Declare the cache complete with these tiles, in this order: everything else first, the manifest last."""
+        groups = self._write_groups([record.id for record in records])
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=fingerprint(self.recipe, {record.id: record.image for record in records}),
+            recipe=self.recipe,
+            error_bound=error_bound(self.recipe.bits, len(self.recipe.classes)),
+            device=self._device,
+            libraries=self._libraries,
+            groups=groups,
+            tiles=records,
+        )
+        self.storage.write(MANIFEST_NAME, dump_manifest(manifest))
+        return manifest
+
+    def _write_groups(self, tile_ids: list[str]) -> dict[str, str]:
+        digests = {}
+        for path in layout.group_paths(tile_ids):
+            metadata = layout.group_metadata(path, self.recipe)
+            self.storage.write(f"{path}/{layout.METADATA_NAME}".lstrip("/"), metadata)
+            digests[path] = layout.sha256(metadata)
+        return digests
+
+
+def _manifest_if_whole(storage: Storage) -> Manifest | None:
+    """The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly."""
+    try:
+        return parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
+    except (FileNotFoundError, CorruptCache):
+        return None
