@@ -131,8 +131,7 @@ def _check_strays(storage: Storage, manifest: Manifest) -> Iterator[Finding]:
         expected[path] = {layout.METADATA_NAME, layout.SHARD_NAME}
         expected[path.rpartition("/")[0]].add(path.rpartition("/")[2])
     for path, names in expected.items():
-        for name in storage.children(path):
-            if name not in names:
-                yield Finding(
-                    "stray-file", None, f"{path}/{name} does not belong to the cache".replace(" /", " ").lstrip("/")
-                )
+        for child in storage.children(path):
+            if child not in names:
+                name = f"{path}/{child}".lstrip("/")
+                yield Finding("stray-file", None, f"{name} does not belong to the cache")
