@@ -13,9 +13,10 @@ import hashlib
 import json
 from typing import Any
 
+from numpy.typing import NDArray
+
 from kdpipe.cache.manifest import FORMAT_VERSION, ImageDigest, Recipe, TileRecord
 from kdpipe.cache.simplex import total
-from numpy.typing import NDArray
 
 CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
 TILES = "tiles"

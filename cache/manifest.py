@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from kdpipe.configs.errors import CorruptCache
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdpipe.configs.errors import CorruptCache
 
 FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"

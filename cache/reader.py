@@ -8,12 +8,13 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kdpipe.cache import layout
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, Recipe, TileRecord, parse_manifest
 from kdpipe.cache.simplex import decode, is_simplex
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
-from numpy.typing import NDArray
 
 Window = tuple[int, int, int, int]
 

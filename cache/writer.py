@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kdpipe.cache import layout
 from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import (
@@ -26,7 +28,6 @@ from kdpipe.cache.simplex import encode, error_bound
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import Storage
 from kdpipe.configs.errors import CorruptCache, StaleCache
-from numpy.typing import NDArray
 
 
 def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path]) -> dict[str, TileRecord]:
@@ -45,7 +46,7 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
             )
         return {}
     refuse_stale(storage, found, recipe)
-    manifest = _manifest_if_whole(storage)
+    manifest = whole_manifest(storage)
     known = {tile.id: tile for tile in manifest.tiles} if manifest else {}
     digest = recipe.digest()
     finished = {}
@@ -63,6 +64,14 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
         if written is not None and is_unchanged(image, record, written, by_content=False):
             finished[tile_id] = record
     return finished
+
+
+def whole_manifest(storage: Storage) -> Manifest | None:
+    """The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly."""
+    try:
+        return parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
+    except (FileNotFoundError, CorruptCache):
+        return None
 
 
 def refuse_stale(storage: Storage, found: Recipe, recipe: Recipe) -> None:
@@ -148,11 +157,3 @@ class CacheWriter:
             self.storage.write(f"{path}/{layout.METADATA_NAME}".lstrip("/"), metadata)
             digests[path] = layout.sha256(metadata)
         return digests
-
-
-def _manifest_if_whole(storage: Storage) -> Manifest | None:
-    """The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly."""
-    try:
-        return parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
-    except (FileNotFoundError, CorruptCache):
-        return None

@@ -1,0 +1,135 @@
+"""
+A student's checkpoint: weights, everything needed to go on, and what it was trained from.
+
+A file is whole or absent: it is written beside its place, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from kdpipe.cache.manifest import summarise
+from kdpipe.configs import dump_config
+from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.models.student import STUDENT_PREFIX
+from kdpipe.pipeline.models.weights import read_checkpoint
+
+LAST, BEST, CONFIG = "last.ckpt", "best.ckpt", "config.yaml"
+FORMAT = 1
+
+# Keys that may differ when a run is resumed: how long, how it is fed and where things lie, not what is computed.
+RESUMABLE_KEYS = (
+    "train.epochs",
+    "train.max_steps",
+    "train.workers",
+    "train.val_batch_size",
+    "train.checkpoint_every_steps",
+    "cache.path",
+)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: batches and optimizer steps done, and the best validation mIoU so far with its step."""
+
+    batches: int = 0
+    steps: int = 0
+    best_miou: float | None = None
+    best_step: int | None = None
+
+
+def save(
+    path: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    precision_state: Mapping[str, Any],
+    position: Position,
+    record: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; `record` says what the run is (config, mode, fingerprint, library versions)."""
+    content = {
+        "format": FORMAT,
+        "kdpipe": dict(record),
+        "position": asdict(position),
+        "state_dict": {STUDENT_PREFIX + name: value for name, value in student.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "precision": dict(precision_state),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def restore(
+    path: Path,
+    config: Config,
+    fingerprint: str | None,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> tuple[Position, dict[str, Any]]:
+    """
+    Put a run back where its checkpoint left it; returns the position and the precision's state.
+
+    Raises `ConfigError` where the configuration differs in more than `RESUMABLE_KEYS`, `StaleCache` where the cache's
+    fingerprint is another one, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
+    """
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {content.get('format')!r})"
+        )
+    recorded = content["kdpipe"]
+    changed = changed_keys(yaml.safe_load(recorded["config"]), yaml.safe_load(dump_config(config)))
+    if changed:
+        raise ConfigError(
+            f"{path} was trained with another configuration, which --resume cannot go on with: {summarise(changed)}; "
+            "set it back, or start a new run under another name"
+        )
+    if recorded["fingerprint"] != fingerprint:
+        raise StaleCache(
+            f"{path} was trained from the cache with fingerprint {recorded['fingerprint']}, the cache now has {fingerprint}; "
+            "restore that cache, or start a new run under another name"
+        )
+    state: dict[str, Tensor] = content["state_dict"]
+    student.load_state_dict({name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, strict=True)
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict(content["scheduler"])
+    return Position(**content["position"]), content["precision"]
+
+
+def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """`key: was a, is b` for every dotted key, other than `RESUMABLE_KEYS`, in which two resolved configurations differ."""
+    before, after = _flat(recorded), _flat(current)
+    return [
+        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in RESUMABLE_KEYS and before.get(key) != after.get(key)
+    ]
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, Mapping) or not content:
+        return {prefix: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

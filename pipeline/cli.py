@@ -1,0 +1,219 @@
+"""The commands: parse, call one function, print, exit. Heavy imports wait until a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdpipe.configs import Config
+    from kdpipe.pipeline.console import ConsoleProgress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_FINDINGS, EXIT_USAGE, EXIT_REFUSED = 1, 2, 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kdpipe")
+def cli() -> None:
+    """Distil a large land-cover teacher into a student one can deploy, and pay for the teacher once."""
+
+
+def _with_config(command: Command) -> Command:
+    """The options that every command on a configuration has."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default."),
+        click.option(
+            "--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON."
+        ),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set train.epochs=2."
+        ),
+        click.option(
+            "-c", "--config", "source", required=True, metavar="CONFIG", help="A YAML file, or a shipped config's name."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command("precompute-teacher")
+@_with_config
+@click.option("--dry-run", is_flag=True, help="Say what it will cost in bytes and time, and whether the disk holds it.")
+def precompute_teacher(
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool, dry_run: bool
+) -> None:
+    """
+    Stage one: store the teacher's soft targets of every training tile.
+
+    Goes on where an earlier run stopped. Exit codes: 0 done, 1 some tiles failed (named), 2 usage or config, 3 refused
+    (stale cache, locked, no disk).
+    """
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.estimate import estimate
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.precompute import failure_report, precompute
+    from kdpipe.pipeline.progress import stop_on_signal
+
+    console, progress = _open_console()
+    config = _load(source, overrides)
+    if dry_run:
+        forecast = estimate(config, resolve_device(device))
+        console.print(reports.estimate_text(forecast), highlight=False, soft_wrap=True)
+        _write_json(json_path, forecast.as_dict())
+        sys.exit(0 if forecast.fits else EXIT_REFUSED)
+    with stop_on_signal() as stop:
+        summary = precompute(config, resolve_device(device), progress, stop)
+    _write_json(json_path, summary.as_dict())
+    console.print(reports.precompute_text(summary), highlight=False, soft_wrap=True)
+    if summary.failed:
+        _complain(failure_report(summary))
+        sys.exit(EXIT_FINDINGS)
+
+
+@cli.command("verify-cache")
+@_with_config
+@click.option("--level", type=click.Choice(["quick", "full", "parity"]), default="full", show_default=True,
+              help="quick: complete and fresh? full: every byte. parity: the teacher again, and the labels.")  # fmt: skip
+@click.option(
+    "--sample", type=click.IntRange(1), default=12, show_default=True, help="Tiles on which parity runs the teacher."
+)
+@click.option("--student", metavar="CHECKPOINT", help="Whose gradients parity compares; a fresh student by default.")
+def verify_cache(
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
+    level: Any, sample: int, student: str | None,
+) -> None:  # fmt: skip
+    """
+    The gate: prove that the cache is whole, fresh, and what the teacher would have said.
+
+    Exit codes: 0 passes, 1 findings, 2 usage or config, 3 refused.
+    """
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.verify import verify
+
+    console, progress = _open_console()
+    report = verify(
+        _load(source, overrides), level, resolve_device(device), sample=sample, student=student, progress=progress
+    )
+    _write_json(json_path, report.as_dict())
+    for table in reports.verify_tables(report):
+        console.print(table, highlight=False, soft_wrap=True)
+    sys.exit(0 if report.passes else EXIT_FINDINGS)
+
+
+@cli.command("train-student")
+@_with_config
+@click.option(
+    "--kd", type=click.Choice(["cached", "online", "none"]), help="Another source of soft targets than the config's."
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Start anew where a run of this name exists.")
+def train_student(
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
+    kd: Any, resume: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """
+    Stage two: train the student from the cache.
+
+    Exit codes: 0 done, 1 the loss diverged, 2 usage or config, 3 refused (incomplete, stale or damaged cache).
+    """
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.progress import stop_on_signal
+    from kdpipe.pipeline.training import train, with_mode
+
+    console, progress = _open_console()
+    config = with_mode(_load(source, overrides), kd)
+    with stop_on_signal() as stop:
+        summary = train(
+            config, resolve_device(device), resume=resume, overwrite=overwrite, progress=progress, stop=stop
+        )
+    _write_json(json_path, summary.as_dict())
+    for table in reports.training_tables(summary):
+        console.print(table, highlight=False, soft_wrap=True)
+
+
+@cli.command("sample-data")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--seed", default=0, show_default=True, help="Another seed is another landscape.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def sample_data(folder: str, seed: int, debug: bool) -> None:
+    """Write a small generated landscape into FOLDER: tiles, masks, and what its teacher is trained on."""
+    from kdpipe.data.landscape import write_sample_data
+
+    console, _ = _open_console()
+    summary = write_sample_data(Path(folder), seed=seed)
+    console.print(f"{summary}", highlight=False, soft_wrap=True)
+
+
+@cli.command("demo")
+@click.option(
+    "--out", default="demo_output", show_default=True, type=click.Path(file_okay=False), help="Where everything goes."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def demo(out: str, debug: bool) -> None:
+    """The whole pipeline on a generated landscape: a teacher, its cache, the proof, and two students."""
+    from kdpipe.pipeline.demo import run_demo
+
+    console, progress = _open_console()
+    for table in run_demo(Path(out), progress):
+        console.print(table, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run `kdpipe`; errors of the user's making end in one paragraph and their exit code, others in a traceback."""
+    from kdpipe.configs.errors import KdpipeError
+
+    debug = "--debug" in sys.argv
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        _complain("aborted")
+        sys.exit(130)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(EXIT_USAGE)
+    except KdpipeError as err:
+        if debug:
+            traceback.print_exc()
+        _complain(str(err))
+        sys.exit(err.exit_code)
+    except KeyboardInterrupt:
+        _complain("stopped at once; finished tiles and saved checkpoints are kept")
+        sys.exit(130)
+
+
+def _load(source: str, overrides: tuple[str, ...]) -> Config:
+    from kdpipe.configs import load_config
+
+    return load_config(source, overrides)
+
+
+def _open_console() -> tuple[Console, ConsoleProgress]:
+    from rich.console import Console
+
+    from kdpipe.pipeline.console import ConsoleProgress
+
+    console = Console()
+    return console, ConsoleProgress(console)
+
+
+def _write_json(path: str | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _complain(message: str) -> None:
+    click.echo(f"kdpipe: {message}", err=True)

@@ -1,0 +1,91 @@
+"""What stage one will cost, from a few tiles, before any of it is paid: `precompute-teacher --dry-run`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdpipe.cache.layout import encode_tile
+from kdpipe.cache.simplex import encode
+from kdpipe.cache.sources import digest_image
+from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import image_size, read_image
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.precompute import make_plan
+
+SAMPLE = 3  # tiles that are computed, in memory, to predict the others
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A forecast: tiles, pixels, bytes and seconds still to do, and the free bytes of the disk (None if unlimited)."""
+
+    cache: str
+    tiles: int
+    finished: int
+    pixels: int
+    bytes: int
+    seconds: float
+    free_bytes: int | None
+    unreadable: dict[str, str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk holds what is still to be written."""
+        return self.free_bytes is None or self.bytes <= self.free_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def estimate(config: Config, device: torch.device) -> Estimate:
+    """
+    Predict stage one from a seeded sample of the missing tiles, by their pixels; nothing is written.
+
+    Raises what `precompute.make_plan` raises. Assumes that tiles compress and compute alike per pixel, one at a time.
+    """
+    plan = make_plan(config)
+    unreadable, areas = {}, {}
+    for tile in plan.missing:
+        try:
+            height, width = image_size(tile.image)
+            areas[tile.id] = height * width
+        except DataError as err:
+            unreadable[tile.id] = str(err)
+    readable = [tile for tile in plan.missing if tile.id in areas]
+    sampled: Any = np.random.default_rng(config.seed).permutation(len(readable))[:SAMPLE] if readable else []
+    pixels = written = 0
+    seconds = 0.0
+    if len(sampled):
+        teacher = FrozenTeacher(load_teacher(config.teacher), config, plan.recipe, device)
+        for index in sampled:
+            tile = readable[index]
+            start = time.perf_counter()
+            try:
+                image_HWC = read_image(tile.image, config.data.bands, plan.stretch)
+            except DataError as err:
+                unreadable[tile.id] = str(err)
+                continue
+            units_CHW = encode(teacher.soft_targets(image_HWC[None])[0], plan.recipe.bits)
+            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest())
+            seconds += time.perf_counter() - start
+            pixels += image_HWC.shape[0] * image_HWC.shape[1]
+            written += len(shard) + len(metadata)
+    total = sum(areas.values())
+    share = total / pixels if pixels else 0.0
+    return Estimate(
+        cache=plan.storage.url,
+        tiles=len(plan.tiles),
+        finished=len(plan.finished),
+        pixels=total,
+        bytes=round(written * share),
+        seconds=seconds * share,
+        free_bytes=plan.storage.free_bytes(),
+        unreadable=unreadable,
+    )

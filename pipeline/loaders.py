@@ -1,0 +1,105 @@
+"""Batches for stage two: one stream over all epochs that can start anywhere, and whole tiles for validation."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
+from kdpipe.data.rasters import read_image
+from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.models.teacher import FrozenTeacher
+
+Stretch = Sequence[tuple[float, float]] | None
+
+
+class OnlineTargets:
+    """Soft targets computed on the spot: the teacher sees the whole tile, as at precompute, every time it is asked."""
+
+    def __init__(self, teacher: FrozenTeacher, tiles: Sequence[Tile], config: Config, stretch: Stretch) -> None:
+        self._teacher = teacher
+        self._images = {tile.id: tile.image for tile in tiles}
+        self._bands, self._stretch = config.data.bands, stretch
+
+    def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
+        """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
+        image_HWC = read_image(self._images[tile_id], self._bands, self._stretch)
+        probs_CHW = self._teacher.soft_targets(image_HWC[None])[0]
+        top, left, height, width = window
+        cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
+        return cropped_CHW
+
+
+class BatchStream:
+    """
+    Lists of sample numbers: every epoch a permutation of its own from (seed, epoch), cut into batches, the rest dropped.
+
+    The stream runs over all epochs at once, so that workers neither stop nor wait between them, and starts at any batch,
+    so that a resumed run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(self, samples: int, batch_size: int, epochs: int, seed: int, start: int) -> None:
+        self.per_epoch = samples // batch_size
+        self._samples, self._batch_size, self._epochs, self._seed, self._start = (
+            samples,
+            batch_size,
+            epochs,
+            seed,
+            start,
+        )
+
+    def __len__(self) -> int:
+        return self.per_epoch * self._epochs - self._start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch in range(self._start // self.per_epoch, self._epochs):
+            order = epoch_order(self._samples, self._seed, epoch) + epoch * self._samples
+            for batch in range(max(0, self._start - epoch * self.per_epoch), self.per_epoch):
+                yield order[batch * self._batch_size : (batch + 1) * self._batch_size].tolist()
+
+
+def batches_per_epoch(config: Config, samples: int) -> int:
+    """Full batches in an epoch; `ConfigError` where there is not one."""
+    per_epoch = samples // config.train.batch_size
+    if per_epoch == 0:
+        raise ConfigError(
+            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}; "
+            "raise train.crops_per_tile or lower the batch size"
+        )
+    return per_epoch
+
+
+def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int) -> DataLoader[Any]:
+    """Collated batches of `dataset` from batch number `start` to the last epoch's end."""
+    stream = BatchStream(len(dataset), config.train.batch_size, config.train.epochs, config.seed, start)
+    return DataLoader(cast(Any, dataset), batch_sampler=stream, **_worker_options(workers))
+
+
+def val_loader(config: Config, dataset: ValTiles, sizes: list[tuple[int, int]], workers: int) -> DataLoader[Any]:
+    """Whole tiles, those of equal size together, at most `train.val_batch_size` in a batch."""
+    batches = batches_of_equal_size(sizes, config.train.val_batch_size)
+    return DataLoader(cast(Any, dataset), batch_sampler=batches, **_worker_options(min(workers, len(batches))))
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    if workers == 0:
+        return {"num_workers": 0}
+    # Not fork: zarr's event loop does not survive it, and a forked worker hangs at its first read.
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "spawn",
+        "persistent_workers": True,
+        "worker_init_fn": _leave_signals_to_the_main_process,
+    }
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process stops at a safe point and needs its workers until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,78 @@
+"""
+The distillation loss.
+
+Shapes: N batch, C student classes, H W pixels, P labelled pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SMOOTH = 0.05  # label smoothing of the cross entropy and smoothing of Dice, from the recipe (GeoSeg's configs)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss to minimise and its two parts, scalars; a part that does not apply is zero."""
+
+    total: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def distillation_loss(
+    logits_NCHW: Tensor,
+    mask_NHW: Tensor,
+    inside_NHW: Tensor,
+    targets_NCHW: Tensor | None,
+    *,
+    alpha: float,
+    temperature: float,
+    ignore_index: int,
+) -> LossTerms:
+    """
+    `(1 - alpha) * hard + alpha * T² * KL(p || softmax(s / T))`; without targets `hard` alone.
+
+    `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding; `targets_NCHW` is
+    float32 and sums to one over axis 1 wherever `inside`. A batch without one labelled pixel has `hard` zero.
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
+    """
+    hard = hard_loss(logits_NCHW, mask_NHW, ignore_index)
+    if targets_NCHW is None:
+        return LossTerms(total=hard, hard=hard, soft=torch.zeros_like(hard))
+    soft = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature)
+    return LossTerms(total=(1 - alpha) * hard + alpha * temperature**2 * soft, hard=hard, soft=soft)
+
+
+def soft_loss(logits_NCHW: Tensor, targets_NCHW: Tensor, inside_NHW: Tensor, temperature: float) -> Tensor:
+    """
+    `KL(p || softmax(s / T))`, summed over classes, averaged over the pixels inside the tile; a scalar, in float32.
+
+    Zero if no pixel is inside. `0 log 0` is 0.
+    """
+    log_q_NCHW = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
+    kl_NHW = (torch.xlogy(targets_NCHW, targets_NCHW) - targets_NCHW * log_q_NCHW).sum(dim=1)
+    return (kl_NHW * inside_NHW).sum() / inside_NHW.sum().clamp(min=1)
+
+
+def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tensor:
+    """
+    Smoothed cross entropy plus soft Dice, both smp's, over the labelled pixels; a scalar, in float32.
+
+    The labelled pixels are picked first: smp's cross entropy divides by all pixels, ignored ones included. Zero, with a
+    gradient of zero, if no pixel is labelled.
+    """
+    labelled_NHW = mask_NHW != ignore_index
+    if not labelled_NHW.any():
+        return logits_NCHW.float().sum() * 0
+    logits_PC = logits_NCHW.float().movedim(1, -1)[labelled_NHW]
+    labels_P = mask_NHW[labelled_NHW]
+    cross_entropy = smp.losses.SoftCrossEntropyLoss(smooth_factor=SMOOTH, ignore_index=None)
+    dice = smp.losses.DiceLoss(mode="multiclass", smooth=SMOOTH)
+    total: Tensor = cross_entropy(logits_PC, labels_P) + dice(logits_PC.T[None, :, :, None], labels_P[None, :, None])
+    return total

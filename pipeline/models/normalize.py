@@ -1,0 +1,27 @@
+"""How 8-bit pixels become a network's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdpipe.configs.schema import MeanStd, Normalize
+
+# The statistics that torchvision's, smp's and timm's ImageNet weights were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def mean_std(normalize: Normalize) -> tuple[list[float], list[float]]:
+    """The per-channel mean and standard deviation of `x / 255` that a config's `normalize` stands for."""
+    if isinstance(normalize, MeanStd):
+        return list(normalize.mean), list(normalize.std)
+    if normalize == "imagenet":
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+
+
+def normalized(images_NCHW: Tensor, normalize: Normalize) -> Tensor:
+    """`(x / 255 - mean) / std`, float32 `(N, 3, H, W)`, from uint8 images."""
+    mean, std = (torch.tensor(v, device=images_NCHW.device).view(1, 3, 1, 1) for v in mean_std(normalize))
+    return (images_NCHW.float() / 255 - mean) / std

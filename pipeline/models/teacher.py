@@ -1,0 +1,131 @@
+"""The frozen teacher: loading it, and asking it for soft targets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdpipe.cache.manifest import Recipe
+from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
+from kdpipe.configs.schema import Config, Teacher
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.views import averaged_logits
+from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_teacher(teacher: Teacher) -> nn.Module:
+    """
+    The teacher's network with its weights, frozen, in eval mode, float32, on the CPU.
+
+    Raises `CheckpointError` where the file's channels are not as many as `teacher.classes`, or any tensor does not fit.
+    """
+    state = read_checkpoint(teacher.checkpoint)
+    model = create_smp_model(teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher")
+    _check_channels(model, state, teacher)
+    load_strictly(model, state, origin=teacher.checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+class FrozenTeacher:
+    """
+    A teacher that answers images with soft targets: `p = softmax(z / T) @ M`, in float32, T before M.
+
+    `recipe` says how it is asked (normalisation, precision, test-time augmentation, window) and what T and M are.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, recipe: Recipe, device: torch.device) -> None:
+        self._model = model.to(device).to(memory_format=torch.channels_last)
+        self._normalize = config.teacher.normalize
+        self._recipe = recipe
+        self._device = device
+        self._class_map_TS = torch.tensor(recipe.class_map, dtype=torch.float32, device=device)
+
+    @torch.inference_mode()
+    def logits(self, images_NHWC: NDArray[np.uint8]) -> Tensor:
+        """
+        The teacher's class scores, float32 `(N, C_t, H, W)` on its device, averaged over views in the image's own frame.
+
+        `images_NHWC` is uint8 `(N, H, W, 3)` of any size. Raises `KdpipeError` if a score is not finite.
+        """
+        images_NCHW = torch.from_numpy(images_NHWC).to(self._device).permute(0, 3, 1, 2)
+        inputs_NCHW = normalized(images_NCHW, self._normalize)
+        recipe = self._recipe
+        with _exactly(recipe.precision, self._device):
+            logits_NTHW = averaged_logits(
+                self._model, inputs_NCHW, tta=recipe.tta, scales=recipe.scales, window=recipe.window
+            )
+        if not torch.isfinite(logits_NTHW).all():
+            raise KdpipeError(
+                f"the teacher answered with numbers that are not finite in precision {recipe.precision}; "
+                "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
+            )
+        return logits_NTHW
+
+    def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The soft targets, float32 `(N, C_s, H, W)`, that sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
+        return self.targets_of(self.logits(images_NHWC))
+
+    @torch.inference_mode()
+    def targets_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
+        """The soft targets, float32 `(N, C_s, H, W)`, that stand for this teacher's logits `(N, C_t, H, W)`."""
+        answer: NDArray[np.float32] = (
+            soft_targets(logits_NTHW, self._class_map_TS, self._recipe.temperature).cpu().numpy()
+        )
+        return answer
+
+
+def soft_targets(logits_NTHW: Tensor, class_map_TS: Tensor, temperature: float) -> Tensor:
+    """
+    `softmax(z / T) @ M`, float32 `(N, C_s, H, W)`, from teacher logits `(N, C_t, H, W)` and a class map `(C_t, C_s)`.
+
+    T is applied before M, because the two do not commute. Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the
+    map is a linear change of classes.
+    """
+    probs_NTHW = torch.softmax(logits_NTHW.float() / temperature, dim=1)
+    return torch.einsum("nthw,ts->nshw", probs_NTHW, class_map_TS)
+
+
+@contextlib.contextmanager
+def _exactly(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute in the stated precision and nothing else: fp32 is not TF32, and kernels are the deterministic ones."""
+    dtype = AUTOCAST[precision]
+    autocast: Any = torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), autocast:
+        yield
+
+
+def _check_channels(model: nn.Module, state: dict[str, Any], teacher: Teacher) -> None:
+    """Say in the user's words what `load_strictly` would say in tensors: the number of classes is the commonest misfit."""
+    head = [name for name, _ in model.named_parameters() if name.startswith("segmentation_head.")]
+    for name in head:
+        found = state.get(name)
+        if isinstance(found, Tensor) and found.ndim and found.shape[0] != len(teacher.classes):
+            raise CheckpointError(
+                f"{teacher.checkpoint} answers in {found.shape[0]} channels, but teacher.classes names "
+                f"{len(teacher.classes)}: {', '.join(teacher.classes)}; list one name for each channel, in the file's order"
+            )
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """
+    The device to compute on: the named one, or else CUDA, Apple's MPS, or the CPU, whichever comes first.
+
+    Raises `ConfigError` for a device that is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(f"--device {name} cannot be used here: {str(err).splitlines()[0]}") from err
+    return device

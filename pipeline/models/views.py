@@ -1,0 +1,105 @@
+"""
+Asking a network about an image of any size, from several sides, and in windows: always in the image's own frame.
+
+Shapes: N images, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRIDE = 32  # encoders of five stages halve the image five times
+OVERLAP = 0.25  # of a window's side, shared by neighbours
+
+# (quarter turns, mirror left-right) of the views; d4 is the symmetry group of the square.
+TTA_VIEWS: dict[str, list[tuple[int, bool]]] = {
+    "none": [(0, False)],
+    "flips": [(0, False), (0, True), (2, False), (2, True)],
+    "d4": [(turns, mirror) for turns in range(4) for mirror in (False, True)],
+}
+
+
+def averaged_logits(
+    model: nn.Module, inputs_NCHW: Tensor, *, tta: str, scales: Sequence[float], window: int | None
+) -> Tensor:
+    """Logits `(N, C, H, W)`, float32, averaged over the views of `tta` at each of `scales`; the mean is taken before softmax."""
+    height, width = inputs_NCHW.shape[-2:]
+    total: Tensor | None = None
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = inputs_NCHW if size == (height, width) else _resize(inputs_NCHW, size)
+        for turns, mirror in TTA_VIEWS[tta]:
+            logits = _logits(model, _turned(scaled, turns, mirror), window)
+            logits = _turned_back(logits, turns, mirror)
+            logits = logits if size == (height, width) else _resize(logits, (height, width))
+            total = logits if total is None else total + logits
+    assert total is not None
+    return total / (len(scales) * len(TTA_VIEWS[tta]))
+
+
+def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
+    """Logits, float32, of an image of any size: mirrored right and below to a multiple of 32 px, and cropped back."""
+    height, width = inputs_NCHW.shape[-2:]
+    padded = inputs_NCHW
+    for dim, size in ((-2, height), (-1, width)):
+        target = -(-size // STRIDE) * STRIDE
+        if target != size:
+            padded = padded.index_select(dim, _mirrored(size, target).to(padded.device))
+    logits: Tensor = model(padded.contiguous(memory_format=torch.channels_last))
+    return logits[..., :height, :width].float()
+
+
+def _logits(model: nn.Module, inputs_NCHW: Tensor, window: int | None) -> Tensor:
+    height, width = inputs_NCHW.shape[-2:]
+    if window is None or (height <= window and width <= window):
+        return padded_logits(model, inputs_NCHW)
+    side_h, side_w = min(window, height), min(window, width)
+    weight_HW = torch.outer(_taper(side_h), _taper(side_w)).to(inputs_NCHW.device)
+    weights_HW = torch.zeros(height, width, device=inputs_NCHW.device)
+    total: Tensor | None = None
+    for top in _starts(height, side_h):
+        for left in _starts(width, side_w):
+            rows, columns = slice(top, top + side_h), slice(left, left + side_w)
+            logits = padded_logits(model, inputs_NCHW[..., rows, columns])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[..., rows, columns] += logits * weight_HW
+            weights_HW[rows, columns] += weight_HW
+    assert total is not None
+    return total / weights_HW
+
+
+def _starts(size: int, side: int) -> list[int]:
+    """Evenly spread starts of windows of `side` px over `size` px, neighbours sharing at least `OVERLAP` of a side."""
+    steps = -(-(size - side) // max(1, round(side * (1 - OVERLAP))))
+    return [round(i * (size - side) / steps) for i in range(steps + 1)] if steps else [0]
+
+
+def _taper(side: int) -> Tensor:
+    """Weights that fall linearly from a window's middle to its borders, never to zero."""
+    ramp = torch.arange(side, dtype=torch.float32) + 0.5
+    return torch.minimum(ramp, side - ramp)
+
+
+def _mirrored(size: int, target: int) -> Tensor:
+    """Indices `0..target-1` reflected into `0..size-1` at the border pixels, as often as needed (any size, also 1)."""
+    period = max(1, 2 * (size - 1))
+    position = torch.arange(target) % period
+    return torch.minimum(position, period - position) if size > 1 else torch.zeros(target, dtype=torch.long)
+
+
+def _turned(x: Tensor, turns: int, mirror: bool) -> Tensor:
+    return torch.rot90(x.flip(-1) if mirror else x, turns, dims=(-2, -1))
+
+
+def _turned_back(x: Tensor, turns: int, mirror: bool) -> Tensor:
+    x = torch.rot90(x, -turns, dims=(-2, -1))
+    return x.flip(-1) if mirror else x
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,145 @@
+"""
+Is the cache what the teacher would have said: cached and live targets compared, tile by tile, and what that does to a student.
+
+Every tolerance follows from δ, the most that a cached probability may be away from the live one: the encoding's bound plus
+what the teacher's own arithmetic may differ by when it is run again elsewhere (`PRECISION_SLACK`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.losses import soft_loss
+from kdpipe.pipeline.models.normalize import normalized
+
+# The most that a probability moves when the same weights answer on another device, batch or library version. float32: a
+# network's logits agree to about 1e-4, of which softmax passes on at most half. float16 and bfloat16 keep 11 and 8 bits.
+PRECISION_SLACK = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1.5e-1}
+GRADIENT_CROP_PX = 256  # of the middle of a tile: a gradient through the student, small enough for any machine
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure and what it may be: at most `tolerance`, or at least, if `at_least`."""
+
+    value: float
+    tolerance: float
+    at_least: bool = False
+
+    @property
+    def passes(self) -> bool:
+        """Whether the figure is within its tolerance; NaN is not."""
+        return self.value >= self.tolerance if self.at_least else self.value <= self.tolerance
+
+
+@dataclass(frozen=True)
+class TileParity:
+    """One tile's comparison. KL is of the cached from the live target, in nats, averaged over pixels."""
+
+    tile: str
+    max_abs: Measure
+    mean_abs: Measure
+    kl: Measure
+    decided_agreement: Measure
+    loss_difference: Measure
+    gradient_cosine: Measure
+    argmax_agreement: float
+
+    def measures(self) -> dict[str, Measure]:
+        """The figures that have a tolerance, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Measure)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        passes = {name: measure.passes for name, measure in self.measures().items()}
+        return {**asdict(self), "passes": all(passes.values())}
+
+
+def compare(
+    tile: str, cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
+    student: nn.Module, config: Config, bound: float, precision: str, device: torch.device,
+) -> TileParity:  # fmt: skip
+    """
+    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's.
+
+    The distillation loss of `student` and its gradient are taken on the middle of the tile, under either target.
+    """
+    delta = bound + PRECISION_SLACK[precision]
+    difference = np.abs(cached_CHW - live_CHW)
+    num_classes = live_CHW.shape[0]
+    top_two = np.partition(live_CHW, num_classes - 2, axis=0)[-2:]
+    agree = cached_CHW.argmax(axis=0) == live_CHW.argmax(axis=0)
+    # Where the two best classes are further apart than both may move, the order of classes cannot change.
+    decided = top_two[1] - top_two[0] > 2 * delta
+    floor = np.maximum(live_CHW, delta)
+    tiny = np.float32(1e-30)
+    kl = cached_CHW * (np.log(np.maximum(cached_CHW, tiny)) - np.log(np.maximum(live_CHW, tiny)))
+    loss, cosine = _student_effect(cached_CHW, live_CHW, image_HWC, student, config, delta, device)
+    return TileParity(
+        tile=tile,
+        max_abs=Measure(float(difference.max()), delta),
+        # Rounding is even-handed: half the bound on average, and so is the drift of the arithmetic.
+        mean_abs=Measure(float(difference.mean()), delta / 2),
+        # KL is (c - p)² / p to second order; below δ a probability moves by no more than δ.
+        kl=Measure(float(kl.sum(axis=0).mean()), float((delta**2 / floor).sum(axis=0).mean())),
+        decided_agreement=Measure(float(agree[decided].mean()) if decided.any() else 1.0, 1.0, at_least=True),
+        loss_difference=loss,
+        gradient_cosine=cosine,
+        argmax_agreement=float(agree.mean()),
+    )
+
+
+def _student_effect(
+    cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
+    student: nn.Module, config: Config, delta: float, device: torch.device,
+) -> tuple[Measure, Measure]:  # fmt: skip
+    """
+    The relative difference of the distillation loss, and the cosine between the gradients of the student's parameters.
+
+    Tolerances: the loss is linear in the target but for its entropy, so that it moves by at most the mean over pixels of
+    the sum over classes of `δ (|log q| + |log p| + 1)`. The gradient with respect to the student's logits is proportional
+    to `q - p`; moved by `δ` in every entry it turns by an angle of at most `δ √(C H W) / |q - p|`. The parameters' gradient
+    is a linear image of it, for which twice that angle is allowed.
+    """
+    height, width = (min(side, GRADIENT_CROP_PX) // 32 * 32 or side for side in live_CHW.shape[1:])
+    top, left = (live_CHW.shape[1] - height) // 2, (live_CHW.shape[2] - width) // 2
+    window = (slice(top, top + height), slice(left, left + width))
+    image = torch.from_numpy(np.ascontiguousarray(image_HWC[window])).to(device).permute(2, 0, 1)[None]
+    inputs = normalized(image, config.student.normalize)
+    temperature = config.distill.temperature
+    losses, gradients = [], []
+    for target_CHW in (cached_CHW, live_CHW):
+        target = torch.from_numpy(np.ascontiguousarray(target_CHW[:, *window])).to(device)[None]
+        logits = _padded(student, inputs)
+        inside = torch.ones_like(target[:, 0], dtype=torch.bool)
+        loss = temperature**2 * soft_loss(logits, target, inside, temperature)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())
+        losses.append(loss.item())
+        if target_CHW is live_CHW:
+            live, q = target, F.softmax(logits.detach() / temperature, dim=1)
+    log_terms = q.clamp(min=1e-12).log().abs() + live.clamp(min=delta).log().abs() + 1
+    loss_tolerance = temperature**2 * delta * log_terms.sum(dim=1).mean().item()
+    angle = delta * math.sqrt(q.numel()) / (q - live).norm().item()
+    cosine = F.cosine_similarity(gradients[0], gradients[1], dim=0).item()
+    return (
+        Measure(abs(losses[0] - losses[1]) / losses[1], loss_tolerance / losses[1]),
+        Measure(cosine, math.cos(min(2 * angle, math.pi / 2)), at_least=True),
+    )
+
+
+def _padded(student: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits under gradients; the crop is a multiple of 32 px, except on tiles smaller than that, which are mirrored."""
+    from kdpipe.pipeline.models.views import padded_logits
+
+    return padded_logits(student, inputs)

@@ -1,0 +1,240 @@
+"""
+Stage one: the teacher's soft targets of every training tile, computed once and stored.
+
+Threads read and decode ahead, the device computes, other threads encode and write; each waits for nobody but its input.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.cache.manifest import ImageDigest, Recipe, TileRecord, summarise
+from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.sources import digest_image
+from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.cache.writer import CacheWriter, finished_tiles, open_writer, whole_manifest
+from kdpipe.configs.errors import DataError, DiskFull, Interrupted
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import batches_of_equal_size
+from kdpipe.data.rasters import image_size, read_image
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.recipe import complete_recipe, library_versions
+
+READ_AHEAD = 3  # batches decoded before the device asks for them
+WRITERS = 2  # threads that encode and write; zstd and NumPy release the GIL
+PENDING_TILES = 8  # computed tiles that may wait to be written: bounds memory where the disk is slow
+ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
+PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
+
+Stretch = Sequence[tuple[float, float]] | None
+
+
+@dataclass
+class Summary:
+    """What a run of stage one did; sizes in bytes, time in seconds, tiles by id."""
+
+    cache: str
+    tiles: int
+    computed: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    pixels: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    fingerprint: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to do: all tiles, those finished already, and how the rest is computed."""
+
+    tiles: list[Tile]
+    finished: dict[str, TileRecord]
+    recipe: Recipe
+    stretch: Stretch
+    storage: Storage
+
+    @property
+    def missing(self) -> list[Tile]:
+        """The tiles to compute."""
+        return [tile for tile in self.tiles if tile.id not in self.finished]
+
+
+def make_plan(config: Config) -> Plan:
+    """
+    The tiles of the configuration, and which of them the cache holds already.
+
+    Raises `DataError` for what is wrong with the folders, `CheckpointError` for a missing teacher, `StaleCache` for a cache
+    made otherwise, `CorruptCache` for a folder that is no cache.
+    """
+    tiles = list_tiles(config.data, "train")
+    stretch = resolve_stretch(config.data, tiles)
+    storage = open_storage(config.cache.path)
+    recipe = complete_recipe(config, stretch, read_recipe(storage))
+    finished = finished_tiles(storage, recipe, {tile.id: tile.image for tile in tiles})
+    return Plan(tiles=tiles, finished=finished, recipe=recipe, stretch=stretch, storage=storage)
+
+
+def precompute(
+    config: Config, device: torch.device, progress: Progress | None = None, stop: threading.Event | None = None
+) -> Summary:
+    """
+    Bring the cache to completion and say what was done; does nothing where nothing is missing.
+
+    Images that cannot be read are in the summary's `failed`, and the cache stays unfinished. Raises what `make_plan`
+    raises, `CacheLocked`, `DiskFull`, and `Interrupted` once `stop` is set: finished tiles are kept in every case.
+    """
+    progress, stop = progress or Silent(), stop or threading.Event()
+    start = time.perf_counter()
+    plan = make_plan(config)
+    summary = Summary(cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished))
+    manifest = whole_manifest(plan.storage)
+    if not plan.missing and manifest and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]:
+        progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
+        summary.fingerprint = manifest.fingerprint
+        return summary
+    with open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer:
+        # Asked again under the lock: another process may have finished tiles since.
+        plan = make_plan(config)
+        summary.kept = len(plan.finished)
+        writer.begin()
+        if plan.finished:
+            progress.say(f"{len(plan.finished)} of {len(plan.tiles)} tiles are finished already and kept")
+        records = dict(plan.finished)
+        if plan.missing:
+            teacher = FrozenTeacher(load_teacher(config.teacher), config, plan.recipe, device)
+            with progress.bar("teacher", len(plan.tiles), "tiles", done=len(plan.finished)) as advance:
+                for record in _compute(plan, teacher, writer, _batch_size(config, device), summary, stop):
+                    records[record.id] = record
+                    summary.computed += 1
+                    summary.pixels += record.height * record.width
+                    summary.bytes_written += record.shard_bytes
+                    advance(1, bytes=record.shard_bytes)
+                    if summary.computed == PREDICT_AFTER:
+                        _refuse_small_disk(plan, summary)
+        if not summary.failed:
+            summary.fingerprint = writer.finish([records[tile.id] for tile in plan.tiles]).fingerprint
+    summary.seconds = time.perf_counter() - start
+    return summary
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The readable tiles of one batch, uint8 `(N, H, W, 3)`, and why the others cannot be read."""
+
+    tiles: list[Tile]
+    digests: list[ImageDigest]
+    images_NHWC: NDArray[np.uint8] | None
+    failed: dict[str, str]
+
+
+def _compute(
+    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batch_size: int, summary: Summary, stop: threading.Event
+) -> Iterator[TileRecord]:
+    """Compute the missing tiles, yielding each one's record once it is on disk."""
+    missing = {tile.id for tile in plan.missing}
+    batches = deque(batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch))
+    loading: deque[Future[_Loaded]] = deque()
+    writing: deque[Future[TileRecord]] = deque()
+    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(WRITERS) as writers:
+        try:
+            while (batches or loading) and not stop.is_set():
+                while batches and len(loading) < READ_AHEAD:
+                    loading.append(readers.submit(_load, batches.popleft(), plan.recipe, plan.stretch))
+                loaded = loading.popleft().result()
+                summary.failed |= loaded.failed
+                if loaded.images_NHWC is None:
+                    continue
+                probs_NCHW = teacher.soft_targets(loaded.images_NHWC)
+                for tile, digest, probs_CHW in zip(loaded.tiles, loaded.digests, probs_NCHW, strict=True):
+                    if tile.id in missing:
+                        writing.append(writers.submit(writer.write, tile.id, probs_CHW, digest))
+                while writing and (writing[0].done() or len(writing) > PENDING_TILES):
+                    yield writing.popleft().result()
+            while writing:
+                yield writing.popleft().result()
+        finally:
+            for load in loading:
+                load.cancel()
+            for write in writing:
+                write.cancel()
+    if stop.is_set():
+        kept = summary.kept + summary.computed
+        raise Interrupted(
+            f"stopped; {kept} of {summary.tiles} tiles are finished and kept in {summary.cache}. "
+            "Run the same command again to go on"
+        )
+
+
+def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
+    """
+    The same batches of equal size in every run, made from all tiles and not from the missing ones.
+
+    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones.
+    """
+    if batch_size == 1:
+        return [[tile] for tile in plan.tiles]
+    sizes, readable = [], []
+    for tile in plan.tiles:
+        try:
+            sizes.append(image_size(tile.image))
+            readable.append(tile)
+        except DataError as err:
+            summary.failed[tile.id] = str(err)
+    return [[readable[i] for i in batch] for batch in batches_of_equal_size(sizes, batch_size)]
+
+
+def _load(batch: list[Tile], recipe: Recipe, stretch: Stretch) -> _Loaded:
+    tiles, digests, images, failed = [], [], [], {}
+    for tile in batch:
+        try:
+            image_HWC = read_image(tile.image, tuple(recipe.bands), stretch)
+            digest = digest_image(tile.image)
+        except (DataError, OSError) as err:
+            failed[tile.id] = str(err)
+            continue
+        tiles.append(tile)
+        digests.append(digest)
+        images.append(image_HWC)
+    return _Loaded(tiles, digests, np.stack(images) if images else None, failed)
+
+
+def _batch_size(config: Config, device: torch.device) -> int:
+    return config.teacher.batch_size or (1 if device.type == "cpu" else ACCELERATOR_BATCH)
+
+
+def _refuse_small_disk(plan: Plan, summary: Summary) -> None:
+    free = plan.storage.free_bytes()
+    left = len(plan.missing) - summary.computed
+    needed = summary.bytes_written * left // summary.computed
+    if free is not None and needed > free:
+        raise DiskFull(
+            f"{plan.storage.url} needs about {needed / 1e9:.2f} GB more for {left} tiles, and its disk has {free / 1e9:.2f} GB free; "
+            f"make room and run the same command again: the {summary.computed + summary.kept} finished tiles are kept"
+        )
+
+
+def failure_report(summary: Summary) -> str:
+    """One paragraph that names the tiles that could not be read, and what to do."""
+    causes = "; ".join(list(summary.failed.values())[:5])
+    return (
+        f"{len(summary.failed)} of {summary.tiles} tiles could not be computed: {summarise(summary.failed)}. {causes}. "
+        "Mend or remove these images and run the same command again; the other tiles are finished"
+    )

@@ -1,0 +1,80 @@
+"""What a configuration says about a cache: the recipe of its values, and whether a cache on disk still follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kdpipe.cache.layout import CHUNK_PX
+from kdpipe.cache.manifest import Recipe, differences
+from kdpipe.configs.errors import CheckpointError, StaleCache
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.models.normalize import mean_std
+from kdpipe.pipeline.models.weights import file_sha256
+
+AUTO_PRECISION = "fp32"  # the only precision whose answers are the same on every device to the encoding's bound
+LIBRARIES = ("kdpipe", "torch", "segmentation-models-pytorch", "timm", "numpy", "zarr", "numcodecs", "rasterio")
+
+
+def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | None) -> dict[str, Any]:
+    """
+    The fields of a `Recipe` that the configuration decides.
+
+    Without `precision` where that is `auto` (any recorded one will do), without `teacher_sha256` where the checkpoint is
+    not on this disk (training from the cache does not need it).
+    """
+    teacher = config.teacher
+    mean, std = mean_std(teacher.normalize)
+    fields: dict[str, Any] = {
+        "teacher_architecture": teacher.architecture.lower(),
+        "teacher_encoder": teacher.encoder,
+        "teacher_classes": teacher.classes,
+        "normalize_mean": mean,
+        "normalize_std": std,
+        "tta": teacher.tta,
+        "scales": teacher.scales,
+        "window": teacher.window,
+        "bands": list(config.data.bands),
+        "stretch": [list(pair) for pair in stretch] if stretch else None,
+        "classes": config.classes.names,
+        "class_map": config.class_map_matrix().tolist(),
+        "temperature": config.distill.temperature,
+        "kind": config.cache.kind,
+        "bits": config.cache.bits,
+        "chunk_px": CHUNK_PX,
+    }
+    if teacher.precision != "auto":
+        fields["precision"] = teacher.precision
+    if Path(teacher.checkpoint).is_file():
+        fields["teacher_sha256"] = file_sha256(teacher.checkpoint)
+    return fields
+
+
+def complete_recipe(config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: Recipe | None) -> Recipe:
+    """
+    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32.
+
+    Raises `CheckpointError` where the teacher's file is missing.
+    """
+    fields = expected_fields(config, stretch)
+    if "teacher_sha256" not in fields:
+        raise CheckpointError(f"teacher.checkpoint: no file at {Path(config.teacher.checkpoint).absolute()}")
+    fields.setdefault("precision", recorded.precision if recorded else AUTO_PRECISION)
+    return Recipe.model_validate(fields)
+
+
+def refuse_unexpected(recipe: Recipe, expected: dict[str, Any], url: str) -> None:
+    """Raise `StaleCache`, naming every field in which a cache differs from what the configuration expects."""
+    changed = differences(recipe, expected)
+    if changed:
+        raise StaleCache(
+            f"{url} was made from something else than what is configured: {'; '.join(changed)}. "
+            "Set the configuration back, or run `kdpipe precompute-teacher` into another cache.path"
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what computes and stores the values: recorded, not part of the fingerprint."""
+    return {name: version(name) for name in LIBRARIES}

@@ -1,0 +1,64 @@
+"""Where stage two's soft targets come from: the cache, the live teacher, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kdpipe.cache.integrity import check_quick
+from kdpipe.cache.manifest import summarise
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.storage import open_storage
+from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import TargetSource
+from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.loaders import OnlineTargets
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.recipe import complete_recipe, expected_fields, refuse_unexpected
+
+Stretch = Sequence[tuple[float, float]] | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A source of soft targets (None without distillation), and the fingerprint of the cache behind it, if one is."""
+
+    source: TargetSource | None
+    fingerprint: str | None
+
+
+def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device: torch.device) -> Targets:
+    """
+    The soft targets that `distill.mode` asks for.
+
+    `cached` needs no teacher, neither in memory nor on disk; where its file is there, its digest is compared. Raises
+    `IncompleteCache`, `StaleCache` or `CorruptCache` where the cache does not hold what the configuration describes.
+    """
+    if config.distill.mode == "none":
+        return Targets(None, None)
+    if config.distill.mode == "online":
+        recipe = complete_recipe(config, stretch, None)
+        teacher = FrozenTeacher(load_teacher(config.teacher), config, recipe, device)
+        return Targets(OnlineTargets(teacher, tiles, config, stretch), None)
+    cache = open_fresh_cache(config, tiles, stretch)
+    return Targets(cache, cache.manifest.fingerprint)
+
+
+def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> SoftTargetCache:
+    """The cache of a configuration, refused where it is unfinished, made otherwise, or lacks a tile as it is now."""
+    storage = open_storage(config.cache.path)
+    manifest = read_manifest(storage)
+    refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
+    findings = check_quick(storage, manifest, {tile.id: tile.image for tile in tiles})
+    advice = "run `kdpipe precompute-teacher` again: it computes just these"
+    for code, error in (("missing-tile", IncompleteCache), ("stale-tile", StaleCache), ("damaged-tile", CorruptCache)):
+        found = [finding for finding in findings if finding.code == code]
+        if found:
+            names = summarise(finding.tile or "" for finding in found)
+            raise error(
+                f"{storage.url}: {len(found)} {code.replace('-', ' ')}s: {names} ({found[0].message}); {advice}"
+            )
+    return SoftTargetCache(storage, manifest)

@@ -1,0 +1,388 @@
+"""
+Stage two: training the student, from the cache, with the live teacher, or without one.
+
+The loop is Lightning Fabric's: the device, precision and gradients are Lightning's, the order of things is ours, because a
+run must go on in the middle of an epoch to the very weights that an uninterrupted one reaches.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from kdpipe.configs import dump_config
+from kdpipe.configs.errors import ConfigError, DataError, Interrupted, TrainingDiverged
+from kdpipe.configs.outputs import output_path
+from kdpipe.configs.schema import Config, DistillMode
+from kdpipe.data.dataset import TrainTiles, ValTiles
+from kdpipe.data.rasters import image_size
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import checkpoints
+from kdpipe.pipeline.checkpoints import Position
+from kdpipe.pipeline.loaders import batches_per_epoch, train_loader, val_loader
+from kdpipe.pipeline.losses import LossTerms, distillation_loss
+from kdpipe.pipeline.metrics import Scores, scores
+from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.student import encoder_parameters
+from kdpipe.pipeline.models.views import padded_logits
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.recipe import library_versions
+from kdpipe.pipeline.targets import open_targets
+
+WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
+WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
+
+
+@dataclass
+class Summary:
+    """What a run of stage two reached; times in seconds, scores in 0..1."""
+
+    name: str
+    mode: DistillMode
+    weights: str
+    logs: str
+    steps: int = 0
+    epochs: float = 0.0
+    best_miou: float | None = None
+    best_step: int | None = None
+    final: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_per_step: float | None = None
+    fingerprint: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def with_mode(config: Config, mode: DistillMode | None) -> Config:
+    """
+    The configuration with another `distill.mode`, as `--kd` asks.
+
+    A mode other than the config's own is added to the run's name, so that runs to be compared do not overwrite each other.
+    """
+    if mode is None or mode == config.distill.mode:
+        return config
+    distill = config.distill.model_copy(update={"mode": mode})
+    return config.model_copy(update={"distill": distill, "name": f"{config.name}-{mode}"})
+
+
+def train(
+    config: Config,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """
+    Train a student as configured; checkpoints, logs and the resolved config are written as it goes.
+
+    `resume` goes on from the last checkpoint if there is one; without it, an existing run is refused unless `overwrite`.
+    Raises `CacheError`s before the first step, `TrainingDiverged`, and `Interrupted` once `stop` is set, after a checkpoint.
+    """
+    run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
+    return run.fit()
+
+
+class _Run:
+    """One run of stage two, from its set-up to its summary."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        progress: Progress,
+        stop: threading.Event,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        self.config, self.device, self.progress, self.stop = config, device, progress, stop
+        self.folder = output_path(WEIGHTS_DIR / config.group / config.name, key="model_weights")
+        resume = self._check_folder(resume, overwrite)
+
+        tiles = list_tiles(config.data, "train", labelled_only=config.distill.mode == "none")
+        self.val_tiles = list_tiles(config.data, "val") if config.data.val else []
+        self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
+        targets = open_targets(config, tiles, self.stretch, device)
+        self.fingerprint = targets.fingerprint
+        workers = 0 if config.distill.mode == "online" else config.train.workers
+        if workers != config.train.workers:
+            progress.say("online: the teacher answers in the main process, so that train.workers is 0")
+        self._sizes_HW = self._val_sizes()
+
+        self.fabric = Fabric(
+            accelerator=device.type, devices=_fabric_devices(device), precision=_fabric_precision(config, device)
+        )
+        torch.manual_seed(config.seed)
+        self.student = build_student(
+            config.student.architecture,
+            len(config.classes.names),
+            encoder=config.student.encoder,
+            encoder_weights=config.student.encoder_weights,
+            checkpoint=config.student.checkpoint,
+        )
+        self.optimizer = make_optimizer(self.student, config)
+        train_config = config.train
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            self.optimizer, T_0=train_config.restart_epochs, T_mult=train_config.restart_mult
+        )
+        self.position = Position()
+        if resume:
+            self.position, precision_state = checkpoints.restore(
+                self.folder / checkpoints.LAST, config, self.fingerprint, self.student, self.optimizer, self.scheduler
+            )
+            self.fabric.strategy.precision.load_state_dict(precision_state)
+            progress.say(f"resuming after step {self.position.steps}")
+        self.model, self._fabric_optimizer = self.fabric.setup(self.student, self.optimizer)
+
+        dataset = TrainTiles(tiles, config, self.stretch, targets.source)
+        self.per_epoch = batches_per_epoch(config, len(dataset))
+        self.total_steps = self._total_steps()
+        self.loader = self.fabric.setup_dataloaders(
+            train_loader(config, dataset, self.position.batches, workers), use_distributed_sampler=False
+        )
+        self.val_loader = self.fabric.setup_dataloaders(
+            val_loader(config, ValTiles(self.val_tiles, config, self.stretch), self._sizes_HW, workers),
+            use_distributed_sampler=False,
+        )
+        self.csv = CSVLogger(LOGS_DIR, name=f"{config.group}/{config.name}")
+        self.tensorboard = TensorBoardLogger(LOGS_DIR, name=f"{config.group}/{config.name}", version=self.csv.version)
+        self.summary = Summary(
+            name=config.name,
+            mode=config.distill.mode,
+            weights=str(self.folder),
+            logs=self.csv.log_dir,
+            fingerprint=self.fingerprint,
+        )
+
+    def fit(self) -> Summary:
+        """Train to the last step, validating and saving on the way."""
+        config, start = self.config, time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / checkpoints.CONFIG).write_text(dump_config(config), encoding="utf-8")
+        step_seconds: list[float] = []
+        with self.progress.bar(
+            f"student ({config.distill.mode})", self.total_steps, "steps", self.position.steps
+        ) as advance:
+            clock = time.perf_counter()
+            batches: Any = iter(self.loader) if self.position.steps < self.total_steps else iter(())
+            for batch in batches:
+                terms = self._train_batch(batch)
+                if terms is None:
+                    continue
+                step_seconds.append(time.perf_counter() - clock)
+                self._log_step(terms, step_seconds[-1])
+                advance(1, loss=self.summary.losses[-1])
+                if self._at_end_of_epoch():
+                    self.scheduler.step()
+                self._validate_and_save()
+                if self.position.steps >= self.total_steps:
+                    break
+                clock = time.perf_counter()
+        if not self.summary.final:
+            self._validate()
+        self._close_logs()
+        self.summary.steps, self.summary.epochs = self.position.steps, self.position.batches / self.per_epoch
+        self.summary.best_miou, self.summary.best_step = self.position.best_miou, self.position.best_step
+        self.summary.seconds = time.perf_counter() - start
+        measured = step_seconds[WARM_UP_STEPS:]
+        self.summary.seconds_per_step = statistics.median(measured) if measured else None
+        return self.summary
+
+    def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
+        """One batch forward and backward; the loss terms where it completes an optimizer step, None where it does not."""
+        config = self.config
+        # Dropout draws from a state of its own in every batch: the same with and without teacher, resumed or not.
+        torch.manual_seed(config.seed * 1_000_003 + self.position.batches)
+        in_epoch = self.position.batches % self.per_epoch
+        window = config.train.accumulate
+        first = in_epoch - in_epoch % window
+        in_window = min(window, self.per_epoch - first)
+        completes = in_epoch + 1 == first + in_window
+        self.student.train()
+        logits = self.model(normalized(batch["image"], config.student.normalize))
+        terms = distillation_loss(
+            logits,
+            batch["mask"],
+            batch["inside"],
+            batch.get("target"),
+            alpha=config.distill.alpha,
+            temperature=config.distill.temperature,
+            ignore_index=config.classes.ignore_index,
+        )
+        self._refuse_divergence(terms)
+        self.fabric.backward(terms.total / in_window)
+        self.position = replace(self.position, batches=self.position.batches + 1)
+        if not completes:
+            return None
+        if config.train.clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.model, self._fabric_optimizer, max_norm=config.train.clip_norm, error_if_nonfinite=False
+            )
+        self._fabric_optimizer.step()
+        self._fabric_optimizer.zero_grad()
+        self.position = replace(self.position, steps=self.position.steps + 1)
+        return terms
+
+    def _validate_and_save(self) -> None:
+        """Validate and save where it is due, and stop where it was asked for; only ever between two steps."""
+        train_config = self.config.train
+        ended = self.position.steps >= self.total_steps
+        epoch_ended = self._at_end_of_epoch()
+        if ended or (epoch_ended and (self.position.batches // self.per_epoch) % train_config.val_every_epochs == 0):
+            self._validate()
+        if ended or epoch_ended or self.stop.is_set() or self.position.steps % train_config.checkpoint_every_steps == 0:
+            self._save(checkpoints.LAST)
+            self.csv.save()
+        if self.stop.is_set() and not ended:
+            self._close_logs()
+            raise Interrupted(
+                f"stopped after step {self.position.steps} of {self.total_steps}; the run is saved in {self.folder}. "
+                "Run the same command with --resume to go on"
+            )
+
+    def _validate(self) -> None:
+        if not self.val_tiles:
+            return
+        result = validate(self.model, self.val_loader, self.config, self.device)
+        if not math.isnan(result.miou) and (self.position.best_miou is None or result.miou > self.position.best_miou):
+            self.position = replace(self.position, best_miou=result.miou, best_step=self.position.steps)
+            self._save(checkpoints.BEST)
+        figures = {"val_mIoU": result.miou, "val_F1": result.mean_f1, "val_OA": result.overall_accuracy}
+        figures |= {f"val_IoU/{name}": value for name, value in result.iou.items() if value is not None}
+        self._log(figures)
+        self.summary.final = result.as_dict()
+        left_out = "".join(f"; {name} {reason}" for name, reason in result.left_out.items())
+        self.progress.say(f"step {self.position.steps}: val mIoU {100 * result.miou:.2f}{left_out}")
+
+    def _save(self, name: str) -> None:
+        record = {
+            "config": dump_config(self.config),
+            "mode": self.config.distill.mode,
+            "fingerprint": self.fingerprint,
+            "stretch": [list(pair) for pair in self.stretch] if self.stretch else None,
+            "libraries": library_versions(),
+        }
+        precision_state = self.fabric.strategy.precision.state_dict()
+        checkpoints.save(
+            self.folder / name, self.student, self.optimizer, self.scheduler, precision_state, self.position, record
+        )
+
+    def _log_step(self, terms: LossTerms, seconds: float) -> None:
+        self.summary.losses.append(terms.total.item())
+        groups = self.optimizer.param_groups
+        self._log(
+            {
+                "train_loss": self.summary.losses[-1],
+                "train_hard_loss": terms.hard.item(),
+                "train_kd_loss": terms.soft.item(),
+                "lr_encoder": groups[0]["lr"],
+                "lr": groups[1]["lr"],
+                "seconds_per_step": seconds,
+            }
+        )
+
+    def _log(self, figures: dict[str, float]) -> None:
+        epoch = (self.position.batches - 1) // self.per_epoch
+        for logger in (self.csv, self.tensorboard):
+            logger.log_metrics({**figures, "epoch": epoch}, step=self.position.steps)
+
+    def _close_logs(self) -> None:
+        for logger in (self.csv, self.tensorboard):
+            logger.finalize("success")
+
+    def _at_end_of_epoch(self) -> bool:
+        return self.position.batches % self.per_epoch == 0
+
+    def _refuse_divergence(self, terms: LossTerms) -> None:
+        if not torch.isfinite(terms.total):
+            raise TrainingDiverged(
+                f"the loss became {terms.total.item()} at step {self.position.steps + 1} "
+                f"(hard {terms.hard.item():.4g}, distillation {terms.soft.item():.4g}); try a lower train.lr "
+                f"({self.config.train.lr:g}), a train.clip_norm of 1.0, a lower distill.alpha ({self.config.distill.alpha:g}) or "
+                f"distill.temperature ({self.config.distill.temperature:g}), or train.precision fp32. "
+                f"Checkpoints up to the last one saved are in {self.folder}"
+            )
+
+    def _total_steps(self) -> int:
+        train_config = self.config.train
+        steps = train_config.epochs * math.ceil(self.per_epoch / train_config.accumulate)
+        return min(steps, train_config.max_steps) if train_config.max_steps else steps
+
+    def _val_sizes(self) -> list[tuple[int, int]]:
+        unlabelled = [tile.id for tile in self.val_tiles if tile.mask is None]
+        if self.val_tiles and len(unlabelled) == len(self.val_tiles):
+            raise DataError(f"data.val has no labelled tile to validate on: {self.config.data.val}")
+        self.val_tiles = [tile for tile in self.val_tiles if tile.mask is not None]
+        return [image_size(tile.image) for tile in self.val_tiles]
+
+    def _check_folder(self, resume: bool, overwrite: bool) -> bool:
+        """Whether to resume; refuses to write over a run that nobody asked to replace."""
+        last = self.folder / checkpoints.LAST
+        if not last.exists():
+            if resume:
+                self.progress.say(f"nothing to resume in {self.folder}: starting at the first step")
+            return False
+        if not resume and not overwrite:
+            raise ConfigError(
+                f"{self.folder} holds a run already; go on with --resume, replace it with --overwrite, "
+                "or choose another name (--set name=…)"
+            )
+        return resume
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
+    """Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode."""
+    num_classes = len(config.classes.names)
+    counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
+    model.eval()
+    for batch in loader:
+        logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
+        counts.update(logits.argmax(dim=1), batch["mask"])
+    return scores(counts.compute().cpu().numpy(), config.classes.names, config.classes.not_scored)
+
+
+def make_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with two groups: the encoder at `backbone_lr`, everything else at `lr`."""
+    encoder = encoder_parameters(student)
+    groups = [
+        {"params": [p for p in student.parameters() if id(p) in encoder], "lr": config.train.backbone_lr},
+        {"params": [p for p in student.parameters() if id(p) not in encoder], "lr": config.train.lr},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=config.train.weight_decay)
+
+
+def _fabric_devices(device: torch.device) -> Any:
+    return [device.index or 0] if device.type == "cuda" else 1
+
+
+def _fabric_precision(config: Config, device: torch.device) -> Any:
+    """Lightning's name of `train.precision`; `auto` is bf16 where a GPU computes it natively, else fp32."""
+    precision = config.train.precision
+    if precision == "auto":
+        precision = (
+            "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision fp16 needs a GPU (its loss scaling is not there on the CPU); use bf16 or fp32"
+        )
+    return {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision]

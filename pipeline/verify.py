@@ -1,0 +1,209 @@
+"""The gate between the stages: is the cache whole, fresh, and what the teacher would have said?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from kdpipe.cache.integrity import Finding, check_full, check_quick
+from kdpipe.cache.manifest import Manifest, differences
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.configs.errors import CorruptCache, DataError, IncompleteCache
+from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import read_image, read_mask
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline.label_check import TeacherClass, check_class_map
+from kdpipe.pipeline.metrics import Scores, count_pairs, scores
+from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.parity import TileParity, compare
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.recipe import expected_fields
+
+Level = Literal["quick", "full", "parity"]
+DEFAULT_SAMPLE = 12  # tiles on which the teacher is run again
+
+
+@dataclass
+class Report:
+    """What was checked and found; without findings the cache passes."""
+
+    cache: str
+    level: Level
+    tiles: int = 0
+    fingerprint: str | None = None
+    error_bound: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+    parity: list[TileParity] = field(default_factory=list)
+    labels: Scores | None = None
+    label_tiles: int = 0
+    confusion: list[list[int]] | None = None
+    teacher_classes: list[TeacherClass] = field(default_factory=list)
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "cache": self.cache,
+            "level": self.level,
+            "passes": self.passes,
+            "tiles": self.tiles,
+            "fingerprint": self.fingerprint,
+            "error_bound": self.error_bound,
+            "findings": [asdict(finding) for finding in self.findings],
+            "parity": [tile.as_dict() for tile in self.parity],
+            "labels": self.labels.as_dict() if self.labels else None,
+            "label_tiles": self.label_tiles,
+            "confusion": self.confusion,
+            "teacher_classes": [row.as_dict() for row in self.teacher_classes],
+        }
+
+
+def verify(
+    config: Config,
+    level: Level,
+    device: torch.device,
+    *,
+    sample: int = DEFAULT_SAMPLE,
+    student: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """
+    Check a cache against its configuration; what is wrong is in the report's findings.
+
+    `quick` reads names, sizes and times; `full` every byte; `parity` also runs the teacher again on `sample` tiles chosen
+    by the seed, compares what a student (`student`: a checkpoint, or else a fresh one) would learn, and compares the class
+    map with the labels. Raises `DataError` or `ConfigError` where the data cannot be listed, `CheckpointError` for a
+    missing teacher at level parity.
+    """
+    progress = progress or Silent()
+    tiles = list_tiles(config.data, "train")
+    images = {tile.id: tile.image for tile in tiles}
+    stretch = resolve_stretch(config.data, tiles)
+    storage = open_storage(config.cache.path)
+    report = Report(cache=storage.url, level=level, tiles=len(tiles))
+    try:
+        manifest = read_manifest(storage)
+    except (IncompleteCache, CorruptCache) as err:
+        code = "incomplete" if isinstance(err, IncompleteCache) else "damaged-manifest"
+        report.findings.append(Finding(code, None, str(err)))
+        return report
+    report.fingerprint, report.error_bound = manifest.fingerprint, manifest.error_bound
+    report.findings += [
+        Finding("stale-recipe", None, line) for line in differences(manifest.recipe, expected_fields(config, stretch))
+    ]
+    report.findings += _check_files(storage, manifest, images, level, progress)
+    if level == "parity" and not report.findings:
+        cache = SoftTargetCache(storage, manifest)
+        _check_parity(config, cache, tiles, stretch, device, sample, student, report, progress)
+        _check_labels(config, cache, tiles, report, progress)
+    elif level == "parity":
+        progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")
+    return report
+
+
+def _check_files(
+    storage: Storage, manifest: Manifest, images: Mapping[str, Path], level: Level, progress: Progress
+) -> list[Finding]:
+    if level == "quick":
+        return check_quick(storage, manifest, images)
+    with progress.bar("every byte", len(manifest.tiles), "tiles") as advance:
+        return check_full(storage, manifest, images, advance)
+
+
+def _check_parity(
+    config: Config, cache: SoftTargetCache, tiles: list[Tile], stretch: Any, device: torch.device,
+    sample: int, checkpoint: str | None, report: Report, progress: Progress,
+) -> None:  # fmt: skip
+    """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
+    manifest = cache.manifest
+    teacher = FrozenTeacher(load_teacher(config.teacher), config, manifest.recipe, device)
+    torch.manual_seed(config.seed)
+    student = build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        encoder=config.student.encoder,
+        checkpoint=checkpoint or config.student.checkpoint,
+    )
+    student.to(device).eval()
+    num_labels, num_answers = len(config.classes.names), len(config.teacher.classes)
+    counts = []
+    chosen = sampled_tiles(tiles, sample, config.seed)
+    with progress.bar("parity", len(chosen), "tiles") as advance:
+        for tile in chosen:
+            image_HWC = read_image(tile.image, config.data.bands, stretch)
+            logits_NTHW = teacher.logits(image_HWC[None])
+            live_CHW = teacher.targets_of(logits_NTHW)[0]
+            result = compare(
+                tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
+                manifest.error_bound, manifest.recipe.precision, device,
+            )  # fmt: skip
+            report.parity.append(result)
+            report.findings += [
+                Finding(
+                    "parity", tile.id,
+                    f"{name} is {m.value:.4g}, which should be {'at least' if m.at_least else 'at most'} {m.tolerance:.4g}",
+                )
+                for name, m in result.measures().items() if not m.passes
+            ]  # fmt: skip
+            if tile.mask is not None:
+                answers = logits_NTHW[0].argmax(dim=0).cpu().numpy()
+                mask = read_mask(tile.mask, num_labels, config.classes.ignore_index)
+                counts.append(count_pairs(mask, answers, num_labels, num_answers, config.classes.ignore_index))
+            advance()
+    if counts:
+        report.teacher_classes = check_class_map(np.stack(counts), config)
+        report.findings += [
+            Finding(
+                "class-map", None,
+                f"where the teacher answers {row.name}, {100 * row.fitting_share:.0f} % of the labels say {row.fitting} and "
+                f"{100 * row.configured_share:.0f} % {row.configured}: mapping it to {row.fitting} raises mIoU by "
+                f"{100 * row.gain:.1f} points. Is the order of teacher.classes that of the checkpoint's channels?",
+            )
+            for row in report.teacher_classes if row.clearly_better
+        ]  # fmt: skip
+
+
+def _check_labels(
+    config: Config, cache: SoftTargetCache, tiles: list[Tile], report: Report, progress: Progress
+) -> None:
+    """The confusion of the cached targets' argmax with the masks, over every labelled tile."""
+    labelled = [tile for tile in tiles if tile.mask is not None]
+    if not labelled:
+        progress.say("no tile has labels: the class map cannot be compared with any")
+        return
+    num_classes = len(config.classes.names)
+    total = np.zeros((num_classes, num_classes), dtype=np.int64)
+    with progress.bar("labels", len(labelled), "tiles") as advance:
+        for tile in labelled:
+            assert tile.mask is not None
+            mask = read_mask(tile.mask, num_classes, config.classes.ignore_index)
+            if mask.shape != cache.size(tile.id):
+                raise DataError(f"{tile.mask} is {mask.shape} px, its image {cache.size(tile.id)}")
+            answers = cache.read_units(tile.id).argmax(axis=0)
+            total += count_pairs(mask, answers, num_classes, num_classes, config.classes.ignore_index)
+            advance()
+    report.label_tiles = len(labelled)
+    report.confusion = total.tolist()
+    report.labels = scores(total, config.classes.names, config.classes.not_scored)
+
+
+def sampled_tiles(tiles: list[Tile], sample: int, seed: int) -> list[Tile]:
+    """A seeded sample, labelled and unlabelled tiles in turn while there are both, so that the class map can be judged."""
+    order = [tiles[i] for i in np.random.default_rng(seed).permutation(len(tiles))]
+    labelled = [tile for tile in order if tile.mask is not None]
+    unlabelled = [tile for tile in order if tile.mask is None]
+    turns = max(len(labelled), len(unlabelled))
+    mixed = [group[turn] for turn in range(turns) for group in (labelled, unlabelled) if turn < len(group)]
+    return mixed[:sample]
