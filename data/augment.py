@@ -1,0 +1,140 @@
+"""
+Which views a training sample is made of, drawn from a random generator, and the change of colours that ends it.
+
+The recipe is GeoSeg's (https://github.com/WangLibo1995/GeoSeg, `SmartCropV1` and the mosaic of its data sets): random
+scale, a crop that no single class fills, now and then a mosaic of four, flips and quarter turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.configs import schema
+from kdpipe.data.geometry import Plan, Resampler, View, scaled_size
+
+CROP_TRIES = 10  # as in SmartCropV1; a tile of one class must end somewhere
+
+SizeOf = Callable[[int], tuple[int, int]]
+"""Tile number to its `(H, W)` in px."""
+MaskOf = Callable[[int], NDArray[np.int32] | None]
+"""Tile number to its labels, int32 `(H, W)`, or None for a tile without mask."""
+
+
+def sample_plan(
+    rng: np.random.Generator,
+    tile: int,
+    num_tiles: int,
+    train: schema.Train,
+    ignore_index: int,
+    size_of: SizeOf,
+    mask_of: MaskOf,
+) -> Plan:
+    """
+    A plan for one sample of `train.crop` px around tile number `tile` of `num_tiles`.
+
+    With probability `train.mosaic` it shows this tile and three drawn from all, one a quadrant, split at a point uniform
+    in crop/4..3*crop/4 on both axes, each with its own scale. Positions are uniform, and are drawn again, up to
+    `CROP_TRIES` times, while one class covers more than `train.max_class_share` of the sample's labelled pixels or
+    fewer than two classes occur; the last draw stays. Where `max_class_share` is 1, or no tile of the sample has a
+    mask, the first does. Flips have probability 1/2 each, quarter turns 1/4 each.
+
+    Of the masks only those of the sample's own tiles are asked for, and none where `max_class_share` is 1.
+    """
+    frames = (
+        _quadrants(rng, tile, num_tiles, train)
+        if rng.random() < train.mosaic
+        else [(tile, 0, 0, train.crop, train.crop)]
+    )
+    scales = [float(rng.choice(train.scales)) for _ in frames]
+    for _ in range(CROP_TRIES):
+        views = tuple(_place(rng, frame, scale, size_of) for frame, scale in zip(frames, scales, strict=True))
+        if train.max_class_share == 1 or is_varied(views, train.max_class_share, ignore_index, mask_of):
+            break
+    return Plan(
+        crop=train.crop,
+        views=views,
+        flip_h=bool(rng.random() < 0.5),
+        flip_v=bool(rng.random() < 0.5),
+        rot90=int(rng.integers(4)),
+        photometric_seed=int(rng.integers(2**32)) if rng.random() < train.photometric else None,
+    )
+
+
+def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int, mask_of: MaskOf) -> bool:
+    """
+    Whether, of the labelled pixels of all views together, no class has more than `max_class_share` and two or more occur.
+
+    True where no tile of the views has a mask.
+    """
+    counts = np.zeros(ignore_index + 1, dtype=np.int64)
+    any_mask = False
+    for view in views:
+        labels = mask_of(view.tile)
+        if labels is None:
+            continue
+        any_mask = True
+        resampler = Resampler(view, *labels.shape)
+        y, x, h, w = resampler.window
+        view_labels = resampler.mask(labels[y : y + h, x : x + w], ignore_index)
+        counts += np.bincount(view_labels.ravel(), minlength=len(counts))
+    counts[ignore_index] = 0
+    if not any_mask:
+        return True
+    return int(np.count_nonzero(counts)) >= 2 and bool(counts.max() <= max_class_share * counts.sum())
+
+
+def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """
+    The image, uint8 `(H, W, 3)`, a little brighter or darker, tinted, and blurred or noisy or neither, as `seed` has it.
+
+    Built anew each time (1 ms): albumentations keeps its generators in the transforms, which threads would share.
+    """
+    # Else the import asks the network for a newer version, and warns where there is none.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations
+
+    # Ranges at about half of albumentations' defaults: land cover is told by its colour.
+    change = albumentations.Compose(
+        [
+            albumentations.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=1),
+            albumentations.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=15, val_shift_limit=8, p=1),
+            albumentations.OneOf(
+                [
+                    albumentations.GaussianBlur(blur_limit=(3, 5), p=1),
+                    albumentations.GaussNoise(std_range=(0.01, 0.03), p=1),
+                    albumentations.NoOp(p=1),
+                ],
+                p=1,
+            ),
+        ]
+    )
+    change.set_random_seed(seed)
+    image: NDArray[np.uint8] = change(image=image_HW3)["image"]
+    return image
+
+
+_Frame = tuple[int, int, int, int, int]
+"""A tile's number and its place in the sample: `(tile, top, left, height, width)`."""
+
+
+def _quadrants(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[_Frame]:
+    tiles = [tile, *rng.integers(num_tiles, size=3).tolist()]
+    quarter = train.crop // 4
+    row, column = rng.integers(quarter, train.crop - quarter, size=2, endpoint=True).tolist()
+    spans = [(0, 0), (0, column), (row, 0), (row, column)]
+    return [
+        (number, top, left, train.crop - row if top else row, train.crop - column if left else column)
+        for number, (top, left) in zip(tiles, spans, strict=True)
+    ]
+
+
+def _place(rng: np.random.Generator, frame: _Frame, scale: float, size_of: SizeOf) -> View:
+    tile, out_top, out_left, height, width = frame
+    scaled_height, scaled_width = scaled_size(*size_of(tile), scale)
+    top = int(rng.integers(max(0, scaled_height - height), endpoint=True))
+    left = int(rng.integers(max(0, scaled_width - width), endpoint=True))
+    return View(tile, scale, top, left, height, width, out_top, out_left)

@@ -1,0 +1,231 @@
+"""
+Training samples and validation tiles as map-style datasets, without torch: arrays that a DataLoader turns into tensors.
+
+What a training sample is depends on (seed, epoch, index) alone: not on the worker that makes it, nor on the samples
+before it. Both datasets are picklable, hold no open file and can be read from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.configs import Config
+from kdpipe.configs.errors import DataError
+from kdpipe.data.augment import change_colours, sample_plan
+from kdpipe.data.geometry import Plan, Resampler, Window, orient
+from kdpipe.data.rasters import image_size, read_image, read_mask
+from kdpipe.data.tiles import Tile
+
+Stretch = Sequence[tuple[float, float]]
+
+
+class TargetSource(Protocol):
+    """Where soft targets come from: the cache, or a teacher."""
+
+    def read(self, tile_id: str, window: Window) -> NDArray[np.float32]:
+        """The soft target of a tile within `(y, x, h, w)`: float32 `(C, h, w)`, summing to 1 over axis 0."""
+        ...
+
+
+class TrainSample(TypedDict):
+    """A crop; h and w are `train.crop`."""
+
+    image: NDArray[np.uint8]  # (3, h, w)
+    mask: NDArray[np.int64]  # (h, w), ignore_index over padding and in tiles without mask
+    inside: NDArray[np.bool_]  # (h, w), False over padding
+    target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 over padding
+
+
+class ValSample(TypedDict):
+    """A whole tile of H x W px."""
+
+    image: NDArray[np.uint8]  # (3, H, W)
+    mask: NDArray[np.int64]  # (H, W), ignore_index in tiles without mask
+    tile: int
+
+
+class TrainTiles:
+    """
+    Augmented crops of training tiles: `len(tiles) * train.crops_per_tile` samples an epoch.
+
+    Sample `k` is number `k % len(self)` of epoch `k // len(self)`: hand in indices beyond the length for later epochs.
+
+    Args:
+        tiles: as `list_tiles` gives them.
+        config: `train`, `classes`, `data.bands` and `seed` are used.
+        stretch: as `resolve_stretch` gives it.
+        targets: soft targets, read by window; None leaves `target` out of the samples.
+        sizes: the tiles' `(H, W)` if known; read from the files' headers as needed if not.
+
+    Reading raises `DataError` where a file cannot be used, or image and mask differ in size.
+    """
+
+    def __init__(
+        self,
+        tiles: Sequence[Tile],
+        config: Config,
+        stretch: Stretch | None = None,
+        targets: TargetSource | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        if not tiles:
+            raise DataError("there is no tile to train on: data.train and data.unlabelled hold none that can be used")
+        self.tiles = list(tiles)
+        self.targets = targets
+        self._config = config
+        self._stretch = stretch
+        self._sizes = dict(enumerate(sizes)) if sizes is not None else {}
+
+    def __len__(self) -> int:
+        return len(self.tiles) * self._config.train.crops_per_tile
+
+    def plan(self, k: int) -> Plan:
+        """How sample `k` is made: the same in every process and on every machine."""
+        return self._plan(k, {})
+
+    def __getitem__(self, k: int) -> TrainSample:
+        """Sample `k`, uncorrelated with all others."""
+        masks: dict[int, NDArray[np.int32] | None] = {}
+        return self._render(self._plan(k, masks), masks)
+
+    def render(self, plan: Plan) -> TrainSample:
+        """The sample that `plan` describes."""
+        return self._render(plan, {})
+
+    def _plan(self, k: int, masks: dict[int, NDArray[np.int32] | None]) -> Plan:
+        if k < 0:
+            raise IndexError(f"samples are counted from 0 over all epochs, found {k}")
+        epoch, i = divmod(k, len(self))
+        return sample_plan(
+            np.random.default_rng([self._config.seed, epoch, i]),
+            i % len(self.tiles),
+            len(self.tiles),
+            self._config.train,
+            self._config.classes.ignore_index,
+            size_of=self._size,
+            mask_of=lambda tile: self._mask(tile, masks),
+        )
+
+    def _render(self, plan: Plan, masks: dict[int, NDArray[np.int32] | None]) -> TrainSample:
+        crop, ignore_index = plan.crop, self._config.classes.ignore_index
+        image = np.zeros((crop, crop, 3), dtype=np.uint8)
+        mask = np.full((crop, crop), ignore_index, dtype=np.int32)
+        inside = np.zeros((crop, crop), dtype=np.bool_)
+        target: NDArray[np.float32] | None = None
+        for view in plan.views:
+            resampler = Resampler(view, *self._size(view.tile))
+            y, x, h, w = resampler.window
+            source = np.s_[y : y + h, x : x + w]
+            place = np.s_[view.out_top : view.out_top + view.height, view.out_left : view.out_left + view.width]
+            image[place] = resampler.image(self._image(view.tile)[source])
+            inside[place] = resampler.inside()
+            labels = self._mask(view.tile, masks)
+            if labels is not None:
+                mask[place] = resampler.mask(labels[source], ignore_index)
+            if self.targets is not None:
+                probs = resampler.target(self.targets.read(self.tiles[view.tile].id, window=resampler.window))
+                if target is None:
+                    target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
+                target[:, *place] = probs
+        image = orient(image, plan, (0, 1))
+        if plan.photometric_seed is not None:
+            image = change_colours(image, plan.photometric_seed)
+        sample = TrainSample(
+            image=np.ascontiguousarray(image.transpose(2, 0, 1)),
+            mask=orient(mask, plan, (0, 1)).astype(np.int64),
+            inside=orient(inside, plan, (0, 1)),
+        )
+        if target is not None:
+            sample["target"] = orient(target, plan, (1, 2))
+        return sample
+
+    def _size(self, tile: int) -> tuple[int, int]:
+        if tile not in self._sizes:
+            self._sizes[tile] = image_size(self.tiles[tile].image)
+        return self._sizes[tile]
+
+    def _image(self, tile: int) -> NDArray[np.uint8]:
+        return _read_image(self.tiles[tile], self._config, self._stretch, self._size(tile))
+
+    def _mask(self, tile: int, masks: dict[int, NDArray[np.int32] | None]) -> NDArray[np.int32] | None:
+        if tile not in masks:
+            masks[tile] = _read_mask(self.tiles[tile], self._config, self._size(tile))
+        return masks[tile]
+
+
+class ValTiles:
+    """
+    Whole tiles, one a sample, unaltered.
+
+    Tiles differ in size: batch them by `batches_of_equal_size(dataset.sizes(), n)`. Reading raises `DataError` where a
+    file cannot be used, or image and mask differ in size.
+    """
+
+    def __init__(self, tiles: Sequence[Tile], config: Config, stretch: Stretch | None = None) -> None:
+        self.tiles = list(tiles)
+        self._config = config
+        self._stretch = stretch
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, i: int) -> ValSample:
+        """Tile number `i`."""
+        tile = self.tiles[i]
+        image = _read_image(tile, self._config, self._stretch, None)
+        size = image.shape[:2]
+        labels = _read_mask(tile, self._config, size)
+        if labels is None:
+            labels = np.full(size, self._config.classes.ignore_index, dtype=np.int32)
+        return ValSample(image=np.ascontiguousarray(image.transpose(2, 0, 1)), mask=labels.astype(np.int64), tile=i)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The tiles' `(H, W)` in px, from the files' headers."""
+        return [image_size(tile.image) for tile in self.tiles]
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which the `n` samples of an epoch are taken: a permutation of 0..n-1, int64 `(n,)`."""
+    # [seed, epoch] would be the very stream of sample 0: NumPy fills the entropy up with zeros.
+    return np.random.default_rng([seed, epoch, 0, 1]).permutation(n)
+
+
+def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """
+    The indices of `sizes` in batches of at most `batch_size`, each of one `(H, W)`.
+
+    Indices rise within a batch, and batches by their first index.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(sizes):
+        by_size.setdefault((size[0], size[1]), []).append(i)
+    batches = [
+        group[start : start + batch_size] for group in by_size.values() for start in range(0, len(group), batch_size)
+    ]
+    return sorted(batches)
+
+
+def _read_image(tile: Tile, config: Config, stretch: Stretch | None, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    image = read_image(tile.image, config.data.bands, stretch)
+    if size is not None and image.shape[:2] != tuple(size):
+        raise DataError(
+            f"{tile.image} is {_by(image)} px, and was {size[0]} x {size[1]} when it was listed: it was changed"
+        )
+    return image
+
+
+def _read_mask(tile: Tile, config: Config, size: tuple[int, int]) -> NDArray[np.int32] | None:
+    if tile.mask is None:
+        return None
+    labels = read_mask(tile.mask, len(config.classes.names), config.classes.ignore_index)
+    if labels.shape != tuple(size):
+        raise DataError(f"the mask {tile.mask} is {_by(labels)} px, and its image {tile.image} {size[0]} x {size[1]}")
+    return labels
+
+
+def _by(array: NDArray[Any]) -> str:
+    return f"{array.shape[0]} x {array.shape[1]}"

@@ -1,0 +1,150 @@
+"""
+Where each pixel of a training sample comes from: views of tiles, resampled exactly and alike for image, mask and target.
+
+A view is a crop of a tile that was resized by `scale`; only the source pixels under the crop are needed, and the result
+is, to rounding, what resizing the whole tile and slicing it gives. Pixel centres lie at half integers
+(`align_corners=False`), there is no antialiasing, and beyond the border the nearest pixel holds.
+
+H W are the tile's size, h w a window's or a view's, C classes. Not covered: which views are drawn (`augment.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Window = tuple[int, int, int, int]
+"""`(y, x, h, w)` in px of the tile."""
+
+
+@dataclass(frozen=True)
+class View:
+    """
+    A crop of `height` x `width` px at `(top, left)` of tile number `tile` resized by `scale`, for `(out_top, out_left)`.
+
+    `top` and `left` are in px of the resized tile and lie in it; what of the crop lies below or right of it is padding.
+    """
+
+    tile: int
+    scale: float
+    top: int
+    left: int
+    height: int
+    width: int
+    out_top: int = 0
+    out_left: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How a sample of `crop` x `crop` px is made: its views, then the flips, then `rot90` quarter turns counter-clockwise.
+
+    `photometric_seed` drives the change of colours, which comes last; None leaves them.
+    """
+
+    crop: int
+    views: tuple[View, ...]
+    flip_h: bool = False
+    flip_v: bool = False
+    rot90: int = 0
+    photometric_seed: int | None = None
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """The size in px of a tile resized by `scale`: rounded, and at least 1."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class Resampler:
+    """
+    One view of a tile of `height` x `width` px.
+
+    `window` says which source pixels are needed; the methods take exactly those and return the view.
+    """
+
+    def __init__(self, view: View, height: int, width: int) -> None:
+        scaled_height, scaled_width = scaled_size(height, width, view.scale)
+        self._rows = _Axis(view.top, view.height, height, scaled_height)
+        self._columns = _Axis(view.left, view.width, width, scaled_width)
+        self.window: Window = (self._rows.first, self._columns.first, self._rows.count, self._columns.count)
+
+    def image(self, pixels_hw3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The view as uint8 `(height, width, 3)`, bilinear, rounded; its padding is the resized tile mirrored."""
+        self._check(pixels_hw3.shape[:2])
+        values = self._columns.interpolate(self._rows.interpolate(pixels_hw3, axis=0), axis=1)
+        return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
+
+    def mask(self, labels_hw: NDArray[np.int32], ignore_index: int) -> NDArray[np.int32]:
+        """The view as int32 `(height, width)`, nearest pixel; its padding is `ignore_index`."""
+        self._check(labels_hw.shape)
+        labels = np.full((len(self._rows.inside), len(self._columns.inside)), ignore_index, dtype=np.int32)
+        rows, columns = self._rows.nearest, self._columns.nearest
+        labels[: len(rows), : len(columns)] = labels_hw[rows].take(columns, axis=1)
+        return labels
+
+    def target(self, probs_Chw: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The view as float32 `(C, height, width)`, bilinear: sums over axis 0 stay what they are. Its padding is 0."""
+        self._check(probs_Chw.shape[1:])
+        values: NDArray[np.float32] = self._columns.interpolate(self._rows.interpolate(probs_Chw, axis=1), axis=2)
+        values[:, ~self._rows.inside] = 0
+        values[:, :, ~self._columns.inside] = 0
+        return values
+
+    def inside(self) -> NDArray[np.bool_]:
+        """Where the view shows the tile, and not padding: bool `(height, width)`."""
+        return self._rows.inside[:, None] & self._columns.inside[None, :]
+
+    def _check(self, found: tuple[int, ...]) -> None:
+        assert tuple(found) == self.window[2:], f"pixels of window {self.window} expected, found {found}"
+
+
+def orient(array: NDArray[Any], plan: Plan, axes: tuple[int, int]) -> NDArray[Any]:
+    """The flips and quarter turns of `plan` applied to the rows and columns, which are `axes`; contiguous."""
+    rows, columns = axes
+    if plan.flip_h:
+        array = np.flip(array, columns)
+    if plan.flip_v:
+        array = np.flip(array, rows)
+    return np.ascontiguousarray(np.rot90(array, plan.rot90, axes))
+
+
+class _Axis:
+    """
+    Rows or columns `start .. start + length` of a tile that was resized from `source` to `scaled` px.
+
+    Pixel i of the resized axis has its centre at `(i + 1/2) * source / scaled - 1/2` of the source. All of it is kept in
+    integers of `1 / (2 * scaled)` px, so that the nearest pixel is never off by a rounding error.
+    """
+
+    def __init__(self, start: int, length: int, source: int, scaled: int) -> None:
+        assert length >= 1, "an empty view"
+        assert 0 <= start < scaled, f"a view from {start} of a resized tile of {scaled} px"
+        positions = np.arange(start, start + length)
+        self.inside = positions < scaled
+        # Mirrored with the border pixel repeated, again and again: defined for any length, and for a tile of 1 px.
+        positions %= 2 * scaled
+        positions = np.where(positions < scaled, positions, 2 * scaled - 1 - positions)
+        lower, rest = np.divmod((2 * positions + 1) * source - scaled, 2 * scaled)
+        upper = np.minimum(lower + (rest > 0), source - 1)
+        lower = np.maximum(lower, 0)
+        self.first = int(lower.min())
+        self.count = int(upper.max()) - self.first + 1
+        self._lower, self._upper = lower - self.first, upper - self.first
+        self._upper_share = (rest / (2 * scaled)).astype(np.float32)
+        nearest = (2 * positions + 1) * source // (2 * scaled) - self.first
+        self.nearest = nearest[self.inside]
+
+    def interpolate(self, values: NDArray[Any], axis: int) -> NDArray[Any]:
+        """Float32 values between the neighbours along `axis`; in the dtype given, where no pixel lies between two."""
+        if np.array_equal(self._lower, self._upper):
+            return values.take(self._lower, axis)
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        share = self._upper_share.reshape(shape)
+        result: NDArray[np.float32] = values.take(self._lower, axis) * (1 - share)
+        result += values.take(self._upper, axis) * share
+        return result

@@ -1,0 +1,197 @@
+"""
+Pixels out of image and mask files, whole or not at all: a damaged file is an error, never a picture with a grey half.
+
+PNG, JPEG, TIFF and GeoTIFF through rasterio. Every function opens the file anew and may be called from any thread.
+Georeferencing is not read here. Not covered: writing, and reading part of an image (a JPEG cannot be decoded in part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.configs.errors import DataError
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+# 32768 x 32768. An RGB image of that size takes 3 GiB and its float32 soft target of 6 classes 24 GiB, so that a larger
+# one is a mosaic still to be cut into tiles, or a header that lies: it is refused before anything is allocated.
+MAX_PIXELS = 2**30
+
+_DRIVERS = ["PNG", "JPEG", "GTiff"]  # no VRT or the like, which could name any other file or URL
+_GDAL_OPTIONS = {
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # by default a truncated JPEG is a warning, and its rest is grey
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 returns a truncated PNG as noise, without a word
+    "GDAL_PAM_ENABLED": False,  # no .aux.xml files, neither read nor written beside the user's data
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder, which may hold a million files
+}
+_SHOWN_VALUES = 5
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """
+    `(H, W)` in px, read from the file's header alone.
+
+    Raises `DataError` where the file is missing, is no PNG, JPEG or TIFF, or declares more than `MAX_PIXELS`.
+    """
+    with _opened(path) as raster:
+        return raster.height, raster.width
+
+
+def read_image(
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Sequence[tuple[float, float]] | None = None
+) -> NDArray[np.uint8]:
+    """
+    The image as uint8 `(H, W, 3)`, values 0..255.
+
+    Args:
+        path: an image file of 8-bit, 16-bit, 32-bit or float bands.
+        bands: three band numbers, counted from 1; others (alpha, infrared) are left out.
+        stretch: a `(low, high)` for each band, in the file's own units: low becomes 0, high 255, linearly, clipped and
+            rounded (half to even). The value that the file declares as nodata becomes 0. None takes 8-bit values as
+            they are, and refuses any others.
+
+    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and
+    has none, or holds NaN or infinity that is not its declared nodata.
+    """
+    with _opened(path) as raster:
+        if stretch is None:
+            _require_8_bit(path, raster, bands)
+            return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0))
+        values_BHW, nodata_BHW = _bands_and_nodata(path, raster, bands)
+    image_HWB = np.empty((*values_BHW.shape[1:], len(bands)), dtype=np.uint8)
+    for i, (band, (low, high)) in enumerate(zip(bands, stretch, strict=True)):
+        values_HW, nodata_HW = values_BHW[i], nodata_BHW[i]
+        _require_finite(path, band, values_HW, nodata_HW)
+        # float32 holds every 16-bit integer; wider ones are computed in float64.
+        values_HW = np.where(nodata_HW, np.zeros((), values_HW.dtype), values_HW)
+        values_HW = values_HW.astype(np.result_type(values_HW.dtype, np.float32), copy=False)
+        scaled_HW = (np.clip(values_HW, low, high) - low) * (255 / (high - low))
+        image_HWB[..., i] = np.where(nodata_HW, 0, np.rint(scaled_HW).clip(0, 255))
+    return image_HWB
+
+
+def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int32]:
+    """
+    The labels as int32 `(H, W)`: class indices 0..num_classes-1, or `ignore_index`. A palette's indices are the labels.
+
+    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters
+    indices), has more than one band or no integers, or holds a value that is neither a class nor `ignore_index`.
+    """
+    with _opened(path) as raster:
+        if raster.driver == "JPEG":
+            raise DataError(f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF")
+        if raster.count != 1:
+            raise DataError(f"the mask {path} should have 1 band of class indices, found {raster.count} bands")
+        dtype = raster.dtypes[0]
+        if np.dtype(dtype).kind not in "iu":
+            raise DataError(f"the mask {path} should hold integers, class indices, found {dtype}")
+        values_HW = _pixels(path, raster, [1])[0]
+    foreign_HW = ((values_HW < 0) | (values_HW >= num_classes)) & (values_HW != ignore_index)
+    if foreign_HW.any():
+        found = np.unique(values_HW[foreign_HW]).tolist()
+        shown = ", ".join(map(str, found[:_SHOWN_VALUES])) + (", …" if len(found) > _SHOWN_VALUES else "")
+        raise DataError(
+            f"the mask {path} holds {shown}, neither a class (0..{num_classes - 1}) nor ignore_index {ignore_index}: "
+            "recode it, or correct classes.names or classes.ignore_index"
+        )
+    labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
+    return labels_HW
+
+
+def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """
+    The bands as they are, `(B, H, W)` in the file's dtype, and where they hold the declared nodata, bool `(B, H, W)`.
+
+    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
+    """
+    with _opened(path) as raster:
+        return _bands_and_nodata(path, raster, bands)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[DatasetReader]:
+    """The open file; what GDAL has to say against it, at opening or in the block, becomes a `DataError`."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    if not path.is_file():
+        raise DataError(f"there is no file {path.absolute()}")
+    try:
+        with rasterio.Env(**_GDAL_OPTIONS), _pixel_reader()(path, driver=_DRIVERS) as raster:  # type: ignore[no-untyped-call]
+            if raster.height * raster.width > MAX_PIXELS:
+                raise DataError(
+                    f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
+                    "cut it into tiles"
+                )
+            yield raster
+    except (RasterioError, OSError) as err:
+        reason = err.__cause__ or err  # rasterio's own text is "Read failed. See previous exception for details."
+        raise DataError(f"cannot read {path}, which is damaged or no PNG, JPEG or TIFF: {reason}") from err
+
+
+@cache
+def _pixel_reader() -> Any:
+    """
+    Rasterio's reader less the georeferencing, for which it would warn of each plain PNG or JPEG.
+
+    `warnings.catch_warnings` could hush that too, but swaps the filters of the whole process: not for reader threads.
+    """
+    from rasterio.io import DatasetReader
+
+    class PixelReader(DatasetReader):  # type: ignore[misc, unused-ignore]
+        def read_transform(self) -> list[float]:
+            return [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]  # GDAL's identity
+
+    return PixelReader
+
+
+def _pixels(path: Path, raster: DatasetReader, bands: Sequence[int]) -> NDArray[Any]:
+    missing = [band for band in bands if band > raster.count]
+    if missing:
+        raise DataError(f"{path} has {raster.count} bands, and data.bands asks for {list(bands)}")
+    pixels: NDArray[Any] = raster.read(list(bands))
+    return pixels
+
+
+def _bands_and_nodata(
+    path: Path, raster: DatasetReader, bands: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    values_BHW = _pixels(path, raster, bands)
+    if values_BHW.dtype.kind not in "iuf":
+        raise DataError(f"{path} holds {values_BHW.dtype} values; an image should hold integers or floats")
+    nodata_BHW = np.zeros(values_BHW.shape, dtype=np.bool_)
+    for i, band in enumerate(bands):
+        nodata = raster.nodatavals[band - 1]
+        if nodata is None:
+            continue
+        with np.errstate(over="ignore"):  # a nodata beyond float32, such as -1.8e308, is -inf there
+            nodata_BHW[i] = np.isnan(values_BHW[i]) if np.isnan(nodata) else values_BHW[i] == nodata
+    return values_BHW, nodata_BHW
+
+
+def _require_8_bit(path: Path, raster: DatasetReader, bands: Sequence[int]) -> None:
+    dtypes = {raster.dtypes[band - 1] for band in bands if band <= raster.count}
+    wider = sorted(dtypes - {"uint8"})
+    if wider:
+        raise DataError(
+            f"{path} holds {', '.join(wider)} values, and only uint8 is taken as it is: say in the config how they become "
+            "0..255, as data: {stretch: {range: [low, high]}} or data: {stretch: {percentiles: [2, 98]}}"
+        )
+
+
+def _require_finite(path: Path, band: int, values_HW: NDArray[Any], nodata_HW: NDArray[np.bool_]) -> None:
+    strange_HW = ~np.isfinite(values_HW) & ~nodata_HW
+    if strange_HW.any():
+        row, column = np.argwhere(strange_HW)[0].tolist()
+        raise DataError(
+            f"{path} holds NaN or infinity in band {band} at {np.count_nonzero(strange_HW)} pixels, the first at row {row}, "
+            f"column {column}: fill them, or declare them as the file's nodata"
+        )

@@ -1,0 +1,68 @@
+"""From the configured stretch to one `(low, high)` per band, the same for every tile of the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.configs import schema
+from kdpipe.configs.errors import DataError
+from kdpipe.data.rasters import read_bands
+from kdpipe.data.tiles import Tile
+
+# Values per band over all tiles: 3 bands of 4 Mi float64 are 100 MB, and the standard error of a 2 % quantile's rank
+# among 4 Mi independent values is 0.007 %, far below what differs from one choice of percentiles to the next.
+SAMPLE_VALUES = 2**22
+MIN_VALUES_PER_TILE = 16  # a million tiles still fit: 16 M values a band
+
+
+def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[float, float]] | None:
+    """
+    A `(low, high)` for each of the 3 bands in the files' own units, or None where 8-bit values are taken as they are.
+
+    Percentiles are taken over all `tiles` together, from the same regular grid of pixels whenever it is called, in memory
+    bounded by `SAMPLE_VALUES`; nodata and non-finite values are left out. Every image is read once.
+
+    Raises `DataError` where an image cannot be read, no value is left, or a band is constant between the percentiles.
+    """
+    if data.stretch is None:
+        return None
+    if isinstance(data.stretch, schema.FixedRange):
+        return data.stretch.pairs(3)
+    assert tiles, "percentiles of no tiles"
+    per_tile = max(SAMPLE_VALUES // len(tiles), MIN_VALUES_PER_TILE)
+    samples: list[list[NDArray[np.float64]]] = [[] for _ in data.bands]
+    for tile in tiles:
+        values_BHW, nodata_BHW = read_bands(tile.image, data.bands)
+        rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], per_tile)
+        for i, sample in enumerate(samples):
+            values = values_BHW[i][rows][:, columns]
+            usable = np.isfinite(values) & ~nodata_BHW[i][rows][:, columns]
+            sample.append(values[usable].astype(np.float64))
+    pairs: list[tuple[float, float]] = []
+    for band, sample in zip(data.bands, samples, strict=True):
+        values = np.concatenate(sample)
+        if values.size == 0:
+            raise DataError(f"band {band} holds nothing but nodata in all {len(tiles)} images, as {tiles[0].image}")
+        low, high = np.percentile(values, data.stretch.percentiles).tolist()
+        if not low < high:
+            raise DataError(
+                f"band {band} is {low:g} from percentile {data.stretch.percentiles[0]:g} to {data.stretch.percentiles[1]:g} of "
+                f"the {len(tiles)} images, as {tiles[0].image}, and cannot be stretched: choose other data.bands, or a "
+                "data.stretch.range"
+            )
+        pairs.append((low, high))
+    return pairs
+
+
+def sample_grid(height: int, width: int, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Evenly spaced row and column indices, int64, whose product is at most `at_most` pixels (all if there are fewer)."""
+    if height * width <= at_most:
+        return np.arange(height), np.arange(width)
+    num_rows = min(max(1, round((at_most * height / width) ** 0.5)), height, at_most)
+    num_columns = min(max(1, at_most // num_rows), width)
+    rows = (2 * np.arange(num_rows) + 1) * height // (2 * num_rows)
+    columns = (2 * np.arange(num_columns) + 1) * width // (2 * num_columns)
+    return rows, columns

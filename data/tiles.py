@@ -1,0 +1,164 @@
+"""
+Which tiles there are: images and masks paired by stem, each with the id under which the cache keeps its soft target.
+
+Only names are looked at: what is in the files is the business of `rasters.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kdpipe.configs import schema
+from kdpipe.configs.errors import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image, and its mask if it has one; `id` is `<root>/<stem>` and names the tile in the cache."""
+
+    id: str
+    image: Path
+    mask: Path | None
+
+
+def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only: bool = False) -> list[Tile]:
+    """
+    The tiles of a split, by root in the order of the config, then by stem: the same list in every process.
+
+    `train` is `data.train` and `data.unlabelled` (where a folder of masks is not looked at), `val` is `data.val`.
+    `labelled_only` leaves out the tiles without a mask. A root's name in the ids is that of its folder, or the shortest
+    end of its path that tells it from all other configured roots: adding a root can thus change ids.
+
+    Raises `DataError` for a missing folder, a folder without images, a folder configured twice (in train and val: a
+    leak), an image without mask or a mask without image, two files of one stem, and names that the cache cannot hold.
+    """
+    names = _root_names(data)
+    roots = [(root, True) for root in (data.train if split == "train" else data.val)]
+    if split == "train" and not labelled_only:
+        roots += [(root, False) for root in data.unlabelled]
+    tiles: list[Tile] = []
+    for root, labelled in roots:
+        folder = Path(root).resolve()
+        tiles += _tiles_of_root(folder, names[folder], data, labelled)
+    taken = _groups(names.values())
+    for tile in tiles:
+        if tile.id in taken:
+            raise DataError(
+                f"the tile {tile.image} would have the id {tile.id}, which is also a root's: rename one of them"
+            )
+    return [tile for tile in tiles if tile.mask is not None or not labelled_only]
+
+
+def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> list[Tile]:
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}, which data names as a root of tiles")
+    image_dir, mask_dir = root / data.images, root / data.masks
+    if not image_dir.is_dir():
+        raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
+    images = _files_by_stem(image_dir)
+    if not images:
+        raise DataError(f"no images in {image_dir}: expected files that end in {', '.join(EXTENSIONS)}")
+    if not labelled:
+        return [Tile(f"{name}/{stem}", images[stem], None) for stem in sorted(images)]
+    if not mask_dir.is_dir() and not data.allow_missing_masks:
+        raise DataError(
+            f"there is no folder {mask_dir}: a labelled root holds its masks in {data.masks!r} (data.masks); list a root "
+            "without masks under data.unlabelled"
+        )
+    masks = _files_by_stem(mask_dir) if mask_dir.is_dir() else {}
+    without_image = [masks[stem].name for stem in sorted(masks.keys() - images.keys())]
+    if without_image:
+        raise DataError(f"{_few(without_image, 'mask')} in {mask_dir} without an image of that stem in {image_dir}")
+    without_mask = [images[stem].name for stem in sorted(images.keys() - masks.keys())]
+    if without_mask and not data.allow_missing_masks:
+        raise DataError(
+            f"{_few(without_mask, 'image')} in {image_dir} without a mask of that stem in {mask_dir}: add it, or set "
+            "data.allow_missing_masks: true"
+        )
+    return [Tile(f"{name}/{stem}", images[stem], masks.get(stem)) for stem in sorted(images)]
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """The image files by stem; hidden ones, other types and folders are no tiles. A dead link is one: it fails when read."""
+    files: dict[str, Path] = {}
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
+    for name in names:
+        stem, extension = os.path.splitext(name)  # noqa: PTH122 - a million names; a Path of each costs ten times as much
+        if extension.lower() not in EXTENSIONS:
+            continue
+        _require_storable(stem, folder / name)
+        if stem in files:
+            raise DataError(f"two files of one stem in {folder}: {files[stem].name} and {name}; a stem names one tile")
+        files[stem] = folder / name
+    return files
+
+
+def _root_names(data: schema.Data) -> dict[Path, str]:
+    """For each configured root, resolved, the shortest end of its path that no other root has."""
+    key_of: dict[Path, str] = {}
+    for key in ("train", "val", "unlabelled"):
+        for root in getattr(data, key):
+            folder = Path(root).resolve()
+            if folder in key_of:
+                keys = f"data.{key_of[folder]} and data.{key}" if key_of[folder] != key else f"data.{key}, twice"
+                leak = "; scores on tiles that were trained on mean nothing" if "val" in {key, key_of[folder]} else ""
+                raise DataError(f"the folder {folder} is in {keys}{leak}: list it once")
+            key_of[folder] = key
+    names: dict[Path, str] = {}
+    for folder in key_of:
+        parts = folder.parts[1:]
+        if not parts:
+            raise DataError(f"the root {folder} has no name of its own: tiles need a folder that names them")
+        others = [other.parts[1:] for other in key_of if other != folder]
+        length = 1
+        while any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        for part in parts[-length:]:
+            _require_storable(part, folder)
+        names[folder] = "/".join(parts[-length:])
+    return names
+
+
+def _groups(root_names: Iterable[str]) -> set[str]:
+    """Every id that is a group of tiles in the cache: a tile of that id would be array and group at once."""
+    groups: set[str] = set()
+    for name in root_names:
+        parts = name.split("/")
+        groups.update("/".join(parts[: i + 1]) for i in range(len(parts)))
+    return groups
+
+
+def _require_storable(part: str, path: Path) -> None:
+    """
+    Raise `DataError` unless `part` can be a node's name in a Zarr v3 hierarchy and a file's name on any system.
+
+    https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html#node-names: not only periods, no leading "__", no "/".
+    """
+    why = None
+    if not part.strip("."):
+        why = "consists of periods"
+    elif part.startswith("__"):
+        why = 'starts with "__", which Zarr reserves'
+    elif part == "zarr.json":
+        why = "is Zarr's own name for metadata"
+    elif "\\" in part or any(unicodedata.category(character) in {"Cc", "Cs"} for character in part):
+        why = "holds a backslash, a control character or bytes that are not UTF-8"
+    if why:
+        raise DataError(f"the name {part!r} of {str(path)!r} {why}, and cannot name a tile in the cache: rename it")
+
+
+def _few(names: list[str], noun: str) -> str:
+    """`the image a.png`, or `5 images (a.png, b.png, c.png, …)`."""
+    if len(names) == 1:
+        return f"the {noun} {names[0]}"
+    return f"{len(names)} {noun}s ({', '.join(names[:_SHOWN_NAMES])}{', …' if len(names) > _SHOWN_NAMES else ''})"
