@@ -53,7 +53,7 @@ def group_metadata(path: str, recipe: Recipe) -> bytes:
 
 
 def encode_tile(
-    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str
+    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str, entropy_error: float
 ) -> tuple[bytes, bytes, TileRecord]:
     """
     The bytes of a tile's shard, those of its metadata, and its record.
@@ -92,6 +92,7 @@ def encode_tile(
             "tile": tile_id,
             "recipe_sha256": recipe_digest,
             "image": image.model_dump(),
+            "entropy_error": entropy_error,
             "shard_bytes": len(shard),
             "shard_sha256": sha256(shard),
         }
@@ -102,6 +103,7 @@ def encode_tile(
         height=height,
         width=width,
         image=image,
+        entropy_error=entropy_error,
         shard_bytes=len(shard),
         shard_sha256=sha256(shard),
         metadata_sha256=sha256(metadata_bytes),
@@ -126,6 +128,7 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
             height=height,
             width=width,
             image=ImageDigest.model_validate(receipt["image"]),
+            entropy_error=receipt["entropy_error"],
             shard_bytes=receipt["shard_bytes"],
             shard_sha256=receipt["shard_sha256"],
             metadata_sha256=sha256(metadata),

@@ -58,6 +58,10 @@ class SoftTargetCache:
         record = self._record(tile_id)
         return record.height, record.width
 
+    def entropy_error(self, tile_id: str) -> float:
+        """Mean over a tile's pixels of what rounding took from the targets' entropy, in nats; losses take it back."""
+        return self._record(tile_id).entropy_error
+
     def read(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
         Soft targets, float32 `(C, H, W)`, that sum to one over axis 0.

@@ -24,7 +24,7 @@ from kdpipe.cache.manifest import (
     parse_manifest,
 )
 from kdpipe.cache.reader import read_recipe
-from kdpipe.cache.simplex import encode, error_bound
+from kdpipe.cache.simplex import encode, entropy_error, error_bound
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import Storage
 from kdpipe.configs.errors import CorruptCache, StaleCache
@@ -124,7 +124,9 @@ class CacheWriter:
         """
         assert probs_CHW.shape[0] == len(self.recipe.classes), f"{probs_CHW.shape} for classes {self.recipe.classes}"
         units_CHW = encode(probs_CHW, self.recipe.bits)
-        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self._recipe_digest)
+        shard, metadata, record = layout.encode_tile(
+            units_CHW, tile_id, image, self._recipe_digest, entropy_error(probs_CHW, units_CHW, self.recipe.bits)
+        )
         path = layout.tile_path(tile_id)
         # The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well.
         if self.storage.children(path):

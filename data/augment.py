@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.configs import schema
 from kdpipe.data.geometry import Plan, Resampler, View, scaled_size
 
-CROP_TRIES = 10  # as in SmartCropV1; a tile of one class must end somewhere
+CROP_TRIES = 10  # a tile of one class must end somewhere; SmartCropV1 gives up after 11
 
 SizeOf = Callable[[int], tuple[int, int]]
 """Tile number to its `(H, W)` in px."""
@@ -97,7 +97,7 @@ def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations
 
-    # Ranges at about half of albumentations' defaults: land cover is told by its colour.
+    # Ranges below albumentations' defaults (0.2; 20, 30, 20; 0.2-0.44): land cover is told by its colour.
     change = albumentations.Compose(
         [
             albumentations.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=1),

@@ -30,6 +30,10 @@ class TargetSource(Protocol):
         """The soft target of a tile within `(y, x, h, w)`: float32 `(C, h, w)`, summing to 1 over axis 0."""
         ...
 
+    def entropy_error(self, tile_id: str) -> float:
+        """Mean over a tile of the exact target's entropy minus the read one's, in nats; 0 where targets are exact."""
+        ...
+
 
 class TrainSample(TypedDict):
     """A crop; h and w are `train.crop`."""
@@ -38,6 +42,7 @@ class TrainSample(TypedDict):
     mask: NDArray[np.int64]  # (h, w), ignore_index over padding and in tiles without mask
     inside: NDArray[np.bool_]  # (h, w), False over padding
     target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 over padding
+    entropy_error: NotRequired[np.float32]  # mean over the pixels inside, nats; with target
 
 
 class ValSample(TypedDict):
@@ -88,7 +93,7 @@ class TrainTiles:
         return self._plan(k, {})
 
     def __getitem__(self, k: int) -> TrainSample:
-        """Sample `k`, uncorrelated with all others."""
+        """Sample `k`: `render(plan(k))`, reading each mask once."""
         masks: dict[int, NDArray[np.int32] | None] = {}
         return self._render(self._plan(k, masks), masks)
 
@@ -116,6 +121,7 @@ class TrainTiles:
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
         inside = np.zeros((crop, crop), dtype=np.bool_)
         target: NDArray[np.float32] | None = None
+        entropy_error = 0.0
         for view in plan.views:
             resampler = Resampler(view, *self._size(view.tile))
             y, x, h, w = resampler.window
@@ -131,6 +137,7 @@ class TrainTiles:
                 if target is None:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
+                entropy_error += int(inside[place].sum()) * self.targets.entropy_error(self.tiles[view.tile].id)
         image = orient(image, plan, (0, 1))
         if plan.photometric_seed is not None:
             image = change_colours(image, plan.photometric_seed)
@@ -141,6 +148,7 @@ class TrainTiles:
         )
         if target is not None:
             sample["target"] = orient(target, plan, (1, 2))
+            sample["entropy_error"] = np.float32(entropy_error / inside.sum())
         return sample
 
     def _size(self, tile: int) -> tuple[int, int]:

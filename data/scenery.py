@@ -37,18 +37,18 @@ TEACHER_CLASSES = ("Tree", "Rangeland", "Cropland", "Developed", "Road", "Barela
 TREE, RANGELAND, CROPLAND, DEVELOPED, ROAD, BARELAND, WATER, BACKGROUND = range(8)
 
 # Reflectances (R, G, B) from 0 to 1, eyeballed on orthophotos of temperate farmland.
-GRASS = ((0.34, 0.44, 0.22), (0.60, 0.54, 0.35))  # moist, dry
+GRASS = ((0.35, 0.42, 0.25), (0.51, 0.47, 0.31))  # moist, dry
 CANOPY = ((0.19, 0.30, 0.14), (0.40, 0.34, 0.17))  # summer, autumn
-SOIL = ((0.66, 0.58, 0.46), (0.52, 0.42, 0.32))  # gravel, earth
+SOIL = ((0.71, 0.66, 0.59), (0.55, 0.47, 0.41))  # gravel, earth
 STREAM = ((0.15, 0.24, 0.28), (0.37, 0.38, 0.29))  # clear, silty
 PAVING = ((0.47, 0.47, 0.48), (0.63, 0.57, 0.46))  # asphalt, gravel
 CROPS = (
-    (0.33, 0.46, 0.20),  # young grain
-    (0.27, 0.38, 0.18),  # maize
-    (0.70, 0.66, 0.28),  # rape in flower
-    (0.70, 0.61, 0.38),  # ripe grain
+    (0.33, 0.50, 0.17),  # young grain
+    (0.25, 0.40, 0.14),  # maize
+    (0.74, 0.70, 0.24),  # rape in flower
+    (0.74, 0.62, 0.34),  # ripe grain
     (0.50, 0.39, 0.29),  # ploughed
-    (0.62, 0.55, 0.40),  # stubble
+    (0.66, 0.58, 0.38),  # stubble
     (0.40, 0.46, 0.25),  # clover, much like grass
 )
 ROOFS = ((0.62, 0.34, 0.25), (0.46, 0.46, 0.48), (0.82, 0.81, 0.79), (0.27, 0.26, 0.27), (0.55, 0.45, 0.36))

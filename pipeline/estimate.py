@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdpipe.cache.layout import encode_tile
-from kdpipe.cache.simplex import encode
+from kdpipe.cache.simplex import encode, entropy_error
 from kdpipe.cache.sources import digest_image
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
@@ -72,8 +72,10 @@ def estimate(config: Config, device: torch.device) -> Estimate:
             except DataError as err:
                 unreadable[tile.id] = str(err)
                 continue
-            units_CHW = encode(teacher.soft_targets(image_HWC[None])[0], plan.recipe.bits)
-            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest())
+            probs_CHW = teacher.soft_targets(image_HWC[None])[0]
+            units_CHW = encode(probs_CHW, plan.recipe.bits)
+            lost = entropy_error(probs_CHW, units_CHW, plan.recipe.bits)
+            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest(), lost)
             seconds += time.perf_counter() - start
             pixels += image_HWC.shape[0] * image_HWC.shape[1]
             written += len(shard) + len(metadata)

@@ -30,6 +30,7 @@ def distillation_loss(
     mask_NHW: Tensor,
     inside_NHW: Tensor,
     targets_NCHW: Tensor | None,
+    entropy_error_N: Tensor | None = None,
     *,
     alpha: float,
     temperature: float,
@@ -39,25 +40,37 @@ def distillation_loss(
     `(1 - alpha) * hard + alpha * T² * KL(p || softmax(s / T))`; without targets `hard` alone.
 
     `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding; `targets_NCHW` is
-    float32 and sums to one over axis 1 wherever `inside`. A batch without one labelled pixel has `hard` zero.
+    float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is what rounding took from their entropy, mean
+    over each sample's inside pixels, in nats. A batch without one labelled pixel has `hard` zero.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
     """
     hard = hard_loss(logits_NCHW, mask_NHW, ignore_index)
     if targets_NCHW is None:
         return LossTerms(total=hard, hard=hard, soft=torch.zeros_like(hard))
-    soft = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature)
+    soft = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature, entropy_error_N)
     return LossTerms(total=(1 - alpha) * hard + alpha * temperature**2 * soft, hard=hard, soft=soft)
 
 
-def soft_loss(logits_NCHW: Tensor, targets_NCHW: Tensor, inside_NHW: Tensor, temperature: float) -> Tensor:
+def soft_loss(
+    logits_NCHW: Tensor,
+    targets_NCHW: Tensor,
+    inside_NHW: Tensor,
+    temperature: float,
+    entropy_error_N: Tensor | None = None,
+) -> Tensor:
     """
     `KL(p || softmax(s / T))`, summed over classes, averaged over the pixels inside the tile; a scalar, in float32.
 
-    Zero if no pixel is inside. `0 log 0` is 0.
+    Zero if no pixel is inside. `0 log 0` is 0. `KL = -Σ p log q - H(p)`: a cached p has lost `entropy_error_N` of its
+    entropy to rounding, a constant to the student, which is taken back so that the value is that of the exact target.
     """
     log_q_NCHW = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
     kl_NHW = (torch.xlogy(targets_NCHW, targets_NCHW) - targets_NCHW * log_q_NCHW).sum(dim=1)
-    return (kl_NHW * inside_NHW).sum() / inside_NHW.sum().clamp(min=1)
+    pixels_N = inside_NHW.sum(dim=(1, 2))
+    total = (kl_NHW * inside_NHW).sum()
+    if entropy_error_N is not None:
+        total = total - (entropy_error_N * pixels_N).sum()
+    return total / pixels_N.sum().clamp(min=1)
 
 
 def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tensor:

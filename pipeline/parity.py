@@ -66,10 +66,11 @@ class TileParity:
 
 def compare(
     tile: str, cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
-    student: nn.Module, config: Config, bound: float, precision: str, device: torch.device,
+    student: nn.Module, config: Config, bound: float, entropy_error: float, precision: str, device: torch.device,
 ) -> TileParity:  # fmt: skip
     """
-    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's.
+    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's, and
+    `entropy_error` what it took from the tile's entropy.
 
     The distillation loss of `student` and its gradient are taken on the middle of the tile, under either target.
     """
@@ -83,7 +84,7 @@ def compare(
     floor = np.maximum(live_CHW, delta)
     tiny = np.float32(1e-30)
     kl = cached_CHW * (np.log(np.maximum(cached_CHW, tiny)) - np.log(np.maximum(live_CHW, tiny)))
-    loss, cosine = _student_effect(cached_CHW, live_CHW, image_HWC, student, config, delta, device)
+    loss, cosine = _student_effect(cached_CHW, live_CHW, image_HWC, student, config, delta, entropy_error, device)
     return TileParity(
         tile=tile,
         max_abs=Measure(float(difference.max()), delta),
@@ -100,7 +101,7 @@ def compare(
 
 def _student_effect(
     cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
-    student: nn.Module, config: Config, delta: float, device: torch.device,
+    student: nn.Module, config: Config, delta: float, entropy_error: float, device: torch.device,
 ) -> tuple[Measure, Measure]:  # fmt: skip
     """
     The relative difference of the distillation loss, and the cosine between the gradients of the student's parameters.
@@ -117,11 +118,11 @@ def _student_effect(
     inputs = normalized(image, config.student.normalize)
     temperature = config.distill.temperature
     losses, gradients = [], []
-    for target_CHW in (cached_CHW, live_CHW):
+    for target_CHW, lost in ((cached_CHW, entropy_error), (live_CHW, 0.0)):
         target = torch.from_numpy(np.ascontiguousarray(target_CHW[:, *window])).to(device)[None]
         logits = _padded(student, inputs)
         inside = torch.ones_like(target[:, 0], dtype=torch.bool)
-        loss = temperature**2 * soft_loss(logits, target, inside, temperature)
+        loss = temperature**2 * soft_loss(logits, target, inside, temperature, torch.tensor([lost], device=device))
         parameters = [p for p in student.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())

@@ -223,6 +223,7 @@ class _Run:
             batch["mask"],
             batch["inside"],
             batch.get("target"),
+            batch.get("entropy_error"),
             alpha=config.distill.alpha,
             temperature=config.distill.temperature,
             ignore_index=config.classes.ignore_index,

@@ -147,7 +147,7 @@ def _check_parity(
             live_CHW = teacher.targets_of(logits_NTHW)[0]
             result = compare(
                 tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
-                manifest.error_bound, manifest.recipe.precision, device,
+                manifest.error_bound, cache.entropy_error(tile.id), manifest.recipe.precision, device,
             )  # fmt: skip
             report.parity.append(result)
             report.findings += [
