@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
+
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config
-from pydantic import BaseModel, ValidationError
 
 SHIPPED_DIR = Path(__file__).resolve().parent
 

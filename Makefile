@@ -1,0 +1,35 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Both make and reuse .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard configs/*.py data/*.py cache/*.py pipeline/*.py pipeline/models/*.py configs/*.yaml configs/*/*.yaml)
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/installed
+	$(BIN)/kdpipe demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m tests.benchmarks.steps
+
+.venv/dependencies: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# A strict editable install lays out links to the files there are: a new file asks for it again, which takes seconds.
+.venv/installed: .venv/dependencies $(SOURCES) setup.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build demo_output
