@@ -93,7 +93,7 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHER_LR, total_steps=TEACHER_STEPS)
     with progress.bar("a teacher for the demo", TEACHER_STEPS, "steps") as advance:
         for _ in range(TEACHER_STEPS):
-            crops = [_crop(*pairs[i], rng) for i in rng.integers(len(pairs), size=TEACHER_BATCH)]
+            crops = [_crop(pairs[i], rng) for i in rng.integers(len(pairs), size=TEACHER_BATCH)]
             inputs = torch.from_numpy(np.stack([crop for crop, _ in crops])).permute(0, 3, 1, 2)
             labels = torch.from_numpy(np.stack([mask for _, mask in crops])).long()
             loss = F.cross_entropy(model(normalized(inputs, teacher.normalize)), labels, ignore_index=255)
@@ -107,7 +107,8 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     )
 
 
-def _crop(image: Any, mask: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+def _crop(pair: tuple[Any, Any], rng: np.random.Generator) -> tuple[Any, Any]:
+    image, mask = pair
     top, left = (int(rng.integers(side - TEACHER_CROP + 1)) for side in mask.shape)
     window = np.s_[top : top + TEACHER_CROP, left : left + TEACHER_CROP]
     turns = int(rng.integers(4))

@@ -44,7 +44,8 @@ def paint_classes(mask_HW: NDArray[Any], num_classes: int) -> NDArray[np.uint8]:
 def paint_soft_target(probs_CHW: NDArray[np.float32]) -> NDArray[np.uint8]:
     """A soft target as the mean of its classes' colours, weighted by probability, uint8 `(H, W, 3)`."""
     blended = np.einsum("chw,cr->hwr", probs_CHW, colours(len(probs_CHW)))
-    return np.rint(blended).clip(0, 255).astype(np.uint8)
+    painted: NDArray[np.uint8] = np.rint(blended).clip(0, 255).astype(np.uint8)
+    return painted
 
 
 def contact_sheet(

@@ -1,0 +1,101 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdpipe.configs import Config, parse_config
+from kdpipe.data.landscape import write_sample_data
+from kdpipe.pipeline.models.smp_models import create_smp_model
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def dubai() -> Path:
+    """The real tiles, teacher and golden outputs, which a public clone does not have."""
+    if not (SHARED / "data" / "dubai").is_dir():
+        pytest.skip("the Dubai tiles and their teacher are not here (../shared)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def landscape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six labelled, two validation and two unlabelled tiles of odd sizes, generated once."""
+    folder = tmp_path_factory.mktemp("landscape") / "data"
+    write_sample_data(folder, seed=3, train=6, val=2, unlabelled=2, teacher=0, side=(65, 110))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small U-Net with 8 classes and random weights, scaled so that its answers are neither flat nor certain."""
+    torch.manual_seed(0)
+    model = create_smp_model("unet", "mobilenet_v2", 8, key="teacher")
+    with torch.no_grad():
+        model.segmentation_head[0].weight *= 8
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def make_config(landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """A function from overrides (dotted keys) to a config on the small landscape; runs write below `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(**overrides: object) -> Config:
+        raw: dict[str, object] = {
+            "name": "tiny",
+            "group": "tests",
+            "seed": 7,
+            "classes": {"names": ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiNatural"]},
+            "data": {"train": [str(landscape / "Train")], "val": [str(landscape / "Val")]},
+            "teacher": {
+                "architecture": "unet",
+                "encoder": "mobilenet_v2",
+                "checkpoint": str(teacher_file),
+                "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
+            },
+            "class_map": {
+                "Tree": {"Forest": 1},
+                "Rangeland": {"Grassland": 0.7, "SemiNatural": 0.3},
+                "Cropland": {"Cropland": 1},
+                "Developed": {"Settlement": 1},
+                "Road": {"Settlement": 1},
+                "Bareland": {"SemiNatural": 1},
+                "Water": {"Background": 1},
+                "Background": {"Background": 1},
+            },
+            "cache": {"path": str(tmp_path / "cache.zarr")},
+            "student": {"architecture": "unet", "encoder": "mobilenet_v2"},
+            "train": {"epochs": 2, "batch_size": 2, "crop": 64, "workers": 0, "lr": 1e-3, "backbone_lr": 1e-4},
+        }
+        for key, value in overrides.items():
+            *sections, last = key.split("__")
+            target = raw
+            for section in sections:
+                target = target[section]  # type: ignore[assignment]
+            target[last] = value
+        return parse_config(raw, "test")
+
+    return make
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+
+
+os.environ.setdefault("COLUMNS", "160")

@@ -1,0 +1,200 @@
+"""The teacher is loaded strictly and asked exactly."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
+from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher, resolve_device, soft_targets
+from kdpipe.pipeline.models.views import averaged_logits, padded_logits
+from kdpipe.pipeline.recipe import complete_recipe
+
+CPU = torch.device("cpu")
+
+
+def images(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+
+
+def asked(config):
+    recipe = complete_recipe(config, None, None)
+    return FrozenTeacher(load_teacher(config.teacher), config, recipe, CPU)
+
+
+def test_soft_targets_are_softmax_at_t_and_then_the_map():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 4, 3, 5)).astype(np.float32) * 3
+    class_map = rng.dirichlet(np.ones(3), size=4).astype(np.float32)
+    expected = np.empty((2, 3, 3, 5))
+    for n in range(2):
+        for y in range(3):
+            for x in range(5):
+                e = np.exp(logits[n, :, y, x].astype(float) / 2.5)
+                expected[n, :, y, x] = (e / e.sum()) @ class_map
+    answer = soft_targets(torch.from_numpy(logits), torch.from_numpy(class_map), 2.5).numpy()
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+
+def test_teacher_answers_as_smp_itself_on_a_size_that_needs_no_padding(make_config):
+    config = make_config()
+    picture = images(64, 96)
+    model = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
+    model.load_state_dict(torch.load(config.teacher.checkpoint, weights_only=True))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255)
+    expected = torch.softmax(logits / 2.0, dim=1).permute(0, 2, 3, 1).numpy() @ config.class_map_matrix()
+    np.testing.assert_allclose(asked(config).soft_targets(picture), expected.transpose(0, 3, 1, 2), atol=1e-5)
+
+
+def test_odd_sizes_are_mirrored_below_and_right_and_cropped_back():
+    seen = {}
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen["x"] = x
+            return x
+
+    picture = torch.arange(33 * 45, dtype=torch.float32).view(1, 1, 33, 45)
+    answer = padded_logits(Spy(), picture)
+    expected = np.pad(picture[0, 0].numpy(), ((0, 31), (0, 19)), mode="reflect")
+    np.testing.assert_array_equal(seen["x"][0, 0].numpy(), expected)
+    assert torch.equal(answer, picture)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 3)])
+def test_tiles_smaller_than_their_padding_are_answered(make_config, size):
+    assert asked(make_config()).soft_targets(images(*size)).shape == (1, 6, *size)
+
+
+class Local(nn.Module):
+    """A network of one 3×3 convolution that is not symmetric: turning its input is not turning its output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_d4_averages_the_eight_views_in_the_images_own_frame():
+    model = Local()
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    answers = []
+    with torch.no_grad():
+        for mirror in (False, True):
+            for turns in range(4):
+                view = np.rot90(x.numpy()[..., ::-1] if mirror else x.numpy(), turns, axes=(2, 3)).copy()
+                back = np.rot90(model(torch.from_numpy(view)).numpy(), -turns, axes=(2, 3))
+                answers.append(back[..., ::-1] if mirror else back)
+        found = averaged_logits(model, x, tta="d4", scales=[1.0], window=None).numpy()
+        flips = averaged_logits(model, x, tta="flips", scales=[1.0], window=None).numpy()
+        plain = averaged_logits(model, x, tta="none", scales=[1.0], window=None).numpy()
+    np.testing.assert_allclose(found, np.mean(answers, axis=0), atol=1e-5)
+    np.testing.assert_allclose(flips, np.mean([answers[i] for i in (0, 2, 4, 6)], axis=0), atol=1e-5)
+    assert np.abs(found - plain).max() > 1e-2
+
+
+def test_scales_are_averaged_at_the_images_size():
+    x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    half = nn.functional.interpolate(x, size=(32, 48), mode="bilinear", align_corners=False)
+    back = nn.functional.interpolate(half, size=(64, 96), mode="bilinear", align_corners=False)
+    found = averaged_logits(nn.Identity(), x, tta="none", scales=[0.5, 1.0], window=None)
+    torch.testing.assert_close(found, (x + back) / 2)
+
+
+@pytest.mark.parametrize("size", [(64, 200), (150, 64), (201, 133)])
+def test_windows_of_a_local_network_blend_to_the_whole_image(size):
+    """A network that sees one pixel answers the same in every window, so that any seam is the blending's fault."""
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(2))
+    found = averaged_logits(nn.Conv2d(3, 2, 1), x, tta="none", scales=[1.0], window=64)
+    assert found.shape == (1, 2, *size)
+    model = nn.Conv2d(3, 2, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(averaged_logits(model, x, tta="none", scales=[1.0], window=64), model(x))
+
+
+def test_teacher_of_another_number_of_channels_is_refused_in_the_users_words(make_config):
+    config = make_config()
+    teacher = config.teacher.model_copy(update={"classes": config.teacher.classes[:7]})
+    with pytest.raises(CheckpointError, match=r"answers in 8 channels, but teacher.classes names 7"):
+        load_teacher(teacher)
+
+
+def test_weights_are_never_dropped_in_silence(make_config, tmp_path):
+    config = make_config()
+    state = torch.load(config.teacher.checkpoint, weights_only=True)
+    name = next(name for name in state if name.startswith("decoder"))
+    state["decoder.odd"] = state.pop(name)
+    torch.save(state, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match=rf"1 missing: {re.escape(name)}; 1 unexpected: decoder.odd"):
+        load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+
+
+def test_half_precision_weights_load_as_float32(make_config, tmp_path):
+    config = make_config()
+    state = torch.load(config.teacher.checkpoint, weights_only=True)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "t.pth")
+    model = load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_checkpoint_that_executes_code_is_refused_and_not_executed(make_config, tmp_path, capsys):
+    torch.save({"a": Harmful()}, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match="could execute code"):
+        load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no checkpoint at"), (b"", "not a readable|damaged"), (b"PK\x03\x04rubbish", "not a readable|damaged")]
+)
+def test_unreadable_checkpoints_are_named(make_config, tmp_path, content, message):
+    path = tmp_path / "t.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(path)}))
+
+
+def test_a_nested_state_dict_is_pointed_out(make_config, tmp_path):
+    config = make_config()
+    torch.save({"state_dict": torch.load(config.teacher.checkpoint, weights_only=True), "epoch": 3}, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match="save just its 'state_dict' entry"):
+        load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+
+
+def test_numbers_that_are_not_finite_stop_with_advice(make_config, tmp_path):
+    config = make_config()
+    state = torch.load(config.teacher.checkpoint, weights_only=True)
+    state["segmentation_head.0.bias"] += torch.inf
+    torch.save(state, tmp_path / "t.pth")
+    broken = config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")})})
+    with pytest.raises(KdpipeError, match="not finite in precision fp32"):
+        asked(broken).soft_targets(images(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder", "message"),
+    [("unett", "resnet18", "did you mean unet"), ("unet", "resnet19", "did you mean resnet1"), ("unet", "tu-nothing", "teacher: ")],
+)
+def test_unknown_networks_are_refused_with_the_nearest(architecture, encoder, message):
+    with pytest.raises(ConfigError, match=message):
+        create_smp_model(architecture, encoder, 3, key="teacher")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="--device nonsense"):
+        resolve_device("nonsense")
