@@ -38,7 +38,7 @@ TREE, RANGELAND, CROPLAND, DEVELOPED, ROAD, BARELAND, WATER, BACKGROUND = range(
 
 # Reflectances (R, G, B) from 0 to 1, eyeballed on orthophotos of temperate farmland.
 GRASS = ((0.35, 0.42, 0.25), (0.51, 0.47, 0.31))  # moist, dry
-CANOPY = ((0.19, 0.30, 0.14), (0.40, 0.34, 0.17))  # summer, autumn
+CANOPY = ((0.19, 0.30, 0.14), (0.34, 0.29, 0.14))  # summer, autumn
 SOIL = ((0.71, 0.66, 0.59), (0.55, 0.47, 0.41))  # gravel, earth
 STREAM = ((0.15, 0.24, 0.28), (0.37, 0.38, 0.29))  # clear, silty
 PAVING = ((0.47, 0.47, 0.48), (0.63, 0.57, 0.46))  # asphalt, gravel
@@ -122,14 +122,14 @@ class _Canvas:
 
     def lay_fields(self) -> None:
         rng = self.rng
-        length_px, width_px = rng.uniform(55, 90), rng.uniform(28, 55)
+        length_px, width_px = rng.uniform(70, 120), rng.uniform(40, 75)
         plots = parcels(self.height, self.width, rng, length_px=length_px, width_px=width_px)
         farmed = highest(self.noise(130, 2), rng.uniform(0.45, 0.85))
         share_farmed = np.bincount(plots.index[farmed], minlength=plots.count) / np.bincount(plots.index.ravel())
         tilled = (share_farmed > 0.5) & (rng.uniform(size=plots.count) < 0.85)
         crops = np.array(CROPS, dtype=np.float32)[rng.integers(0, len(CROPS), (plots.count, 2))]
         crops += rng.normal(0, 0.035, (plots.count, 2, 3)).astype(np.float32)
-        strip = rng.uniform(9, 24, plots.count).astype(np.float32)[plots.index]
+        strip = rng.uniform(14, 30, plots.count).astype(np.float32)[plots.index]
         odd = (np.floor(plots.across / strip).astype(np.int64) % 2) * (rng.uniform(size=plots.count) < 0.3)[plots.index]
         turned = (rng.uniform(size=plots.count) < 0.4)[plots.index]
         drill = np.where(turned, plots.along, plots.across) * rng.uniform(1.0, 2.2, plots.count)[plots.index]
@@ -137,11 +137,11 @@ class _Canvas:
         growth = rng.uniform(0.02, 0.09, plots.count)[plots.index] * self.noise(28)
         field = tilled[plots.index] & (plots.border_px > 0.8)
         self.lay(field, CROPLAND, crops[plots.index, odd], (rows + growth).astype(np.float32))
-        hedge = (plots.border_px < 2.2) & highest(self.noise(40, 3), rng.uniform(0.1, 0.4))
+        hedge = (plots.border_px < 2.2) & highest(self.noise(50, 2), rng.uniform(0.05, 0.3))
         self.plant(hedge & (share_farmed > 0.3)[plots.index], 3.0)
 
     def lay_bare_ground(self) -> None:
-        pits = highest(self.noise(60, 4), self.rng.uniform(0.07, 0.2))
+        pits = highest(self.noise(80, 4), self.rng.uniform(0.07, 0.2))
         stones = 0.12 * self.noise(5, 3) + 0.05 * self.relief
         self.lay(pits, BARELAND, self.mixed(SOIL, 0.5 + 0.5 * self.noise(40)), stones)
 
@@ -155,8 +155,8 @@ class _Canvas:
 
     def lay_woods(self) -> None:
         share = self.rng.uniform(0.1, 0.28)
-        self.plant(highest(self.noise(85, 5) + 0.4 * self.relief, share), 5.0)
-        self.plant(highest(self.noise(9, 2), self.rng.uniform(0.002, 0.01)), 3.0)
+        self.plant(highest(self.noise(110, 5) + 0.4 * self.relief, share), 5.0)
+        self.plant(highest(self.noise(16, 2), self.rng.uniform(0.002, 0.01)), 3.0)
 
     def lay_water(self) -> None:
         rng, size = self.rng, np.array([self.width, self.height], dtype=np.float64)
@@ -217,7 +217,7 @@ class _Canvas:
     def light(self) -> None:
         """Cast the shadows of what is tall, and shade the slopes."""
         shade = np.zeros(self.truth.shape, dtype=np.float32)
-        for step in (1, 2, 3, 4):
+        for step in (1, 2, 3):
             above = shifted(self.tall, round(-step * np.cos(self.sun)), round(-step * np.sin(self.sun)))
             shade = np.maximum(shade, ((above - self.tall) >= step).astype(np.float32))
         slope = self.relief - shifted(self.relief, round(3 * np.cos(self.sun)), round(3 * np.sin(self.sun)))
@@ -231,7 +231,7 @@ class _Canvas:
             limit = np.quantile(vapour, 1 - rng.uniform(0.03, 0.12))
             density = np.clip((vapour - limit) / 0.5 + 0.5, 0, 1)
             dark = shifted(density, round(-14 * np.cos(self.sun)), round(-14 * np.sin(self.sun)))
-            self.colour *= 1 - 0.45 * dark[..., None]
+            self.colour *= 1 - 0.3 * dark[..., None]
             white = (0.86 + 0.05 * self.noise(20, 3))[..., None] * np.array([0.97, 0.98, 1.0], dtype=np.float32)
             self.colour += density[..., None] * (white - self.colour)
             self.truth[density > 0.5] = BACKGROUND

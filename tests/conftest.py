@@ -12,7 +12,10 @@ from kdpipe.pipeline.models.smp_models import create_smp_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-torch.set_num_threads(2)
+# Tiny networks gain nothing from a second thread, and lose much where other processes want the core.
+torch.set_num_threads(1)
+os.environ.setdefault("COLUMNS", "160")
+os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests start
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +52,7 @@ def make_config(landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
 
     def make(**overrides: object) -> Config:
-        raw: dict[str, object] = {
+        raw: dict = {
             "name": "tiny",
             "group": "tests",
             "seed": 7,
@@ -79,7 +82,7 @@ def make_config(landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch
             *sections, last = key.split("__")
             target = raw
             for section in sections:
-                target = target[section]  # type: ignore[assignment]
+                target = target.setdefault(section, {})
             target[last] = value
         return parse_config(raw, "test")
 
@@ -97,5 +100,3 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
 
-
-os.environ.setdefault("COLUMNS", "160")

@@ -1,0 +1,267 @@
+"""Stage one: complete, resumable, and equal to the teacher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import tree, write_image
+
+from kdpipe.cache import SoftTargetCache
+from kdpipe.configs import dump_config
+from kdpipe.configs.errors import CacheLocked, CheckpointError, DiskFull, Interrupted, StaleCache
+from kdpipe.data.rasters import read_image
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import precompute as stage
+from kdpipe.pipeline.estimate import estimate
+from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.precompute import failure_report, precompute
+from kdpipe.pipeline.progress import Silent
+from kdpipe.pipeline.recipe import complete_recipe
+
+CPU = torch.device("cpu")
+
+
+def command(config, *arguments, folder, **options):
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    return [sys.executable, "-m", "kdpipe.pipeline", arguments[0], "-c", str(path), *arguments[1:]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_cache_holds_what_the_teacher_says_within_the_stated_bound(make_config, bits):
+    config = make_config(cache__bits=bits, data__unlabelled=[])
+    summary = precompute(config, CPU)
+    assert summary.computed == 6
+    assert not summary.failed
+    cache = SoftTargetCache.open(config.cache.path)
+    recipe = complete_recipe(config, None, None)
+    teacher = FrozenTeacher(load_teacher(config.teacher), config, recipe, CPU)
+    raw = zarr.open_group(config.cache.path, mode="r")["tiles"]
+    for tile in list_tiles(config.data, "train"):
+        live = teacher.soft_targets(read_image(tile.image)[None])[0]
+        assert np.abs(cache.read(tile.id) - live).max() <= cache.manifest.error_bound
+        # The documented decoding rule on plain zarr-python's arrays.
+        np.testing.assert_array_equal(raw[tile.id][:].astype(np.float32) / np.float32(2**bits - 1), cache.read(tile.id))
+        assert (raw[tile.id][:].astype(int).sum(axis=0) == 2**bits - 1).all()
+
+
+def test_unlabelled_tiles_are_cached_too(make_config, landscape):
+    config = make_config(data__unlabelled=[str(landscape / "Unlabelled")])
+    assert precompute(config, CPU).tiles == 8
+    assert sum(tile.startswith("Unlabelled/") for tile in SoftTargetCache.open(config.cache.path).tile_ids) == 2
+
+
+def test_a_second_run_does_nothing_and_needs_no_teacher_in_memory(make_config, monkeypatch):
+    config = make_config()
+    first = precompute(config, CPU)
+    before = tree(stage.open_storage(config.cache.path).folder)
+    monkeypatch.setattr(stage, "load_teacher", lambda teacher: pytest.fail("the teacher was loaded"))
+    again = precompute(config, CPU)
+    assert (again.computed, again.kept, again.fingerprint) == (0, 6, first.fingerprint)
+    assert tree(stage.open_storage(config.cache.path).folder) == before
+
+
+class StopAfter(Silent):
+    """A progress that asks to stop after some tiles."""
+
+    def __init__(self, tiles, stop):
+        self.left, self.stop = tiles, stop
+
+    def bar(self, *args, **kwargs):
+        from contextlib import nullcontext
+
+        def advance(steps=1, **figures):
+            self.left -= steps
+            if self.left <= 0:
+                self.stop.set()
+
+        return nullcontext(advance)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(make_config, tmp_path):
+    whole = make_config(cache__path=str(tmp_path / "whole.zarr"))
+    precompute(whole, CPU)
+    config = make_config()
+    stop = threading.Event()
+    with pytest.raises(Interrupted, match=r"stopped; \d of 6 tiles are finished and kept .* Run the same command again"):
+        precompute(config, CPU, StopAfter(1, stop), stop)
+    resumed = precompute(config, CPU)
+    assert resumed.kept >= 1
+    assert resumed.computed == 6 - resumed.kept
+    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
+
+
+def test_kill_9_at_any_moment_loses_no_finished_tile(make_config, tmp_path):
+    """Real processes, really killed, again and again until one gets through."""
+    whole = make_config(cache__path=str(tmp_path / "whole.zarr"))
+    precompute(whole, CPU)
+    config = make_config()
+    rng = np.random.default_rng(0)
+    finished = set()
+    for _ in range(3):
+        process = subprocess.Popen(command(config, "precompute-teacher", folder=tmp_path), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            done = {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
+            if len(done) > len(finished):
+                time.sleep(float(rng.uniform(0, 0.05)))
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert finished <= {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
+        finished = {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
+    assert finished
+    summary = precompute(config, CPU)
+    assert summary.kept >= len(finished)
+    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(make_config, tmp_path):
+    config = make_config(teacher__tta="d4", teacher__scales=[1.0, 2.0])
+    process = subprocess.Popen(
+        command(config, "precompute-teacher", folder=tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130, complaint
+    assert "tiles are finished and kept" in complaint
+    assert "Traceback" not in complaint
+    assert not (tmp_path / "cache.zarr" / "manifest.json").exists()
+    assert not list((tmp_path / "cache.zarr").rglob("*.partial"))
+
+
+def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, landscape, tmp_path):
+    images = tmp_path / "Mixed" / "images"
+    for i in range(3):
+        write_image(images / f"t{i}.png", 70, 81 + i, seed=i)
+    (images / "t1.png").write_bytes((images / "t1.png").read_bytes()[:3000])
+    config = make_config(data__train=[str(tmp_path / "Mixed")], data__allow_missing_masks=True)
+    (tmp_path / "Mixed" / "masks").mkdir()
+    summary = precompute(config, CPU)
+    assert (summary.computed, list(summary.failed), summary.fingerprint) == (2, ["Mixed/t1"], None)
+    assert "t1.png" in failure_report(summary)
+    write_image(images / "t1.png", 70, 82, seed=1)
+    assert precompute(config, CPU).computed == 1
+    done = subprocess.run(command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: 3 tiles" in done.stdout
+
+
+def test_a_changed_image_is_computed_again_and_only_that(make_config, tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "Mine" / "images" / f"t{i}.png", 70, 81, seed=i)
+    (tmp_path / "Mine" / "masks").mkdir()
+    config = make_config(data__train=[str(tmp_path / "Mine")], data__allow_missing_masks=True)
+    first = precompute(config, CPU)
+    time.sleep(0.01)
+    write_image(tmp_path / "Mine" / "images" / "t1.png", 70, 81, seed=9)
+    second = precompute(config, CPU)
+    assert (second.computed, second.kept) == (1, 2)
+    assert second.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"distill__temperature": 3.0}, "temperature: the cache has 2.0, the configuration says 3.0"),
+        ({"cache__bits": 16}, "bits: the cache has 8"),
+        ({"teacher__normalize": "imagenet"}, "normalize_mean"),
+        ({"teacher__tta": "flips"}, "tta: the cache has .none"),
+        ({"teacher__window": 64}, "window"),
+        ({"data__bands": [3, 2, 1]}, "bands"),
+    ],
+)
+def test_a_cache_made_otherwise_is_refused_naming_the_field(make_config, change, field):
+    precompute(make_config(), CPU)
+    with pytest.raises(StaleCache, match=field):
+        precompute(make_config(**change), CPU)
+
+
+def test_other_weights_are_another_teacher(make_config, tmp_path):
+    config = make_config()
+    precompute(config, CPU)
+    state = torch.load(config.teacher.checkpoint, weights_only=True)
+    state["segmentation_head.0.bias"] += 1
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(StaleCache, match="teacher_sha256"):
+        precompute(make_config(teacher__checkpoint=str(tmp_path / "other.pth")), CPU)
+
+
+def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(make_config, tmp_path):
+    for i in range(5):
+        write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
+    (tmp_path / "Even" / "masks").mkdir()
+    data = {"data__train": [str(tmp_path / "Even")], "data__allow_missing_masks": True}
+    single = make_config(**data, cache__path=str(tmp_path / "single.zarr"))
+    batched = make_config(**data, teacher__batch_size=2)
+    precompute(single, CPU)
+    precompute(batched, CPU)
+    one, two = SoftTargetCache.open(single.cache.path), SoftTargetCache.open(batched.cache.path)
+    for tile in one.tile_ids:
+        np.testing.assert_allclose(one.read(tile), two.read(tile), atol=1.01 / 255)
+    before = tree(tmp_path / "cache.zarr")
+    (tmp_path / "cache.zarr" / "tiles" / "Even" / "t1" / "zarr.json").unlink()
+    assert precompute(batched, CPU).computed == 1
+    assert tree(tmp_path / "cache.zarr") == before
+
+
+def test_a_missing_teacher_is_named(make_config):
+    with pytest.raises(CheckpointError, match=r"teacher.checkpoint: no file at .*absent\.pth"):
+        precompute(make_config(teacher__checkpoint="absent.pth"), CPU)
+
+
+def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
+    config = make_config()
+    with stage.open_writer(
+        stage.open_storage(config.cache.path), complete_recipe(config, None, None), device="cpu", libraries={}
+    ):
+        done = subprocess.run(command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == CacheLocked.exit_code == 3
+    assert f"is being written by process {os.getpid()} on " in done.stderr
+
+
+def test_a_disk_that_will_be_too_small_is_refused_early_and_keeps_what_is_done(make_config, monkeypatch):
+    config = make_config()
+    monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: 10)
+    with pytest.raises(DiskFull, match=r"its disk has 0.00 GB free; make room .* the 3 finished tiles are kept"):
+        precompute(config, CPU)
+    monkeypatch.undo()
+    assert precompute(config, CPU).kept >= 3
+
+
+def test_dry_run_predicts_bytes_and_writes_nothing(make_config, tmp_path):
+    config = make_config()
+    forecast = estimate(config, CPU)
+    assert (forecast.tiles, forecast.finished, forecast.fits) == (6, 0, True)
+    assert not (tmp_path / "cache.zarr").exists()
+    written = precompute(config, CPU).bytes_written
+    assert 0.5 < forecast.bytes / written < 2
+    assert estimate(config, CPU).bytes == 0
+
+
+def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: 10)
+    assert not estimate(make_config(), CPU).fits
+
+
+def test_json_holds_the_summary(make_config, tmp_path):
+    done = subprocess.run(
+        command(make_config(), "precompute-teacher", "--json", "out/summary.json", folder=tmp_path),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["computed"] == 6
+    assert summary["bytes_written"] == sum(p.stat().st_size for p in (tmp_path / "cache.zarr").rglob("0.0.0"))
