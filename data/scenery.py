@@ -37,10 +37,10 @@ TEACHER_CLASSES = ("Tree", "Rangeland", "Cropland", "Developed", "Road", "Barela
 TREE, RANGELAND, CROPLAND, DEVELOPED, ROAD, BARELAND, WATER, BACKGROUND = range(8)
 
 # Reflectances (R, G, B) from 0 to 1, eyeballed on orthophotos of temperate farmland.
-GRASS = ((0.35, 0.42, 0.25), (0.51, 0.47, 0.31))  # moist, dry
-CANOPY = ((0.19, 0.30, 0.14), (0.34, 0.29, 0.14))  # summer, autumn
-SOIL = ((0.71, 0.66, 0.59), (0.55, 0.47, 0.41))  # gravel, earth
-STREAM = ((0.15, 0.24, 0.28), (0.37, 0.38, 0.29))  # clear, silty
+GRASS = ((0.36, 0.42, 0.28), (0.49, 0.46, 0.32))  # moist, dry
+CANOPY = ((0.17, 0.28, 0.13), (0.30, 0.27, 0.13))  # summer, autumn
+SOIL = ((0.76, 0.69, 0.58), (0.62, 0.50, 0.41))  # gravel, earth
+STREAM = ((0.13, 0.23, 0.30), (0.31, 0.36, 0.34))  # clear, silty
 PAVING = ((0.47, 0.47, 0.48), (0.63, 0.57, 0.46))  # asphalt, gravel
 CROPS = (
     (0.33, 0.50, 0.17),  # young grain
@@ -49,7 +49,7 @@ CROPS = (
     (0.74, 0.62, 0.34),  # ripe grain
     (0.50, 0.39, 0.29),  # ploughed
     (0.66, 0.58, 0.38),  # stubble
-    (0.40, 0.46, 0.25),  # clover, much like grass
+    (0.39, 0.49, 0.22),  # clover, much like grass
 )
 ROOFS = ((0.62, 0.34, 0.25), (0.46, 0.46, 0.48), (0.82, 0.81, 0.79), (0.27, 0.26, 0.27), (0.55, 0.45, 0.36))
 
@@ -103,7 +103,7 @@ class _Canvas:
 
     def mixed(self, pair: tuple[tuple[float, ...], tuple[float, ...]], share: float | Field) -> Field:
         """`pair[0]` to `pair[1]` by `share`, 0 to 1, with a colour error of this tile's own: `(3,)` or `(H, W, 3)`."""
-        first, second = (np.array(colour) + self.rng.normal(0, 0.035, 3) for colour in pair)
+        first, second = (np.array(colour) + self.rng.normal(0, 0.025, 3) for colour in pair)
         share_last = np.clip(np.asarray(share), 0, 1)[..., None]
         return np.asarray(first + share_last * (second - first), dtype=np.float32)
 
@@ -128,12 +128,12 @@ class _Canvas:
         share_farmed = np.bincount(plots.index[farmed], minlength=plots.count) / np.bincount(plots.index.ravel())
         tilled = (share_farmed > 0.5) & (rng.uniform(size=plots.count) < 0.85)
         crops = np.array(CROPS, dtype=np.float32)[rng.integers(0, len(CROPS), (plots.count, 2))]
-        crops += rng.normal(0, 0.035, (plots.count, 2, 3)).astype(np.float32)
+        crops += rng.normal(0, 0.025, (plots.count, 2, 3)).astype(np.float32)
         strip = rng.uniform(14, 30, plots.count).astype(np.float32)[plots.index]
         odd = (np.floor(plots.across / strip).astype(np.int64) % 2) * (rng.uniform(size=plots.count) < 0.3)[plots.index]
         turned = (rng.uniform(size=plots.count) < 0.4)[plots.index]
         drill = np.where(turned, plots.along, plots.across) * rng.uniform(1.0, 2.2, plots.count)[plots.index]
-        rows = rng.uniform(0.03, 0.11, plots.count)[plots.index] * np.sin(drill + 0.8 * self.noise(30, 2))
+        rows = rng.uniform(0.05, 0.14, plots.count)[plots.index] * np.sin(drill + 0.8 * self.noise(30, 2))
         growth = rng.uniform(0.02, 0.09, plots.count)[plots.index] * self.noise(28)
         field = tilled[plots.index] & (plots.border_px > 0.8)
         self.lay(field, CROPLAND, crops[plots.index, odd], (rows + growth).astype(np.float32))
@@ -141,7 +141,7 @@ class _Canvas:
         self.plant(hedge & (share_farmed > 0.3)[plots.index], 3.0)
 
     def lay_bare_ground(self) -> None:
-        pits = highest(self.noise(80, 4), self.rng.uniform(0.07, 0.2))
+        pits = highest(self.noise(80, 4), self.rng.uniform(0.08, 0.24))
         stones = 0.12 * self.noise(5, 3) + 0.05 * self.relief
         self.lay(pits, BARELAND, self.mixed(SOIL, 0.5 + 0.5 * self.noise(40)), stones)
 
@@ -191,7 +191,7 @@ class _Canvas:
         cu, cv = (axis @ centre for axis in ([np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]))
         distance = np.hypot(u - cu, v - cv) / radius_px + 0.18 * self.noise(30, 3)
         built = (distance < 1) & (self.truth != WATER)
-        garden = self.mixed((PAVING[0], GRASS[0]), 0.5 + 0.45 * self.noise(14, 3))
+        garden = self.mixed((PAVING[0], GRASS[0]), 0.4 + 0.35 * self.noise(14, 3))
         self.lay(built, DEVELOPED, garden, 0.08 * self.noise(5, 2))
         street = ((np.abs((u - cu) % block) < 2.4) | (np.abs((v - cv) % (1.6 * block)) < 2.4)) & built
         outlines, colours = [], [(0.0, 0.0, 0.0)]

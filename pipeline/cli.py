@@ -173,9 +173,6 @@ def demo(out: str, debug: bool) -> None:
 
 def main() -> None:
     """Run `kdpipe`; errors of the user's making end in one paragraph and their exit code, others in a traceback."""
-    from kdpipe.configs.errors import KdpipeError
-
-    debug = "--debug" in sys.argv
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -184,14 +181,19 @@ def main() -> None:
     except click.ClickException as err:
         err.show()
         sys.exit(EXIT_USAGE)
-    except KdpipeError as err:
-        if debug:
-            traceback.print_exc()
-        _complain(str(err))
-        sys.exit(err.exit_code)
     except KeyboardInterrupt:
         _complain("stopped at once; finished tiles and saved checkpoints are kept")
         sys.exit(130)
+    except Exception as err:
+        # Imported here, not above: it brings pydantic along, and --help must be instant.
+        from kdpipe.configs.errors import KdpipeError
+
+        if not isinstance(err, KdpipeError):
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _complain(str(err))
+        sys.exit(err.exit_code)
 
 
 def _load(source: str, overrides: tuple[str, ...]) -> Config:

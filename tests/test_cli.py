@@ -1,0 +1,79 @@
+"""The commands as people meet them: fast help, one paragraph of error, the documented exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.mark.parametrize("command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["sample-data"], ["demo"]])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys; sys.argv = ['kdpipe', *%r, '--help']\n"
+        "from kdpipe.pipeline.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'zarr', 'pydantic', 'rich', 'lightning'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    ) % (command,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: kdpipe" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["precompute-teacher"], 2, "Missing option '-c'"),
+        (["precompute-teacher", "-c", "dubai/unet_kdd"], 2, "did you mean dubai/unet_kd?"),
+        (["precompute-teacher", "-c", "demo", "--set", "train.epoch=2"], 2, "unknown key train.epoch; did you mean train.epochs?"),
+        (["precompute-teacher", "-c", "demo", "--set", "train.epochs=many"], 2, "train.epochs: "),
+        (["precompute-teacher", "-c", "demo"], 2, "demo_output/data/Train"),
+        (["train-student", "-c", "demo", "--kd", "offline"], 2, "'offline' is not one of"),
+        (["verify-cache", "-c", "demo", "--level", "deep"], 2, "'deep' is not one of"),
+        (["precompute-teacher", "-c", "demo", "--device", "nonsense"], 2, "--device nonsense cannot be used here"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+    ],
+)
+def test_mistakes_end_in_one_paragraph_and_their_exit_code(arguments, code, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = run("precompute-teacher", "-c", "demo", "--debug", cwd=tmp_path)
+    assert "Traceback" in done.stderr
+
+
+def test_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert version("kdpipe") in run("--version").stdout
+
+
+def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path):
+    done = run("sample-data", "land", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 24
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.txt").write_text("mine")
+    done = run("sample-data", "mine", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (tmp_path / "mine" / "photo.txt").read_text() == "mine"
+
+
+def test_a_cache_inside_a_package_is_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "__init__.py").touch()
+    run("sample-data", "demo_output/data", cwd=tmp_path)
+    (tmp_path / "demo_output" / "teacher.pth").write_bytes(b"x")
+    done = run("precompute-teacher", "-c", "demo", "--set", "cache.path=cache/soft.zarr", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lies in the Python package" in done.stderr
+    assert os.listdir(tmp_path / "cache") == ["__init__.py"]
