@@ -47,7 +47,9 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_config(landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+def make_config(
+    landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Config]:
     """A function from overrides (dotted keys) to a config on the small landscape; runs write below `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
@@ -99,4 +101,3 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-

@@ -8,10 +8,14 @@ import pytest
 
 
 def run(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+    )
 
 
-@pytest.mark.parametrize("command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["sample-data"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["sample-data"], ["demo"]]
+)
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys; sys.argv = ['kdpipe', *%r, '--help']\n"
@@ -30,7 +34,11 @@ def test_help_imports_nothing_heavy(command):
     [
         (["precompute-teacher"], 2, "Missing option '-c'"),
         (["precompute-teacher", "-c", "dubai/unet_kdd"], 2, "did you mean dubai/unet_kd?"),
-        (["precompute-teacher", "-c", "demo", "--set", "train.epoch=2"], 2, "unknown key train.epoch; did you mean train.epochs?"),
+        (
+            ["precompute-teacher", "-c", "demo", "--set", "train.epoch=2"],
+            2,
+            "unknown key train.epoch; did you mean train.epochs?",
+        ),
         (["precompute-teacher", "-c", "demo", "--set", "train.epochs=many"], 2, "train.epochs: "),
         (["precompute-teacher", "-c", "demo"], 2, "demo_output/data/Train"),
         (["train-student", "-c", "demo", "--kd", "offline"], 2, "'offline' is not one of"),

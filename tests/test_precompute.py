@@ -91,7 +91,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_config, tmp_path):
     precompute(whole, CPU)
     config = make_config()
     stop = threading.Event()
-    with pytest.raises(Interrupted, match=r"stopped; \d of 6 tiles are finished and kept .* Run the same command again"):
+    with pytest.raises(
+        Interrupted, match=r"stopped; \d of 6 tiles are finished and kept .* Run the same command again"
+    ):
         precompute(config, CPU, StopAfter(1, stop), stop)
     resumed = precompute(config, CPU)
     assert resumed.kept >= 1
@@ -128,7 +130,10 @@ def test_kill_9_at_any_moment_loses_no_finished_tile(make_config, tmp_path):
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(make_config, tmp_path):
     config = make_config(teacher__tta="d4", teacher__scales=[1.0, 2.0])
     process = subprocess.Popen(
-        command(config, "precompute-teacher", folder=tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(config, "precompute-teacher", folder=tmp_path),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")) and time.monotonic() < deadline:
@@ -154,7 +159,9 @@ def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, landsc
     assert "t1.png" in failure_report(summary)
     write_image(images / "t1.png", 70, 82, seed=1)
     assert precompute(config, CPU).computed == 1
-    done = subprocess.run(command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "nothing to do: 3 tiles" in done.stdout
 
@@ -227,7 +234,9 @@ def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
     with stage.open_writer(
         stage.open_storage(config.cache.path), complete_recipe(config, None, None), device="cpu", libraries={}
     ):
-        done = subprocess.run(command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False
+        )
     assert done.returncode == CacheLocked.exit_code == 3
     assert f"is being written by process {os.getpid()} on " in done.stderr
 

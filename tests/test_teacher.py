@@ -159,7 +159,8 @@ def test_a_checkpoint_that_executes_code_is_refused_and_not_executed(make_config
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no checkpoint at"), (b"", "not a readable|damaged"), (b"PK\x03\x04rubbish", "not a readable|damaged")]
+    ("content", "message"),
+    [(None, "no checkpoint at"), (b"", "not a readable|damaged"), (b"PK\x03\x04rubbish", "not a readable|damaged")],
 )
 def test_unreadable_checkpoints_are_named(make_config, tmp_path, content, message):
     path = tmp_path / "t.pth"
@@ -181,14 +182,20 @@ def test_numbers_that_are_not_finite_stop_with_advice(make_config, tmp_path):
     state = torch.load(config.teacher.checkpoint, weights_only=True)
     state["segmentation_head.0.bias"] += torch.inf
     torch.save(state, tmp_path / "t.pth")
-    broken = config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")})})
+    broken = config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")})}
+    )
     with pytest.raises(KdpipeError, match="not finite in precision fp32"):
         asked(broken).soft_targets(images(32, 32))
 
 
 @pytest.mark.parametrize(
     ("architecture", "encoder", "message"),
-    [("unett", "resnet18", "did you mean unet"), ("unet", "resnet19", "did you mean resnet1"), ("unet", "tu-nothing", "teacher: ")],
+    [
+        ("unett", "resnet18", "did you mean unet"),
+        ("unet", "resnet19", "did you mean resnet1"),
+        ("unet", "tu-nothing", "teacher: "),
+    ],
 )
 def test_unknown_networks_are_refused_with_the_nearest(architecture, encoder, message):
     with pytest.raises(ConfigError, match=message):

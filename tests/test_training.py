@@ -16,7 +16,15 @@ import yaml
 from conftest import write_image
 
 from kdpipe.configs import dump_config
-from kdpipe.configs.errors import ConfigError, CorruptCache, IncompleteCache, Interrupted, KdpipeError, StaleCache, TrainingDiverged
+from kdpipe.configs.errors import (
+    ConfigError,
+    CorruptCache,
+    IncompleteCache,
+    Interrupted,
+    KdpipeError,
+    StaleCache,
+    TrainingDiverged,
+)
 from kdpipe.pipeline.checkpoints import changed_keys
 from kdpipe.pipeline.loaders import BatchStream
 from kdpipe.pipeline.models import build_student
@@ -59,7 +67,9 @@ def test_training_from_the_cache_needs_no_teacher_on_disk(cached, make_config):
     recorded = torch.load("model_weights/tests/tiny/best.ckpt", weights_only=True)["kdpipe"]
     assert recorded["fingerprint"] == summary.fingerprint
     assert {"torch", "zarr", "kdpipe"} <= recorded["libraries"].keys()
-    assert yaml.safe_load(recorded["config"]) == yaml.safe_load(Path("model_weights/tests/tiny/config.yaml").read_text())
+    assert yaml.safe_load(recorded["config"]) == yaml.safe_load(
+        Path("model_weights/tests/tiny/config.yaml").read_text()
+    )
 
 
 def test_logs_lie_where_the_guide_has_them(cached):
@@ -225,7 +235,9 @@ def test_a_damaged_tile_is_refused_by_name(cached):
 
 def test_divergence_stops_with_advice(cached):
     config = cached.model_copy(update={"train": cached.train.model_copy(update={"lr": 1e30, "backbone_lr": 1e30})})
-    with pytest.raises(TrainingDiverged, match=r"the loss became (nan|inf) at step \d .*try a lower train.lr .*temperature"):
+    with pytest.raises(
+        TrainingDiverged, match=r"the loss became (nan|inf) at step \d .*try a lower train.lr .*temperature"
+    ):
         train(config, CPU)
 
 
@@ -233,7 +245,9 @@ def test_tiles_without_any_label_train_from_their_soft_targets_alone(make_config
     for i in range(3):
         write_image(tmp_path / "Bare" / "images" / f"t{i}.png", 70, 80 + i, seed=i)
     (tmp_path / "Bare" / "masks").mkdir()
-    config = make_config(data__train=[str(tmp_path / "Bare")], data__allow_missing_masks=True, data__val=[], train__mosaic=1.0)
+    config = make_config(
+        data__train=[str(tmp_path / "Bare")], data__allow_missing_masks=True, data__val=[], train__mosaic=1.0
+    )
     precompute(config, CPU)
     summary = train(config, CPU)
     assert np.isfinite(summary.losses).all()
@@ -294,12 +308,25 @@ def test_a_run_starts_from_anothers_checkpoint(cached):
 
 
 def test_changed_keys_names_nested_keys_and_passes_resumable_ones():
-    assert changed_keys({"a": {"b": 1}, "train": {"epochs": 1}}, {"a": {"b": 2}, "train": {"epochs": 9}}) == ["a.b: was 1, is 2"]
+    assert changed_keys({"a": {"b": 1}, "train": {"epochs": 1}}, {"a": {"b": 2}, "train": {"epochs": 9}}) == [
+        "a.b: was 1, is 2"
+    ]
 
 
 def test_json_holds_the_summary(cached, tmp_path):
     (tmp_path / "c.yaml").write_text(dump_config(cached))
-    command = [sys.executable, "-m", "kdpipe.pipeline", "train-student", "-c", "c.yaml", "--json", "s.json", "--set", "train.max_steps=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdpipe.pipeline",
+        "train-student",
+        "-c",
+        "c.yaml",
+        "--json",
+        "s.json",
+        "--set",
+        "train.max_steps=2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads(Path("s.json").read_text())
