@@ -1,0 +1,360 @@
+"""The cache: exact integers, whole tiles, and no damage that goes unnoticed."""
+
+import errno
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetCache, StaleCache
+from kdpipe.cache.integrity import check_full
+from kdpipe.cache.manifest import Recipe
+from kdpipe.cache.simplex import decode, encode, entropy_error, error_bound
+from kdpipe.cache.sources import digest_image
+from kdpipe.cache.storage import LocalStorage, open_storage
+from kdpipe.cache.writer import finished_tiles, open_writer
+from kdpipe.configs.errors import CacheError, DiskFull
+
+RECIPE = Recipe(
+    teacher_sha256="0" * 64, teacher_architecture="unet", teacher_encoder="resnet18", teacher_classes=["a", "b"],
+    normalize_mean=[0, 0, 0], normalize_std=[1, 1, 1], precision="fp32", tta="none", scales=[1.0], window=None, bands=[1, 2, 3],
+    stretch=None, classes=["x", "y", "z"], class_map=[[1, 0, 0], [0, 0.5, 0.5]], temperature=2.0, kind="soft", bits=8, chunk_px=256,
+)  # fmt: skip
+
+
+def distributions(num_classes, height, width, seed=0, sharpness=3.0):
+    z = np.random.default_rng(seed).standard_normal((num_classes, height, width)) * sharpness
+    e = np.exp(z - z.max(axis=0))
+    return (e / e.sum(axis=0)).astype(np.float32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=9), st.sampled_from([8, 16]))
+def test_integers_sum_exactly_and_stay_within_the_bound(weights, bits):
+    weights = np.array(weights, dtype=np.float64) + 1e-6
+    probs = (weights / weights.sum()).astype(np.float32)[:, None, None]
+    units = encode(probs, bits)
+    assert int(units.sum(dtype=np.int64)) == 2**bits - 1
+    assert np.abs(decode(units, bits) - probs).max() <= error_bound(bits, len(weights))
+
+
+def largest_remainder(probs, total):
+    """Hamilton's method for one pixel, as one would do it by hand."""
+    scaled = [float(np.float32(p) * np.float32(total)) for p in probs]
+    units = [int(s) for s in scaled]
+    order = sorted(range(len(probs)), key=lambda i: (-(scaled[i] - units[i]), i))
+    for i in order[: total - sum(units)]:
+        units[i] += 1
+    return units
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rounding_is_by_largest_remainder_ties_to_the_lower_class(bits):
+    probs = distributions(5, 6, 7)
+    probs[:, 0, 0] = 0.2
+    probs[:, 0, 1] = [0.5, 0.5, 0, 0, 0]
+    units = encode(probs, bits)
+    for y, x in itertools.product(range(6), range(7)):
+        assert units[:, y, x].tolist() == largest_remainder(probs[:, y, x], 2**bits - 1)
+    assert units[:, 0, 1].tolist() == [2 ** (bits - 1), 2 ** (bits - 1) - 1, 0, 0, 0]
+
+
+def test_the_bound_is_reached_so_that_it_could_not_be_smaller():
+    probs = np.full((6, 1, 1), 1 / 6, dtype=np.float32)
+    probs[:, 0, 0] = (np.array([42, 42, 42, 42, 43, 43]) + np.array([1, 1, 1, 1, 1, 1]) / 6 * 1) / 255
+    error = np.abs(decode(encode(probs, 8), 8) - probs).max()
+    assert 0.99 * error_bound(8, 6) < error <= error_bound(8, 6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.5, 0.9])
+def test_what_is_no_distribution_is_refused(bad):
+    probs = distributions(3, 4, 5)
+    probs[1, 2, 3] = bad
+    with pytest.raises(ValueError, match="must be distributions over axis 0"):
+        encode(probs, 8)
+
+
+def test_entropy_error_is_the_mean_difference_of_entropies():
+    probs = distributions(4, 9, 11)
+    stored = decode(encode(probs, 8), 8).astype(float)
+    entropies = [-(p * np.log(np.where(p > 0, p, 1))).sum(axis=0).mean() for p in (probs.astype(float), stored)]
+    assert entropy_error(probs, encode(probs, 8), 8) == pytest.approx(entropies[0] - entropies[1], abs=1e-7)
+
+
+SIZES = {"Train/a": (70, 41), "Train/b": (70, 41), "Other/c": (1, 1), "Other/d": (300, 257)}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Stand-ins for source images: any file will do."""
+    files = {}
+    for tile in SIZES:
+        files[tile] = tmp_path / "images" / f"{tile.replace('/', '-')}.png"
+        files[tile].parent.mkdir(exist_ok=True)
+        files[tile].write_bytes(tile.encode() * 10)
+    return files
+
+
+def fill(path, images, tiles=None, recipe=RECIPE, finish=True):
+    storage = open_storage(str(path))
+    with open_writer(storage, recipe, device="cpu", libraries={"numpy": "1"}) as writer:
+        writer.begin()
+        records = finished_tiles(storage, recipe, images)
+        for number, tile in enumerate(SIZES):
+            if tile not in records and (tiles is None or tile in tiles):
+                probs = distributions(3, *SIZES[tile], seed=number)
+                records[tile] = writer.write(tile, probs, digest_image(images[tile]))
+        if finish:
+            writer.finish([records[tile] for tile in SIZES])
+    return storage
+
+
+@pytest.fixture
+def cache(tmp_path, images):
+    fill(tmp_path / "c.zarr", images)
+    return SoftTargetCache.open(str(tmp_path / "c.zarr"))
+
+
+@pytest.mark.parametrize("url", ["{tmp}/c.zarr", "memory://kdpipe-tests/c.zarr"])
+def test_what_is_written_is_read_within_the_bound_whole_and_by_window(url, tmp_path, images):
+    url = url.format(tmp=tmp_path)
+    fill(url, images)
+    cache = SoftTargetCache.open(url)
+    assert cache.tile_ids == list(SIZES)
+    for number, (tile, size) in enumerate(SIZES.items()):
+        whole = cache.read(tile)
+        assert whole.dtype == np.float32
+        np.testing.assert_allclose(whole.sum(axis=0), 1, atol=1e-6)
+        assert np.abs(whole - distributions(3, *size, seed=number)).max() <= cache.manifest.error_bound
+    np.testing.assert_array_equal(cache.read("Other/d", (250, 200, 40, 57)), cache.read("Other/d")[:, 250:290, 200:257])
+    with pytest.raises(ValueError, match=r"is not within tile Other/c of 1 × 1 px"):
+        cache.read("Other/c", (0, 0, 2, 1))
+    with pytest.raises(KeyError, match="no tile 'Train/z'"):
+        cache.read("Train/z")
+
+
+def test_plain_zarr_reads_the_documented_rule(cache, tmp_path):
+    group = zarr.open_group(tmp_path / "c.zarr", mode="r")
+    assert group.attrs["kdpipe"]["decoding"] == "p = value / 255; axes: class, row, column"
+    array = group["tiles/Other/d"]
+    np.testing.assert_array_equal(array[:].astype(np.float32) / np.float32(255), cache.read("Other/d"))
+    assert array.shards == (3, 512, 512)
+    assert [type(codec).__name__ for codec in array.compressors] == ["ZstdCodec", "Crc32cCodec"]
+    assert sorted(p.name for p in (tmp_path / "c.zarr/tiles/Other/d").iterdir()) == ["0.0.0", "zarr.json"]
+
+
+def test_only_the_chunks_of_a_window_are_decoded(cache, tmp_path):
+    """After the digest check, the last chunk is broken behind the reader's back: windows elsewhere still read."""
+    cache.read("Other/d")
+    shard = tmp_path / "c.zarr/tiles/Other/d/0.0.0"
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(CorruptCache, match="tile Other/d .* its chunks cannot be decoded"):
+        cache.read("Other/d", (0, 0, 10, 10))
+    assert cache.read("Other/d", (260, 0, 10, 10)).shape == (3, 10, 10)
+
+
+def test_interrupted_and_resumed_in_another_order_the_bytes_are_the_same(tmp_path, images):
+    fill(tmp_path / "whole.zarr", images)
+    fill(tmp_path / "parts.zarr", images, tiles=["Other/d"], finish=False)
+    with pytest.raises(IncompleteCache, match="is not finished"):
+        SoftTargetCache.open(str(tmp_path / "parts.zarr"))
+    fill(tmp_path / "parts.zarr", images, tiles=["Train/b", "Other/c"], finish=False)
+    fill(tmp_path / "parts.zarr", images)
+    assert tree(tmp_path / "parts.zarr") == tree(tmp_path / "whole.zarr")
+
+
+class Crash(Exception):
+    pass
+
+
+def test_a_crash_at_any_file_operation_leaves_a_cache_that_goes_on_to_the_same_bytes(tmp_path, images, monkeypatch):
+    fill(tmp_path / "whole.zarr", images)
+    expected = tree(tmp_path / "whole.zarr")
+    real = {"fsync": os.fsync, "replace": Path.replace, "mkdir": Path.mkdir, "unlink": Path.unlink}
+    for point in itertools.count():
+        calls = itertools.count()
+
+        def crashing(operation, calls=calls, point=point):
+            def run(*args, **kwargs):
+                if next(calls) == point:
+                    raise Crash
+                return operation(*args, **kwargs)
+
+            return run
+
+        path = tmp_path / f"crash{point}.zarr"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", crashing(real["fsync"]))
+            patch.setattr(Path, "replace", crashing(real["replace"]))
+            try:
+                fill(path, images)
+            except Crash:
+                crashed = True
+            else:
+                crashed = False
+        fill(path, images)
+        assert tree(path) == expected, point
+        if not crashed:
+            break
+    assert point > 40
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, monkeypatch):
+    storage = LocalStorage(tmp_path)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match=r"no room for 3 bytes of .*what is finished is kept"):
+        storage.write("a", b"abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def flips(path, rng, count):
+    size = path.stat().st_size
+    return range(size) if size <= count else sorted(rng.choice(size, count, replace=False))
+
+
+def test_every_flipped_byte_is_found(cache, tmp_path, images):
+    """In every file of the cache: all bytes of small files, forty of each large one."""
+    root = tmp_path / "c.zarr"
+    rng = np.random.default_rng(0)
+    storage = open_storage(str(root))
+    tried = 0
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and "Train/a" not in str(p)):
+        before = file.read_bytes()
+        for position in flips(file, rng, 40):
+            data = bytearray(before)
+            data[position] ^= 1 << int(rng.integers(8))
+            file.write_bytes(data)
+            if file.name == "manifest.json":
+                with pytest.raises(CorruptCache):
+                    SoftTargetCache.open(str(root))
+            else:
+                assert check_full(storage, cache.manifest, images), (file, position)
+            tried += 1
+        file.write_bytes(before)
+    assert check_full(storage, cache.manifest, images) == []
+    assert tried > 300
+
+
+def swap(root):
+    one, two = root / "tiles/Train/a/0.0.0", root / "tiles/Train/b/0.0.0"
+    first = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(first)
+
+
+def swap_folders(root):
+    (root / "tiles/Train/a").rename(root / "x")
+    (root / "tiles/Train/b").rename(root / "tiles/Train/a")
+    (root / "x").rename(root / "tiles/Train/b")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swap,
+        swap_folders,
+        lambda root: (root / "tiles/Train/a/0.0.0").unlink(),
+        lambda root: (root / "tiles/Train/a/zarr.json").unlink(),
+        lambda root: (root / "tiles/Train/a/0.0.0").write_bytes(b""),
+        lambda root: (root / "tiles/Train/a/0.0.0").write_bytes((root / "tiles/Train/a/0.0.0").read_bytes()[:-5]),
+    ],
+)
+def test_a_reader_names_a_damaged_tile_rather_than_return_wrong_numbers(cache, tmp_path, images, damage):
+    damage(tmp_path / "c.zarr")
+    with pytest.raises(CorruptCache, match="tile Train/a of .* is damaged"):
+        SoftTargetCache.open(str(tmp_path / "c.zarr")).read("Train/a", (0, 0, 5, 5))
+    found = check_full(open_storage(str(tmp_path / "c.zarr")), cache.manifest, images)
+    assert "Train/a" in {finding.tile for finding in found}
+
+
+def test_files_that_do_not_belong_are_found(cache, tmp_path, images):
+    (tmp_path / "c.zarr/tiles/Train/a/1.0.0").write_bytes(b"x")
+    found = check_full(open_storage(str(tmp_path / "c.zarr")), cache.manifest, images)
+    assert [(f.code, f.message) for f in found] == [("stray-file", "tiles/Train/a/1.0.0 does not belong to the cache")]
+
+
+def test_another_recipe_is_refused_by_field(cache, tmp_path, images):
+    with pytest.raises(StaleCache, match="temperature: the cache has 2.0, the configuration says 1.0"):
+        fill(tmp_path / "c.zarr", images, recipe=RECIPE.model_copy(update={"temperature": 1.0}))
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path, images):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(CorruptCache, match="holds files, but no zarr.json"):
+        finished_tiles(open_storage(str(tmp_path / "mine")), RECIPE, images)
+
+
+def read_in_worker(cache, queue):
+    queue.put(cache.read("Train/a").sum().item())
+
+
+def test_a_cache_travels_to_spawned_workers(cache):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    expected = cache.read("Train/a").sum().item()
+    worker = context.Process(target=read_in_worker, args=(cache, queue))
+    worker.start()
+    assert queue.get(timeout=60) == expected
+    worker.join()
+    queue.close()
+    queue.join_thread()
+    assert pickle.loads(pickle.dumps(cache)).tile_ids == cache.tile_ids
+
+
+def test_a_forked_reader_is_told_instead_of_hanging(cache, monkeypatch):
+    cache.read("Train/a")
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(CacheError, match=r"zarr hangs after a fork: .*='spawn' or 'forkserver'"):
+        cache.read("Train/a")
+
+
+HOLD = """
+import sys, time
+from kdpipe.cache.lock import writer_lock
+from kdpipe.cache.storage import open_storage
+with writer_lock(open_storage(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_writer_at_a_time_and_a_killed_ones_lock_is_free(tmp_path, images):
+    path = tmp_path / "c.zarr"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(CacheLocked, match=rf"is being written by process {holder.pid} on .* since 20"):
+        fill(path, images)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    fill(path, images)
+    assert not path.with_name("c.zarr.lock").exists()
+
+
+def test_a_changed_image_makes_its_tile_unfinished(cache, tmp_path, images):
+    storage = open_storage(str(tmp_path / "c.zarr"))
+    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES)
+    time.sleep(0.01)
+    images["Train/a"].write_bytes(b"X" + images["Train/a"].read_bytes()[1:])
+    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES) - {"Train/a"}
+    (tmp_path / "c.zarr/manifest.json").unlink()
+    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES) - {"Train/a"}

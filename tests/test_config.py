@@ -1,0 +1,127 @@
+"""The configuration is closed: what is not read is refused, and what is wrong is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from kdpipe.configs import Config, dump_config, load_config, parse_config, shipped_configs
+from kdpipe.configs import schema as sections
+from kdpipe.configs.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
+    config = load_config(name)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=2", r"unknown key train\.epoch; did you mean train\.epochs\?"),
+        ("distil.alpha=1", r"unknown key distil; did you mean distill\?"),
+        ("cache.zzz=1", r"unknown key cache\.zzz; known here: path, kind, bits"),
+        ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1, found 0"),
+        ("distill.alpha=1.5", r"distill\.alpha: .* found 1\.5"),
+        ("cache.bits=9", r"cache\.bits: .* found 9"),
+        ("class_map.Tree={Forest: 0.5}", r"class_map\.Tree must sum to 1, found 0\.5"),
+        ("class_map.Tree={Woods: 1}", r"class_map\.Tree names \['Woods'\], not among classes\.names"),
+        ("class_map.Tree={Forest: 1.5, Grassland: -0.5}", r"class_map\.Tree has a negative share"),
+        ("class_map.Lava={Forest: 1}", r"missing \[\], unknown \['Lava'\]"),
+        ("teacher.classes=[Tree, Tree]", r"teacher\.classes names \['Tree'\] more than once"),
+        ("student.num_classes=7", r"student\.num_classes is 7, but classes\.names has 6"),
+        ("classes.ignore_index=3", r"ignore_index 3 is also the index of class Cropland"),
+        ("classes.not_scored=[Sea]", r"not_scored names \['Sea'\]"),
+        ("data.stretch={percentiles: [98, 2]}", r"percentiles need 0 <= low < high"),
+        ("data.stretch={range: [5, 5]}", r"a range needs low < high"),
+        ("data.bands=[0, 1, 2]", r"bands are counted from 1"),
+        ("name=../../etc", r"name: .*pattern"),
+        ("train", r"--set needs KEY=VALUE"),
+        ("seed.a=1", r"seed is a value, not a section"),
+        ("train.epochs=[", r"is not YAML"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("demo", [override])
+
+
+def test_overrides_are_yaml():
+    config = load_config("demo", ["data.train=[a, b]", "train.max_steps=null", "train.lr=5e-4", "teacher.window=512"])
+    assert (config.data.train, config.train.max_steps, config.train.lr, config.teacher.window) == (
+        ["a", "b"],
+        None,
+        5e-4,
+        512,
+    )
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: a\nname: b\n")
+    with pytest.raises(ConfigError, match="the key 'name' stands twice"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: !!python/object/apply:os.system [ls]", "\t", "a: &b [*b]"])
+def test_what_is_no_config_is_refused(content, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file_names_its_path_and_the_nearest_shipped_config():
+    with pytest.raises(ConfigError, match=r"no config at /.*/dubai/unet_dk, .* did you mean dubai/unet_kd\?"):
+        load_config("dubai/unet_dk")
+
+
+def test_the_class_map_is_teacher_rows_by_student_columns():
+    config = load_config("demo")
+    expected = np.zeros((8, 6), dtype=np.float32)
+    for row, columns in enumerate([{1: 1}, {2: 0.7, 5: 0.3}, {3: 1}, {4: 1}, {4: 1}, {5: 1}, {0: 1}, {0: 1}]):
+        for column, share in columns.items():
+            expected[row, column] = share
+    np.testing.assert_array_equal(config.class_map_matrix(), expected)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config("demo").seed = 3  # type: ignore[misc]
+
+
+def keys(model):
+    for name, info in model.model_fields.items():
+        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if nested:
+            for kind in nested:
+                yield from keys(kind)
+        else:
+            yield name
+
+
+@pytest.mark.parametrize("key", sorted(set(keys(Config))))
+def test_every_key_is_read_by_the_program(key):
+    sources = [p for package in ("data", "cache", "pipeline") for p in (ROOT / package).rglob("*.py")]
+    text = (
+        "\n".join(path.read_text() for path in sources) + Path(sections.__file__).read_text().partition("def pairs")[2]
+    )
+    # num_classes is checked against the names, which are what is read.
+    assert f".{key}" in text or key == "num_classes"
+
+
+def test_sections_that_may_be_left_out_have_the_documented_defaults():
+    raw = load_config("demo").model_dump(mode="json")
+    del raw["distill"], raw["train"]
+    config = parse_config(raw, "test")
+    assert (config.distill.temperature, config.distill.alpha, config.train.epochs, config.train.batch_size) == (
+        2.0,
+        0.7,
+        45,
+        4,
+    )
+    assert (config.train.lr, config.train.backbone_lr, config.train.weight_decay) == (6e-4, 6e-5, 2.5e-4)
