@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/kdpipe demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -18,8 +18,8 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed
-	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m tests.benchmarks.steps
+	test -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
+	$(BIN)/python tests/benchmarks/steps.py demo --json demo_output/bench.json
 
 .venv/dependencies: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
