@@ -151,10 +151,11 @@ def train_student(
 def sample_data(folder: str, seed: int, debug: bool) -> None:
     """Write a small generated landscape into FOLDER: tiles, masks, and what its teacher is trained on."""
     from kdpipe.data.landscape import write_sample_data
+    from kdpipe.pipeline import reports
 
     console, _ = _open_console()
     summary = write_sample_data(Path(folder), seed=seed)
-    console.print(f"{summary}", highlight=False, soft_wrap=True)
+    console.print(reports.sample_data_text(summary), highlight=False, soft_wrap=True)
 
 
 @cli.command("demo")
