@@ -50,10 +50,9 @@ def verify_tables(report: verify.Report) -> Iterator[Table | str]:
         yield _parity_table(report.parity)
     if report.teacher_classes:
         table = Table(title="Teacher classes against the labels", title_justify="left")
-        for column in ("teacher says", "pixels", "configured", "labels agree", "labels fit best", "share", "mIoU gain"):
-            table.add_column(
-                column, justify="left" if column in ("teacher says", "configured", "labels fit best") else "right"
-            )
+        texts = ("teacher says", "configured", "labels fit best")
+        for column in ("teacher says", "configured", "agree", "labels fit best", "share", "gain"):
+            table.add_column(column, justify="left" if column in texts else "right")
         for row in report.teacher_classes:
             table.add_row(
                 row.name, row.configured, _percent(row.configured_share), row.fitting,
@@ -129,7 +128,10 @@ def _parity_table(rows: list[TileParity]) -> Table:
         min(row.kl.tolerance for row in rows), None, min(row.loss_difference.tolerance for row in rows),
         max(row.gradient_cosine.tolerance for row in rows)))  # fmt: skip
     decided = min(row.decided_agreement.value for row in rows)
-    table.caption = f"argmax agrees on {_percent(mean_agreement, 2)} of all pixels, and on {_percent(decided, 2)} of those decided by more than |Δp| allows"
+    table.caption = (
+        f"argmax agrees on {_percent(mean_agreement, 2)} of all pixels, "
+        f"and on {_percent(decided, 2)} of those that are decided by more than |Δp| allows"
+    )
     table.caption_justify = "left"
     return table
 
