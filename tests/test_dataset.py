@@ -13,8 +13,8 @@ from PIL import Image
 from kdpipe.configs import parse_config
 from kdpipe.configs.errors import DataError
 from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
-from kdpipe.data.geometry import scaled_size
-from kdpipe.data.rasters import read_image, read_mask
+from kdpipe.data.geometry import Resampler, scaled_size
+from kdpipe.data.rasters import image_size, read_image, read_mask
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 
@@ -50,6 +50,9 @@ class OneHotMasks:
         self.windows.append((tile_id, window))
         labels = read_mask(self.tiles[tile_id].mask, 6, IGNORE)[y : y + h, x : x + w]
         return np.eye(7, dtype=np.float32)[np.where(labels == IGNORE, 6, labels)].transpose(2, 0, 1)
+
+    def entropy_error(self, tile_id):
+        return 0.01 * (1 + list(self.tiles).index(tile_id))
 
 
 def blocky_labels(rng, height, width):
@@ -231,12 +234,30 @@ def test_tile_without_mask_has_ignored_labels_and_its_target(root):
         def read(self, tile_id, window):
             return np.full((6, *window[2:]), 1 / 6, np.float32)
 
+        def entropy_error(self, tile_id):
+            return 0.0
+
     config = make_config([str(root)], train={"crop": 48, "photometric": 0, "mosaic": 0.5})
     dataset = TrainTiles(tiles, config, targets=Uniform())
     for k in range(6):
         sample = dataset[k]
         assert (sample["mask"] == IGNORE).all()
         np.testing.assert_allclose(sample["target"].sum(axis=0), sample["inside"], atol=1e-6)
+
+
+def test_entropy_error_is_the_mean_of_the_tiles_over_the_pixels_inside(root):
+    dataset = make_dataset(root, mosaic=1)
+    for k in range(4):
+        sample, plan = dataset[k], dataset.plan(k)
+        inside = [
+            (
+                Resampler(view, *image_size(dataset.tiles[view.tile].image)).inside().sum(),
+                dataset.targets.entropy_error(dataset.tiles[view.tile].id),
+            )
+            for view in plan.views
+        ]
+        expected = sum(n * e for n, e in inside) / sum(n for n, _ in inside)
+        assert sample["entropy_error"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_image_and_mask_of_different_size_are_refused(root):
