@@ -134,6 +134,7 @@ def test_sample_is_its_plan_carried_out_on_whole_tiles(root, mosaic):
             "mask": (np.int64, (48, 48)),
             "inside": (np.bool_, (48, 48)),
             "target": (np.float32, (7, 48, 48)),
+            "entropy_error": (np.float32, ()),
         }
         np.testing.assert_array_equal(sample["inside"], inside)
         np.testing.assert_array_equal(sample["mask"], mask)
@@ -220,7 +221,7 @@ def test_samples_are_the_same_from_no_worker_and_from_two_spawned_ones(root):
     spawned = batches(num_workers=2, multiprocessing_context="spawn")
     assert len(alone) == len(spawned) == 3
     for one, other in zip(alone, spawned, strict=True):
-        assert one.keys() == other.keys() == {"image", "mask", "inside", "target"}
+        assert one.keys() == other.keys() == {"image", "mask", "inside", "target", "entropy_error"}
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert alone[0]["image"].dtype == torch.uint8
     assert alone[0]["mask"].dtype == torch.int64
@@ -248,16 +249,12 @@ def test_tile_without_mask_has_ignored_labels_and_its_target(root):
 def test_entropy_error_is_the_mean_of_the_tiles_over_the_pixels_inside(root):
     dataset = make_dataset(root, mosaic=1)
     for k in range(4):
-        sample, plan = dataset[k], dataset.plan(k)
-        inside = [
-            (
-                Resampler(view, *image_size(dataset.tiles[view.tile].image)).inside().sum(),
-                dataset.targets.entropy_error(dataset.tiles[view.tile].id),
-            )
-            for view in plan.views
-        ]
-        expected = sum(n * e for n, e in inside) / sum(n for n, _ in inside)
-        assert sample["entropy_error"] == pytest.approx(expected, rel=1e-6)
+        total = pixels = 0
+        for view in dataset.plan(k).views:
+            tile = dataset.tiles[view.tile]
+            inside = int(Resampler(view, *image_size(tile.image)).inside().sum())
+            total, pixels = total + inside * dataset.targets.entropy_error(tile.id), pixels + inside
+        assert dataset[k]["entropy_error"] == pytest.approx(total / pixels, rel=1e-6)
 
 
 def test_image_and_mask_of_different_size_are_refused(root):

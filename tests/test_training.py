@@ -83,7 +83,8 @@ def test_logs_lie_where_the_guide_has_them(cached):
 
 
 def test_cached_and_online_are_the_same_run_to_the_encodings_bound(make_config):
-    config = make_config(cache__bits=16)
+    # Small steps of a network without depthwise convolutions: AdamW from random weights magnifies the last bits otherwise.
+    config = make_config(cache__bits=16, student__encoder="resnet18", train__lr=1e-4, train__backbone_lr=1e-5)
     precompute(config, CPU)
     one, two = train(config, CPU), train(with_mode(config, "online"), CPU)
     np.testing.assert_allclose(one.losses, two.losses, rtol=1e-3)
