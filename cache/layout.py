@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache.manifest import FORMAT_VERSION, ImageDigest, Recipe, TileRecord
@@ -24,6 +26,7 @@ SHARD_NAME = "0.0.0"
 METADATA_NAME = "zarr.json"
 ATTRIBUTE = "kdpipe"
 ZSTD_LEVEL = 3
+ENTROPY_UNIT = 1e-6  # nats; integers are short, and far finer than what blocks can say
 
 
 def tile_path(tile_id: str) -> str:
@@ -53,13 +56,13 @@ def group_metadata(path: str, recipe: Recipe) -> bytes:
 
 
 def encode_tile(
-    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str, entropy_error: float
+    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str, entropy_error: NDArray[np.float64]
 ) -> tuple[bytes, bytes, TileRecord]:
     """
     The bytes of a tile's shard, those of its metadata, and its record.
 
-    `units_CHW` are the integers of `simplex.encode`, uint8 or uint16 `(C, H, W)`. The shard is what zarr-python itself
-    writes; it is made in memory, so that it reaches the disk whole and its digest is that of what was meant to be written.
+    `units_CHW` and `entropy_error` are what `simplex` makes of a tile: uint8 or uint16 `(C, H, W)`, and
+    nats a block. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and its digest is that of what was meant to be written.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -92,7 +95,7 @@ def encode_tile(
             "tile": tile_id,
             "recipe_sha256": recipe_digest,
             "image": image.model_dump(),
-            "entropy_error": entropy_error,
+            "entropy_error": np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist(),
             "shard_bytes": len(shard),
             "shard_sha256": sha256(shard),
         }
@@ -103,7 +106,6 @@ def encode_tile(
         height=height,
         width=width,
         image=image,
-        entropy_error=entropy_error,
         shard_bytes=len(shard),
         shard_sha256=sha256(shard),
         metadata_sha256=sha256(metadata_bytes),
@@ -128,13 +130,17 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
             height=height,
             width=width,
             image=ImageDigest.model_validate(receipt["image"]),
-            entropy_error=receipt["entropy_error"],
             shard_bytes=receipt["shard_bytes"],
             shard_sha256=receipt["shard_sha256"],
             metadata_sha256=sha256(metadata),
         )
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def read_entropy_error(attributes: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Nats by block, as `simplex.entropy_error` gives them, from the attributes of a tile's metadata."""
+    return np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
 
 
 def sha256(data: bytes) -> str:

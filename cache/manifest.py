@@ -59,17 +59,12 @@ class ImageDigest(_Record):
 
 
 class TileRecord(_Record):
-    """
-    One tile: its size in pixels, the image it came from, and the digests of its two files.
-
-    `entropy_error` is what rounding takes from the targets' entropy (see `simplex.entropy_error`).
-    """
+    """One tile: its size in pixels, the image it came from, and the digests of its two files."""
 
     id: str
     height: int
     width: int
     image: ImageDigest
-    entropy_error: float
     shard_bytes: int
     shard_sha256: str
     metadata_sha256: str

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import layout
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, Recipe, TileRecord, parse_manifest
-from kdpipe.cache.simplex import decode, is_simplex
+from kdpipe.cache.simplex import decode, is_simplex, mean_over_window
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
 
@@ -58,9 +58,15 @@ class SoftTargetCache:
         record = self._record(tile_id)
         return record.height, record.width
 
-    def entropy_error(self, tile_id: str) -> float:
-        """Mean over a tile's pixels of what rounding took from the targets' entropy, in nats; losses take it back."""
-        return self._record(tile_id).entropy_error
+    def entropy_error(self, tile_id: str, window: Window | None = None) -> float:
+        """
+        What rounding took from the targets' entropy, mean over the pixels of a window in nats; losses take it back.
+
+        Known by blocks of 64 px (see `simplex.entropy_error`). `window` and errors are those of `read`.
+        """
+        record = self._record(tile_id)
+        window = _checked(record, window)
+        return mean_over_window(layout.read_entropy_error(self._array(record).attrs), window)
 
     def read(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
@@ -74,16 +80,7 @@ class SoftTargetCache:
     def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
         """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`."""
         record = self._record(tile_id)
-        top, left, height, width = window or (0, 0, record.height, record.width)
-        if (
-            top < 0
-            or left < 0
-            or height < 1
-            or width < 1
-            or top + height > record.height
-            or left + width > record.width
-        ):
-            raise ValueError(f"window {window} is not within tile {tile_id} of {record.height} × {record.width} px")
+        top, left, height, width = _checked(record, window)
         array = self._array(record)
         try:
             units = np.asarray(array[:, top : top + height, left : left + width])
@@ -143,6 +140,14 @@ class SoftTargetCache:
             f"tile {tile_id} of {self._storage.url} is damaged: {cause}; delete its folder "
             f"{layout.tile_path(tile_id)} and run `kdpipe precompute-teacher` again, which computes just what is missing"
         )
+
+
+def _checked(record: TileRecord, window: Window | None) -> Window:
+    """The window, the whole tile if None; `ValueError` if it is not within the tile."""
+    top, left, height, width = window or (0, 0, record.height, record.width)
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > record.height or left + width > record.width:
+        raise ValueError(f"window {window} is not within tile {record.id} of {record.height} × {record.width} px")
+    return top, left, height, width
 
 
 def damage(storage: Storage, record: TileRecord) -> str | None:

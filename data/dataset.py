@@ -30,8 +30,8 @@ class TargetSource(Protocol):
         """The soft target of a tile within `(y, x, h, w)`: float32 `(C, h, w)`, summing to 1 over axis 0."""
         ...
 
-    def entropy_error(self, tile_id: str) -> float:
-        """Mean over a tile of the exact target's entropy minus the read one's, in nats; 0 where targets are exact."""
+    def entropy_error(self, tile_id: str, window: Window) -> float:
+        """Mean over a window of the exact target's entropy minus the read one's, in nats; 0 where targets are exact."""
         ...
 
 
@@ -133,11 +133,12 @@ class TrainTiles:
             if labels is not None:
                 mask[place] = resampler.mask(labels[source], ignore_index)
             if self.targets is not None:
-                probs = resampler.target(self.targets.read(self.tiles[view.tile].id, window=resampler.window))
+                tile_id, window = self.tiles[view.tile].id, resampler.window
+                probs = resampler.target(self.targets.read(tile_id, window=window))
                 if target is None:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
-                entropy_error += int(inside[place].sum()) * self.targets.entropy_error(self.tiles[view.tile].id)
+                entropy_error += int(inside[place].sum()) * self.targets.entropy_error(tile_id, window=window)
         image = orient(image, plan, (0, 1))
         if plan.photometric_seed is not None:
             image = change_colours(image, plan.photometric_seed)

@@ -36,7 +36,7 @@ class OnlineTargets:
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW
 
-    def entropy_error(self, tile_id: str) -> float:
+    def entropy_error(self, tile_id: str, window: tuple[int, int, int, int]) -> float:
         """Zero: these targets were never rounded."""
         return 0.0
 

@@ -66,13 +66,13 @@ class TileParity:
 
 def compare(
     tile: str, cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
-    student: nn.Module, config: Config, bound: float, entropy_error: float, precision: str, device: torch.device,
+    student: nn.Module, config: Config, bound: float, lost: float, precision: str, device: torch.device,
 ) -> TileParity:  # fmt: skip
     """
-    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's, and
-    `entropy_error` what it took from the tile's entropy.
+    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's.
 
-    The distillation loss of `student` and its gradient are taken on the middle of the tile, under either target.
+    The distillation loss of `student` and its gradient are taken in the tile's `middle_window`, under either target;
+    `lost` is what rounding took from the entropy there.
     """
     delta = bound + PRECISION_SLACK[precision]
     difference = np.abs(cached_CHW - live_CHW)
@@ -84,7 +84,7 @@ def compare(
     floor = np.maximum(live_CHW, delta)
     tiny = np.float32(1e-30)
     kl = cached_CHW * (np.log(np.maximum(cached_CHW, tiny)) - np.log(np.maximum(live_CHW, tiny)))
-    loss, cosine = _student_effect(cached_CHW, live_CHW, image_HWC, student, config, delta, entropy_error, device)
+    loss, cosine = _student_effect(cached_CHW, live_CHW, image_HWC, student, config, delta, lost, device)
     return TileParity(
         tile=tile,
         max_abs=Measure(float(difference.max()), delta),
@@ -99,9 +99,15 @@ def compare(
     )
 
 
+def middle_window(height: int, width: int) -> tuple[int, int, int, int]:
+    """`(top, left, h, w)`: the middle of a tile in which a student is asked, multiples of 32 px where the tile has them."""
+    h, w = (min(side, GRADIENT_CROP_PX) // 32 * 32 or side for side in (height, width))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def _student_effect(
     cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
-    student: nn.Module, config: Config, delta: float, entropy_error: float, device: torch.device,
+    student: nn.Module, config: Config, delta: float, lost: float, device: torch.device,
 ) -> tuple[Measure, Measure]:  # fmt: skip
     """
     The relative difference of the distillation loss, and the cosine between the gradients of the student's parameters.
@@ -111,18 +117,19 @@ def _student_effect(
     to `q - p`; moved by `δ` in every entry it turns by an angle of at most `δ √(C H W) / |q - p|`. The parameters' gradient
     is a linear image of it, for which twice that angle is allowed.
     """
-    height, width = (min(side, GRADIENT_CROP_PX) // 32 * 32 or side for side in live_CHW.shape[1:])
-    top, left = (live_CHW.shape[1] - height) // 2, (live_CHW.shape[2] - width) // 2
+    top, left, height, width = middle_window(*live_CHW.shape[1:])
     window = (slice(top, top + height), slice(left, left + width))
     image = torch.from_numpy(np.ascontiguousarray(image_HWC[window])).to(device).permute(2, 0, 1)[None]
     inputs = normalized(image, config.student.normalize)
     temperature = config.distill.temperature
     losses, gradients = [], []
-    for target_CHW, lost in ((cached_CHW, entropy_error), (live_CHW, 0.0)):
+    for target_CHW, correction in ((cached_CHW, lost), (live_CHW, 0.0)):
         target = torch.from_numpy(np.ascontiguousarray(target_CHW[:, *window])).to(device)[None]
         logits = _padded(student, inputs)
         inside = torch.ones_like(target[:, 0], dtype=torch.bool)
-        loss = temperature**2 * soft_loss(logits, target, inside, temperature, torch.tensor([lost], device=device))
+        loss = temperature**2 * soft_loss(
+            logits, target, inside, temperature, torch.tensor([correction], device=device)
+        )
         parameters = [p for p in student.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in gradient if g is not None]).double())

@@ -23,7 +23,7 @@ from kdpipe.pipeline.label_check import TeacherClass, check_class_map
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
-from kdpipe.pipeline.parity import TileParity, compare
+from kdpipe.pipeline.parity import TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import expected_fields
 
@@ -147,7 +147,7 @@ def _check_parity(
             live_CHW = teacher.targets_of(logits_NTHW)[0]
             result = compare(
                 tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
-                manifest.error_bound, cache.entropy_error(tile.id), manifest.recipe.precision, device,
+                manifest.error_bound, cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2])), manifest.recipe.precision, device,
             )  # fmt: skip
             report.parity.append(result)
             report.findings += [

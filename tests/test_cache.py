@@ -86,11 +86,38 @@ def test_what_is_no_distribution_is_refused(bad):
         encode(probs, 8)
 
 
-def test_entropy_error_is_the_mean_difference_of_entropies():
-    probs = distributions(4, 9, 11)
-    stored = decode(encode(probs, 8), 8).astype(float)
-    entropies = [-(p * np.log(np.where(p > 0, p, 1))).sum(axis=0).mean() for p in (probs.astype(float), stored)]
-    assert entropy_error(probs, encode(probs, 8), 8) == pytest.approx(entropies[0] - entropies[1], abs=1e-7)
+def entropy_lost(probs, bits):
+    """H(p) - H(decoded) of every pixel, by the textbook."""
+    stored = decode(encode(probs, bits), bits).astype(float)
+    exact, rounded = (-(p * np.log(np.where(p > 0, p, 1))).sum(axis=0) for p in (probs.astype(float), stored))
+    return exact - rounded
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_entropy_error_is_the_mean_difference_of_entropies_block_by_block(bits):
+    probs = distributions(4, 70, 131, sharpness=6.0)
+    lost = entropy_lost(probs, bits)
+    blocks = entropy_error(probs, encode(probs, bits), bits)
+    assert blocks.shape == (2, 3)
+    for row, column in itertools.product(range(2), range(3)):
+        expected = lost[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64].mean()
+        assert blocks[row, column] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 70, 131), (64, 64, 6, 64), (10, 100, 57, 31), (69, 130, 1, 1)])
+def test_a_windows_entropy_error_weighs_each_block_by_the_pixels_it_has_there(window, tmp_path, images):
+    probs = distributions(3, 70, 131, sharpness=6.0)
+    with open_writer(open_storage(str(tmp_path / "c.zarr")), RECIPE, device="cpu", libraries={}) as writer:
+        writer.finish([writer.write("Train/a", probs, digest_image(images["Train/a"]))])
+    cache = SoftTargetCache.open(str(tmp_path / "c.zarr"))
+    by_pixel = np.zeros((70, 131))
+    for row, column in itertools.product(range(2), range(3)):
+        block = np.s_[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
+        by_pixel[block] = entropy_lost(probs, 8)[block].mean()
+    y, x, h, w = window
+    assert cache.entropy_error("Train/a", window) == pytest.approx(by_pixel[y : y + h, x : x + w].mean(), abs=1e-6)
+    with pytest.raises(ValueError, match="is not within tile Train/a of 70 × 131 px"):
+        cache.entropy_error("Train/a", (0, 0, 71, 1))
 
 
 SIZES = {"Train/a": (70, 41), "Train/b": (70, 41), "Other/c": (1, 1), "Other/d": (300, 257)}

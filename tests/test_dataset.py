@@ -51,8 +51,9 @@ class OneHotMasks:
         labels = read_mask(self.tiles[tile_id].mask, 6, IGNORE)[y : y + h, x : x + w]
         return np.eye(7, dtype=np.float32)[np.where(labels == IGNORE, 6, labels)].transpose(2, 0, 1)
 
-    def entropy_error(self, tile_id):
-        return 0.01 * (1 + list(self.tiles).index(tile_id))
+    def entropy_error(self, tile_id, window):
+        assert (tile_id, window) == self.windows[-1]
+        return 0.01 * window[2] + (1 + list(self.tiles).index(tile_id))
 
 
 def blocky_labels(rng, height, width):
@@ -235,7 +236,7 @@ def test_tile_without_mask_has_ignored_labels_and_its_target(root):
         def read(self, tile_id, window):
             return np.full((6, *window[2:]), 1 / 6, np.float32)
 
-        def entropy_error(self, tile_id):
+        def entropy_error(self, tile_id, window):
             return 0.0
 
     config = make_config([str(root)], train={"crop": 48, "photometric": 0, "mosaic": 0.5})
@@ -246,14 +247,17 @@ def test_tile_without_mask_has_ignored_labels_and_its_target(root):
         np.testing.assert_allclose(sample["target"].sum(axis=0), sample["inside"], atol=1e-6)
 
 
-def test_entropy_error_is_the_mean_of_the_tiles_over_the_pixels_inside(root):
+def test_entropy_error_is_the_mean_of_the_windows_over_the_pixels_inside(root):
     dataset = make_dataset(root, mosaic=1)
     for k in range(4):
         total = pixels = 0
         for view in dataset.plan(k).views:
             tile = dataset.tiles[view.tile]
-            inside = int(Resampler(view, *image_size(tile.image)).inside().sum())
-            total, pixels = total + inside * dataset.targets.entropy_error(tile.id), pixels + inside
+            resampler = Resampler(view, *image_size(tile.image))
+            dataset.targets.read(tile.id, resampler.window)
+            inside = int(resampler.inside().sum())
+            total += inside * dataset.targets.entropy_error(tile.id, resampler.window)
+            pixels += inside
         assert dataset[k]["entropy_error"] == pytest.approx(total / pixels, rel=1e-6)
 
 

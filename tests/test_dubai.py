@@ -65,10 +65,9 @@ def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(conf
 @pytest.mark.timeout(1200)
 def test_cached_and_online_agree_at_every_one_of_thirty_steps(config, tmp_path):
     """
-    At 16 bits losses within 1e-3, at 8 bits within 2e-3; validation mIoU within 0.2 points; a cached step is faster.
+    Losses within 1e-3 at either width; validation mIoU within 0.2 points; a cached step is faster.
 
-    At 8 bits the gradients agree as well; what differs is the value, through what rounding takes from the entropy of a
-    crop, of which the cache knows the tile's mean. The learning rates are a tenth of the config's: from random weights,
+    The learning rates are a tenth of the config's: from random weights,
     AdamW at 1e-3 magnifies a difference of 1e-7 to 1e-3 within five steps, whatever the cache holds.
     """
     changes = {
@@ -83,12 +82,12 @@ def test_cached_and_online_agree_at_every_one_of_thirty_steps(config, tmp_path):
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     online = train(with_mode(config, "online"), CPU)
     assert len(online.losses) == 30
-    for bits, tolerance in ((16, 1e-3), (8, 2e-3)):
+    for bits in (16, 8):
         cache = config.cache.model_copy(update={"bits": bits, "path": str(tmp_path / f"{bits}.zarr")})
         cached_config = config.model_copy(update={"cache": cache, "name": f"cached-{bits}"})
         precompute(cached_config, CPU)
         cached = train(cached_config, CPU)
-        np.testing.assert_allclose(cached.losses, online.losses, rtol=tolerance)
+        np.testing.assert_allclose(cached.losses, online.losses, rtol=1e-3)
         assert abs(cached.final["miou"] - online.final["miou"]) < 0.002
         assert cached.seconds_per_step < online.seconds_per_step
         print(
