@@ -62,7 +62,8 @@ def encode_tile(
     The bytes of a tile's shard, those of its metadata, and its record.
 
     `units_CHW` and `entropy_error` are what `simplex` makes of a tile: uint8 or uint16 `(C, H, W)`, and
-    nats a block. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and its digest is that of what was meant to be written.
+    nats a block. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and
+    its digest is that of what was meant to be written.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
