@@ -18,7 +18,7 @@ SHIPPED_DIR = Path(__file__).resolve().parent
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
-    The checked configuration in a file, or shipped under a name such as `dubai/unet_kd`.
+    The checked configuration in a file, or shipped under a name such as `dubai/linknet_kd`.
 
     `overrides` are `dotted.key=value` texts, the value in YAML: `train.epochs=2`, `data.train=[a, b]`.
 

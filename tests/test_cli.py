@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy(command):
     ("arguments", "code", "message"),
     [
         (["precompute-teacher"], 2, "Missing option '-c'"),
-        (["precompute-teacher", "-c", "dubai/unet_kdd"], 2, "did you mean dubai/unet_kd?"),
+        (["precompute-teacher", "-c", "dubai/linknet_kdd"], 2, "did you mean dubai/linknet_kd?"),
         (
             ["precompute-teacher", "-c", "demo", "--set", "train.epoch=2"],
             2,

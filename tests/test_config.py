@@ -75,8 +75,8 @@ def test_what_is_no_config_is_refused(content, tmp_path):
 
 
 def test_a_missing_file_names_its_path_and_the_nearest_shipped_config():
-    with pytest.raises(ConfigError, match=r"no config at /.*/dubai/unet_dk, .* did you mean dubai/unet_kd\?"):
-        load_config("dubai/unet_dk")
+    with pytest.raises(ConfigError, match=r"no config at /.*/dubai/linknet_dk, .* did you mean dubai/linknet_kd\?"):
+        load_config("dubai/linknet_dk")
 
 
 def test_the_class_map_is_teacher_rows_by_student_columns():

@@ -31,7 +31,7 @@ def config(dubai, few_tiles, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = dubai / "pretrain_weights" / "u-efficientnet-b4_s0_CELoss_pretrained.pth"
     return load_config(
-        "dubai/unet_kd",
+        "dubai/linknet_kd",
         [f"data.train=[{few_tiles}/Train]", f"data.val=[{few_tiles}/Val]", f"teacher.checkpoint={checkpoint}"],
     )
 

@@ -172,12 +172,12 @@ def counts_by_tile(config, order, tiles=8, right=0.8):
 
 
 def test_a_right_class_map_is_not_questioned():
-    config = load_config("dubai/unet_kd")
+    config = load_config("dubai/linknet_kd")
     assert not [row for row in check_class_map(counts_by_tile(config, range(8)), config) if row.clearly_better]
 
 
 def test_two_channels_in_each_others_place_are_both_named():
-    config = load_config("dubai/unet_kd")
+    config = load_config("dubai/linknet_kd")
     found = {
         r.name: r.fitting
         for r in check_class_map(counts_by_tile(config, [6, 1, 2, 3, 4, 5, 0, 7]), config)
@@ -187,7 +187,7 @@ def test_two_channels_in_each_others_place_are_both_named():
 
 
 def test_one_odd_tile_and_rare_classes_do_not_question_the_map():
-    config = load_config("dubai/unet_kd")
+    config = load_config("dubai/linknet_kd")
     counts = counts_by_tile(config, range(8))
     counts[0] = counts_by_tile(config, [6, 1, 2, 3, 4, 5, 0, 7])[0] * 10
     assert not [row for row in check_class_map(counts, config) if row.clearly_better]
