@@ -162,6 +162,7 @@ class Student(Section):
     encoder: str | None = None
     encoder_weights: str | None = None
     checkpoint: str | None = None
+    replace_head: bool = False
     num_classes: int | FromClasses = "from classes"
     normalize: Normalize = "imagenet"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+AUXILIARY_WEIGHT = 0.4  # UNetFormer, Wang et al. 2022, section 4
 SMOOTH = 0.05  # label smoothing of the cross entropy and smoothing of Dice, from the recipe (GeoSeg's configs)
 
 
@@ -35,6 +36,7 @@ def distillation_loss(
     alpha: float,
     temperature: float,
     ignore_index: int,
+    auxiliary_NCHW: Tensor | None = None,
 ) -> LossTerms:
     """
     `(1 - alpha) * hard + alpha * T² * KL(p || softmax(s / T))`; without targets `hard` alone.
@@ -42,9 +44,12 @@ def distillation_loss(
     `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding; `targets_NCHW` is
     float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is what rounding took from their entropy, mean
     over each sample's inside pixels, in nats. A batch without one labelled pixel has `hard` zero.
+    An auxiliary head's logits add `AUXILIARY_WEIGHT` of their own hard loss to `hard`.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
     """
     hard = hard_loss(logits_NCHW, mask_NHW, ignore_index)
+    if auxiliary_NCHW is not None:
+        hard = hard + AUXILIARY_WEIGHT * hard_loss(auxiliary_NCHW, mask_NHW, ignore_index)
     if targets_NCHW is None:
         return LossTerms(total=hard, hard=hard, soft=torch.zeros_like(hard))
     soft = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature, entropy_error_N)

@@ -137,6 +137,7 @@ class _Run:
             encoder=config.student.encoder,
             encoder_weights=config.student.encoder_weights,
             checkpoint=config.student.checkpoint,
+            **({"replace_head": True} if config.student.replace_head else {}),
         ).to(memory_format=torch.channels_last)  # a fifth to two fifths faster on CPUs, and the layout of tensor cores
         self.optimizer = make_optimizer(self.student, config)
         train_config = config.train
@@ -217,7 +218,8 @@ class _Run:
         in_window = min(window, self.per_epoch - first)
         completes = in_epoch + 1 == first + in_window
         self.student.train()
-        logits = self.model(normalized(batch["image"], config.student.normalize))
+        answer = self.model(normalized(batch["image"], config.student.normalize))
+        logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
         terms = distillation_loss(
             logits,
             batch["mask"],
@@ -227,6 +229,7 @@ class _Run:
             alpha=config.distill.alpha,
             temperature=config.distill.temperature,
             ignore_index=config.classes.ignore_index,
+            auxiliary_NCHW=auxiliary,
         )
         self._refuse_divergence(terms)
         self.fabric.backward(terms.total / in_window)

@@ -121,6 +121,18 @@ def test_entropy_error_moves_the_value_and_not_the_gradient(batch):
     assert torch.equal(one, two)
 
 
+def test_auxiliary_logits_add_two_fifths_of_their_hard_loss(batch):
+    logits, targets, mask, inside = batch
+    options = {"alpha": 0.7, "temperature": T, "ignore_index": 255}
+    auxiliary = torch.roll(logits.detach(), 1, dims=1)
+    plain = distillation_loss(logits, mask, inside, targets, **options)
+    both = distillation_loss(logits, mask, inside, targets, **options, auxiliary_NCHW=auxiliary)
+    added = 0.4 * hard_loss(auxiliary, mask, 255)
+    assert (both.hard - plain.hard).item() == pytest.approx(added.item(), rel=1e-5)
+    assert (both.total - plain.total).item() == pytest.approx(0.3 * added.item(), rel=1e-5)
+    assert both.soft.item() == plain.soft.item()
+
+
 def test_half_precision_logits_are_computed_in_float32(batch):
     logits, targets, mask, inside = batch
     half = logits.detach().bfloat16()

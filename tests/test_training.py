@@ -72,6 +72,22 @@ def test_training_from_the_cache_needs_no_teacher_on_disk(cached, make_config):
     )
 
 
+def test_a_unetformer_trains_with_its_auxiliary_head_and_resumes(cached, make_config):
+    config = make_config(student={"architecture": "unetformer", "encoder": "resnet18"})
+    whole = train(config, CPU)
+    assert np.isfinite(whole.losses).all()
+    # The auxiliary head is trained: its weights are not those that the seed gave it.
+    torch.manual_seed(config.seed)
+    fresh = build_student("unetformer", 6, encoder="resnet18").state_dict()
+    name = "decoder.aux_head.conv_out.0.weight"
+    expected = weights()
+    assert not torch.equal(expected["student." + name], fresh[name])
+    half = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})})
+    train(half, CPU, overwrite=True)
+    train(config, CPU, resume=True)
+    assert_same_weights(weights(), expected)
+
+
 def test_logs_lie_where_the_guide_has_them(cached):
     summary = train(cached, CPU)
     folder = Path("lightning_logs/tests/tiny/version_0")

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.pipeline.models.published import load_encoder
 from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 
+FORMERS = ("ftunetformer", "unetformer")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 STUDENT_PREFIX = "student."  # of the student's tensors in kdpipe's own checkpoints
 
 
@@ -18,10 +23,16 @@ def build_student(architecture: str, num_classes: int, **options: Any) -> nn.Mod
     """
     A network from uint8-range-normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
 
-    `architecture` is any of smp's; options: `encoder` (required), `encoder_weights` (None, a local file of the encoder's
-    state dict, or a name that smp knows) and `checkpoint` (a local file with weights of the whole student, kdpipe's own
-    checkpoints included). Raises `ConfigError` for unknown names, `CheckpointError` for weights that do not fit.
+    `architecture` is `ftunetformer`, `unetformer` or any of smp's. Options: `encoder` (smp's or timm's; required but for
+    `ftunetformer`, which has its own), `encoder_weights` (None, a local file, or a name that smp or timm knows),
+    `checkpoint` (a local file with weights of the whole student, kdpipe's own checkpoints included) and `replace_head` (a
+    checkpoint for another number of classes gives all but its head). Raises `ConfigError` for unknown names,
+    `CheckpointError` for weights that do not fit.
     """
+    if architecture in FORMERS:
+        return _build_former(architecture, num_classes, **options)
+    if options.pop("replace_head", False):
+        raise ConfigError(f"student.replace_head is for {' and '.join(FORMERS)}, not for {architecture}")
     encoder = options.pop("encoder", None)
     weights = options.pop("encoder_weights", None)
     checkpoint = options.pop("checkpoint", None)
@@ -29,7 +40,7 @@ def build_student(architecture: str, num_classes: int, **options: Any) -> nn.Mod
         raise ConfigError(f"student has no options {sorted(options)}")
     if encoder is None:
         raise ConfigError(f"student.encoder is missing: {architecture} needs one, such as resnet18")
-    local = weights is not None and Path(weights).suffix != "" and ("/" in weights or Path(weights).exists())
+    local = weights is not None and _is_file(weights)
     try:
         model = create_smp_model(
             architecture, encoder, num_classes, key="student", encoder_weights=None if local else weights
@@ -47,13 +58,59 @@ def build_student(architecture: str, num_classes: int, **options: Any) -> nn.Mod
     return model
 
 
-def load_student_weights(model: nn.Module, path: str | Path) -> None:
+def load_student_weights(model: nn.Module, path: str | Path, *, replace_head: bool = False) -> None:
     """Load a student's weights from a bare state dict or from a checkpoint of `kdpipe train-student`, strictly."""
     content = read_checkpoint(path)
+    if isinstance(model, FTUNetFormer | UNetFormer):
+        model.load_published_state_dict(content, replace_head=replace_head, origin=str(path))
+        return
     state = content.get("state_dict", content)
     load_strictly(model, {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, origin=str(path))
 
 
 def encoder_parameters(model: nn.Module) -> set[int]:
     """The `id`s of the encoder's parameters, which learn at a rate of their own."""
-    return {id(parameter) for parameter in model.encoder.parameters()}  # type: ignore[union-attr]
+    encoder = model.backbone if isinstance(model, FTUNetFormer | UNetFormer) else model.encoder
+    assert isinstance(encoder, nn.Module)
+    return {id(parameter) for parameter in encoder.parameters()}
+
+
+def _build_former(
+    architecture: str,
+    num_classes: int,
+    *,
+    encoder: str | None = None,
+    encoder_weights: str | None = None,
+    checkpoint: str | None = None,
+    replace_head: bool = False,
+) -> FTUNetFormer | UNetFormer:
+    """FTUNetFormer or UNetFormer; a timm name in `encoder_weights` is downloaded, a file is read."""
+    model: FTUNetFormer | UNetFormer
+    if architecture == "ftunetformer":
+        if encoder is not None:
+            raise ConfigError(f"student.encoder: ftunetformer has an encoder of its own (Swin-B), found {encoder!r}")
+        model = FTUNetFormer(num_classes)
+    else:
+        if encoder is None:
+            raise ConfigError("student.encoder is missing: unetformer needs one of timm's, such as resnet18")
+        try:
+            model = UNetFormer(num_classes, encoder=encoder)
+        except RuntimeError as err:  # timm's for an unknown name
+            raise ConfigError(f"student.encoder: timm cannot build {encoder!r} for unetformer: {err}") from err
+    if encoder_weights is not None:
+        origin = f"student.encoder_weights {encoder_weights}"
+        if _is_file(encoder_weights):
+            content = read_checkpoint(encoder_weights)
+        else:
+            try:
+                content = timm.create_model(encoder_weights, pretrained=True).state_dict()
+            except (OSError, RuntimeError) as err:
+                raise CheckpointError(f"{origin}: not a file, and timm cannot fetch it: {err}") from err
+        load_encoder(model.backbone, content, origin=origin)
+    if checkpoint is not None:
+        load_student_weights(model, checkpoint, replace_head=replace_head)
+    return model
+
+
+def _is_file(weights: str) -> bool:
+    return Path(weights).suffix in WEIGHT_SUFFIXES or "/" in weights or Path(weights).exists()

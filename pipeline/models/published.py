@@ -1,0 +1,84 @@
+"""
+Published weights of UNetFormer and FTUNetFormer, and of their encoders: found under whatever prefix, loaded strictly.
+
+Nothing is left out in silence: what a caller may leave out is named here, and everything else is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdpipe.configs.errors import CheckpointError
+from kdpipe.pipeline.models.weights import load_strictly
+
+PREFIXES = ("net.", "model.", "module.", "student.")  # of Lightning modules, of DataParallel, of kdpipe's checkpoints
+ENCODER = "backbone."
+
+
+def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint without the `state_dict` around them and without prefixes that all names share."""
+    inner = content.get("state_dict", content)
+    state = dict(inner) if isinstance(inner, Mapping) else dict(content)
+    while prefix := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_published(
+    model: nn.Module, content: Mapping[str, Any], heads: tuple[str, ...], *, replace_head: bool, origin: str
+) -> None:
+    """
+    Load published weights; `heads` names the tensors whose first axis is the classes.
+
+    With `replace_head`, heads for another number of classes keep the model's own weights. Raises `CheckpointError` that
+    names what is missing, unexpected or of another shape.
+    """
+    state, own = bare_state(content), model.state_dict()
+    other = [
+        name
+        for name in heads
+        if isinstance(state.get(name), Tensor)
+        and state[name].shape[1:] == own[name].shape[1:]
+        and len(state[name]) != len(own[name])
+    ]
+    if other and not replace_head:
+        raise CheckpointError(
+            f"{origin} answers in {len(state[other[0]])} classes and the model in {len(own[other[0]])}; "
+            "set student.replace_head: true to start from a new head and its other weights"
+        )
+    load_strictly(model, {**state, **{name: own[name] for name in other}}, origin=origin)
+
+
+def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str) -> None:
+    """
+    Load an encoder's weights from its own file, timm's naming or the published one, or from a whole network's.
+
+    Parts of the file that the encoder does not have, such as a classifier, are left; so are masks, which are computed. Output
+    norms (`norm0` …) that a classifier's file lacks keep their own weights. Raises `CheckpointError` for the rest.
+    """
+    state = bare_state(content)
+    if any(name.startswith(ENCODER) for name in state):
+        state = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
+    own = encoder.state_dict()
+    if any(name.startswith("layers.3.downsample.") for name in state):
+        # timm counts a downsampling to the stage after it, published names to the stage before.
+        state = {re.sub(r"^layers\.(\d)\.downsample\.", _stage_before, name): value for name, value in state.items()}
+    # timm's feature extractors flatten `stages.0` to `stages_0`.
+    renamed = {re.sub(r"_(\d+)\.", r".\1.", name, count=1): name for name in own}
+    state = {renamed.get(name, name): value for name, value in state.items() if not name.endswith("attn_mask")}
+    parts = {name.split(".")[0] for name in own}
+    state = {name: value for name, value in state.items() if name.split(".")[0] in parts}
+    kept = {
+        name: value
+        for name, value in own.items()
+        if name not in state and (name.endswith("relative_position_index") or re.match(r"norm\d\.", name))
+    }
+    load_strictly(encoder, {**state, **kept}, origin=origin)
+
+
+def _stage_before(match: re.Match[str]) -> str:
+    return f"layers.{int(match[1]) - 1}.downsample."

@@ -1,0 +1,299 @@
+"""
+UNetFormer and FTUNetFormer, in the parameter names of published checkpoints.
+
+Source: Wang et al., "UNetFormer", ISPRS J. 2022, arXiv 2109.08417; written from the paper and from how checkpoints are laid
+out. Any image size from 32 px up: where the published code's reflection padding fails, the border is repeated instead.
+
+Shapes: N images, H W pixels or positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdpipe.configs.errors import ConfigError
+from kdpipe.pipeline.models.published import load_published
+from kdpipe.pipeline.models.swin import SwinEncoder, relative_position_bias, relative_position_index
+
+WINDOW = 8
+
+
+class FTUNetFormer(nn.Module):
+    """A Swin encoder and the UNetFormer decoder: logits `(N, num_classes, H, W)` of normalised images `(N, 3, H, W)`."""
+
+    heads = ("decoder.segmentation_head.2.0.weight",)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        width: int = 256,
+        heads: int = 16,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        encoder_heads: Sequence[int] = (4, 8, 16, 32),
+        drop_path: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.backbone = SwinEncoder(embed_dim, depths, encoder_heads, drop_path=drop_path)
+        self.decoder = Decoder(self.backbone.channels, num_classes, width, heads, normed_skips=True, dropout=0.2)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits in the size of the images."""
+        logits: Tensor = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])[0]
+        return logits
+
+    def load_published_state_dict(
+        self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
+    ) -> None:
+        """Load published weights, with any usual prefix, strictly (see `published.load_published`)."""
+        load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
+
+
+class UNetFormer(nn.Module):
+    """
+    A convolutional encoder from timm and the UNetFormer decoder: logits `(N, num_classes, H, W)`.
+
+    In training it returns the logits and those of the auxiliary head (see `distillation_loss`). `encoder` is any of
+    timm's with feature maps at strides 4, 8, 16 and 32.
+    """
+
+    heads = ("decoder.segmentation_head.2.0.weight", "decoder.aux_head.conv_out.0.weight")
+
+    def __init__(
+        self, num_classes: int, *, encoder: str = "resnet18", width: int = 64, heads: int = 8, pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = _timm_encoder(encoder, pretrained)
+        channels = self.backbone.feature_info.channels()  # type: ignore[operator, union-attr]
+        self.decoder = Decoder(channels, num_classes, width, heads, normed_skips=False, dropout=0.1, auxiliary=True)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits in the size of the images; in training a pair, the second from the auxiliary head."""
+        logits, auxiliary = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])
+        return (logits, auxiliary) if self.training else logits
+
+    def load_published_state_dict(
+        self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
+    ) -> None:
+        """Load published weights, with any usual prefix, strictly (see `published.load_published`)."""
+        load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
+
+
+class Decoder(nn.Module):
+    """From the encoder's four feature maps, finest first, to logits."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        width: int,
+        heads: int,
+        *,
+        normed_skips: bool,
+        dropout: float,
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pre_conv = _conv_norm(channels[3], width, 1)
+        self.b4 = _Block(width, heads)
+        self.b3 = _Block(width, heads)
+        self.p3 = _Fusion(channels[2], width, normed_skips)
+        self.b2 = _Block(width, heads)
+        self.p2 = _Fusion(channels[1], width, normed_skips)
+        self.p1 = _Refinement(channels[0], width, normed_skips)
+        if auxiliary:
+            self.aux_head = _AuxiliaryHead(width, num_classes)
+        self.auxiliary = auxiliary
+        self.segmentation_head = nn.Sequential(
+            _conv_norm_act(width, width), nn.Dropout2d(dropout), _conv(width, num_classes, 1)
+        )
+        self.apply(_initialise)
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Logits of `size`; and the auxiliary ones, if there is such a head and the model is training."""
+        stride4, stride8, stride16, stride32 = features
+        x4 = self.b4(self.pre_conv(stride32))
+        x3 = self.b3(self.p3(x4, stride16))
+        x2 = self.b2(self.p2(x3, stride8))
+        logits = _resized(self.segmentation_head(self.p1(x2, stride4)), size)
+        if not (self.auxiliary and self.training):
+            return logits, None
+        at_stride8 = [F.interpolate(x, x2.shape[-2:], mode="bilinear", align_corners=True) for x in (x4, x3)]
+        return logits, _resized(self.aux_head(at_stride8[0] + at_stride8[1] + x2), size)
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.attn = _GlobalLocalAttention(channels, heads)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.mlp = _Mlp(channels, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class _Mlp(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.relu6(self.fc1(x)))
+        return out
+
+
+class _GlobalLocalAttention(nn.Module):
+    """Window attention beside a convolution (paper, section 3.2)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (channels // heads) ** -0.5
+        self.qkv = _conv(channels, 3 * channels, 1)
+        self.local1 = _conv_norm(channels, channels, 3)
+        self.local2 = _conv_norm(channels, channels, 1)
+        self.proj = nn.Sequential(
+            nn.Conv2d(channels, channels, WINDOW, padding=WINDOW // 2 - 1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
+        self.relative_position_index: Tensor
+        self.register_buffer("relative_position_index", relative_position_index(WINDOW))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        height, width = x_NCHW.shape[-2:]
+        local = self.local2(x_NCHW) + self.local1(x_NCHW)
+        out = self._window_attention(x_NCHW)[..., :height, :width]
+        pad = WINDOW // 2 - 1
+        down = F.avg_pool2d(_extended(out, 1, 0), (WINDOW, 1), 1, (pad, 0))
+        across = F.avg_pool2d(_extended(out, 0, 1), (1, WINDOW), 1, (0, pad))
+        mixed: Tensor = self.proj(_extended(down + across + local, 1, 1))
+        return mixed[..., :height, :width]
+
+    def _window_attention(self, x_NCHW: Tensor) -> Tensor:
+        images, channels, height, width = x_NCHW.shape
+        qkv = self.qkv(_extended(x_NCHW, -height % WINDOW, -width % WINDOW))
+        rows, columns = qkv.shape[2] // WINDOW, qkv.shape[3] // WINDOW
+        qkv = qkv.reshape(images, 3, self.heads, channels // self.heads, rows, WINDOW, columns, WINDOW)
+        # To (3, N, rows, columns, heads, P, dim).
+        q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).flatten(5, 6).unbind(0)
+        bias = relative_position_bias(self.relative_position_bias_table, self.relative_position_index)
+        x = ((q * self.scale) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
+        x = x.reshape(images, rows, columns, self.heads, WINDOW, WINDOW, channels // self.heads)
+        back: Tensor = x.permute(0, 3, 6, 1, 4, 2, 5)
+        return back.reshape(images, channels, rows * WINDOW, columns * WINDOW)
+
+
+class _Fusion(nn.Module):
+    """The coarser map, doubled, and the encoder's, weighted by two learned shares."""
+
+    def __init__(self, skip_channels: int, channels: int, normed_skip: bool) -> None:
+        super().__init__()
+        self.pre_conv = _conv_norm(skip_channels, channels, 3) if normed_skip else _conv(skip_channels, channels, 1)
+        self.weights = nn.Parameter(torch.ones(2))
+        self.post_conv = _conv_norm_act(channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        # An odd map was rounded up when it was halved: doubled, it is one longer than it was.
+        x = x[..., : skip.shape[-2], : skip.shape[-1]]
+        shares = F.relu(self.weights)
+        shares = shares / (shares.sum() + 1e-8)
+        out: Tensor = self.post_conv(shares[0] * self.pre_conv(skip) + shares[1] * x)
+        return out
+
+
+class _Refinement(_Fusion):
+    """The last fusion, with attention over positions and over channels (the paper's feature refinement head)."""
+
+    def __init__(self, skip_channels: int, channels: int, normed_skip: bool) -> None:
+        super().__init__(skip_channels, channels, normed_skip)
+        self.pa = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Sigmoid())
+        self.ca = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            _conv(channels, channels // 16, 1),
+            nn.ReLU6(),
+            _conv(channels // 16, channels, 1),
+            nn.Sigmoid(),
+        )
+        self.shortcut = _conv_norm(channels, channels, 1)
+        self.proj = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = super().forward(x, skip)
+        refined = self.pa(x) * x + self.ca(x) * x
+        return F.relu6(self.proj(refined) + self.shortcut(x))
+
+
+class _AuxiliaryHead(nn.Module):
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv = _conv_norm_act(channels, channels)
+        self.drop = nn.Dropout(0.1)
+        self.conv_out = _conv(channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv_out(self.drop(self.conv(x)))
+        return out
+
+
+def _extended(x: Tensor, below: int, right: int) -> Tensor:
+    """`x` with rows below and columns right: mirrored where the map is large enough for that, else its border repeated."""
+    mirrored_rows, mirrored_columns = below < x.shape[-2], right < x.shape[-1]
+    if mirrored_rows and mirrored_columns:
+        return F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x
+    x = F.pad(x, (0, 0, 0, below), mode="reflect" if mirrored_rows else "replicate")
+    return F.pad(x, (0, right, 0, 0), mode="reflect" if mirrored_columns else "replicate")
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def _conv(channels: int, out: int, kernel: int) -> nn.Sequential:
+    # A sequence of one, because published names have the index.
+    return nn.Sequential(nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False))
+
+
+def _conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out))
+
+
+def _conv_norm_act(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(*_conv_norm(channels, out, 3), nn.ReLU6())
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, a=1)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _timm_encoder(name: str, pretrained: bool) -> nn.Module:
+    every: nn.Module = timm.create_model(name, features_only=True)
+    strides = every.feature_info.reduction()  # type: ignore[operator, union-attr]
+    wanted = [strides.index(stride) for stride in (4, 8, 16, 32) if stride in strides]
+    if len(wanted) != 4:
+        raise ConfigError(
+            f"student.encoder: {name} has feature maps at strides {strides}, and 4, 8, 16 and 32 are needed"
+        )
+    chosen: nn.Module = timm.create_model(name, features_only=True, out_indices=wanted, pretrained=pretrained)
+    return chosen
