@@ -178,6 +178,7 @@ class Train(Section):
     lr: float = Field(6e-4, gt=0)
     backbone_lr: float = Field(6e-5, ge=0)
     weight_decay: float = Field(2.5e-4, ge=0)
+    lookahead: bool = False
     restart_epochs: int = Field(15, ge=1)
     restart_mult: int = Field(2, ge=1)
     crop: int = Field(512, ge=32)
