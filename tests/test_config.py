@@ -125,3 +125,66 @@ def test_sections_that_may_be_left_out_have_the_documented_defaults():
         4,
     )
     assert (config.train.lr, config.train.backbone_lr, config.train.weight_decay) == (6e-4, 6e-5, 2.5e-4)
+
+
+GUIDE = {
+    "group": "biodiversity",
+    "seed": 42,
+    "classes": {
+        "names": ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiNatural"],
+        "ignore_index": 255,
+        "not_scored": ["Background"],
+    },
+    "teacher": {
+        "architecture": "unet",
+        "encoder": "efficientnet-b4",
+        "checkpoint": "pretrain_weights/u-efficientnet-b4_s0_CELoss_pretrained.pth",
+        "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
+        "normalize": "unit",
+        "tta": "none",
+        "scales": [1.0],
+        "window": None,
+    },
+    "distill": {"temperature": 2.0, "alpha": 0.7},
+    "cache": {"kind": "soft", "bits": 8},
+    "train": {
+        "epochs": 45,
+        "max_steps": None,
+        "batch_size": 4,
+        "val_batch_size": 4,
+        "lr": 6e-4,
+        "backbone_lr": 6e-5,
+        "weight_decay": 2.5e-4,
+        "lookahead": True,
+        "restart_epochs": 15,
+        "restart_mult": 2,
+        "crop": 512,
+        "scales": [0.5, 0.75, 1.0, 1.25, 1.5],
+        "max_class_share": 0.75,
+        "mosaic": 0.25,
+        "accumulate": 1,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "architecture", "mode"),
+    [
+        ("ftunetformer_kd", "ftunetformer-kd-512-crop-ms-e45", "ftunetformer", "cached"),
+        ("ftunetformer", "ftunetformer-512-crop-ms-e45", "ftunetformer", "none"),
+        ("unetformer_kd", "unetformer-kd-512-crop-ms-e45", "unetformer", "cached"),
+    ],
+)
+def test_the_guides_configs_have_the_guides_numbers(name, run, architecture, mode):
+    config = load_config(f"biodiversity/{name}").model_dump(mode="json")
+    assert (config["name"], config["student"]["architecture"], config["distill"]["mode"]) == (run, architecture, mode)
+    for section, expected in GUIDE.items():
+        found = config[section]
+        for key, value in expected.items() if isinstance(expected, dict) else ((None, expected),):
+            assert (found if key is None else found[key]) == value, f"{section}.{key}"
+
+
+def test_the_guides_baseline_differs_in_nothing_but_the_teacher():
+    taught, alone = (load_config(f"biodiversity/{name}").model_dump() for name in ("ftunetformer_kd", "ftunetformer"))
+    taught["distill"]["mode"], taught["name"] = alone["distill"]["mode"], alone["name"]
+    assert taught == alone
