@@ -137,7 +137,7 @@ class _Run:
             encoder=config.student.encoder,
             encoder_weights=config.student.encoder_weights,
             checkpoint=config.student.checkpoint,
-            **({"replace_head": True} if config.student.replace_head else {}),
+            replace_head=config.student.replace_head,
         ).to(memory_format=torch.channels_last)  # a fifth to two fifths faster on CPUs, and the layout of tensor cores
         self.optimizer = make_optimizer(self.student, config.train)
         train_config = config.train

@@ -135,6 +135,7 @@ def _check_parity(
         len(config.classes.names),
         encoder=config.student.encoder,
         checkpoint=checkpoint or config.student.checkpoint,
+        replace_head=config.student.replace_head,
     )
     student.to(device).eval()
     num_labels, num_answers = len(config.classes.names), len(config.teacher.classes)

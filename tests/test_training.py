@@ -17,6 +17,7 @@ from conftest import write_image
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import (
+    CheckpointError,
     ConfigError,
     CorruptCache,
     IncompleteCache,
@@ -31,6 +32,7 @@ from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.student import load_student_weights
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.verify import verify
 
 CPU = torch.device("cpu")
 
@@ -87,6 +89,19 @@ def test_a_unetformer_trains_with_its_auxiliary_head_and_lookahead_and_resumes(c
     train(half, CPU, overwrite=True)
     train(config, CPU, resume=True)
     assert_same_weights(weights(), expected)
+
+
+def test_a_student_starts_from_weights_for_other_classes_with_a_new_head(cached, make_config, tmp_path):
+    other = build_student("unetformer", 9, encoder="resnet18")
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    student = {"architecture": "unetformer", "encoder": "resnet18", "checkpoint": str(tmp_path / "other.pth")}
+    with pytest.raises(
+        CheckpointError, match="answers in 9 classes and the model in 6; set student.replace_head: true"
+    ):
+        train(make_config(student=student), CPU)
+    config = make_config(student=student | {"replace_head": True})
+    assert np.isfinite(train(config, CPU).losses).all()
+    assert verify(config, "parity", CPU, sample=1).parity
 
 
 def test_logs_lie_where_the_guide_has_them(cached):
