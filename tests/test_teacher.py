@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import pytest
+import safetensors.torch
+import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
@@ -170,11 +172,54 @@ def test_unreadable_checkpoints_are_named(make_config, tmp_path, content, messag
         load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(path)}))
 
 
-def test_a_nested_state_dict_is_pointed_out(make_config, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.", "teacher.model."])
+@pytest.mark.parametrize("form", ["t.pth", "state_dict in t.ckpt", "model in t.pth", "t.safetensors"])
+def test_a_teacher_loads_in_every_form_that_people_hold_it(make_config, tmp_path, prefix, form):
     config = make_config()
-    torch.save({"state_dict": torch.load(config.teacher.checkpoint, weights_only=True), "epoch": 3}, tmp_path / "t.pth")
-    with pytest.raises(CheckpointError, match="save just its 'state_dict' entry"):
+    plain = torch.load(config.teacher.checkpoint, weights_only=True)
+    state = {prefix + name: value for name, value in plain.items()}
+    nest, _, name = form.rpartition(" in ")
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({nest: state, "epoch": 3} if nest else state, path)
+    loaded = load_teacher(config.teacher.model_copy(update={"checkpoint": str(path)})).state_dict()
+    assert loaded.keys() == plain.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in plain.items())
+
+
+def test_a_nest_under_another_name_is_pointed_out(make_config, tmp_path):
+    config = make_config()
+    torch.save({"weights": torch.load(config.teacher.checkpoint, weights_only=True), "epoch": 3}, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match="save just its 'weights' entry"):
         load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+
+
+def test_scse_attention_is_recognised_from_the_tensors(make_config, tmp_path):
+    config = make_config()
+    torch.manual_seed(1)
+    source = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8, decoder_attention_type="scse").eval()
+    torch.save(source.state_dict(), tmp_path / "t.pth")
+    model = load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), source(x))
+
+
+def test_a_file_of_nine_channels_is_explained_by_openearthmaps_order(make_config, tmp_path):
+    config = make_config()
+    torch.save(create_smp_model("unet", "mobilenet_v2", 9, key="teacher").state_dict(), tmp_path / "t.pth")
+    with pytest.raises(
+        CheckpointError, match=r"answers in 9 channels, .* teacher.classes: \[Unknown, Bareland, Rangeland,"
+    ):
+        load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+
+
+def test_a_broken_safetensors_file_is_named(make_config, tmp_path):
+    (tmp_path / "t.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(CheckpointError, match=r"t\.safetensors is not a readable safetensors file"):
+        load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(tmp_path / "t.safetensors")}))
 
 
 def test_numbers_that_are_not_finite_stop_with_advice(make_config, tmp_path):

@@ -13,19 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError
-from kdpipe.pipeline.models.weights import load_strictly
+from kdpipe.pipeline.models.weights import bare_state, load_strictly
 
-PREFIXES = ("net.", "model.", "module.", "student.")  # of Lightning modules, of DataParallel, of kdpipe's checkpoints
 ENCODER = "backbone."
-
-
-def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint without the `state_dict` around them and without prefixes that all names share."""
-    inner = content.get("state_dict", content)
-    state = dict(inner) if isinstance(inner, Mapping) else dict(content)
-    while prefix := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def load_published(

@@ -12,10 +12,18 @@ from kdpipe.configs.errors import ConfigError
 
 
 def create_smp_model(
-    architecture: str, encoder: str, num_classes: int, *, key: str, encoder_weights: str | None = None
+    architecture: str,
+    encoder: str,
+    num_classes: int,
+    *,
+    key: str,
+    encoder_weights: str | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """
     `smp.create_model`, without weights unless named; `key` is the section of the config that an error points to.
+
+    `attention` is the decoder's (`scse`), for architectures that have one.
 
     Raises `ConfigError` for an unknown architecture or encoder, with the nearest known one.
     """
@@ -31,6 +39,8 @@ def create_smp_model(
             "the others are listed in the documentation of segmentation-models-pytorch"
         )
     options: dict[str, Any] = {"encoder_weights": encoder_weights, "classes": num_classes}
+    if attention is not None:
+        options["decoder_attention_type"] = attention
     try:
         model: nn.Module = smp.create_model(architecture, encoder_name=encoder, **options)
     except (ValueError, KeyError, RuntimeError, TypeError) as err:

@@ -15,7 +15,7 @@ from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 
 FORMERS = ("ftunetformer", "unetformer")
-WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 STUDENT_PREFIX = "student."  # of the student's tensors in kdpipe's own checkpoints
 
 

@@ -17,8 +17,11 @@ from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.views import averaged_logits
-from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+from kdpipe.pipeline.models.weights import bare_state, load_strictly, read_checkpoint
 
+SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
+# Of OpenEarthMap's own checkpoints, by which a file of 9 channels is most often explained.
+OPENEARTHMAP = "[Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]"
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,10 +29,15 @@ def load_teacher(teacher: Teacher) -> nn.Module:
     """
     The teacher's network with its weights, frozen, in eval mode, float32, on the CPU.
 
-    Raises `CheckpointError` where the file's channels are not as many as `teacher.classes`, or any tensor does not fit.
+    The weights may lie under `state_dict` or `model`, with a trainer's prefix, in half precision; scSE attention in the decoder
+    is recognised from its tensors. Raises `CheckpointError` where the file's channels are not as many as `teacher.classes`,
+    or any tensor does not fit.
     """
-    state = read_checkpoint(teacher.checkpoint)
-    model = create_smp_model(teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher")
+    state = bare_state(read_checkpoint(teacher.checkpoint))
+    attention = "scse" if any(SCSE in str(name) for name in state) else None
+    model = create_smp_model(
+        teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher", attention=attention
+    )
     _check_channels(model, state, teacher)
     load_strictly(model, state, origin=teacher.checkpoint)
     return model.eval().requires_grad_(False)
@@ -112,6 +120,7 @@ def _check_channels(model: nn.Module, state: dict[str, Any], teacher: Teacher) -
             raise CheckpointError(
                 f"{teacher.checkpoint} answers in {found.shape[0]} channels, but teacher.classes names "
                 f"{len(teacher.classes)}: {', '.join(teacher.classes)}; list one name for each channel, in the file's order"
+                + (f"; if it is OpenEarthMap's own, teacher.classes: {OPENEARTHMAP}" if found.shape[0] == 9 else "")
             )
 
 

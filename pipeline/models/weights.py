@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdpipe.cache.manifest import summarise
 from kdpipe.configs.errors import CheckpointError
+
+NESTS = ("state_dict", "model")  # under which trainers save the weights
+PREFIXES = ("net.", "model.", "module.", "student.", "teacher.")  # of Lightning modules, DataParallel and distillers
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -25,6 +30,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"no checkpoint at {file.absolute()}; relative paths start at the current folder")
+    if file.suffix == ".safetensors":
+        try:
+            return dict(safetensors.torch.load_file(file))
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{file} is not a readable safetensors file: {_first_line(err)}") from err
     try:
         with warnings.catch_warnings():
             # torch warns of pickles made by other versions; what cannot be read raises all the same.
@@ -40,6 +50,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} should hold a mapping of names to tensors, found {type(content).__name__}")
     return dict(content)
+
+
+def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint without the `state_dict` or `model` around them, and without prefixes that all names share."""
+    inner = next((content[key] for key in NESTS if isinstance(content.get(key), Mapping)), content)
+    state = dict(inner)
+    while prefix := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
