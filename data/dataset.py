@@ -8,6 +8,7 @@ before it. Both datasets are picklable, hold no open file and can be read from s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -18,9 +19,14 @@ from kdpipe.configs.errors import DataError
 from kdpipe.data.augment import change_colours, sample_plan
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
 from kdpipe.data.rasters import image_size, read_image, read_mask
+from kdpipe.data.recent import Recent
 from kdpipe.data.tiles import Tile
 
 Stretch = Sequence[tuple[float, float]]
+
+# Of decoded tiles, in each process: 100 tiles of 1024 px. Reading a crop from a JPEG means decoding all of it, which took half
+# of the time of a small student's step.
+KEPT_BYTES = 512 * 2**20
 
 
 class TargetSource(Protocol):
@@ -84,24 +90,17 @@ class TrainTiles:
         self._config = config
         self._stretch = stretch
         self._sizes = dict(enumerate(sizes)) if sizes is not None else {}
+        self._recent = Recent(KEPT_BYTES)
 
     def __len__(self) -> int:
         return len(self.tiles) * self._config.train.crops_per_tile
 
+    def __getitem__(self, k: int) -> TrainSample:
+        """Sample `k`."""
+        return self.render(self.plan(k))
+
     def plan(self, k: int) -> Plan:
         """How sample `k` is made: the same in every process and on every machine."""
-        return self._plan(k, {})
-
-    def __getitem__(self, k: int) -> TrainSample:
-        """Sample `k`: `render(plan(k))`, reading each mask once."""
-        masks: dict[int, NDArray[np.int32] | None] = {}
-        return self._render(self._plan(k, masks), masks)
-
-    def render(self, plan: Plan) -> TrainSample:
-        """The sample that `plan` describes."""
-        return self._render(plan, {})
-
-    def _plan(self, k: int, masks: dict[int, NDArray[np.int32] | None]) -> Plan:
         if k < 0:
             raise IndexError(f"samples are counted from 0 over all epochs, found {k}")
         epoch, i = divmod(k, len(self))
@@ -112,10 +111,11 @@ class TrainTiles:
             self._config.train,
             self._config.classes.ignore_index,
             size_of=self._size,
-            mask_of=lambda tile: self._mask(tile, masks),
+            mask_of=self._mask,
         )
 
-    def _render(self, plan: Plan, masks: dict[int, NDArray[np.int32] | None]) -> TrainSample:
+    def render(self, plan: Plan) -> TrainSample:
+        """The sample that `plan` describes."""
         crop, ignore_index = plan.crop, self._config.classes.ignore_index
         image = np.zeros((crop, crop, 3), dtype=np.uint8)
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
@@ -129,7 +129,7 @@ class TrainTiles:
             place = np.s_[view.out_top : view.out_top + view.height, view.out_left : view.out_left + view.width]
             image[place] = resampler.image(self._image(view.tile)[source])
             inside[place] = resampler.inside()
-            labels = self._mask(view.tile, masks)
+            labels = self._mask(view.tile)
             if labels is not None:
                 mask[place] = resampler.mask(labels[source], ignore_index)
             if self.targets is not None:
@@ -158,12 +158,17 @@ class TrainTiles:
         return self._sizes[tile]
 
     def _image(self, tile: int) -> NDArray[np.uint8]:
-        return _read_image(self.tiles[tile], self._config, self._stretch, self._size(tile))
+        return self._recent.get(
+            ("image", tile), lambda: _read_image(self.tiles[tile], self._config, self._stretch, self._size(tile))
+        )
 
-    def _mask(self, tile: int, masks: dict[int, NDArray[np.int32] | None]) -> NDArray[np.int32] | None:
-        if tile not in masks:
-            masks[tile] = _read_mask(self.tiles[tile], self._config, self._size(tile))
-        return masks[tile]
+    def _mask(self, tile: int) -> NDArray[np.int32] | None:
+        path = self.tiles[tile].mask
+        if path is None:
+            return None
+        return self._recent.get(
+            ("mask", tile), lambda: _read_mask(self.tiles[tile], path, self._config, self._size(tile))
+        )
 
 
 class ValTiles:
@@ -187,9 +192,10 @@ class ValTiles:
         tile = self.tiles[i]
         image = _read_image(tile, self._config, self._stretch, None)
         size = image.shape[:2]
-        labels = _read_mask(tile, self._config, size)
-        if labels is None:
+        if tile.mask is None:
             labels = np.full(size, self._config.classes.ignore_index, dtype=np.int32)
+        else:
+            labels = _read_mask(tile, tile.mask, self._config, (size[0], size[1]))
         return ValSample(image=np.ascontiguousarray(image.transpose(2, 0, 1)), mask=labels.astype(np.int64), tile=i)
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -227,12 +233,10 @@ def _read_image(tile: Tile, config: Config, stretch: Stretch | None, size: tuple
     return image
 
 
-def _read_mask(tile: Tile, config: Config, size: tuple[int, int]) -> NDArray[np.int32] | None:
-    if tile.mask is None:
-        return None
-    labels = read_mask(tile.mask, len(config.classes.names), config.classes.ignore_index)
+def _read_mask(tile: Tile, path: Path, config: Config, size: tuple[int, int]) -> NDArray[np.int32]:
+    labels = read_mask(path, len(config.classes.names), config.classes.ignore_index)
     if labels.shape != tuple(size):
-        raise DataError(f"the mask {tile.mask} is {_by(labels)} px, and its image {tile.image} {size[0]} x {size[1]}")
+        raise DataError(f"the mask {path} is {_by(labels)} px, and its image {tile.image} {size[0]} x {size[1]}")
     return labels
 
 

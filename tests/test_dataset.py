@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdpipe.configs import parse_config
 from kdpipe.configs.errors import DataError
+from kdpipe.data import dataset as dataset_module
 from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
 from kdpipe.data.geometry import Resampler, scaled_size
 from kdpipe.data.rasters import image_size, read_image, read_mask
@@ -350,3 +351,19 @@ def test_real_tiles_give_samples_that_obey_the_recipe():
         varied += counts.sum() > 0 and counts.max() <= 0.75 * counts.sum()
     assert labelled >= 4
     assert varied >= labelled - 2
+
+
+def test_a_tile_is_decoded_once_for_all_samples(root, monkeypatch):
+    decoded = []
+    for name in ("read_image", "read_mask"):
+        original = getattr(dataset_module, name)
+
+        def counted(path, *args, original=original):
+            decoded.append(path)
+            return original(path, *args)
+
+        monkeypatch.setattr(dataset_module, name, counted)
+    dataset = make_dataset(root, with_targets=False, mosaic=0.5)
+    for k in range(3 * len(dataset)):
+        dataset[k]
+    assert sorted(decoded) == sorted(path for tile in dataset.tiles for path in (tile.image, tile.mask))
