@@ -39,12 +39,19 @@ RESUMABLE_KEYS = (
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: batches and optimizer steps done, and the best validation mIoU so far with its step."""
+    """
+    How far a run has come: batches and optimizer steps done, and the best validation mIoU so far with its step.
+
+    `seconds` is the time spent in steps, waiting for data included and validation not; `history` holds what each validation
+    found, as `runs.Validation` reads it.
+    """
 
     batches: int = 0
     steps: int = 0
     best_miou: float | None = None
     best_step: int | None = None
+    seconds: float = 0.0
+    history: tuple[dict[str, Any], ...] = ()
 
 
 def save(
@@ -113,12 +120,13 @@ def restore(
     student.load_state_dict({name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, strict=True)
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
-    return Position(**content["position"]), content["precision"]
+    position = content["position"]
+    return Position(**{**position, "history": tuple(position["history"])}), content["precision"]
 
 
 def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """`key: was a, is b` for every dotted key, other than `RESUMABLE_KEYS`, in which two resolved configurations differ."""
-    before, after = _flat(recorded), _flat(current)
+    before, after = flat_keys(recorded), flat_keys(current)
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -126,10 +134,11 @@ def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     ]
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+def flat_keys(content: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys: `{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
     if not isinstance(content, Mapping) or not content:
         return {prefix: content}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -40,6 +40,7 @@ from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import library_versions
+from kdpipe.pipeline.runs import CacheUsed, Run, Validation, write_run
 from kdpipe.pipeline.targets import open_targets
 
 WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
@@ -122,6 +123,11 @@ class _Run:
         self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
         targets = open_targets(config, tiles, self.stretch, device)
         self.fingerprint = targets.fingerprint
+        self.cache_used = (
+            CacheUsed(path=config.cache.path, fingerprint=targets.fingerprint, tiles=len(tiles))
+            if targets.fingerprint
+            else None
+        )
         workers = 0 if config.distill.mode == "online" else config.train.workers
         if workers != config.train.workers:
             progress.say("online: the teacher answers in the main process, so that train.workers is 0")
@@ -189,6 +195,7 @@ class _Run:
                 if terms is None:
                     continue
                 step_seconds.append(time.perf_counter() - clock)
+                self.position = replace(self.position, seconds=self.position.seconds + step_seconds[-1])
                 self._log_step(terms, step_seconds[-1])
                 advance(1, loss=self.summary.losses[-1])
                 if self._at_end_of_epoch():
@@ -266,15 +273,39 @@ class _Run:
         if not self.val_tiles:
             return
         result = validate(self.model, self.val_loader, self.config, self.device)
+        figures = {"miou": result.miou, "overall_accuracy": result.overall_accuracy}
+        found = Validation(
+            steps=self.position.steps,
+            seconds=self.position.seconds,
+            **{name: None if math.isnan(value) else value for name, value in figures.items()},
+            iou=result.iou,
+        )
+        earlier = [past for past in self.position.history if past["steps"] < found.steps]
+        self.position = replace(self.position, history=(*earlier, found.model_dump()))
+        self._write_run()
         if not math.isnan(result.miou) and (self.position.best_miou is None or result.miou > self.position.best_miou):
             self.position = replace(self.position, best_miou=result.miou, best_step=self.position.steps)
             self._save(checkpoints.BEST)
-        figures = {"val_mIoU": result.miou, "val_F1": result.mean_f1, "val_OA": result.overall_accuracy}
-        figures |= {f"val_IoU/{name}": value for name, value in result.iou.items() if value is not None}
-        self._log(figures)
+        logged = {"val_mIoU": result.miou, "val_F1": result.mean_f1, "val_OA": result.overall_accuracy}
+        logged |= {f"val_IoU/{name}": value for name, value in result.iou.items() if value is not None}
+        self._log(logged)
         self.summary.final = result.as_dict()
         left_out = "".join(f"; {name} {reason}" for name, reason in result.left_out.items())
         self.progress.say(f"step {self.position.steps}: val mIoU {100 * result.miou:.2f}{left_out}")
+
+    def _write_run(self) -> None:
+        run = Run(
+            name=self.config.name,
+            seed=self.config.seed,
+            mode=self.config.distill.mode,
+            device=str(self.device),
+            total_steps=self.total_steps,
+            config=self.config.model_dump(mode="json"),
+            cache=self.cache_used,
+            libraries=library_versions(),
+            history=[Validation.model_validate(found) for found in self.position.history],
+        )
+        write_run(self.folder, run)
 
     def _save(self, name: str) -> None:
         record = {

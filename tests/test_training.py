@@ -31,6 +31,7 @@ from kdpipe.pipeline.loaders import BatchStream
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.student import load_student_weights
 from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.runs import read_run
 from kdpipe.pipeline.training import train, with_mode
 from kdpipe.pipeline.verify import verify
 
@@ -153,9 +154,16 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_conf
         train(cached, CPU, progress=StopThere(), stop=stop)
     resumed = train(cached, CPU, resume=True)
     assert len(resumed.losses) == 6 - stop_after
+    run = read_run(resumed.weights)
+    assert [found.steps for found in run.history] == [3, 6]
+    assert [found.iou for found in run.history] == [
+        found.iou for found in read_run("model_weights/tests/whole").history
+    ]
+    assert 0 < run.history[0].seconds < run.history[1].seconds
     assert_same_weights(weights(), weights("whole"))
     best = [torch.load(f"model_weights/tests/{n}/best.ckpt", weights_only=True)["position"] for n in ("tiny", "whole")]
-    assert best[0] == best[1]
+    for key in ("batches", "steps", "best_miou", "best_step"):
+        assert best[0][key] == best[1][key]
 
 
 def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_path):
