@@ -144,6 +144,36 @@ def train_student(
         console.print(table, highlight=False, soft_wrap=True)
 
 
+@cli.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …")
+@click.option("--baseline", metavar="NAME", help="The run or arm to compare with; the one without teacher by default.")
+@click.option(
+    "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
+)
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: str | None, debug: bool) -> None:
+    """
+    Runs of equal length side by side, over seeds.
+
+    RUN is a folder of `train-student`, such as model_weights/dubai/NAME. Runs that differ in nothing but seed and name are
+    one arm. Writes a page and its plots. Exit codes: 0 done, 2 runs that cannot be compared.
+    """
+    from kdpipe.configs.outputs import output_path
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.comparison import compare as compare_runs
+    from kdpipe.pipeline.comparison_page import write_comparison
+    from kdpipe.pipeline.runs import read_run
+
+    console, _ = _open_console()
+    comparison = compare_runs([read_run(run) for run in runs], baseline)
+    page = write_comparison(comparison, output_path(out, key="--out"))
+    _write_json(json_path, comparison.as_dict())
+    for table in reports.comparison_tables(comparison):
+        console.print(table, highlight=False, soft_wrap=True)
+    console.print(f"page and plots: {page}", highlight=False, soft_wrap=True)
+
+
 @cli.command("sample-data")
 @click.argument("folder", type=click.Path(file_okay=False))
 @click.option("--seed", default=0, show_default=True, help="Another seed is another landscape.")

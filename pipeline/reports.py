@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from kdpipe.pipeline.comparison import MEAN
+from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text
 from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
     from kdpipe.pipeline import estimate, precompute, training, verify
+    from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
 SHOWN_FINDINGS = 20  # the rest is in --json
@@ -106,6 +109,30 @@ def training_tables(summary: training.Summary) -> Iterator[Table | str]:
     pace = f", {summary.seconds_per_step:.3f} s a step" if summary.seconds_per_step else ""
     yield f"{summary.steps} steps in {duration_text(summary.seconds)}{pace}{best}"
     yield f"weights in {summary.weights}, logs in {summary.logs}"
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
+    """Arms side by side, then their classes; narrow enough for a terminal of 80 columns with three arms."""
+    arms = Table(title=f"After {comparison.steps} steps: mIoU in percent", title_justify="left")
+    for column in ("arm", "seeds", "mIoU", "difference [95 %]", "s/step", "baseline's last mIoU after"):
+        arms.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in comparison.arms:
+        arms.add_row(
+            arm.label, str(len(arm.runs)), percent_text(arm.mean_iou(MEAN)),
+            points_text(arm.differences[MEAN]) if arm.differences else "baseline",
+            f"{arm.seconds_per_step():.3f}", reached_text(arm) if arm.differences else "",
+        )  # fmt: skip
+    yield arms
+    classes = Table(title="IoU by class: baseline, and differences [95 %]", title_justify="left")
+    for column in ("class", *(arm.label for arm in comparison.arms)):
+        classes.add_column(column, justify="left" if column == "class" else "right")
+    for name in [*comparison.classes, MEAN]:
+        rest = [points_text((arm.differences or {}).get(name)) for arm in comparison.arms[1:]]
+        classes.add_row(name, percent_text(comparison.arms[0].mean_iou(name)), *rest)
+    yield classes
+    for arm in comparison.arms:
+        settings = ", ".join(f"{key} {value}" for key, value in arm.settings.items())
+        yield f"{arm.label}: {cache_text(arm)}" + (f"; {settings}" if settings else "")
 
 
 def _parity_table(rows: list[TileParity]) -> Table:
