@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kdpipe.cache.manifest import summarise
 from kdpipe.configs.errors import DataError
@@ -152,7 +152,7 @@ def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, flo
     if len(values) == 1:
         return Difference(mean, None, None, by_seed)
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    half = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
     return Difference(mean, mean - half, mean + half, by_seed)
 
 
