@@ -1,7 +1,7 @@
 """
 The distillation loss.
 
-Shapes: N batch, C student classes, H W pixels, P labelled pixels.
+Shapes: N batch, C student classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -80,17 +80,15 @@ def soft_loss(
 
 def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tensor:
     """
-    Smoothed cross entropy plus soft Dice, both smp's, over the labelled pixels; a scalar, in float32.
+    Smoothed cross entropy plus smp's soft Dice, over the labelled pixels; a scalar, in float32.
 
-    The labelled pixels are picked first: smp's cross entropy divides by all pixels, ignored ones included. Zero, with a
-    gradient of zero, if no pixel is labelled.
+    The cross entropy is torch's, which divides by the labelled pixels where smp's divides by all. Zero, with a gradient of
+    zero, if no pixel is labelled.
     """
-    labelled_NHW = mask_NHW != ignore_index
-    if not labelled_NHW.any():
-        return logits_NCHW.float().sum() * 0
-    logits_PC = logits_NCHW.float().movedim(1, -1)[labelled_NHW]
-    labels_P = mask_NHW[labelled_NHW]
-    cross_entropy = smp.losses.SoftCrossEntropyLoss(smooth_factor=SMOOTH, ignore_index=None)
-    dice = smp.losses.DiceLoss(mode="multiclass", smooth=SMOOTH)
-    total: Tensor = cross_entropy(logits_PC, labels_P) + dice(logits_PC.T[None, :, :, None], labels_P[None, :, None])
+    logits_NCHW = logits_NCHW.float()
+    if not (mask_NHW != ignore_index).any():
+        return logits_NCHW.sum() * 0
+    cross_entropy = F.cross_entropy(logits_NCHW, mask_NHW, ignore_index=ignore_index, label_smoothing=SMOOTH)
+    dice = smp.losses.DiceLoss(mode="multiclass", smooth=SMOOTH, ignore_index=ignore_index)
+    total: Tensor = cross_entropy + dice(logits_NCHW, mask_NHW)
     return total
