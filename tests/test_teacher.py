@@ -1,15 +1,21 @@
 """The teacher is loaded strictly and asked exactly."""
 
+import argparse
 import re
+import textwrap
+import warnings
 
 import numpy as np
 import pytest
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
+import yaml
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
+from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher, resolve_device, soft_targets
 from kdpipe.pipeline.models.views import averaged_logits, padded_logits
@@ -124,7 +130,9 @@ def test_windows_of_a_local_network_blend_to_the_whole_image(size):
 def test_teacher_of_another_number_of_channels_is_refused_in_the_users_words(make_config):
     config = make_config()
     teacher = config.teacher.model_copy(update={"classes": config.teacher.classes[:7]})
-    with pytest.raises(CheckpointError, match=r"answers in 8 channels, but teacher.classes names 7"):
+    with pytest.raises(
+        CheckpointError, match=r"holds unet with mobilenet_v2, 8 channels, but teacher says .* 7 channels"
+    ):
         load_teacher(teacher)
 
 
@@ -138,14 +146,26 @@ def test_weights_are_never_dropped_in_silence(make_config, tmp_path):
         load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
 
 
-def test_half_precision_weights_load_as_float32(make_config, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_of_any_width_load_as_float32(make_config, tmp_path, dtype):
     config = make_config()
     state = torch.load(config.teacher.checkpoint, weights_only=True)
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "t.pth")
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(state, tmp_path / "t.pth")
     model = load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in model.state_dict().items())
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
+
+
+def test_quantised_integers_are_not_taken_for_weights(make_config, tmp_path):
+    config = make_config()
+    state = torch.load(config.teacher.checkpoint, weights_only=True)
+    state["segmentation_head.0.weight"] = state["segmentation_head.0.weight"].to(torch.int8)
+    torch.save(state, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match=r"1 not floating-point: segmentation_head.0.weight \(int8\)"):
+        load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
 
 
 class Harmful:
@@ -155,14 +175,47 @@ class Harmful:
 
 def test_a_checkpoint_that_executes_code_is_refused_and_not_executed(make_config, tmp_path, capsys):
     torch.save({"a": Harmful()}, tmp_path / "t.pth")
-    with pytest.raises(CheckpointError, match="could execute code"):
+    with pytest.raises(CheckpointError, match=r"holds more than weights: .* could execute code .*\(builtins.print\)"):
         load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["module", "module under model", "more than weights", "older file", "TorchScript"])
+def test_the_advice_on_a_refused_checkpoint_makes_one_that_loads(make_config, tmp_path, form):
+    config = make_config()
+    source = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8).eval()
+    state, path = source.state_dict(), tmp_path / "t.pth"
+    message = "is a whole pickled model" if "module" in form else "holds more than weights"
+    if form == "TorchScript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of tracing
+            torch.jit.trace(source, torch.zeros(1, 3, 64, 64)).save(path)
+        message = "is a TorchScript archive"
+    elif form == "older file":
+        torch.save({"state_dict": state, "x": argparse.Namespace()}, path, _use_new_zipfile_serialization=False)
+    else:
+        contents = {"module": source, "module under model": {"model": source}}
+        torch.save(contents.get(form, {"state_dict": state, "hparams": argparse.Namespace()}), path)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load_teacher(config.teacher.model_copy(update={"checkpoint": str(path)}))
+    advice = textwrap.dedent(str(refused.value).partition("\n\n")[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(advice, {})
+    loaded = load_teacher(
+        config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t_weights.pth")})
+    ).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no checkpoint at"), (b"", "not a readable|damaged"), (b"PK\x03\x04rubbish", "not a readable|damaged")],
+    [
+        (None, "no checkpoint at"),
+        (b"", "not a readable"),
+        (b"PK\x03\x04rubbish", "not a readable"),
+        (b"hello" * 99, "not a readable"),
+    ],
 )
 def test_unreadable_checkpoints_are_named(make_config, tmp_path, content, message):
     path = tmp_path / "t.pth"
@@ -207,13 +260,66 @@ def test_scse_attention_is_recognised_from_the_tensors(make_config, tmp_path):
         assert torch.equal(model(x), source(x))
 
 
+def misfit(make_config, tmp_path, network, **teacher):
+    """The error's text for a file that holds another network than the config says."""
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    update = {"checkpoint": str(tmp_path / "t.pth"), **teacher}
+    with pytest.raises(CheckpointError) as refused:
+        load_teacher(make_config().teacher.model_copy(update=update))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder", "channels", "attention"),
+    [
+        ("unet", "efficientnet-b0", 8, None),
+        ("unet", "resnet18", 9, "scse"),
+        ("fpn", "mobilenet_v2", 8, None),
+        ("unetplusplus", "resnet18", 5, "scse"),
+        ("segformer", "mit_b0", 8, None),
+        ("deeplabv3plus", "mobilenet_v2", 9, None),
+    ],
+)
+def test_the_lines_that_an_error_gives_fit_the_file(make_config, tmp_path, architecture, encoder, channels, attention):
+    network = create_smp_model(architecture, encoder, channels, key="teacher", attention=attention)
+    message = misfit(make_config, tmp_path, network)
+    assert (
+        f"holds {architecture} with {encoder}{' and scSE attention' if attention else ''}, {channels} channels"
+        in message
+    )
+    lines = yaml.safe_load(message.split("\n\n")[1])["teacher"]
+    if channels == 5:
+        assert lines.pop("classes") == [...] or "one name for each of the file's 5 channels" in message
+        lines["classes"] = ["a", "b", "c", "d", "e"]
+    load_teacher(make_config().teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth"), **lines}))
+
+
 def test_a_file_of_nine_channels_is_explained_by_openearthmaps_order(make_config, tmp_path):
-    config = make_config()
-    torch.save(create_smp_model("unet", "mobilenet_v2", 9, key="teacher").state_dict(), tmp_path / "t.pth")
-    with pytest.raises(
-        CheckpointError, match=r"answers in 9 channels, .* teacher.classes: \[Unknown, Bareland, Rangeland,"
-    ):
-        load_teacher(config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")}))
+    message = misfit(make_config, tmp_path, create_smp_model("unet", "mobilenet_v2", 9, key="teacher"))
+    assert "classes: [Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]" in message
+    assert "the shipped biodiversity/ftunetformer_kd_openearthmap, whose class_map fits it" in message
+    assert "architecture:" not in message
+    assert "encoder:" not in message
+
+
+def test_what_is_not_recognised_is_said_to_be_so(make_config, tmp_path, monkeypatch):
+    # All of smp's encoders are built where none fits, which takes ten seconds.
+    monkeypatch.setattr(smp.encoders, "get_encoder_names", lambda: ["mobilenet_v2", "resnet18", "timm-efficientnet-b0"])
+    decoder = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8, decoder_channels=(128, 64, 32, 16, 8))
+    message = misfit(make_config, tmp_path, decoder)
+    assert "holds an architecture that is not recognised with mobilenet_v2, 8 channels" in message
+    assert "of another shape: decoder." in message
+    assert "`kdpipe inspect" in message
+    bands = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8, in_channels=4)
+    message = misfit(make_config, tmp_path, bands)
+    assert "an architecture that is not recognised with an encoder that is not recognised" in message
+    assert "1 of another shape: encoder.features.0.0.weight ((32, 4, 3, 3) in the file" in message
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("ftunetformer", {}), ("unetformer", {"encoder": "resnet18"})])
+def test_students_of_the_paper_are_recognised(architecture, options):
+    found = recognise(build_student(architecture, 6, **options).state_dict())
+    assert (found.architecture, found.encoder, found.channels) == (architecture, options.get("encoder"), 6)
 
 
 def test_a_broken_safetensors_file_is_named(make_config, tmp_path):

@@ -15,31 +15,44 @@ from kdpipe.cache.manifest import Recipe
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.views import averaged_logits
-from kdpipe.pipeline.models.weights import bare_state, load_strictly, read_checkpoint
+from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
 
-SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
-# Of OpenEarthMap's own checkpoints, by which a file of 9 channels is most often explained.
-OPENEARTHMAP = "[Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]"
+# The orders that teachers with these numbers of channels most often have: the lines for it, and the shipped config with its
+# class map. The first is the guide's, the second OpenEarthMap's own.
+KNOWN_ORDERS = {
+    8: (
+        {"classes": "[Tree, Rangeland, Cropland, Developed, Road, Bareland, Water, Background]"},
+        "biodiversity/ftunetformer_kd",
+    ),
+    9: (
+        {"classes": "[Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]"},
+        "biodiversity/ftunetformer_kd_openearthmap",
+    ),
+}
+WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose decoder may have it
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_teacher(teacher: Teacher) -> nn.Module:
+def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
     """
     The teacher's network with its weights, frozen, in eval mode, float32, on the CPU.
 
-    The weights may lie under `state_dict` or `model`, with a trainer's prefix, in half precision; scSE attention in the decoder
-    is recognised from its tensors. Raises `CheckpointError` where the file's channels are not as many as `teacher.classes`,
-    or any tensor does not fit.
+    The weights may lie under `state_dict` or `model`, with a trainer's prefix, in any floating-point type; scSE attention in
+    the decoder is recognised from its tensors. `key` is the section of the config that an error points to. Raises
+    `CheckpointError` where any tensor does not fit, saying what the file holds and which lines would fit it.
     """
     state = bare_state(read_checkpoint(teacher.checkpoint))
-    attention = "scse" if any(SCSE in str(name) for name in state) else None
-    model = create_smp_model(
-        teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher", attention=attention
-    )
-    _check_channels(model, state, teacher)
-    load_strictly(model, state, origin=teacher.checkpoint)
+    check_tensors(state, origin=teacher.checkpoint)
+    attention = attention_of(state) if teacher.architecture.lower() in WITH_ATTENTION else None
+    model = create_smp_model(teacher.architecture, teacher.encoder, len(teacher.classes), key=key, attention=attention)
+    try:
+        load_strictly(model, state, origin=teacher.checkpoint)
+    except CheckpointError as err:
+        found = recognise(state, likely_encoder=teacher.encoder)
+        raise CheckpointError(_misfit_text(teacher, key, found, str(err))) from err
     return model.eval().requires_grad_(False)
 
 
@@ -111,17 +124,32 @@ def _exactly(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_channels(model: nn.Module, state: dict[str, Any], teacher: Teacher) -> None:
-    """Say in the user's words what `load_strictly` would say in tensors: the number of classes is the commonest misfit."""
-    head = [name for name, _ in model.named_parameters() if name.startswith("segmentation_head.")]
-    for name in head:
-        found = state.get(name)
-        if isinstance(found, Tensor) and found.ndim and found.shape[0] != len(teacher.classes):
-            raise CheckpointError(
-                f"{teacher.checkpoint} answers in {found.shape[0]} channels, but teacher.classes names "
-                f"{len(teacher.classes)}: {', '.join(teacher.classes)}; list one name for each channel, in the file's order"
-                + (f"; if it is OpenEarthMap's own, teacher.classes: {OPENEARTHMAP}" if found.shape[0] == 9 else "")
-            )
+def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str:
+    """What the file holds in the place of what the config says, and the lines of the config that would fit it."""
+    lines = {}
+    if found.architecture is not None and found.architecture != teacher.architecture.lower():
+        lines["architecture"] = found.architecture
+    if found.encoder is not None and found.encoder != teacher.encoder:
+        lines["encoder"] = found.encoder
+    hint = ""
+    if found.channels is not None and found.channels != len(teacher.classes):
+        order, shipped = KNOWN_ORDERS.get(found.channels, ({"classes": "[...]"}, None))
+        lines |= order
+        hint = (
+            f"\n\nclasses needs one name for each of the file's {found.channels} channels, in the file's own order"
+            + (f"; this one is that of the shipped {shipped}, whose class_map fits it" if shipped else "")
+        )
+    says = (
+        f"{teacher.architecture} with {teacher.encoder}, {len(teacher.classes)} channels ({', '.join(teacher.classes)})"
+    )
+    holds = f"{teacher.checkpoint} holds {found}, but {key} says {says}"
+    if found.architecture is None or not lines:
+        holds += f": {reason.removeprefix(f'{teacher.checkpoint} ')}. `kdpipe inspect {teacher.checkpoint}` says more"
+    return holds + (f". Lines that fit it:\n\n{_yaml(key, lines)}{hint}" if lines else "")
+
+
+def _yaml(key: str, lines: dict[str, str]) -> str:
+    return "\n".join([f"    {key}:", *(f"      {name}: {value}" for name, value in lines.items())])
 
 
 def resolve_device(name: str | None) -> torch.device:

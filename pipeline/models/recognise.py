@@ -1,0 +1,120 @@
+"""
+Which network a state dict is of, told from the names and shapes of its tensors alone.
+
+Recognised are segmentation-models-pytorch's architectures with its own encoders (and one more that is named), with default
+options and with or without scSE attention, FTUNetFormer and UNetFormer. Anything else is said to be not recognised, never guessed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from kdpipe.configs.errors import ConfigError
+from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
+
+SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
+FORMER_HEAD = "decoder.segmentation_head.2.0.weight"  # of FTUNetFormer and UNetFormer
+MIX_TRANSFORMER = "patch_embed1.proj.weight"  # of the Mix Transformers' encoders
+ENCODER, HEAD = "encoder.", "segmentation_head."
+USUAL = ("efficientnet", "resnet")  # families tried first: building all of smp's encoders takes some ten seconds
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a state dict was recognised as; None where it was not. `attention` is `scse` or None."""
+
+    architecture: str | None
+    encoder: str | None
+    attention: str | None
+    channels: int | None
+
+    def __str__(self) -> str:
+        """`unet with efficientnet-b4 and scSE attention, 9 channels`."""
+        attention = " and scSE attention" if self.attention else ""
+        encoder = f" with {self.encoder}" if self.encoder else " with an encoder that is not recognised"
+        encoder = "" if self.architecture == "ftunetformer" else encoder
+        channels = f", {self.channels} channels" if self.channels is not None else ""
+        return f"{self.architecture or 'an architecture that is not recognised'}{encoder}{attention}{channels}"
+
+
+def recognise(state: Mapping[str, Tensor], likely_encoder: str | None = None) -> Network:
+    """
+    The network whose tensors `state` holds, bare of prefixes, with every name and shape; `likely_encoder` is tried first.
+
+    Takes up to some ten seconds where the encoder is none of the usual ones, as each candidate is built (without memory).
+    """
+    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    attention = attention_of(state)
+    if FORMER_HEAD in shapes:
+        return _former_of(shapes, likely_encoder)
+    heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
+    channels = heads[-1][0] if heads else None
+    of_encoder = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
+    encoder = _encoder_of(of_encoder, likely_encoder) if of_encoder else None
+    architecture = _architecture_of(shapes, encoder, channels, attention) if encoder and channels else None
+    return Network(architecture, encoder, attention, channels)
+
+
+def attention_of(state: Mapping[str, Any]) -> str | None:
+    """`scse` where the decoder's tensors have spatial and channel attention, else None."""
+    return "scse" if any(SCSE in str(name) for name in state) else None
+
+
+def _former_of(shapes: Shapes, likely: str | None) -> Network:
+    channels = shapes[FORMER_HEAD][0]
+    if _shapes_of(partial(FTUNetFormer, channels)) == shapes:
+        return Network("ftunetformer", None, None, channels)
+    for encoder in [likely, "resnet18"] if likely else ["resnet18"]:
+        if _shapes_of(partial(UNetFormer, channels, encoder=encoder)) == shapes:
+            return Network("unetformer", encoder, None, channels)
+    return Network(None, None, None, channels)
+
+
+def _encoder_of(shapes: Shapes, likely: str | None) -> str | None:
+    names: list[str] = smp.encoders.get_encoder_names()  # type: ignore[no-untyped-call]
+    names.sort(key=lambda name: not name.startswith(USUAL))
+    transformer = MIX_TRANSFORMER in shapes  # those take a second each to build
+    names = [name for name in names if name.startswith("mit_") == transformer]
+    if all(name.startswith("model.") for name in shapes):
+        names = []  # one of timm's hundreds, which only its name could tell
+    for name in [likely, *names] if likely else names:
+        if _shapes_of(partial(smp.encoders.get_encoder, name, weights=None)) == shapes:
+            return name
+    return None
+
+
+def _architecture_of(shapes: Shapes, encoder: str, channels: int, attention: str | None) -> str | None:
+    names: list[str] = sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=lambda name: name != "unet")
+    for name in names:
+        options: dict[str, Any] = {"decoder_attention_type": attention} if attention else {}
+        build = partial(smp.create_model, name, encoder, encoder_weights=None, classes=channels, **options)
+        if _shapes_of(build) == shapes:
+            return name.lower()
+    return None
+
+
+def _shapes_of(build: Callable[[], nn.Module]) -> Shapes | None:
+    """Names and shapes of a network's tensors, None where it cannot be built so; on the meta device, which holds no values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # smp's of its encoders `timm-…`, which files still have
+            try:
+                with torch.device("meta"):
+                    model = build()
+            except RuntimeError:  # the Mix Transformers compute with values while they are built
+                model = build()
+    except (ConfigError, ValueError, KeyError, TypeError, RuntimeError):
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
