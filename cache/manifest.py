@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdpipe.configs.errors import CorruptCache
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 MANIFEST_NAME = "manifest.json"
 
 
@@ -24,19 +24,27 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Recipe(_Record):
-    """Everything that determines the values of a tile, given its image."""
+class TeacherRecord(_Record):
+    """One teacher: its weights, and how it was asked; the names are those of the config's keys where there is one."""
 
-    teacher_sha256: str
-    teacher_architecture: str
-    teacher_encoder: str
-    teacher_classes: list[str]
+    checkpoint_sha256: str
+    architecture: str
+    encoder: str
+    classes: list[str]
+    drop_channels: list[int]
+    weight: float
     normalize_mean: list[float]
     normalize_std: list[float]
     precision: Literal["fp32", "bf16", "fp16"]
     tta: str
     scales: list[float]
     window: int | None
+
+
+class Recipe(_Record):
+    """Everything that determines the values of a tile, given its image; class map rows are of the first teacher's kept classes."""
+
+    teachers: list[TeacherRecord]
     bands: list[int]
     stretch: list[list[float]] | None
     classes: list[str]
@@ -45,6 +53,12 @@ class Recipe(_Record):
     kind: Literal["soft"]
     bits: int
     chunk_px: int
+
+    @property
+    def teacher_classes(self) -> list[str]:
+        """What the teachers answer in, in the order of the class map's rows."""
+        first = self.teachers[0]
+        return [name for channel, name in enumerate(first.classes) if channel not in first.drop_channels]
 
     def digest(self) -> str:
         """The sha256 of the recipe alone, which every tile carries."""
@@ -123,11 +137,17 @@ def parse_manifest(data: bytes, origin: str) -> Manifest:
 
 
 def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
-    """One line for each field of `expected` that the recipe answers otherwise, naming the field and both values."""
-    found = recipe.model_dump()
+    """
+    One line for each field of `expected` that the recipe answers otherwise, naming the field and both values.
+
+    A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
+    """
+    found, wanted = _flat(recipe.model_dump()), _flat(expected)
+    if found["teachers"] != wanted["teachers"]:  # their number: which is which cannot be said
+        found, wanted = ({k: v for k, v in fields.items() if "." not in k} for fields in (found, wanted))
     return [
         f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
-        for field, value in expected.items()
+        for field, value in wanted.items()
         if found[field] != value
     ]
 
@@ -148,6 +168,16 @@ def summarise(names: Iterable[str], shown: int = 5) -> str:
 
 def _canonical(content: Any) -> bytes:
     return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with those of its teachers beside them, and under `teachers` their number."""
+    teachers = fields["teachers"]
+    flat: dict[str, Any] = {"teachers": len(teachers)}
+    for i, teacher in enumerate(teachers):
+        key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
+        flat |= {f"{key}.{name}": value for name, value in teacher.items()}
+    return flat | {name: value for name, value in fields.items() if name != "teachers"}
 
 
 def _short(value: Any) -> str:

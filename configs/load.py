@@ -92,12 +92,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as err:
         raise ConfigError(f"--set {key}: {text!r} is not YAML: {err}") from err
     *parents, last = key.strip().split(".")
-    section = raw
+    section: Any = raw
     for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
+        section = section[_place(section, parent, key)] if isinstance(section, list) else section.setdefault(parent, {})
+        if not isinstance(section, dict | list):
             raise ConfigError(f"--set {key}: {parent} is a value, not a section")
-    section[last] = value
+    section[_place(section, last, key) if isinstance(section, list) else last] = value
+
+
+def _place(listed: list[Any], part: str, key: str) -> int:
+    """The place in a list that a part of a dotted key means, as in `teachers.0.tta`."""
+    if not part.isdigit() or int(part) >= len(listed):
+        raise ConfigError(f"--set {key}: {part} is no place in a list of {len(listed)}; they are counted from 0")
+    return int(part)
 
 
 def _explain(error: Any) -> str:
@@ -119,6 +126,8 @@ def _explain(error: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     model: type[BaseModel] | None = Config
     for part in location:
+        if part.isdigit():  # a place in a list of sections
+            continue
         if model is None or part not in model.model_fields:
             return []
         annotation = model.model_fields[part].annotation

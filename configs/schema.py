@@ -132,11 +132,26 @@ class Teacher(Section):
     scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
     window: Annotated[int, Field(ge=64)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
+    drop_channels: list[Annotated[int, Field(ge=0)]] = []
+    weight: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Teacher:
         _refuse_repeats(self.classes, "teacher.classes")
+        _refuse_repeats(self.drop_channels, "teacher.drop_channels")
+        beyond = [channel for channel in self.drop_channels if channel >= len(self.classes)]
+        if beyond:
+            raise ValueError(
+                f"drop_channels are places in classes counted from 0, found {beyond} with {len(self.classes)} classes"
+            )
+        if len(self.kept_classes) < 2:
+            raise ValueError(f"drop_channels {self.drop_channels} leaves fewer than two of classes {self.classes}")
         return self
+
+    @property
+    def kept_classes(self) -> list[str]:
+        """The classes of the channels that are not dropped, in the file's order."""
+        return [name for channel, name in enumerate(self.classes) if channel not in self.drop_channels]
 
 
 class Cache(Section):
@@ -202,7 +217,8 @@ class Config(Section):
     seed: int = Field(42, ge=0, lt=2**32)
     classes: Classes
     data: Data
-    teacher: Teacher
+    teacher: Teacher | None = None
+    teachers: list[Teacher] = []
     class_map: dict[str, dict[str, float]]
     cache: Cache
     distill: Distill = Distill()
@@ -211,11 +227,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        missing = [name for name in self.teacher.classes if name not in self.class_map]
-        unknown = [name for name in self.class_map if name not in self.teacher.classes]
+        self._check_teachers()
+        answers = self.teacher_classes
+        missing = [name for name in answers if name not in self.class_map]
+        unknown = [name for name in self.class_map if name not in answers]
         if missing or unknown:
             raise ValueError(
-                f"class_map needs one row for each of teacher.classes {self.teacher.classes}: missing {missing}, unknown {unknown}"
+                f"class_map needs one row for each class that the teacher answers in, {answers}: missing {missing}, unknown {unknown}"
             )
         for teacher_class, row in self.class_map.items():
             strangers = [name for name in row if name not in self.classes.names]
@@ -235,15 +253,39 @@ class Config(Section):
             )
         return self
 
+    def _check_teachers(self) -> None:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("one teacher goes under the key teacher, several under teachers; found both or neither")
+        if self.teacher is not None and self.teacher.weight != 1:
+            raise ValueError(f"teacher.weight is for several teachers (teachers: [...]), found {self.teacher.weight:g}")
+        for key, member in self.members.items():
+            if set(member.kept_classes) != set(self.teacher_classes):
+                raise ValueError(
+                    f"{key} must answer in the same classes as the first teacher, in any order: {sorted(self.teacher_classes)}; "
+                    f"found {sorted(member.kept_classes)}"
+                )
+
+    @property
+    def members(self) -> dict[str, Teacher]:
+        """The teachers whose answers are averaged, by the key they stand under: one under `teacher`, or `teachers.0` …"""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{i}": member for i, member in enumerate(self.teachers)}
+
+    @property
+    def teacher_classes(self) -> list[str]:
+        """What the teacher answers in, in the order of the class map's rows: the first one's classes, without those dropped."""
+        return next(iter(self.members.values())).kept_classes
+
     def class_map_matrix(self) -> NDArray[np.float32]:
         """
-        The class map as float32 `(C_t, C_s)`: rows in the order of `teacher.classes`, columns of `classes.names`.
+        The class map as float32 `(C_t, C_s)`: rows in the order of `teacher_classes`, columns of `classes.names`.
 
         Every row sums to 1, so that a distribution over teacher classes becomes one over student classes.
         """
         import numpy as np
 
-        rows = [[self.class_map[t].get(s, 0.0) for s in self.classes.names] for t in self.teacher.classes]
+        rows = [[self.class_map[t].get(s, 0.0) for s in self.classes.names] for t in self.teacher_classes]
         matrix = np.asarray(rows, dtype=np.float64)
         shares: NDArray[np.float32] = (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
         return shares

@@ -84,11 +84,11 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     """Train the config's teacher from scratch on the tiles and 8-class masks below `root`; saves a bare fp16 state dict."""
     images = sorted((root / "images").glob("*.png"))
     pairs = [
-        (read_image(path), read_mask(root / "masks" / path.name, len(config.teacher.classes), 255)) for path in images
+        (read_image(path), read_mask(root / "masks" / path.name, len(config.teacher_classes), 255)) for path in images
     ]
     rng = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    teacher = config.teacher
+    teacher = config.members["teacher"]
     model = create_smp_model(teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher")
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHER_LR, total_steps=TEACHER_STEPS)

@@ -15,7 +15,7 @@ from kdpipe.cache.sources import digest_image
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import image_size, read_image
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import make_plan
 
 SAMPLE = 3  # tiles that are computed, in memory, to predict the others
@@ -63,7 +63,7 @@ def estimate(config: Config, device: torch.device) -> Estimate:
     pixels = written = 0
     seconds = 0.0
     if len(sampled):
-        teacher = FrozenTeacher(load_teacher(config.teacher), config, plan.recipe, device)
+        teacher = open_teacher(config, plan.recipe, device)
         for index in sampled:
             tile = readable[index]
             start = time.perf_counter()

@@ -54,7 +54,7 @@ def check_class_map(counts_KST: NDArray[np.int64], config: Config) -> list[Teach
     rng = np.random.default_rng(config.seed)
     resampled = rng.integers(len(counts_KST), size=(RESAMPLES, len(counts_KST)))
     result = []
-    for t, teacher_name in enumerate(config.teacher.classes):
+    for t, teacher_name in enumerate(config.teacher_classes):
         pixels = int(counts_ST[:, t].sum())
         if pixels == 0 or pixels < MIN_SHARE * counts_ST.sum():
             continue

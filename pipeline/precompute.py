@@ -29,7 +29,7 @@ from kdpipe.data.dataset import batches_of_equal_size
 from kdpipe.data.rasters import image_size, read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 
@@ -119,7 +119,7 @@ def precompute(
             progress.say(f"{len(plan.finished)} of {len(plan.tiles)} tiles are finished already and kept")
         records = dict(plan.finished)
         if plan.missing:
-            teacher = FrozenTeacher(load_teacher(config.teacher), config, plan.recipe, device)
+            teacher = open_teacher(config, plan.recipe, device)
             with progress.bar("teacher", len(plan.tiles), "tiles", done=len(plan.finished)) as advance:
                 for record in _compute(plan, teacher, writer, _batch_size(config, device), summary, stop):
                     records[record.id] = record
@@ -217,7 +217,8 @@ def _load(batch: list[Tile], recipe: Recipe, stretch: Stretch) -> _Loaded:
 
 
 def _batch_size(config: Config, device: torch.device) -> int:
-    return config.teacher.batch_size or (1 if device.type == "cpu" else ACCELERATOR_BATCH)
+    usual = 1 if device.type == "cpu" else ACCELERATOR_BATCH
+    return min(member.batch_size or usual for member in config.members.values())
 
 
 def _refuse_small_disk(plan: Plan, summary: Summary) -> None:

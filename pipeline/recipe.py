@@ -10,7 +10,7 @@ from typing import Any
 from kdpipe.cache.layout import CHUNK_PX
 from kdpipe.cache.manifest import Recipe, differences
 from kdpipe.configs.errors import CheckpointError, StaleCache
-from kdpipe.configs.schema import Config
+from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
 from kdpipe.pipeline.models.weights import file_sha256
 
@@ -22,20 +22,11 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
     """
     The fields of a `Recipe` that the configuration decides.
 
-    Without `precision` where that is `auto` (any recorded one will do), without `teacher_sha256` where the checkpoint is
-    not on this disk (training from the cache does not need it).
+    Of each teacher, without `precision` where that is `auto` (any recorded one will do), and without `checkpoint_sha256`
+    where the file is not on this disk (training from the cache does not need it).
     """
-    teacher = config.teacher
-    mean, std = mean_std(teacher.normalize)
-    fields: dict[str, Any] = {
-        "teacher_architecture": teacher.architecture.lower(),
-        "teacher_encoder": teacher.encoder,
-        "teacher_classes": teacher.classes,
-        "normalize_mean": mean,
-        "normalize_std": std,
-        "tta": teacher.tta,
-        "scales": teacher.scales,
-        "window": teacher.window,
+    return {
+        "teachers": [_teacher_fields(member) for member in config.members.values()],
         "bands": list(config.data.bands),
         "stretch": [list(pair) for pair in stretch] if stretch else None,
         "classes": config.classes.names,
@@ -45,10 +36,26 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
         "bits": config.cache.bits,
         "chunk_px": CHUNK_PX,
     }
+
+
+def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
+    mean, std = mean_std(teacher.normalize)
+    fields: dict[str, Any] = {
+        "architecture": teacher.architecture.lower(),
+        "encoder": teacher.encoder,
+        "classes": teacher.classes,
+        "drop_channels": sorted(teacher.drop_channels),
+        "weight": teacher.weight,
+        "normalize_mean": mean,
+        "normalize_std": std,
+        "tta": teacher.tta,
+        "scales": teacher.scales,
+        "window": teacher.window,
+    }
     if teacher.precision != "auto":
         fields["precision"] = teacher.precision
     if Path(teacher.checkpoint).is_file():
-        fields["teacher_sha256"] = file_sha256(teacher.checkpoint)
+        fields["checkpoint_sha256"] = file_sha256(teacher.checkpoint)
     return fields
 
 
@@ -56,12 +63,15 @@ def complete_recipe(config: Config, stretch: Sequence[tuple[float, float]] | Non
     """
     The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32.
 
-    Raises `CheckpointError` where the teacher's file is missing.
+    Raises `CheckpointError` where a teacher's file is missing.
     """
     fields = expected_fields(config, stretch)
-    if "teacher_sha256" not in fields:
-        raise CheckpointError(f"teacher.checkpoint: no file at {Path(config.teacher.checkpoint).absolute()}")
-    fields.setdefault("precision", recorded.precision if recorded else AUTO_PRECISION)
+    before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
+    for i, (key, member) in enumerate(config.members.items()):
+        teacher = fields["teachers"][i]
+        if "checkpoint_sha256" not in teacher:
+            raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
+        teacher.setdefault("precision", before[i].precision if before else AUTO_PRECISION)
     return Recipe.model_validate(fields)
 
 

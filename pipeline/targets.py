@@ -16,7 +16,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TargetSource
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.loaders import OnlineTargets
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.recipe import complete_recipe, expected_fields, refuse_unexpected
 
 Stretch = Sequence[tuple[float, float]] | None
@@ -41,7 +41,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
         return Targets(None, None)
     if config.distill.mode == "online":
         recipe = complete_recipe(config, stretch, None)
-        teacher = FrozenTeacher(load_teacher(config.teacher), config, recipe, device)
+        teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch), None)
     cache = open_fresh_cache(config, tiles, stretch)
     return Targets(cache, cache.manifest.fingerprint)

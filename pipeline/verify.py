@@ -22,8 +22,8 @@ from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.label_check import TeacherClass, check_class_map
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models import build_student
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
-from kdpipe.pipeline.parity import TileParity, compare, middle_window
+from kdpipe.pipeline.models.teacher import open_teacher
+from kdpipe.pipeline.parity import PRECISION_SLACK, TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import expected_fields
 
@@ -128,7 +128,7 @@ def _check_parity(
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
     manifest = cache.manifest
-    teacher = FrozenTeacher(load_teacher(config.teacher), config, manifest.recipe, device)
+    teacher = open_teacher(config, manifest.recipe, device)
     torch.manual_seed(config.seed)
     student = build_student(
         config.student.architecture,
@@ -138,7 +138,8 @@ def _check_parity(
         replace_head=config.student.replace_head,
     )
     student.to(device).eval()
-    num_labels, num_answers = len(config.classes.names), len(config.teacher.classes)
+    num_labels, num_answers = len(config.classes.names), len(config.teacher_classes)
+    precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
     with progress.bar("parity", len(chosen), "tiles") as advance:
@@ -148,7 +149,7 @@ def _check_parity(
             live_CHW = teacher.targets_of(logits_NTHW)[0]
             result = compare(
                 tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
-                manifest.error_bound, cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2])), manifest.recipe.precision, device,
+                manifest.error_bound, cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2])), precision, device,
             )  # fmt: skip
             report.parity.append(result)
             report.findings += [

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetCache, StaleCache
 from kdpipe.cache.integrity import check_full
-from kdpipe.cache.manifest import Recipe
+from kdpipe.cache.manifest import Recipe, TeacherRecord
 from kdpipe.cache.simplex import decode, encode, entropy_error, error_bound
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import LocalStorage, open_storage
@@ -28,8 +28,11 @@ from kdpipe.cache.writer import finished_tiles, open_writer
 from kdpipe.configs.errors import CacheError, DiskFull
 
 RECIPE = Recipe(
-    teacher_sha256="0" * 64, teacher_architecture="unet", teacher_encoder="resnet18", teacher_classes=["a", "b"],
-    normalize_mean=[0, 0, 0], normalize_std=[1, 1, 1], precision="fp32", tta="none", scales=[1.0], window=None, bands=[1, 2, 3],
+    teachers=[TeacherRecord(
+        checkpoint_sha256="0" * 64, architecture="unet", encoder="resnet18", classes=["a", "b"], drop_channels=[], weight=1.0,
+        normalize_mean=[0, 0, 0], normalize_std=[1, 1, 1], precision="fp32", tta="none", scales=[1.0], window=None,
+    )],
+    bands=[1, 2, 3],
     stretch=None, classes=["x", "y", "z"], class_map=[[1, 0, 0], [0, 0.5, 0.5]], temperature=2.0, kind="soft", bits=8, chunk_px=256,
 )  # fmt: skip
 

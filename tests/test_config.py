@@ -34,6 +34,10 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
         ("class_map.Tree={Forest: 1.5, Grassland: -0.5}", r"class_map\.Tree has a negative share"),
         ("class_map.Lava={Forest: 1}", r"missing \[\], unknown \['Lava'\]"),
         ("teacher.classes=[Tree, Tree]", r"teacher\.classes names \['Tree'\] more than once"),
+        ("teacher.drop_channels=[8]", r"drop_channels are places in classes counted from 0, found \[8\] with 8"),
+        ("teacher.drop_channels=[1, 1]", r"teacher\.drop_channels names \[1\] more than once"),
+        ("teacher.drop_channels=[0, 1, 2, 3, 4, 5, 6]", r"leaves fewer than two of classes"),
+        ("teacher.drop_channels=[0]", r"class_map needs one row .* missing \[\], unknown \['Tree'\]"),
         ("student.num_classes=7", r"student\.num_classes is 7, but classes\.names has 6"),
         ("classes.ignore_index=3", r"ignore_index 3 is also the index of class Cropland"),
         ("classes.not_scored=[Sea]", r"not_scored names \['Sea'\]"),
@@ -188,3 +192,33 @@ def test_the_guides_baseline_differs_in_nothing_but_the_teacher():
     taught, alone = (load_config(f"biodiversity/{name}").model_dump() for name in ("ftunetformer_kd", "ftunetformer"))
     taught["distill"]["mode"], taught["name"] = alone["distill"]["mode"], alone["name"]
     assert taught == alone
+
+
+OPENEARTHMAP = ["Unknown", "Bareland", "Rangeland", "Developed", "Road", "Tree", "Water", "Cropland", "Building"]
+
+
+def test_openearthmaps_config_is_the_guides_but_for_the_teacher():
+    guide, nine = (load_config(f"biodiversity/ftunetformer_kd{tail}") for tail in ("", "_openearthmap"))
+    assert nine.teacher.classes == OPENEARTHMAP
+    assert nine.teacher.drop_channels == [0]
+    expected, found = guide.model_dump(), nine.model_dump()
+    found["teacher"] |= {key: expected["teacher"][key] for key in ("classes", "drop_channels")}
+    for key in ("name", "class_map"):
+        found[key] = expected[key]
+    found["cache"]["path"] = expected["cache"]["path"]
+    assert found == expected
+    assert nine.cache.path != guide.cache.path
+
+
+def test_openearthmaps_class_map_agrees_with_the_guides_and_has_building():
+    guide, nine = (load_config(f"biodiversity/ftunetformer_kd{tail}") for tail in ("", "_openearthmap"))
+    assert {name: guide.class_map[name] for name in guide.class_map if name != "Background"} == {
+        name: row for name, row in nine.class_map.items() if name != "Building"
+    }
+    assert nine.class_map["Building"] == {"Settlement": 1}
+    matrix = nine.class_map_matrix()
+    assert matrix.shape == (8, 6)  # of nine channels the first is dropped
+    names = nine.classes.names
+    assert [names[column] for column in matrix.argmax(axis=1)] == [
+        "SemiNatural", "Grassland", "Settlement", "Settlement", "Forest", "Background", "Cropland", "Settlement",
+    ]  # fmt: skip

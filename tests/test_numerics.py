@@ -173,7 +173,7 @@ def test_absent_and_unscored_classes_are_left_out_and_named():
 def counts_by_tile(config, order, tiles=8, right=0.8):
     """Pixel counts (K, S, T) of a teacher that is mostly right and whose channels come in `order`."""
     rng = np.random.default_rng(0)
-    num_labels, num_answers = len(config.classes.names), len(config.teacher.classes)
+    num_labels, num_answers = len(config.classes.names), len(config.teacher_classes)
     truth = config.class_map_matrix().argmax(axis=1)
     counts = np.zeros((tiles, num_labels, num_answers), dtype=np.int64)
     for k in range(tiles):

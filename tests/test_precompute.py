@@ -21,11 +21,12 @@ from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import precompute as stage
 from kdpipe.pipeline.estimate import estimate
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
+from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import failure_report, precompute
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.recipe import complete_recipe
 
+TEACHER_CLASSES = ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"]
 CPU = torch.device("cpu")
 
 
@@ -43,7 +44,7 @@ def test_cache_holds_what_the_teacher_says_within_the_stated_bound(make_config, 
     assert not summary.failed
     cache = SoftTargetCache.open(config.cache.path)
     recipe = complete_recipe(config, None, None)
-    teacher = FrozenTeacher(load_teacher(config.teacher), config, recipe, CPU)
+    teacher = open_teacher(config, recipe, CPU)
     raw = zarr.open_group(config.cache.path, mode="r")["tiles"]
     for tile in list_tiles(config.data, "train"):
         live = teacher.soft_targets(read_image(tile.image)[None])[0]
@@ -63,7 +64,7 @@ def test_a_second_run_does_nothing_and_needs_no_teacher_in_memory(make_config, m
     config = make_config()
     first = precompute(config, CPU)
     before = tree(stage.open_storage(config.cache.path).folder)
-    monkeypatch.setattr(stage, "load_teacher", lambda teacher: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(stage, "open_teacher", lambda *arguments: pytest.fail("the teacher was loaded"))
     again = precompute(config, CPU)
     assert (again.computed, again.kept, again.fingerprint) == (0, 6, first.fingerprint)
     assert tree(stage.open_storage(config.cache.path).folder) == before
@@ -184,10 +185,14 @@ def test_a_changed_image_is_computed_again_and_only_that(make_config, tmp_path):
     [
         ({"distill__temperature": 3.0}, "temperature: the cache has 2.0, the configuration says 3.0"),
         ({"cache__bits": 16}, "bits: the cache has 8"),
-        ({"teacher__normalize": "imagenet"}, "normalize_mean"),
-        ({"teacher__tta": "flips"}, "tta: the cache has .none"),
-        ({"teacher__window": 64}, "window"),
+        ({"teacher__normalize": "imagenet"}, r"teacher\.normalize_mean"),
+        ({"teacher__tta": "flips"}, r"teacher\.tta: the cache has .none"),
+        ({"teacher__window": 64}, r"teacher\.window"),
         ({"data__bands": [3, 2, 1]}, "bands"),
+        (
+            {"teacher__drop_channels": [7], "class_map": {name: {"Forest": 1} for name in TEACHER_CLASSES[:7]}},
+            r"teacher\.drop_channels: the cache has \[\], the configuration says \[7\]",
+        ),
     ],
 )
 def test_a_cache_made_otherwise_is_refused_naming_the_field(make_config, change, field):
@@ -202,7 +207,7 @@ def test_other_weights_are_another_teacher(make_config, tmp_path):
     state = torch.load(config.teacher.checkpoint, weights_only=True)
     state["segmentation_head.0.bias"] += 1
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(StaleCache, match="teacher_sha256"):
+    with pytest.raises(StaleCache, match=r"teacher\.checkpoint_sha256"):
         precompute(make_config(teacher__checkpoint=str(tmp_path / "other.pth")), CPU)
 
 

@@ -17,8 +17,8 @@ from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher, resolve_device, soft_targets
-from kdpipe.pipeline.models.views import averaged_logits, padded_logits
+from kdpipe.pipeline.models.teacher import load_teacher, open_teacher, resolve_device, soft_targets
+from kdpipe.pipeline.models.views import averaged_logits, blended_logits, padded_logits
 from kdpipe.pipeline.recipe import complete_recipe
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def images(height, width, seed=0):
 
 def asked(config):
     recipe = complete_recipe(config, None, None)
-    return FrozenTeacher(load_teacher(config.teacher), config, recipe, CPU)
+    return open_teacher(config, recipe, CPU)
 
 
 def test_soft_targets_are_softmax_at_t_and_then_the_map():
@@ -56,6 +56,71 @@ def test_teacher_answers_as_smp_itself_on_a_size_that_needs_no_padding(make_conf
         logits = model(torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255)
     expected = torch.softmax(logits / 2.0, dim=1).permute(0, 2, 3, 1).numpy() @ config.class_map_matrix()
     np.testing.assert_allclose(asked(config).soft_targets(picture), expected.transpose(0, 3, 1, 2), atol=1e-5)
+
+
+OPENEARTHMAP = ["Unknown", "Bareland", "Rangeland", "Developed", "Road", "Tree", "Water", "Cropland", "Building"]
+NINE_TO_SIX = {
+    "Bareland": {"SemiNatural": 1},
+    "Rangeland": {"Grassland": 0.7, "SemiNatural": 0.3},
+    "Developed": {"Settlement": 1},
+    "Road": {"Settlement": 1},
+    "Tree": {"Forest": 1},
+    "Water": {"Background": 1},
+    "Cropland": {"Cropland": 1},
+    "Building": {"Settlement": 1},
+}
+
+
+def softmax(z, axis):
+    e = np.exp(z - z.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+@pytest.fixture
+def nine_channels(tmp_path):
+    """A network of nine channels with scSE attention, and its file."""
+    torch.manual_seed(5)
+    source = smp.Unet("mobilenet_v2", encoder_weights=None, classes=9, decoder_attention_type="scse").eval()
+    with torch.no_grad():
+        source.segmentation_head[0].weight *= 8
+    torch.save(
+        {"state_dict": {f"net.{name}": value.half() for name, value in source.state_dict().items()}},
+        tmp_path / "nine.ckpt",
+    )
+    source.load_state_dict({name: value.half() for name, value in source.state_dict().items()})
+    return source, str(tmp_path / "nine.ckpt")
+
+
+def logits_of(network, picture):
+    with torch.no_grad():
+        return network(torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255).double().numpy()
+
+
+def test_dropped_channels_leave_the_softmax_to_the_others(make_config, nine_channels):
+    network, path = nine_channels
+    config = make_config(
+        teacher__checkpoint=path, teacher__classes=OPENEARTHMAP, teacher__drop_channels=[0, 3],
+        class_map={name: row for name, row in NINE_TO_SIX.items() if name != "Developed"},
+    )  # fmt: skip
+    picture = images(64, 96)
+    kept = softmax(logits_of(network, picture)[:, [1, 2, 4, 5, 6, 7, 8]] / 2.0, axis=1)
+    columns = [[5], [2, 5], [4], [1], [0], [3], [4]]  # of the student, for each kept channel
+    expected = np.zeros((1, 6, 64, 96))
+    for channel, targets in enumerate(columns):
+        for column, share in zip(targets, [0.7, 0.3] if len(targets) == 2 else [1], strict=True):
+            expected[:, column] += share * kept[:, channel]
+    np.testing.assert_allclose(asked(config).soft_targets(picture), expected, atol=1e-5)
+
+
+def test_a_row_for_the_unknown_class_keeps_its_probability(make_config, nine_channels):
+    network, path = nine_channels
+    rows = {"Unknown": {"Background": 1}, **NINE_TO_SIX}
+    config = make_config(teacher__checkpoint=path, teacher__classes=OPENEARTHMAP, class_map=rows)
+    picture = images(64, 96)
+    probs = softmax(logits_of(network, picture) / 2.0, axis=1)
+    found = asked(config).soft_targets(picture)
+    np.testing.assert_allclose(found[:, 0], probs[:, 0] + probs[:, 6], atol=1e-5)  # Unknown and Water
+    np.testing.assert_allclose(found[:, 4], probs[:, [3, 4, 8]].sum(axis=1), atol=1e-5)  # Developed, Road, Building
 
 
 def test_odd_sizes_are_mirrored_below_and_right_and_cropped_back():
@@ -100,9 +165,9 @@ def test_d4_averages_the_eight_views_in_the_images_own_frame():
                 view = np.rot90(x.numpy()[..., ::-1] if mirror else x.numpy(), turns, axes=(2, 3)).copy()
                 back = np.rot90(model(torch.from_numpy(view)).numpy(), -turns, axes=(2, 3))
                 answers.append(back[..., ::-1] if mirror else back)
-        found = averaged_logits(model, x, tta="d4", scales=[1.0], window=None).numpy()
-        flips = averaged_logits(model, x, tta="flips", scales=[1.0], window=None).numpy()
-        plain = averaged_logits(model, x, tta="none", scales=[1.0], window=None).numpy()
+        found = averaged_logits(model, x, tta="d4", scales=[1.0]).numpy()
+        flips = averaged_logits(model, x, tta="flips", scales=[1.0]).numpy()
+        plain = averaged_logits(model, x, tta="none", scales=[1.0]).numpy()
     np.testing.assert_allclose(found, np.mean(answers, axis=0), atol=1e-5)
     np.testing.assert_allclose(flips, np.mean([answers[i] for i in (0, 2, 4, 6)], axis=0), atol=1e-5)
     assert np.abs(found - plain).max() > 1e-2
@@ -112,7 +177,7 @@ def test_scales_are_averaged_at_the_images_size():
     x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     half = nn.functional.interpolate(x, size=(32, 48), mode="bilinear", align_corners=False)
     back = nn.functional.interpolate(half, size=(64, 96), mode="bilinear", align_corners=False)
-    found = averaged_logits(nn.Identity(), x, tta="none", scales=[0.5, 1.0], window=None)
+    found = averaged_logits(nn.Identity(), x, tta="none", scales=[0.5, 1.0])
     torch.testing.assert_close(found, (x + back) / 2)
 
 
@@ -120,11 +185,9 @@ def test_scales_are_averaged_at_the_images_size():
 def test_windows_of_a_local_network_blend_to_the_whole_image(size):
     """A network that sees one pixel answers the same in every window, so that any seam is the blending's fault."""
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(2))
-    found = averaged_logits(nn.Conv2d(3, 2, 1), x, tta="none", scales=[1.0], window=64)
-    assert found.shape == (1, 2, *size)
     model = nn.Conv2d(3, 2, 1)
     with torch.no_grad():
-        torch.testing.assert_close(averaged_logits(model, x, tta="none", scales=[1.0], window=64), model(x))
+        torch.testing.assert_close(blended_logits(model, x, 64), model(x))
 
 
 def test_teacher_of_another_number_of_channels_is_refused_in_the_users_words(make_config):

@@ -253,7 +253,7 @@ def test_a_missing_cache_is_refused_before_the_first_step(make_config):
     ("change", "field"),
     [
         ({"distill__temperature": 4.0}, "temperature: the cache has 2.0, the configuration says 4.0"),
-        ({"teacher__encoder": "resnet18"}, "teacher_encoder"),
+        ({"teacher__encoder": "resnet18"}, r"teacher\.encoder"),
         ({"class_map__Road": {"Background": 1}}, "class_map"),
     ],
 )

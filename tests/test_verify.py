@@ -146,7 +146,7 @@ def test_added_and_removed_images_are_found(cached, make_config, landscape, tmp_
 def test_parity_does_not_run_the_teacher_on_a_damaged_cache(cached, monkeypatch):
     shard = next(Path(cached.cache.path).glob("tiles/Train/*/0.0.0"))
     shard.unlink()
-    monkeypatch.setattr("kdpipe.pipeline.verify.load_teacher", lambda teacher: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("kdpipe.pipeline.verify.open_teacher", lambda *arguments: pytest.fail("the teacher was loaded"))
     assert codes(cached, "parity") == [("damaged-tile", f"Train/{shard.parent.name}")]
 
 

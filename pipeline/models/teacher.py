@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.cache.manifest import Recipe
+from kdpipe.cache.manifest import Recipe, TeacherRecord
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
-from kdpipe.configs.schema import Config, Teacher
+from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.models.views import averaged_logits
+from kdpipe.pipeline.models.views import averaged_logits, blended_logits
 from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
 
 # The orders that teachers with these numbers of channels most often have: the lines for it, and the shipped config with its
@@ -28,11 +28,15 @@ KNOWN_ORDERS = {
         "biodiversity/ftunetformer_kd",
     ),
     9: (
-        {"classes": "[Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]"},
+        {
+            "classes": "[Unknown, Bareland, Rangeland, Developed, Road, Tree, Water, Cropland, Building]",
+            "drop_channels": "[0]",
+        },
         "biodiversity/ftunetformer_kd_openearthmap",
     ),
 }
 WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose decoder may have it
+SOFTMAX_PX = 2**22  # pixels whose softmax is taken at once: bounds what is held beside a scene's logits and targets
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,40 +60,68 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def open_teacher(config: Config, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+    """The configured teacher, or several as one, ready to be asked by `recipe`; raises what `load_teacher` raises."""
+    models = [load_teacher(member, key) for key, member in config.members.items()]
+    return FrozenTeacher(models, recipe, device)
+
+
 class FrozenTeacher:
     """
     A teacher that answers images with soft targets: `p = softmax(z / T) @ M`, in float32, T before M.
 
-    `recipe` says how it is asked (normalisation, precision, test-time augmentation, window) and what T and M are.
+    `recipe` says how each of `models` is asked (normalisation, precision, test-time augmentation, window), which of its
+    channels stand for which class, and what T and M are. z is the weighted mean of their logits over the channels that are
+    kept: those that are dropped take no part in the softmax. The logits of different networks are on different scales; their
+    mean is the logarithm of the geometric mean of their answers (but for a constant, which softmax does not see).
+
+    With a `window`, what is held of a scene is 3 bytes a pixel of the image and, in main memory, 4 of each teacher class and
+    4 of each student class; the device holds one window at a time.
     """
 
-    def __init__(self, model: nn.Module, config: Config, recipe: Recipe, device: torch.device) -> None:
-        self._model = model.to(device).to(memory_format=torch.channels_last)
-        self._normalize = config.teacher.normalize
+    def __init__(self, models: Sequence[nn.Module], recipe: Recipe, device: torch.device) -> None:
+        self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
         self._recipe = recipe
         self._device = device
         self._class_map_TS = torch.tensor(recipe.class_map, dtype=torch.float32, device=device)
+        self._shares = [record.weight / sum(r.weight for r in recipe.teachers) for record in recipe.teachers]
+        # Where whole scenes of logits are added up: such as need windows do not fit on the device.
+        windowed = any(record.window is not None for record in recipe.teachers)
+        self._home = torch.device("cpu") if windowed else device
 
     @torch.inference_mode()
     def logits(self, images_NHWC: NDArray[np.uint8]) -> Tensor:
         """
-        The teacher's class scores, float32 `(N, C_t, H, W)` on its device, averaged over views in the image's own frame.
+        The class scores, float32 `(N, C_t, H, W)`, averaged over views and teachers in the image's own frame.
 
-        `images_NHWC` is uint8 `(N, H, W, 3)` of any size. Raises `KdpipeError` if a score is not finite.
+        `images_NHWC` is uint8 `(N, H, W, 3)` of any size; the channels are in the order of the class map's rows. Raises
+        `KdpipeError` if a score is not finite.
         """
-        images_NCHW = torch.from_numpy(images_NHWC).to(self._device).permute(0, 3, 1, 2)
-        inputs_NCHW = normalized(images_NCHW, self._normalize)
-        recipe = self._recipe
-        with _exactly(recipe.precision, self._device):
-            logits_NTHW = averaged_logits(
-                self._model, inputs_NCHW, tta=recipe.tta, scales=recipe.scales, window=recipe.window
-            )
+        total_NTHW: Tensor | None = None
+        for model, record, share in zip(self._models, self._recipe.teachers, self._shares, strict=True):
+            answer_NTHW = self._answer(model, record, images_NHWC).mul_(share)
+            total_NTHW = answer_NTHW if total_NTHW is None else total_NTHW.add_(answer_NTHW)
+        assert total_NTHW is not None
+        return total_NTHW
+
+    def _answer(self, model: nn.Module, record: TeacherRecord, images_NHWC: NDArray[np.uint8]) -> Tensor:
+        """One network's logits in the order of the class map's rows."""
+        normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
+        channels = [record.classes.index(name) for name in self._recipe.teacher_classes]
+
+        def ask(images_NCHW: Tensor) -> Tensor:
+            inputs_NCHW = normalized(images_NCHW.to(self._device), normalize)
+            with _exactly(record.precision, self._device):
+                return averaged_logits(model, inputs_NCHW, tta=record.tta, scales=record.scales)[:, channels]
+
+        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
+        logits_NTHW = ask(images_NCHW) if record.window is None else blended_logits(ask, images_NCHW, record.window)
         if not torch.isfinite(logits_NTHW).all():
             raise KdpipeError(
-                f"the teacher answered with numbers that are not finite in precision {recipe.precision}; "
+                f"the teacher answered with numbers that are not finite in precision {record.precision}; "
                 "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
             )
-        return logits_NTHW
+        return logits_NTHW.to(self._home)
 
     def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The soft targets, float32 `(N, C_s, H, W)`, that sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
@@ -98,10 +130,14 @@ class FrozenTeacher:
     @torch.inference_mode()
     def targets_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
         """The soft targets, float32 `(N, C_s, H, W)`, that stand for this teacher's logits `(N, C_t, H, W)`."""
-        answer: NDArray[np.float32] = (
-            soft_targets(logits_NTHW, self._class_map_TS, self._recipe.temperature).cpu().numpy()
-        )
-        return answer
+        count, _, height, width = logits_NTHW.shape
+        targets_NSHW = np.empty((count, self._class_map_TS.shape[1], height, width), dtype=np.float32)
+        rows = max(1, SOFTMAX_PX // (count * width))
+        for top in range(0, height, rows):
+            band_NThW = logits_NTHW[..., top : top + rows, :].to(self._device)
+            band_NShW = soft_targets(band_NThW, self._class_map_TS, self._recipe.temperature)
+            targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
+        return targets_NSHW
 
 
 def soft_targets(logits_NTHW: Tensor, class_map_TS: Tensor, temperature: float) -> Tensor:

@@ -23,9 +23,7 @@ TTA_VIEWS: dict[str, list[tuple[int, bool]]] = {
 }
 
 
-def averaged_logits(
-    model: nn.Module, inputs_NCHW: Tensor, *, tta: str, scales: Sequence[float], window: int | None
-) -> Tensor:
+def averaged_logits(model: nn.Module, inputs_NCHW: Tensor, *, tta: str, scales: Sequence[float]) -> Tensor:
     """Logits `(N, C, H, W)`, float32, averaged over the views of `tta` at each of `scales`; the mean is taken before softmax."""
     height, width = inputs_NCHW.shape[-2:]
     total: Tensor | None = None
@@ -33,12 +31,33 @@ def averaged_logits(
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         scaled = inputs_NCHW if size == (height, width) else _resize(inputs_NCHW, size)
         for turns, mirror in TTA_VIEWS[tta]:
-            logits = _logits(model, _turned(scaled, turns, mirror), window)
-            logits = _turned_back(logits, turns, mirror)
+            logits = _turned_back(padded_logits(model, _turned(scaled, turns, mirror)), turns, mirror)
             logits = logits if size == (height, width) else _resize(logits, (height, width))
             total = logits if total is None else total + logits
     assert total is not None
     return total / (len(scales) * len(TTA_VIEWS[tta]))
+
+
+def blended_logits(ask: Callable[[Tensor], Tensor], images_NCHW: Tensor, window: int) -> Tensor:
+    """
+    What `ask` answers, float32 `(N, C, H, W)` in main memory, asked in overlapping windows of `window` px and blended.
+
+    At every pixel the windows' weights sum to one and change smoothly, so that no seam shows. An image that is no
+    larger than a window is asked as a whole.
+    """
+    height, width = images_NCHW.shape[-2:]
+    if height <= window and width <= window:
+        return ask(images_NCHW)
+    total: Tensor | None = None
+    for top, shares_H in _shares(height, min(window, height)):
+        for left, shares_W in _shares(width, min(window, width)):
+            rows, columns = slice(top, top + len(shares_H)), slice(left, left + len(shares_W))
+            logits = ask(images_NCHW[..., rows, columns]).cpu()
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[..., rows, columns].addcmul_(logits, torch.outer(shares_H, shares_W))
+    assert total is not None
+    return total
 
 
 def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
@@ -53,24 +72,13 @@ def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Ten
     return logits[..., :height, :width].float()
 
 
-def _logits(model: nn.Module, inputs_NCHW: Tensor, window: int | None) -> Tensor:
-    height, width = inputs_NCHW.shape[-2:]
-    if window is None or (height <= window and width <= window):
-        return padded_logits(model, inputs_NCHW)
-    side_h, side_w = min(window, height), min(window, width)
-    weight_HW = torch.outer(_taper(side_h), _taper(side_w)).to(inputs_NCHW.device)
-    weights_HW = torch.zeros(height, width, device=inputs_NCHW.device)
-    total: Tensor | None = None
-    for top in _starts(height, side_h):
-        for left in _starts(width, side_w):
-            rows, columns = slice(top, top + side_h), slice(left, left + side_w)
-            logits = padded_logits(model, inputs_NCHW[..., rows, columns])
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[..., rows, columns] += logits * weight_HW
-            weights_HW[rows, columns] += weight_HW
-    assert total is not None
-    return total / weights_HW
+def _shares(size: int, side: int) -> list[tuple[int, Tensor]]:
+    """The start of each window of `side` px over `size` px, and its share of each of its pixels: at a pixel they sum to one."""
+    starts = _starts(size, side)
+    taper, total = _taper(side), torch.zeros(size)
+    for start in starts:
+        total[start : start + side] += taper
+    return [(start, taper / total[start : start + side]) for start in starts]
 
 
 def _starts(size: int, side: int) -> list[int]:
