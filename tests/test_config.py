@@ -55,6 +55,49 @@ def test_mistakes_are_named(override, message):
         load_config("demo", [override])
 
 
+def several(**second):
+    raw = load_config("demo").model_dump(mode="json")
+    teacher = raw.pop("teacher")
+    return {**raw, "teachers": [teacher, {**teacher, **second}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teachers": []}, "one teacher goes under the key teacher, several under teachers; found both or neither"),
+        ({"teacher": several()["teachers"][0]}, "found both or neither"),
+        (
+            several(classes=["Sea", *several()["teachers"][0]["classes"][1:]]),
+            r"teachers\.1 must answer in the same classes .* 'Sea'",
+        ),
+        (several(drop_channels=[0]), r"teachers\.1 must answer in the same classes as the first teacher, in any order"),
+        (several(weight=0), r"teachers\.1\.weight: .* greater than 0, found 0"),
+        (several(tat="d4"), r"unknown key teachers\.1\.tat; did you mean teachers\.1\.tta\?"),
+    ],
+)
+def test_mistakes_in_several_teachers_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**several(), **change}, "test")
+
+
+def test_a_single_teacher_has_no_weight():
+    with pytest.raises(ConfigError, match=r"teacher\.weight is for several teachers \(teachers: \[\.\.\.\]\), found 2"):
+        load_config("demo", ["teacher.weight=2"])
+
+
+def test_several_teachers_survive_a_round_trip_and_overrides_reach_each(tmp_path):
+    config = parse_config(several(weight=2, classes=several()["teachers"][0]["classes"][::-1]), "test")
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    changed = load_config(tmp_path / "c.yaml", ["teachers.1.tta=d4"])
+    assert [member.tta for member in changed.members.values()] == ["none", "d4"]
+    assert list(changed.members) == ["teachers.0", "teachers.1"]
+    with pytest.raises(
+        ConfigError, match=r"--set teachers.2.tta: 2 is no place in a list of 2; they are counted from 0"
+    ):
+        load_config(tmp_path / "c.yaml", ["teachers.2.tta=d4"])
+
+
 def test_overrides_are_yaml():
     config = load_config("demo", ["data.train=[a, b]", "train.max_steps=null", "train.lr=5e-4", "teacher.window=512"])
     assert (config.data.train, config.train.max_steps, config.train.lr, config.teacher.window) == (

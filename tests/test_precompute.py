@@ -25,6 +25,8 @@ from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import failure_report, precompute
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.recipe import complete_recipe
+from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.verify import verify
 
 TEACHER_CLASSES = ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"]
 CPU = torch.device("cpu")
@@ -279,3 +281,60 @@ def test_json_holds_the_summary(make_config, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["computed"] == 6
     assert summary["bytes_written"] == sum(p.stat().st_size for p in (tmp_path / "cache.zarr").rglob("0.0.0"))
+
+
+@pytest.fixture
+def two_teachers(make_config, teacher_file, tmp_path):
+    """A config of two teachers of which the second has other weights and its channels in the opposite order."""
+    state = torch.load(teacher_file, weights_only=True)
+    for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
+        state[name] = state[name].flip(0) * 0.5
+    torch.save(state, tmp_path / "second.pth")
+    first = {
+        "architecture": "unet",
+        "encoder": "mobilenet_v2",
+        "checkpoint": str(teacher_file),
+        "classes": TEACHER_CLASSES,
+    }
+    second = {
+        **first,
+        "checkpoint": str(tmp_path / "second.pth"),
+        "classes": TEACHER_CLASSES[::-1],
+        "weight": 2,
+        "tta": "flips",
+    }
+
+    def make(members=(first, second), **overrides):
+        return make_config(teacher=None, teachers=list(members), **overrides)
+
+    return make, first, second
+
+
+def test_several_teachers_are_paid_for_once_and_pass_every_gate(two_teachers):
+    make, _, _ = two_teachers
+    config = make(train__max_steps=1)
+    assert estimate(config, CPU).tiles == 6
+    fingerprint = precompute(config, CPU).fingerprint
+    report = verify(config, "parity", CPU, sample=2)
+    assert {finding.code for finding in report.findings} <= {"class-map"}  # random weights fit no labels
+    assert len(report.parity) == 2
+    assert report.fingerprint == fingerprint
+    online = train(with_mode(config, "online"), CPU)
+    cached = train(config, CPU)
+    assert cached.fingerprint == fingerprint
+    np.testing.assert_allclose(cached.losses[0], online.losses[0], rtol=1e-3)
+
+
+def test_a_stale_cache_names_the_teacher_that_changed(two_teachers):
+    make, first, second = two_teachers
+    precompute(make(), CPU)
+    for change, message in (
+        ({"tta": "none"}, r"teachers\.1\.tta: the cache has .flips., the configuration says .none."),
+        ({"weight": 1}, r"teachers\.1\.weight: the cache has 2\.0, the configuration says 1\.0"),
+        ({"classes": TEACHER_CLASSES}, r"teachers\.1\.classes: the cache has \[.Background"),
+        ({"normalize": "imagenet"}, r"teachers\.1\.normalize_mean"),
+        (None, r"teachers: the cache has 2, the configuration says 1\."),
+    ):
+        changed = make([first] if change is None else [first, {**second, **change}])
+        with pytest.raises(StaleCache, match=message):
+            precompute(changed, CPU)

@@ -123,6 +123,86 @@ def test_a_row_for_the_unknown_class_keeps_its_probability(make_config, nine_cha
     np.testing.assert_allclose(found[:, 4], probs[:, [3, 4, 8]].sum(axis=1), atol=1e-5)  # Developed, Road, Building
 
 
+EIGHT_OF_NINE = OPENEARTHMAP[1:]
+
+
+@pytest.fixture
+def two_teachers(make_config, nine_channels, tmp_path):
+    """
+    Two networks with their files, and a config that averages them with the weights 1 and 3.
+
+    The second has another architecture, encoder, channel order and normalisation.
+    """
+    torch.manual_seed(6)
+    second = smp.FPN("resnet18", encoder_weights=None, classes=8).eval()
+    torch.save(second.state_dict(), tmp_path / "second.pth")
+    first, path = nine_channels
+    members = [
+        {
+            "architecture": "unet",
+            "encoder": "mobilenet_v2",
+            "checkpoint": path,
+            "classes": OPENEARTHMAP,
+            "drop_channels": [0],
+        },
+        {
+            "architecture": "fpn",
+            "encoder": "resnet18",
+            "checkpoint": str(tmp_path / "second.pth"),
+            "classes": EIGHT_OF_NINE[::-1],
+            "normalize": "imagenet",
+            "weight": 3,
+        },
+    ]
+
+    def make(**overrides):
+        return make_config(teacher=None, teachers=members, class_map=NINE_TO_SIX, **overrides)
+
+    return first, second, make
+
+
+def test_several_teachers_are_averaged_as_logits_by_name_and_weight(two_teachers):
+    first, second, make = two_teachers
+    picture = images(64, 96)
+    config = make()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    inputs = ((picture / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        theirs = second(torch.from_numpy(inputs)).double().numpy()[:, ::-1]
+    logits = (logits_of(first, picture)[:, 1:] + 3 * theirs) / 4
+    np.testing.assert_allclose(asked(config).logits(picture).numpy(), logits, atol=2e-5)
+    expected = np.einsum("nthw,ts->nshw", softmax(logits / 2.0, axis=1), config.class_map_matrix().astype(float))
+    np.testing.assert_allclose(asked(config).soft_targets(picture), expected, atol=1e-5)
+
+
+def test_each_teacher_is_asked_in_its_own_views_and_windows(two_teachers):
+    _, _, make = two_teachers
+    config, picture = make(), images(96, 128)
+    first, second = config.teachers
+    changed = {"tta": "flips", "scales": [0.5, 1.0]}, {"window": 64}
+    members = [member.model_copy(update=update) for member, update in zip((first, second), changed, strict=True)]
+    found = asked(config.model_copy(update={"teachers": members})).logits(picture)
+    alone = [
+        asked(config.model_copy(update={"teachers": [member.model_copy(update={"weight": 1})]})).logits(picture)
+        for member in members
+    ]
+    order = [members[1].kept_classes.index(name) for name in members[0].kept_classes]
+    torch.testing.assert_close(found, (alone[0] + 3 * alone[1][:, order]) / 4, atol=1e-5, rtol=0)
+
+
+def test_a_misfitting_member_is_named(two_teachers):
+    _, _, make = two_teachers
+    config = make()
+    members = [config.teachers[0], config.teachers[1].model_copy(update={"encoder": "resnet34"})]
+    with pytest.raises(
+        CheckpointError, match=r"holds fpn with resnet18, 8 channels, but teachers\.1 says fpn with resnet34"
+    ):
+        asked(config.model_copy(update={"teachers": members}))
+    members[1] = config.teachers[1].model_copy(update={"checkpoint": "absent.pth"})
+    with pytest.raises(CheckpointError, match=r"teachers\.1\.checkpoint: no file at .*absent\.pth"):
+        asked(config.model_copy(update={"teachers": members}))
+
+
 def test_odd_sizes_are_mirrored_below_and_right_and_cropped_back():
     seen = {}
 
