@@ -137,8 +137,8 @@ class SoftTargetCache:
 
     def _corrupt(self, tile_id: str, cause: str) -> CorruptCache:
         return CorruptCache(
-            f"tile {tile_id} of {self._storage.url} is damaged: {cause}; delete its folder "
-            f"{layout.tile_path(tile_id)} and run `kdpipe precompute-teacher` again, which computes just what is missing"
+            f"tile {tile_id} of {self._storage.url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
+            "just the damaged tiles again"
         )
 
 

@@ -74,6 +74,27 @@ def whole_manifest(storage: Storage) -> Manifest | None:
         return None
 
 
+def restore_root(storage: Storage) -> bool:
+    """
+    Write the topmost group's metadata again from the manifest where it is damaged or lost; whether that was needed.
+
+    Call it with the lock held. Raises `CorruptCache` where the manifest is damaged as well: nothing says then how the tiles
+    were made.
+    """
+    manifest = whole_manifest(storage)
+    if manifest is None:
+        read_recipe(storage)
+        return False
+    wanted = layout.group_metadata("", manifest.recipe)
+    try:
+        if storage.read(layout.METADATA_NAME) == wanted:
+            return False
+    except FileNotFoundError:
+        pass
+    storage.write(layout.METADATA_NAME, wanted)
+    return True
+
+
 def refuse_stale(storage: Storage, found: Recipe, recipe: Recipe) -> None:
     """Raise `StaleCache` with every field in which the two recipes differ, if any."""
     changed = differences(found, recipe.model_dump())

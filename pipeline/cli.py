@@ -50,9 +50,11 @@ def _with_config(command: Command) -> Command:
 @cli.command("precompute-teacher")
 @_with_config
 @click.option("--dry-run", is_flag=True, help="Say what it will cost in bytes and time, and whether the disk holds it.")
+@click.option("--repair", is_flag=True, help="Read every byte first, and compute damaged tiles again.")
 def precompute_teacher(
-    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool, dry_run: bool
-) -> None:
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
+    dry_run: bool, repair: bool,
+) -> None:  # fmt: skip
     """
     Stage one: store the teacher's soft targets of every training tile.
 
@@ -73,7 +75,7 @@ def precompute_teacher(
         _write_json(json_path, forecast.as_dict())
         sys.exit(0 if forecast.fits else EXIT_REFUSED)
     with stop_on_signal() as stop:
-        summary = precompute(config, resolve_device(device), progress, stop)
+        summary = precompute(config, resolve_device(device), progress, stop, repair=repair)
     _write_json(json_path, summary.as_dict())
     console.print(reports.precompute_text(summary), highlight=False, soft_wrap=True)
     if summary.failed:

@@ -11,18 +11,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.cache.integrity import find_damage
+from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import ImageDigest, Recipe, TileRecord, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
-from kdpipe.cache.writer import CacheWriter, finished_tiles, open_writer, whole_manifest
+from kdpipe.cache.writer import CacheWriter, finished_tiles, open_writer, restore_root, whole_manifest
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import batches_of_equal_size
@@ -51,6 +53,7 @@ class Summary:
     computed: int = 0
     kept: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     pixels: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
@@ -93,26 +96,41 @@ def make_plan(config: Config) -> Plan:
 
 
 def precompute(
-    config: Config, device: torch.device, progress: Progress | None = None, stop: threading.Event | None = None
+    config: Config,
+    device: torch.device,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    *,
+    repair: bool = False,
 ) -> Summary:
     """
     Bring the cache to completion and say what was done; does nothing where nothing is missing.
 
-    Images that cannot be read are in the summary's `failed`, and the cache stays unfinished. Raises what `make_plan`
+    With `repair` every byte of the finished tiles is read first, and tiles that are damaged (in the summary's `damaged`) are
+    computed again. Images that cannot be read are in the summary's `failed`, and the cache stays unfinished. Raises what `make_plan`
     raises, `CacheLocked`, `DiskFull`, and `Interrupted` once `stop` is set: finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
     start = time.perf_counter()
+    if repair:
+        _restore_root(config, progress)
     plan = make_plan(config)
     summary = Summary(cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished))
     manifest = whole_manifest(plan.storage)
-    if not plan.missing and manifest and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]:
+    if (
+        not repair
+        and not plan.missing
+        and manifest
+        and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]
+    ):
         progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
         summary.fingerprint = manifest.fingerprint
         return summary
     with open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer:
         # Asked again under the lock: another process may have finished tiles since.
         plan = make_plan(config)
+        if repair:
+            plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
         writer.begin()
         if plan.finished:
@@ -133,6 +151,24 @@ def precompute(
             summary.fingerprint = writer.finish([records[tile.id] for tile in plan.tiles]).fingerprint
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _restore_root(config: Config, progress: Progress) -> None:
+    storage = open_storage(config.cache.path)
+    with writer_lock(storage):
+        if restore_root(storage):
+            progress.say(f"{storage.url}: its topmost metadata was damaged, and is restored from the manifest")
+
+
+def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
+    """The plan with the tiles whose bytes or images are not as recorded among those to compute."""
+    images = {tile.id: tile.image for tile in plan.tiles}
+    with progress.bar("every byte", len(plan.finished), "tiles") as advance:
+        summary.damaged = find_damage(plan.storage, plan.finished.values(), images, advance)
+    for tile, cause in summary.damaged.items():
+        progress.say(f"tile {tile} is damaged and is computed again: {cause}")
+    finished = {tile: record for tile, record in plan.finished.items() if tile not in summary.damaged}
+    return replace(plan, finished=finished)
 
 
 @dataclass(frozen=True)
