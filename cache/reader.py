@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,14 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import layout
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, Recipe, TileRecord, parse_manifest
+from kdpipe.cache.shard import ReadRange, Shard, open_shard
 from kdpipe.cache.simplex import decode, is_simplex, mean_over_window
-from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.cache.storage import LocalStorage, Storage, open_storage
 from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
 
 Window = tuple[int, int, int, int]
 
-MAX_OPEN_TILES = (
-    256  # arrays kept open; each holds a few kB of metadata, so that memory stays flat over any number of tiles
-)
+MAX_OPEN_TILES = 256  # whose indices are kept; each is a few kB, so that memory stays flat over any number of tiles
 
 
 class SoftTargetCache:
@@ -29,14 +29,14 @@ class SoftTargetCache:
 
     Every tile's bytes are compared with the manifest's digests when the tile is first read in a process, so that a damaged,
     swapped or replaced tile raises `CorruptCache` instead of returning wrong numbers. Instances can be pickled (each
-    process opens the files for itself); zarr does not survive `fork`, so workers start by spawn or forkserver.
+    process opens the files for itself). A remote cache does not survive `fork`: workers start by spawn or forkserver.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.manifest = manifest
         self._storage = storage
         self._records = {record.id: record for record in manifest.tiles}
-        self._forget_open_files()
+        self._start_anew()
 
     @classmethod
     def open(cls, path: str) -> SoftTargetCache:
@@ -66,7 +66,7 @@ class SoftTargetCache:
         """
         record = self._record(tile_id)
         window = _checked(record, window)
-        return mean_over_window(layout.read_entropy_error(self._array(record).attrs), window)
+        return mean_over_window(layout.read_entropy_error(self._shard(record).attributes), window)
 
     def read(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
@@ -80,11 +80,11 @@ class SoftTargetCache:
     def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
         """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`."""
         record = self._record(tile_id)
-        top, left, height, width = _checked(record, window)
-        array = self._array(record)
+        window = _checked(record, window)
+        shard = self._shard(record)
         try:
-            units = np.asarray(array[:, top : top + height, left : left + width])
-        except Exception as err:  # zarr raises what its codecs raise: ValueError, RuntimeError, OSError, …
+            units = shard.read(window, self._range_reader(record))
+        except (ValueError, RuntimeError, OSError) as err:
             raise self._corrupt(tile_id, f"its chunks cannot be decoded ({err})") from err
         if not is_simplex(units, self.manifest.recipe.bits):
             raise self._corrupt(tile_id, "a chunk is missing, or its values do not sum to one")
@@ -97,10 +97,9 @@ class SoftTargetCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["storage"], state["manifest"])  # type: ignore[misc]
 
-    def _forget_open_files(self) -> None:
+    def _start_anew(self) -> None:
         self._pid: int | None = None
-        self._store: Any = None
-        self._arrays: OrderedDict[str, Any] = OrderedDict()
+        self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._checked: set[str] = set()
 
     def _record(self, tile_id: str) -> TileRecord:
@@ -109,31 +108,40 @@ class SoftTargetCache:
         except KeyError:
             raise KeyError(f"no tile {tile_id!r} in {self._storage.url}") from None
 
-    def _array(self, record: TileRecord) -> Any:
-        import zarr
+    def _shard(self, record: TileRecord) -> Shard:
+        """The tile's shard; its bytes are compared with the manifest's digests at the first touch."""
+        self._refuse_fork()
+        if record.id not in self._checked:
+            cause = damage(self._storage, record)
+            if cause:
+                raise self._corrupt(record.id, cause)
+            self._checked.add(record.id)
+        shard = self._shards.pop(record.id, None)
+        if shard is None:
+            metadata = self._storage.read(f"{layout.tile_path(record.id)}/{layout.METADATA_NAME}")
+            try:
+                shard = open_shard(metadata, self._range_reader(record))
+            except ValueError as err:
+                raise self._corrupt(record.id, str(err)) from err
+        self._shards[record.id] = shard
+        if len(self._shards) > MAX_OPEN_TILES:
+            self._shards.popitem(last=False)
+        return shard
 
+    def _range_reader(self, record: TileRecord) -> ReadRange:
+        return partial(self._storage.read_range, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
+
+    def _refuse_fork(self) -> None:
+        """Local files are opened at each read and survive a fork; the event loops of remote file systems do not."""
+        if isinstance(self._storage, LocalStorage):
+            return
         if self._pid is None:
-            self._pid, self._store = os.getpid(), self._storage.zarr_store()
+            self._pid = os.getpid()
         elif self._pid != os.getpid():
             raise CacheError(
-                f"{self._storage.url} was read in process {self._pid} and then forked, and zarr hangs after a fork: "
+                f"{self._storage.url} was read in process {self._pid} and then forked, and its connections hang after a fork: "
                 "start DataLoader workers with multiprocessing_context='spawn' or 'forkserver'"
             )
-        if record.id not in self._checked:
-            self._check_digests(record)
-            self._checked.add(record.id)
-        array = self._arrays.pop(record.id, None)
-        if array is None:
-            array = zarr.open_array(self._store, path=layout.tile_path(record.id), mode="r", zarr_format=3)
-        self._arrays[record.id] = array
-        if len(self._arrays) > MAX_OPEN_TILES:
-            self._arrays.popitem(last=False)
-        return array
-
-    def _check_digests(self, record: TileRecord) -> None:
-        cause = damage(self._storage, record)
-        if cause:
-            raise self._corrupt(record.id, cause)
 
     def _corrupt(self, tile_id: str, cause: str) -> CorruptCache:
         return CorruptCache(

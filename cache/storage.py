@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kdpipe.configs.errors import DiskFull
 from kdpipe.configs.outputs import output_path
@@ -28,6 +28,9 @@ class Storage(Protocol):
 
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none."""
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
 
     def write(self, name: str, data: bytes) -> None:
         """Make `name` hold exactly `data`, atomically and durably."""
@@ -47,9 +50,6 @@ class Storage(Protocol):
     def free_bytes(self) -> int | None:
         """What still fits, None where there is no limit to ask for."""
 
-    def zarr_store(self) -> Any:
-        """A read-only zarr store over the same files."""
-
 
 def open_storage(path: str) -> Storage:
     """The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`)."""
@@ -68,6 +68,13 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none."""
         return (self.folder / name).read_bytes()
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
+        with (self.folder / name).open("rb", buffering=0) as file:
+            if start < 0:
+                start = max(0, start + os.fstat(file.fileno()).st_size)
+            return os.pread(file.fileno(), length, start)
 
     def write(self, name: str, data: bytes) -> None:
         """
@@ -130,12 +137,6 @@ class LocalStorage:
         """The free space of the disk that holds, or will hold, the folder."""
         return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
 
-    def zarr_store(self) -> Any:
-        """A read-only zarr store over the same files."""
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.folder, read_only=True)
-
 
 class RemoteStorage:
     """A prefix on any file system that fsspec knows."""
@@ -149,6 +150,11 @@ class RemoteStorage:
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none."""
         return bytes(self._fs.cat_file(self._full(name)))
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
+        end = start + length
+        return bytes(self._fs.cat_file(self._full(name), start=start, end=None if start < 0 and end == 0 else end))
 
     def write(self, name: str, data: bytes) -> None:
         """Upload `data` as `name`; an object store shows the object once it is whole."""
@@ -185,12 +191,6 @@ class RemoteStorage:
     def free_bytes(self) -> int | None:
         """None: object stores have no limit to ask for."""
         return None
-
-    def zarr_store(self) -> Any:
-        """A read-only zarr store over the same files."""
-        from zarr.storage import FsspecStore
-
-        return FsspecStore.from_url(self.url, read_only=True)
 
     def _full(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

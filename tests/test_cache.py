@@ -350,10 +350,12 @@ def test_a_cache_travels_to_spawned_workers(cache):
     assert pickle.loads(pickle.dumps(cache)).tile_ids == cache.tile_ids
 
 
-def test_a_forked_reader_is_told_instead_of_hanging(cache, monkeypatch):
+def test_a_forked_reader_of_a_remote_cache_is_told_instead_of_hanging(images, monkeypatch):
+    fill("memory://kdpipe-tests/forked.zarr", images)
+    cache = SoftTargetCache.open("memory://kdpipe-tests/forked.zarr")
     cache.read("Train/a")
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(CacheError, match=r"zarr hangs after a fork: .*='spawn' or 'forkserver'"):
+    with pytest.raises(CacheError, match=r"connections hang after a fork: .*='spawn' or 'forkserver'"):
         cache.read("Train/a")
 
 
