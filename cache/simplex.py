@@ -18,6 +18,8 @@ FLOAT32_SLACK = 1e-6
 # Over crops of real tiles at scales of 0.5 to 1.5, largest error of a crop's entropy at 8 bits, in nats: 8e-3 with one
 # value a tile, 1.6e-3 with blocks of 128 px, 5e-4 with 64 px and no less with one value a pixel (interpolation is the rest).
 ENTROPY_BLOCK_PX = 64
+# Pixels whose intermediates are held at once, some 120 bytes each: without bands, 12 GB for a scene of 100 megapixels.
+BAND_PX = 2**20
 
 
 def total(bits: int) -> int:
@@ -44,6 +46,13 @@ def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
 
     Raises `ValueError` for entries that are not a distribution.
     """
+    stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.uint8 if bits <= 8 else np.uint16)
+    for rows in _bands(*probs_CHW.shape[1:]):
+        stored_CHW[:, rows] = _encode_band(probs_CHW[:, rows], bits)
+    return stored_CHW
+
+
+def _encode_band(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
     num_classes = probs_CHW.shape[0]
     sums_HW = probs_CHW.sum(axis=0)
     # Negated, so that NaN is refused as well.
@@ -52,7 +61,7 @@ def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
     scaled_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(total(bits))
     floors_CHW = np.floor(scaled_CHW)
     remainders_CHW = scaled_CHW - floors_CHW
-    units_CHW = floors_CHW.astype(np.int32)
+    units_CHW: NDArray[np.int32] = floors_CHW.astype(np.int32)
     missing_HW = total(bits) - units_CHW.sum(axis=0)
     rank_HW = np.empty(missing_HW.shape, dtype=np.int32)
     for i in range(num_classes):
@@ -63,8 +72,13 @@ def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
             elif j > i:
                 rank_HW += remainders_CHW[j] > remainders_CHW[i]
         units_CHW[i] += rank_HW < missing_HW
-    stored_CHW: NDArray[Any] = units_CHW.astype(np.uint8 if bits <= 8 else np.uint16)
-    return stored_CHW
+    return units_CHW
+
+
+def _bands(height: int, width: int) -> list[slice]:
+    """Rows of whole blocks, about `BAND_PX` pixels at a time."""
+    rows = max(1, BAND_PX // (ENTROPY_BLOCK_PX * max(1, width))) * ENTROPY_BLOCK_PX
+    return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
 def decode(units_CHW: NDArray[Any], bits: int) -> NDArray[np.float32]:
@@ -80,6 +94,11 @@ def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits:
     Rounding leaves `Σ p log q` as it is on average, but not `Σ p log p`: a probability below half a unit becomes zero.
     The entropy is a constant to the student, so that no gradient suffers; the loss's value is off by this much.
     """
+    bands = [_entropy_error_band(probs_CHW[:, rows], units_CHW[:, rows], bits) for rows in _bands(*probs_CHW.shape[1:])]
+    return np.concatenate(bands)
+
+
+def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits: int) -> NDArray[np.float64]:
     levels = np.arange(total(bits) + 1, dtype=np.float64) / total(bits)
     stored = (levels * np.log(np.where(levels > 0, levels, 1))).astype(np.float32)
     exact_HW = (probs_CHW * np.log(np.maximum(probs_CHW, np.float32(1e-30)))).sum(axis=0)

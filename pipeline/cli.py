@@ -176,6 +176,25 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
     console.print(f"page and plots: {page}", highlight=False, soft_wrap=True)
 
 
+@cli.command("inspect")
+@click.argument("checkpoint")
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect(checkpoint: str, json_path: str | None, debug: bool) -> None:
+    """
+    Say what a CHECKPOINT file is: its network as recognised, its channels, and how its weights lie in it.
+
+    Reads teachers and students, and never executes anything from a file. Exit codes: 0 done, 2 not a readable checkpoint.
+    """
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.inspection import inspect_checkpoint
+
+    console, _ = _open_console()
+    found = inspect_checkpoint(checkpoint)
+    _write_json(json_path, found.as_dict())
+    console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
+
+
 @cli.command("sample-data")
 @click.argument("folder", type=click.Path(file_okay=False))
 @click.option("--seed", default=0, show_default=True, help="Another seed is another landscape.")

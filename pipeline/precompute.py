@@ -37,7 +37,9 @@ from kdpipe.pipeline.recipe import complete_recipe, library_versions
 
 READ_AHEAD = 3  # batches decoded before the device asks for them
 WRITERS = 2  # threads that encode and write; zstd and NumPy release the GIL
-PENDING_TILES = 8  # computed tiles that may wait to be written: bounds memory where the disk is slow
+PENDING_PX = (
+    2**23
+)  # of computed tiles that may wait to be written, else the device waits: bounds memory where the disk is slow
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
 
@@ -188,7 +190,7 @@ def _compute(
     missing = {tile.id for tile in plan.missing}
     batches = deque(batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch))
     loading: deque[Future[_Loaded]] = deque()
-    writing: deque[Future[TileRecord]] = deque()
+    writing: deque[tuple[int, Future[TileRecord]]] = deque()  # with the tile's pixels
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(WRITERS) as writers:
         try:
             while (batches or loading) and not stop.is_set():
@@ -201,15 +203,16 @@ def _compute(
                 probs_NCHW = teacher.soft_targets(loaded.images_NHWC)
                 for tile, digest, probs_CHW in zip(loaded.tiles, loaded.digests, probs_NCHW, strict=True):
                     if tile.id in missing:
-                        writing.append(writers.submit(writer.write, tile.id, probs_CHW, digest))
-                while writing and (writing[0].done() or len(writing) > PENDING_TILES):
-                    yield writing.popleft().result()
+                        write = writers.submit(writer.write, tile.id, probs_CHW, digest)
+                        writing.append((probs_CHW[0].size, write))
+                while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > PENDING_PX):
+                    yield writing.popleft()[1].result()
             while writing:
-                yield writing.popleft().result()
+                yield writing.popleft()[1].result()
         finally:
             for load in loading:
                 load.cancel()
-            for write in writing:
+            for _, write in writing:
                 write.cancel()
     if stop.is_set():
         kept = summary.kept + summary.computed

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from kdpipe.cache.manifest import summarise
 from kdpipe.pipeline.comparison import MEAN
 from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text
 from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
-    from kdpipe.pipeline import estimate, precompute, training, verify
+    from kdpipe.pipeline import estimate, inspection, precompute, training, verify
     from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
@@ -171,6 +172,34 @@ def _parity_figures(
 
 def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def inspection_table(found: inspection.Inspection) -> Table:
+    """What a checkpoint file is, a line for each thing."""
+    network, run = found.network, found.student
+    unknown = "not recognised (no network of smp with default options, no FTUNetFormer)"
+    rows = {
+        "what": "weights of a network" if run is None else "a student's checkpoint of kdpipe train-student",
+        "architecture": network.architecture or unknown,
+        "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
+        "attention": network.attention or "none",
+        "channels": "not recognised" if network.channels is None else str(network.channels),
+        "weights": f"{found.tensors} tensors, {found.parameters / 1e6:.2f} M numbers, "
+        + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
+        "lie under": (found.nest or "nothing: the file is a bare state dict")
+        + (f", names begin with {found.prefix}" if found.prefix else ""),
+    }
+    if found.other_keys:
+        rows["beside"] = summarise(found.other_keys, 8)
+    if run is not None:
+        best = "" if run.best_miou is None else f", best validation mIoU {_percent(run.best_miou)}"
+        rows["run"] = f"{run.name}, mode {run.mode}, after step {run.steps}{best}"
+        rows["cache"] = run.fingerprint or "none"
+    rows |= {"size": f"{size_text(found.size_bytes)} ({found.size_bytes} bytes)", "sha256": found.sha256}
+    table = Table(title=found.path, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def sample_data_text(summary: SampleData) -> str:

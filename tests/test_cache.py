@@ -107,6 +107,14 @@ def test_entropy_error_is_the_mean_difference_of_entropies_block_by_block(bits):
         assert blocks[row, column] == pytest.approx(expected, abs=1e-7)
 
 
+def test_a_scene_encoded_band_by_band_has_the_same_values(monkeypatch):
+    probs = distributions(5, 300, 70)
+    units, lost = encode(probs, 8), entropy_error(probs, encode(probs, 8), 8)
+    monkeypatch.setattr("kdpipe.cache.simplex.BAND_PX", 64 * 70 * 2)  # bands of two blocks: 128, 128 and 44 rows
+    np.testing.assert_array_equal(encode(probs, 8), units)
+    np.testing.assert_array_equal(entropy_error(probs, units, 8), lost)
+
+
 @pytest.mark.parametrize("window", [(0, 0, 70, 131), (64, 64, 6, 64), (10, 100, 57, 31), (69, 130, 1, 1)])
 def test_a_windows_entropy_error_weighs_each_block_by_the_pixels_it_has_there(window, tmp_path, images):
     probs = distributions(3, 70, 131, sharpness=6.0)

@@ -14,7 +14,7 @@ def run(*arguments, cwd=None):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["sample-data"], ["demo"]]
+    "command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["inspect"], ["sample-data"], ["demo"]]
 )
 def test_help_imports_nothing_heavy(command):
     code = (

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from kdpipe.configs import load_config
+from kdpipe.data.rasters import read_image
+from kdpipe.pipeline.models.teacher import open_teacher
+from kdpipe.pipeline.models.views import blended_logits
 from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.recipe import complete_recipe
 from kdpipe.pipeline.training import train, with_mode
 from kdpipe.pipeline.verify import verify
 
@@ -60,6 +64,55 @@ def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(conf
     messages = " ".join(finding.message for finding in findings)
     assert "where the teacher answers Water" in messages
     assert "where the teacher answers Bareland" in messages
+
+
+@pytest.mark.timeout(900)
+def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles, monkeypatch):
+    """
+    Windows of 256 px against the whole image: across the lines where windows begin and end, the targets change no more than the
+    whole's do there. Without blending they change at least twice as much, so that a seam would be seen.
+    """
+    image_HWC = read_image(next((few_tiles / "Train" / "images").glob("t1_002.*")))[:448, :480]
+    teacher = open_teacher(config, complete_recipe(config, None, None), CPU)
+    answers = {}
+
+    def ask(part_NCHW):
+        place = (part_NCHW.storage_offset(), part_NCHW.shape)
+        if place not in answers:
+            answers[place] = teacher.logits(np.ascontiguousarray(part_NCHW.permute(0, 2, 3, 1).numpy()))
+        return answers[place]
+
+    def targets():
+        return teacher.targets_of(blended_logits(ask, torch.from_numpy(image_HWC).permute(2, 0, 1)[None], 256))[0]
+
+    whole, blended = teacher.soft_targets(image_HWC[None])[0], targets()
+    monkeypatch.setattr("kdpipe.pipeline.models.views._taper", torch.ones)
+    cut = targets()
+    monkeypatch.undo()
+    lines_y, lines_x = [95, 191, 255, 351], [111, 223, 255, 367]  # windows start at 0, 96, 192 and at 0, 112, 224
+
+    def change(probs_CHW):
+        across_y = np.abs(np.diff(probs_CHW, axis=1)).sum(axis=0)[lines_y].mean()
+        across_x = np.abs(np.diff(probs_CHW, axis=2)).sum(axis=0)[:, lines_x].mean()
+        return (across_y + across_x) / 2
+
+    difference = np.abs(blended - whole)
+    agreement = (blended.argmax(axis=0) == whole.argmax(axis=0)).mean()
+    print(f"change across seams: whole {change(whole):.4f}, blended {change(blended):.4f}, cut {change(cut):.4f}")
+    print(
+        f"|Δp| of windows from the whole: mean {difference.mean():.4f}, max {difference.max():.2f}; argmax {agreement:.4f}"
+    )
+    assert change(blended) < 1.1 * change(whole)
+    assert change(cut) > 2 * change(whole)
+    near = np.zeros(whole.shape[1:], dtype=bool)
+    for line in lines_y:
+        near[line - 3 : line + 5] = True
+    for line in lines_x:
+        near[:, line - 3 : line + 5] = True
+    assert (
+        difference[:, near].mean() < 1.2 * difference[:, ~near].mean()
+    )  # the context differs everywhere, not at seams
+    assert difference.mean() < 0.02
 
 
 @pytest.mark.timeout(1200)

@@ -253,6 +253,26 @@ def test_d4_averages_the_eight_views_in_the_images_own_frame():
     assert np.abs(found - plain).max() > 1e-2
 
 
+def test_views_and_scales_of_an_odd_rectangle_are_padded_each_in_its_own_frame():
+    """Against NumPy: turn, mirror the border up to a multiple of 32 px, ask, crop, turn back, at two sizes."""
+    model, x = Local(), torch.randn(1, 3, 45, 70, generator=torch.Generator().manual_seed(4))
+    answers = []
+    with torch.no_grad():
+        for size in ((34, 52), (45, 70)):  # 0.75 × 45 = 33.75, 0.75 × 70 = 52.5, which rounds to even
+            scaled = nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False).numpy()
+            for turns in range(4):
+                for mirror in (False, True):
+                    view = np.rot90(scaled[..., ::-1] if mirror else scaled, turns, axes=(2, 3))
+                    height, width = view.shape[2:]
+                    border = [(0, 0), (0, 0), (0, -height % 32), (0, -width % 32)]
+                    answer = model(torch.from_numpy(np.pad(view, border, mode="reflect"))).numpy()[..., :height, :width]
+                    back = np.rot90(answer, -turns, axes=(2, 3))
+                    back = torch.from_numpy((back[..., ::-1] if mirror else back).copy())
+                    answers.append(nn.functional.interpolate(back, size=(45, 70), mode="bilinear", align_corners=False))
+        found = averaged_logits(model, x, tta="d4", scales=[0.75, 1.0])
+    torch.testing.assert_close(found, torch.stack(answers).mean(dim=0), atol=1e-5, rtol=0)
+
+
 def test_scales_are_averaged_at_the_images_size():
     x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     half = nn.functional.interpolate(x, size=(32, 48), mode="bilinear", align_corners=False)
@@ -268,6 +288,36 @@ def test_windows_of_a_local_network_blend_to_the_whole_image(size):
     model = nn.Conv2d(3, 2, 1)
     with torch.no_grad():
         torch.testing.assert_close(blended_logits(model, x, 64), model(x))
+
+
+def test_windows_are_weighed_as_a_hand_made_blend_of_smps_own_answers(make_config):
+    """Windows of 64 px over 96 × 128: tops 0 and 32, lefts 0, 32 and 64; weights fall to the borders and sum to one."""
+    config, picture = make_config(teacher__window=64), images(96, 128)
+    model = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
+    model.load_state_dict(torch.load(config.teacher.checkpoint, weights_only=True))
+    fall = np.minimum(np.arange(64) + 0.5, 63.5 - np.arange(64))
+    total, weights = np.zeros((1, 8, 96, 128)), np.zeros((96, 128))
+    for top in (0, 32):
+        for left in (0, 32, 64):
+            window = (..., slice(top, top + 64), slice(left, left + 64))
+            total[window] += logits_of(model, picture[:, top : top + 64, left : left + 64]) * np.outer(fall, fall)
+            weights[window] += np.outer(fall, fall)
+    np.testing.assert_allclose(asked(config).logits(picture).numpy(), total / weights, atol=1e-4)
+
+
+def test_no_window_is_larger_than_asked_for():
+    """What bounds the device's memory on a scene; the smaller side may be below it."""
+    seen = set()
+
+    def ask(part):
+        seen.add(tuple(part.shape[-2:]))
+        return part.float()
+
+    scene = torch.randint(0, 256, (1, 3, 300, 50), dtype=torch.uint8)
+    torch.testing.assert_close(blended_logits(ask, scene, 64), scene.float())
+    assert seen == {(64, 50)}
+    blended_logits(ask, scene[..., :40], 300)
+    assert seen == {(64, 50), (300, 40)}
 
 
 def test_teacher_of_another_number_of_channels_is_refused_in_the_users_words(make_config):
@@ -450,12 +500,12 @@ def test_what_is_not_recognised_is_said_to_be_so(make_config, tmp_path, monkeypa
     monkeypatch.setattr(smp.encoders, "get_encoder_names", lambda: ["mobilenet_v2", "resnet18", "timm-efficientnet-b0"])
     decoder = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8, decoder_channels=(128, 64, 32, 16, 8))
     message = misfit(make_config, tmp_path, decoder)
-    assert "holds an architecture that is not recognised with mobilenet_v2, 8 channels" in message
+    assert "holds a network with mobilenet_v2 whose decoder is not recognised, 8 channels, but teacher says" in message
     assert "of another shape: decoder." in message
     assert "`kdpipe inspect" in message
     bands = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8, in_channels=4)
     message = misfit(make_config, tmp_path, bands)
-    assert "an architecture that is not recognised with an encoder that is not recognised" in message
+    assert "holds a network that is not recognised, 8 channels" in message
     assert "1 of another shape: encoder.features.0.0.weight ((32, 4, 3, 3) in the file" in message
 
 

@@ -24,7 +24,11 @@ SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with 
 FORMER_HEAD = "decoder.segmentation_head.2.0.weight"  # of FTUNetFormer and UNetFormer
 MIX_TRANSFORMER = "patch_embed1.proj.weight"  # of the Mix Transformers' encoders
 ENCODER, HEAD = "encoder.", "segmentation_head."
-USUAL = ("efficientnet", "resnet")  # families tried first: building all of smp's encoders takes some ten seconds
+USUAL = (
+    "efficientnet",
+    "resnet",
+    "mobilenet_v2",
+)  # families tried first: building all of smp's encoders takes some ten seconds
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,11 +44,13 @@ class Network:
 
     def __str__(self) -> str:
         """`unet with efficientnet-b4 and scSE attention, 9 channels`."""
+        encoder = f" with {self.encoder}" if self.encoder else ""
         attention = " and scSE attention" if self.attention else ""
-        encoder = f" with {self.encoder}" if self.encoder else " with an encoder that is not recognised"
-        encoder = "" if self.architecture == "ftunetformer" else encoder
         channels = f", {self.channels} channels" if self.channels is not None else ""
-        return f"{self.architecture or 'an architecture that is not recognised'}{encoder}{attention}{channels}"
+        if self.architecture is None:
+            unknown = " whose decoder is not recognised" if self.encoder else " that is not recognised"
+            return f"a network{encoder}{unknown}{channels}"
+        return f"{self.architecture}{encoder}{attention}{channels}"
 
 
 def recognise(state: Mapping[str, Tensor], likely_encoder: str | None = None) -> Network:

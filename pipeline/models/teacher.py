@@ -168,7 +168,8 @@ def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str
     if found.encoder is not None and found.encoder != teacher.encoder:
         lines["encoder"] = found.encoder
     hint = ""
-    if found.channels is not None and found.channels != len(teacher.classes):
+    known = found.architecture is not None or found.encoder is not None
+    if known and found.channels is not None and found.channels != len(teacher.classes):
         order, shipped = KNOWN_ORDERS.get(found.channels, ({"classes": "[...]"}, None))
         lines |= order
         hint = (
