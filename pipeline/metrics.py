@@ -19,9 +19,13 @@ class Scores:
 
     miou: float
     mean_f1: float
+    mean_precision: float
+    mean_recall: float
     overall_accuracy: float
     iou: dict[str, float | None]
     f1: dict[str, float | None]
+    precision: dict[str, float | None]
+    recall: dict[str, float | None]
     left_out: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -33,23 +37,34 @@ def scores(confusion_LP: NDArray[np.int64], names: list[str], not_scored: list[s
     """
     Scores from a confusion matrix `(C, C)` of pixel counts: rows are labels, columns predictions.
 
-    IoU is TP / (TP + FP + FN), F1 is 2 TP / (2 TP + FP + FN). Classes in `not_scored`, and classes without one labelled
-    pixel, are left out of the means; overall accuracy counts every labelled pixel. NaN if nothing is scored.
+    IoU is TP / (TP + FP + FN), F1 is 2 TP / (2 TP + FP + FN), precision TP / (TP + FP), recall TP / (TP + FN). The
+    precision of a class that is labelled and never predicted is 0, as torchmetrics and scikit-learn have it. Classes in
+    `not_scored`, and classes without one labelled pixel, are left out of the means; overall accuracy counts every labelled
+    pixel. NaN if nothing is scored.
     """
     confusion = confusion_LP.astype(np.float64)
     hits, labelled, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     left_out = dict.fromkeys(not_scored, "not scored")
     left_out |= {name: "absent from the labels" for name, count in zip(names, labelled, strict=True) if count == 0}
-    union, both = labelled + predicted - hits, labelled + predicted
-    iou = {n: float(h / u) if c else None for n, h, u, c in zip(names, hits, union, labelled, strict=True)}
-    f1 = {n: float(2 * h / b) if c else None for n, h, b, c in zip(names, hits, both, labelled, strict=True)}
     scored = [name for name in names if name not in left_out]
+
+    def share(of: NDArray[np.float64], whole: NDArray[np.float64]) -> dict[str, float | None]:
+        shares = of / np.maximum(whole, 1)  # pixels are whole numbers: below 1 is 0 of 0
+        return {name: float(s) if count else None for name, s, count in zip(names, shares, labelled, strict=True)}
+
+    iou = share(hits, labelled + predicted - hits)
+    f1 = share(2 * hits, labelled + predicted)
+    precision, recall = share(hits, predicted), share(hits, labelled)
     return Scores(
-        miou=_mean([iou[name] for name in scored]),
-        mean_f1=_mean([f1[name] for name in scored]),
+        miou=mean([iou[name] for name in scored]),
+        mean_f1=mean([f1[name] for name in scored]),
+        mean_precision=mean([precision[name] for name in scored]),
+        mean_recall=mean([recall[name] for name in scored]),
         overall_accuracy=float(hits.sum() / labelled.sum()) if labelled.sum() else float("nan"),
         iou=iou,
         f1=f1,
+        precision=precision,
+        recall=recall,
         left_out=left_out,
     )
 
@@ -71,5 +86,7 @@ def count_pairs(
     return np.bincount(pairs, minlength=num_labels * num_answers).reshape(num_labels, num_answers)
 
 
-def _mean(values: list[float | None]) -> float:
-    return float(np.mean([value for value in values if value is not None])) if values else float("nan")
+def mean(values: list[float | None]) -> float:
+    """The mean of the values that are not None; NaN of none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
