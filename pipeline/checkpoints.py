@@ -17,11 +17,11 @@ import yaml
 from torch import Tensor, nn
 
 from kdpipe.cache.manifest import summarise
-from kdpipe.configs import dump_config
+from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache
 from kdpipe.configs.schema import Config
-from kdpipe.pipeline.models.student import STUDENT_PREFIX
-from kdpipe.pipeline.models.weights import read_checkpoint
+from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
+from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 
 LAST, BEST, CONFIG = "last.ckpt", "best.ckpt", "config.yaml"
 FORMAT = 1
@@ -122,6 +122,44 @@ def restore(
     scheduler.load_state_dict(content["scheduler"])
     position = content["position"]
     return Position(**{**position, "history": tuple(position["history"])}), content["precision"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student as `train-student` left it, in eval mode, float32, on the CPU, with what its images must go through."""
+
+    student: nn.Module
+    config: Config
+    stretch: list[tuple[float, float]] | None
+    position: Position
+
+
+def load_trained(path: str | Path) -> Trained:
+    """
+    The student in a checkpoint of `train-student`, built from the configuration that it carries.
+
+    Raises `CheckpointError` where the file is no such checkpoint, `ConfigError` where its configuration is of another version.
+    """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder, and a checkpoint is a file in it, such as {Path(path) / BEST}")
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT or "kdpipe" not in content:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of `kdpipe train-student` (format {content.get('format')!r}), and does not say what "
+            "network, classes and normalisation its weights are for"
+        )
+    recorded = content["kdpipe"]
+    config = parse_config(yaml.safe_load(recorded["config"]), origin=f"the configuration in {path}")
+    student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder)
+    state = {name.removeprefix(STUDENT_PREFIX): value for name, value in content["state_dict"].items()}
+    load_strictly(student, state, origin=str(path))
+    stretch = recorded["stretch"]
+    return Trained(
+        student=student.eval().requires_grad_(False),
+        config=config,
+        stretch=[(low, high) for low, high in stretch] if stretch else None,
+        position=Position(**content["position"]),
+    )
 
 
 def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -195,6 +196,59 @@ def inspect(checkpoint: str, json_path: str | None, debug: bool) -> None:
     console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
 
 
+@cli.command("evaluate")
+@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [ROOT]...")
+@click.option("--teacher", is_flag=True, help="Score the mapped teacher of a CONFIG instead of a CHECKPOINT.")
+@click.option("-c", "--config", "source", metavar="CONFIG", help="The teacher's; a CHECKPOINT carries its own.")
+@click.option(
+    "--window",
+    type=click.IntRange(64),
+    metavar="PX",
+    help="Side of overlapping windows for tiles too large for memory.",
+)
+@click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views whose logits are averaged.")
+@click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
+              help="How far apart boundaries may lie.")  # fmt: skip
+@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
+@click.option("--png", "png_path", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the confusion matrices.")
+@click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate_model(
+    paths: tuple[str, ...], teacher: bool, source: str | None, window: int | None, tta: str | None, boundary_width: int,
+    json_path: str | None, png_path: str | None, device: str | None, debug: bool,
+) -> None:  # fmt: skip
+    """
+    Scores of a student's CHECKPOINT, or of a teacher, on labelled tiles.
+
+    Every ROOT is a folder of images and masks, the config's data.val by default, with scores of its own and then all
+    together. A student is asked for whole tiles and without TTA by default, a teacher as its config says.
+    Exit codes: 0 done, 2 usage, config, data or checkpoint.
+    """
+    if teacher != (source is not None):
+        raise click.UsageError("--teacher and -c CONFIG go together: a student's CHECKPOINT carries its own config")
+    if not teacher and not paths:
+        raise click.UsageError("Missing argument 'CHECKPOINT', such as model_weights/<group>/<name>/best.ckpt")
+    from kdpipe.pipeline import evaluation, evaluation_report
+    from kdpipe.pipeline.models.teacher import resolve_device
+
+    _require_writable(json_path, "--json")
+    _require_writable(png_path, "--png")
+    console, progress = _open_console()
+    where = resolve_device(device)
+    if source is not None:
+        roots, model = paths, evaluation.teacher_model(_load(source, ()), where, tta=tta, window=window)
+    else:
+        roots, model = paths[1:], evaluation.student_model(paths[0], where, tta=tta, window=window)
+    result = evaluation.evaluate(model, roots, boundary_width_px=boundary_width, progress=progress)
+    _write_json(json_path, result.as_dict())
+    if png_path is not None:
+        from kdpipe.pipeline.confusion_picture import draw_confusion
+
+        draw_confusion(result, Path(png_path))
+    for table in evaluation_report.evaluation_tables(result):
+        console.print(table, highlight=False, soft_wrap=True)
+
+
 @cli.command("sample-data")
 @click.argument("folder", type=click.Path(file_okay=False))
 @click.option("--seed", default=0, show_default=True, help="Another seed is another landscape.")
@@ -267,6 +321,22 @@ def _write_json(path: str | None, content: dict[str, Any]) -> None:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _require_writable(path: str | None, option: str) -> None:
+    """Raise `ConfigError`, before any work, where a file that an option names cannot be written."""
+    from kdpipe.configs.errors import ConfigError
+    from kdpipe.configs.outputs import output_path
+
+    if path is None:
+        return
+    file = output_path(path, option)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"{option} {path}: its folder cannot be made: {err.strerror}") from err
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: there is no permission to write it")
 
 
 def _complain(message: str) -> None:

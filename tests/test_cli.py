@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from kdpipe.pipeline.cli import cli
+
 
 def run(*arguments, cwd=None):
     return subprocess.run(
@@ -14,7 +16,7 @@ def run(*arguments, cwd=None):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["precompute-teacher"], ["verify-cache"], ["train-student"], ["inspect"], ["sample-data"], ["demo"]]
+    "command", [[], *([name] for name in sorted(cli.commands))], ids=lambda c: " ".join(c) or "kdpipe"
 )
 def test_help_imports_nothing_heavy(command):
     code = (
