@@ -246,11 +246,7 @@ class Config(Section):
             total = sum(row.values())
             if abs(total - 1) > ROW_SUM_TOLERANCE:
                 raise ValueError(f"class_map.{teacher_class} must sum to 1, found {total:g}: {row}")
-        num_classes = self.student.num_classes
-        if num_classes != "from classes" and num_classes != len(self.classes.names):
-            raise ValueError(
-                f"student.num_classes is {num_classes}, but classes.names has {len(self.classes.names)} names"
-            )
+        self._check_student()
         return self
 
     def _check_teachers(self) -> None:
@@ -264,6 +260,25 @@ class Config(Section):
                     f"{key} must answer in the same classes as the first teacher, in any order: {sorted(self.teacher_classes)}; "
                     f"found {sorted(member.kept_classes)}"
                 )
+
+    def _check_student(self) -> None:
+        student, num_classes = self.student, len(self.classes.names)
+        for key, teacher in self.members.items():
+            same = (teacher.architecture, teacher.encoder, len(teacher.classes))
+            if (
+                student.checkpoint == teacher.checkpoint
+                and (student.architecture, student.encoder, num_classes) != same
+            ):
+                raise ValueError(
+                    f"student.checkpoint is {key}.checkpoint ({teacher.checkpoint}), the weights of {teacher.architecture} with "
+                    f"{teacher.encoder} and {len(teacher.classes)} classes, and the student is another network: leave it out. It "
+                    "learns from the teacher through the cache"
+                )
+        if student.num_classes not in ("from classes", num_classes):
+            raise ValueError(
+                f"student.num_classes is {student.num_classes}, but classes.names has {num_classes} names: leave it out. The "
+                f"student answers in classes.names; the teacher's {len(self.teacher_classes)} classes are taken to them by class_map"
+            )
 
     @property
     def members(self) -> dict[str, Teacher]:

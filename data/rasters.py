@@ -100,7 +100,7 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
         shown = ", ".join(map(str, found[:_SHOWN_VALUES])) + (", …" if len(found) > _SHOWN_VALUES else "")
         raise DataError(
             f"the mask {path} holds {shown}, neither a class (0..{num_classes - 1}) nor ignore_index {ignore_index}: "
-            "recode it, or correct classes.names or classes.ignore_index"
+            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's answers, never masks)"
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW

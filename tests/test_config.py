@@ -39,6 +39,11 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
         ("teacher.drop_channels=[0, 1, 2, 3, 4, 5, 6]", r"leaves fewer than two of classes"),
         ("teacher.drop_channels=[0]", r"class_map needs one row .* missing \[\], unknown \['Tree'\]"),
         ("student.num_classes=7", r"student\.num_classes is 7, but classes\.names has 6"),
+        (
+            "student.num_classes=8",
+            r"leave it out\. The student answers in classes\.names; the teacher's 8 classes are taken",
+        ),
+        ("student.checkpoint=demo_output/teacher.pth", r"student\.checkpoint is teacher\.checkpoint .* leave it out"),
         ("classes.ignore_index=3", r"ignore_index 3 is also the index of class Cropland"),
         ("classes.not_scored=[Sea]", r"not_scored names \['Sea'\]"),
         ("data.stretch={percentiles: [98, 2]}", r"percentiles need 0 <= low < high"),

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError
-from kdpipe.pipeline.models.weights import bare_state, load_strictly
+from kdpipe.pipeline.models.weights import CLASSES_HINT, bare_state, load_strictly
 
 ENCODER = "backbone."
 
@@ -38,7 +38,7 @@ def load_published(
     if other and not replace_head:
         raise CheckpointError(
             f"{origin} answers in {len(state[other[0]])} classes and the model in {len(own[other[0]])}; "
-            "set student.replace_head: true to start from a new head and its other weights"
+            f"set student.replace_head: true to start from a new head and its other weights. {CLASSES_HINT}"
         )
     load_strictly(model, {**state, **{name: own[name] for name in other}}, origin=origin)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.pipeline.models.published import load_encoder
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
-from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+from kdpipe.pipeline.models.weights import CLASSES_HINT, load_strictly, read_checkpoint
 
 FORMERS = ("ftunetformer", "unetformer")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -65,7 +65,15 @@ def load_student_weights(model: nn.Module, path: str | Path, *, replace_head: bo
         model.load_published_state_dict(content, replace_head=replace_head, origin=str(path))
         return
     state = content.get("state_dict", content)
-    load_strictly(model, {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, origin=str(path))
+    state = {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}
+    head = "segmentation_head.0.weight"  # of every smp architecture
+    found, own = state.get(head), model.state_dict().get(head)
+    if isinstance(found, Tensor) and own is not None and found.ndim and len(found) != len(own):
+        raise CheckpointError(
+            f"{path} answers in {len(found)} classes and the model in {len(own)}; give student.checkpoint the weights of a "
+            f"student of these classes, or leave it out. {CLASSES_HINT}"
+        )
+    load_strictly(model, state, origin=str(path))
 
 
 def encoder_parameters(model: nn.Module) -> set[int]:

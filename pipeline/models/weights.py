@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kdpipe.cache.manifest import summarise
 from kdpipe.configs.errors import CheckpointError
 
+CLASSES_HINT = "The student answers in classes.names alone: class_map takes the teacher's classes to them"
 NESTS = ("state_dict", "model")  # under which trainers save the weights
 UNREADABLE = "is not a readable checkpoint: damaged, or not a file that torch.save wrote"
 TORCHSCRIPT_TO_WEIGHTS = """\
