@@ -59,6 +59,11 @@ class SwinEncoder(nn.Module):
         return features
 
 
+def parts(size: int, side: int) -> int:
+    """How many parts of `side` cover `size`. Of positive numbers: ONNX rounds a negative quotient up, Python down."""
+    return (size + side - 1) // side
+
+
 class WindowAttention(nn.Module):
     """Self-attention among the tokens of a window, with a learned bias for each relative position and head."""
 
@@ -107,7 +112,8 @@ class _PatchEmbed(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         height, width = images_NCHW.shape[-2:]
-        x = self.proj(F.pad(images_NCHW, (0, -width % PATCH_PX, 0, -height % PATCH_PX)))
+        rows, columns = parts(height, PATCH_PX), parts(width, PATCH_PX)
+        x = self.proj(F.pad(images_NCHW, (0, columns * PATCH_PX - width, 0, rows * PATCH_PX - height)))
         tokens_NHWC: Tensor = self.norm(x.permute(0, 2, 3, 1))
         return tokens_NHWC
 
@@ -139,8 +145,8 @@ class _Block(nn.Module):
     def _attention(self, x_NHWC: Tensor) -> Tensor:
         side, shift = self.window, self.shift
         images, height, width, channels = x_NHWC.shape
-        x = F.pad(x_NHWC, (0, 0, 0, -width % side, 0, -height % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
+        rows, columns = parts(height, side), parts(width, side)
+        x = F.pad(x_NHWC, (0, 0, 0, columns * side - width, 0, rows * side - height))
         mask = None
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
@@ -171,10 +177,11 @@ class _PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x_NHWC: Tensor) -> Tensor:
-        x = F.pad(x_NHWC, (0, 0, 0, x_NHWC.shape[2] % 2, 0, x_NHWC.shape[1] % 2))
-        images, height, width, channels = x.shape
+        images, height, width, channels = x_NHWC.shape
+        rows, columns = parts(height, 2), parts(width, 2)
+        x = F.pad(x_NHWC, (0, 0, 0, columns * 2 - width, 0, rows * 2 - height))
         # Of each 2 × 2 tokens: the upper left, lower left, upper right, lower right.
-        x = x.reshape(images, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = x.reshape(images, rows, 2, columns, 2, channels).permute(0, 1, 3, 4, 2, 5).flatten(3)
         merged: Tensor = self.reduction(self.norm(x))
         return merged
 

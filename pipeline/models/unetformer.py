@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.pipeline.models.published import load_published
-from kdpipe.pipeline.models.swin import SwinEncoder, relative_position_bias, relative_position_index
+from kdpipe.pipeline.models.swin import SwinEncoder, parts, relative_position_bias, relative_position_index
 
 WINDOW = 8
 
@@ -178,15 +178,15 @@ class _GlobalLocalAttention(nn.Module):
         local = self.local2(x_NCHW) + self.local1(x_NCHW)
         out = self._window_attention(x_NCHW)[..., :height, :width]
         pad = WINDOW // 2 - 1
-        down = F.avg_pool2d(_extended(out, 1, 0), (WINDOW, 1), 1, (pad, 0))
-        across = F.avg_pool2d(_extended(out, 0, 1), (1, WINDOW), 1, (0, pad))
-        mixed: Tensor = self.proj(_extended(down + across + local, 1, 1))
+        down = F.avg_pool2d(_extended(out, height + 1, width), (WINDOW, 1), 1, (pad, 0))
+        across = F.avg_pool2d(_extended(out, height, width + 1), (1, WINDOW), 1, (0, pad))
+        mixed: Tensor = self.proj(_extended(down + across + local, height + 1, width + 1))
         return mixed[..., :height, :width]
 
     def _window_attention(self, x_NCHW: Tensor) -> Tensor:
         images, channels, height, width = x_NCHW.shape
-        qkv = self.qkv(_extended(x_NCHW, -height % WINDOW, -width % WINDOW))
-        rows, columns = qkv.shape[2] // WINDOW, qkv.shape[3] // WINDOW
+        rows, columns = parts(height, WINDOW), parts(width, WINDOW)
+        qkv = self.qkv(_extended(x_NCHW, rows * WINDOW, columns * WINDOW))
         qkv = qkv.reshape(images, 3, self.heads, channels // self.heads, rows, WINDOW, columns, WINDOW)
         # To (3, N, rows, columns, heads, P, dim).
         q, k, v = qkv.permute(1, 0, 4, 6, 2, 5, 7, 3).flatten(5, 6).unbind(0)
@@ -254,13 +254,23 @@ class _AuxiliaryHead(nn.Module):
         return out
 
 
-def _extended(x: Tensor, below: int, right: int) -> Tensor:
+def _extended(x: Tensor, height: int, width: int) -> Tensor:
     """`x` with rows below and columns right: mirrored where the map is large enough for that, else its border repeated."""
-    mirrored_rows, mirrored_columns = below < x.shape[-2], right < x.shape[-1]
-    if mirrored_rows and mirrored_columns:
-        return F.pad(x, (0, right, 0, below), mode="reflect") if below or right else x
-    x = F.pad(x, (0, 0, 0, below), mode="reflect" if mirrored_rows else "replicate")
-    return F.pad(x, (0, right, 0, 0), mode="reflect" if mirrored_columns else "replicate")
+    for dim, size in ((-2, height), (-1, width)):
+        x = x.index_select(dim, _mirrored(x.shape[dim], size, x.device))
+    return x
+
+
+def _mirrored(size: int, target: int, device: torch.device) -> Tensor:
+    """
+    The indices `0..target-1` reflected at the last of `size`, or held there where reflection would go below zero.
+
+    Without a branch on sizes, so that one exported graph is right at all of them.
+    """
+    last = size - 1
+    position = torch.arange(target, device=device)
+    mirrored = last - (position - last).abs()
+    return torch.where(mirrored[-1] >= 0, mirrored, position.clamp(max=last))
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
