@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdpipe.configs.errors import CorruptCache
 
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
 
 
