@@ -36,7 +36,7 @@ KNOWN_ORDERS = {
     ),
 }
 WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose decoder may have it
-SOFTMAX_PX = 2**22  # pixels whose softmax is taken at once: bounds what is held beside a scene's logits and targets
+SOFTMAX_PX = 2**20  # pixels whose softmax is taken at once: bounds what is held beside a scene's logits and targets
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -112,16 +112,17 @@ class FrozenTeacher:
         def ask(images_NCHW: Tensor) -> Tensor:
             inputs_NCHW = normalized(images_NCHW.to(self._device), normalize)
             with _exactly(record.precision, self._device):
-                return averaged_logits(model, inputs_NCHW, tta=record.tta, scales=record.scales)[:, channels]
+                logits_NTHW = averaged_logits(model, inputs_NCHW, tta=record.tta, scales=record.scales)[:, channels]
+            if not torch.isfinite(logits_NTHW).all():
+                raise KdpipeError(
+                    f"the teacher answered with numbers that are not finite in precision {record.precision}; "
+                    "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
+                )
+            return logits_NTHW
 
         images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        logits_NTHW = ask(images_NCHW) if record.window is None else blended_logits(ask, images_NCHW, record.window)
-        if not torch.isfinite(logits_NTHW).all():
-            raise KdpipeError(
-                f"the teacher answered with numbers that are not finite in precision {record.precision}; "
-                "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
-            )
-        return logits_NTHW.to(self._home)
+        answer_NTHW = ask(images_NCHW) if record.window is None else blended_logits(ask, images_NCHW, record.window)
+        return answer_NTHW.to(self._home)
 
     def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The soft targets, float32 `(N, C_s, H, W)`, that sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
