@@ -24,11 +24,8 @@ SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with 
 FORMER_HEAD = "decoder.segmentation_head.2.0.weight"  # of FTUNetFormer and UNetFormer
 MIX_TRANSFORMER = "patch_embed1.proj.weight"  # of the Mix Transformers' encoders
 ENCODER, HEAD = "encoder.", "segmentation_head."
-USUAL = (
-    "efficientnet",
-    "resnet",
-    "mobilenet_v2",
-)  # families tried first: building all of smp's encoders takes some ten seconds
+# Families tried first: building all of smp's encoders takes some ten seconds.
+USUAL = ("efficientnet", "resnet", "mobilenet_v2")
 
 Shapes = dict[str, tuple[int, ...]]
 
