@@ -9,14 +9,14 @@ score comes from sums of counts over pixels, never from means over tiles. Not co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
 from kdpipe.configs.schema import Config, Percentiles
@@ -28,8 +28,8 @@ from kdpipe.pipeline.calibration import BINS, Calibration, calibration, calibrat
 from kdpipe.pipeline.checkpoints import load_trained
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.teacher import FrozenTeacher, load_teacher
-from kdpipe.pipeline.models.views import averaged_logits
+from kdpipe.pipeline.models.teacher import open_teacher
+from kdpipe.pipeline.models.views import averaged_logits, blended_logits
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe
 
@@ -41,15 +41,24 @@ Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
+class Network:
+    """One network and how it is asked: in `window`s of so many px or for the whole tile, from the views of `tta` at `scales`."""
+
+    checkpoint: str
+    window: int | None
+    tta: str
+    scales: list[float]
+
+
+@dataclass(frozen=True)
 class Model:
-    """What is evaluated: how it answers, how it is asked, and for which classes."""
+    """What is evaluated: a student, or one or several networks that answer as one teacher."""
 
     description: str
+    networks: list[Network]
     answer: Answer
     config: Config
     stretch: Stretch
-    tta: str
-    window: int | None
     trained_on: list[str]
 
 
@@ -111,8 +120,7 @@ class Evaluation:
     """The scores of one model; `together` sums the counts of all roots."""
 
     model: str
-    tta: str
-    window: int | None
+    networks: list[Network]
     classes: list[str]
     roots: list[RootScores]
     together: RootScores
@@ -121,8 +129,7 @@ class Evaluation:
         """Plain values for JSON."""
         return {
             "model": self.model,
-            "tta": self.tta,
-            "window": self.window,
+            "networks": [asdict(network) for network in self.networks],
             "classes": self.classes,
             "roots": [root.as_dict() for root in self.roots],
             "together": self.together.as_dict(),
@@ -137,45 +144,44 @@ def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | No
     `CheckpointError` where the file is no such checkpoint.
     """
     trained = load_trained(checkpoint)
-    tta = tta or "none"
     config = trained.config
+    network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
     return Model(
-        description=f"{config.name} after step {trained.position.steps} ({checkpoint})",
-        answer=_student_answer(trained.student, config, device, tta, window),
+        description=f"{config.name} after step {trained.position.steps}",
+        networks=[network],
+        answer=_student_answer(trained.student, network, config, device),
         config=config,
         stretch=trained.stretch,
-        tta=tta,
-        window=window,
         trained_on=[*config.data.train, *config.data.unlabelled],
     )
 
 
 def teacher_model(config: Config, device: torch.device, *, tta: str | None, window: int | None) -> Model:
     """
-    The mapped teacher, `softmax(z) @ M`: what a student is compared with.
+    The mapped teacher, `softmax(z) @ M`: what a student is compared with. Several answer as one.
 
     T is 1, whatever `distill.temperature` is: T is part of the teaching, not of the teacher's answer. `tta` and `window`
-    replace the config's `teacher.tta` and `teacher.window` where they are not None; `teacher.scales` and
-    `teacher.precision` hold. Raises `CheckpointError` where the teacher's file cannot be used.
+    replace those of every configured teacher where they are not None; its `scales` and `precision` hold. Raises
+    `CheckpointError` where a teacher's file cannot be used.
     """
-    asked = {key: value for key, value in (("tta", tta), ("window", window)) if value is not None}
+    told = {key: value for key, value in (("tta", tta), ("window", window)) if value is not None}
     config = config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update=asked),
+            "teacher": config.teacher.model_copy(update=told) if config.teacher else None,
+            "teachers": [member.model_copy(update=told) for member in config.teachers],
             "distill": config.distill.model_copy(update={"temperature": 1.0}),
         }
     )
     # Percentiles are those of the training tiles; anything else needs none of them.
     by_tiles = isinstance(config.data.stretch, Percentiles)
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train") if by_tiles else [])
-    teacher = FrozenTeacher(load_teacher(config.teacher), config, complete_recipe(config, stretch, None), device)
+    teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
     return Model(
-        description=f"the teacher of {config.name} ({config.teacher.checkpoint})",
+        description=f"the teacher of {config.name}",
+        networks=[Network(m.checkpoint, m.window, m.tta, m.scales) for m in config.members.values()],
         answer=lambda image_HWC: teacher.soft_targets(image_HWC[None])[0],
         config=config,
         stretch=stretch,
-        tta=config.teacher.tta,
-        window=config.teacher.window,
         trained_on=[],  # what a teacher was trained on, its config does not say
     )
 
@@ -221,21 +227,23 @@ def evaluate(
     together.without_mask = [tile for result in results for tile in result.without_mask]
     together.without_label = [tile for result in results for tile in result.without_label]
     together.trained_on = any(result.trained_on for result in results)
-    return Evaluation(
-        model=model.description, tta=model.tta, window=model.window, classes=names, roots=results, together=together
-    )
+    return Evaluation(model=model.description, networks=model.networks, classes=names, roots=results, together=together)
 
 
-def _student_answer(student: nn.Module, config: Config, device: torch.device, tta: str, window: int | None) -> Answer:
+def _student_answer(student: nn.Module, network: Network, config: Config, device: torch.device) -> Answer:
     student = student.to(device).to(memory_format=torch.channels_last)
+
+    def ask(images_NCHW: Tensor) -> Tensor:
+        inputs_NCHW = normalized(images_NCHW.to(device), config.student.normalize)
+        # fp32 means fp32: TF32 would give a GPU's scores another last digit than a CPU's.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return averaged_logits(student, inputs_NCHW, tta=network.tta, scales=network.scales)
 
     @torch.inference_mode()
     def answer(image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        image_NCHW = torch.from_numpy(image_HWC).to(device).permute(2, 0, 1)[None]
-        inputs_NCHW = normalized(image_NCHW, config.student.normalize)
-        # fp32 means fp32: TF32 would give a GPU's scores another last digit than a CPU's.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            logits_NCHW = averaged_logits(student, inputs_NCHW, tta=tta, scales=[1.0], window=window)
+        image_NCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
+        window = network.window
+        logits_NCHW = ask(image_NCHW) if window is None else blended_logits(ask, image_NCHW, window)
         probs: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].cpu().numpy()
         return probs
 

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from rich.table import Table
 
 from kdpipe.pipeline.calibration import BINS
-from kdpipe.pipeline.evaluation import Evaluation, RootScores
+from kdpipe.pipeline.evaluation import Evaluation, Network, RootScores
 
 SHOWN_TILES = 5  # the rest is in --json
 
 
 def evaluation_tables(result: Evaluation) -> Iterator[Table | str]:
     """The model, the scores of each root and of all together, and the confusion matrix of all; fits 80 columns."""
-    window = f"windows of {result.window} px" if result.window else "whole tiles"
-    yield f"{result.model}\n{window}, TTA {result.tta}"
+    yield "\n".join([result.model, *(f"  {_asked(network)}" for network in result.networks)])
     for root in result.roots:
         yield from _scores_of(root, result.classes)
     if len(result.roots) > 1:
@@ -28,6 +27,12 @@ def shares(confusion: RootScores) -> tuple[list[float], list[float]]:
     counts_LP = confusion.confusion_LP
     total = counts_LP.sum()
     return (counts_LP.sum(axis=1) / total).tolist(), (counts_LP.sum(axis=0) / total).tolist()
+
+
+def _asked(network: Network) -> str:
+    window = f"windows of {network.window} px" if network.window else "whole tiles"
+    scales = f", scales {network.scales}" if network.scales != [1.0] else ""
+    return f"{network.checkpoint}: {window}, TTA {network.tta}{scales}"
 
 
 def _scores_of(root: RootScores, names: list[str]) -> Iterator[Table | str]:

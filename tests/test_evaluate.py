@@ -21,7 +21,7 @@ from kdpipe.data.rasters import read_image
 from kdpipe.pipeline import evaluation
 from kdpipe.pipeline.cli import cli, main
 from kdpipe.pipeline.confusion_picture import draw_confusion
-from kdpipe.pipeline.evaluation import Model, evaluate, student_model, teacher_model
+from kdpipe.pipeline.evaluation import Model, Network, evaluate, student_model, teacher_model
 from kdpipe.pipeline.evaluation_report import evaluation_tables
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.student import load_student_weights
@@ -43,7 +43,7 @@ def stub(config, answers=None, probability=0.9):
         rest = (1 - probability) / (len(config.classes.names) - 1)
         return (hot * (probability - rest) + rest).astype(np.float32)
 
-    return Model("a stub", answer, config, None, "none", None, trained_on=list(config.data.train))
+    return Model("a stub", [Network("none", None, "none", [1.0])], answer, config, None, list(config.data.train))
 
 
 def write_tile(root, stem, answers, labels):
@@ -200,12 +200,33 @@ def test_a_window_that_holds_the_tile_changes_nothing_and_a_smaller_one_does(tra
 def test_a_teacher_is_asked_as_its_config_says_unless_told_otherwise(make_config):
     config = make_config(teacher__tta="flips", teacher__window=64)
     as_configured = teacher_model(config, CPU, tta=None, window=None)
-    assert (as_configured.tta, as_configured.window) == ("flips", 64)
+    assert as_configured.networks == [Network(config.teacher.checkpoint, 64, "flips", [1.0])]
     told = teacher_model(config, CPU, tta="none", window=256)
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     plain = teacher_model(make_config(), CPU, tta=None, window=None)
     np.testing.assert_array_equal(told.answer(image), plain.answer(image))
     assert np.abs(as_configured.answer(image) - plain.answer(image)).max() > 1e-4
+
+
+def test_several_teachers_answer_as_one_by_the_mean_of_their_logits(make_config, teacher_file, tmp_path):
+    state = torch.load(teacher_file, weights_only=True)
+    state["segmentation_head.0.weight"] = 3 * state["segmentation_head.0.weight"]
+    torch.save(state, tmp_path / "other.pth")
+    first = make_config().teacher.model_dump()
+    members = [first, {**first, "checkpoint": str(tmp_path / "other.pth")}]
+    names = first["classes"]
+    as_it_is = {"classes": {"names": names}, "class_map": {name: {name: 1} for name in names}}
+    several = make_config(teacher=None, teachers=members, **as_it_is)
+    single = [make_config(teacher=member, **as_it_is) for member in members]
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    found, one, two = (teacher_model(c, CPU, tta=None, window=None).answer(image) for c in (several, *single))
+    # The mean of logits is the logarithm of the geometric mean of the answers, normalised anew.
+    expected = np.sqrt(one * two)
+    np.testing.assert_allclose(found, expected / expected.sum(axis=0), atol=1e-5)
+    told = teacher_model(several, CPU, tta="flips", window=64)
+    assert [(n.checkpoint, n.tta, n.window) for n in told.networks] == [
+        (member["checkpoint"], "flips", 64) for member in members
+    ]
 
 
 def test_every_root_has_its_own_scores_and_together_is_all_their_pixels(make_config, tmp_path):
@@ -386,7 +407,7 @@ def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path,
         (["x.ckpt", "--tta", "d8"], "'d8' is not one of"),
         (["x.ckpt", "--window", "3"], "3 is not in the range"),
         (["x.ckpt", "--boundary-width", "0"], "0 is not in the range"),
-        (["--teacher", "-c", "demo"], "no checkpoint at "),
+        (["--teacher", "-c", "demo"], "demo_output/teacher.pth"),
         (["x.ckpt", "--json", "file/scores.json"], "--json file/scores.json: its folder cannot be made: "),
         (["x.ckpt", "--png", "locked.png"], "--png locked.png: there is no permission to write it"),
     ],
