@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from kdpipe.configs.errors import DiskFull
+from kdpipe.configs.errors import ConfigError, DiskFull
 from kdpipe.configs.outputs import output_path
 
 PARTIAL_SUFFIX = ".partial"
@@ -52,9 +52,16 @@ class Storage(Protocol):
 
 
 def open_storage(path: str) -> Storage:
-    """The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`)."""
+    """
+    The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`).
+
+    Raises `ConfigError` for a URL that fsspec, as it is installed, cannot open, and for a folder within a Python package.
+    """
     if "://" in path and not path.startswith("file://"):
-        return RemoteStorage(path)
+        try:
+            return RemoteStorage(path)
+        except (ValueError, ImportError) as err:  # an unknown protocol, or one whose package is not installed
+            raise ConfigError(f"cache.path: {path} cannot be opened: {err}") from err
     return LocalStorage(output_path(path.removeprefix("file://"), key="cache.path"))
 
 

@@ -178,22 +178,38 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
 
 
 @cli.command("inspect")
-@click.argument("checkpoint")
+@click.argument("path", metavar="CHECKPOINT|CACHE")
+@click.option(
+    "--diff", "source", metavar="CONFIG", help="Of a cache: say what this configuration would have otherwise."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG.")
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def inspect(checkpoint: str, json_path: str | None, debug: bool) -> None:
+def inspect(path: str, source: str | None, overrides: tuple[str, ...], json_path: str | None, debug: bool) -> None:
     """
-    Say what a CHECKPOINT file is: its network as recognised, its channels, and how its weights lie in it.
+    Say what a file of weights or a cache is.
 
-    Reads teachers and students, and never executes anything from a file. Exit codes: 0 done, 2 not a readable checkpoint.
+    Of a CHECKPOINT: its network as recognised, its channels, and how its weights lie in it; never executes anything from a
+    file. Of a CACHE (a folder or URL): its manifest. Exit codes: 0 done, 1 --diff found differences, 2 not a readable
+    checkpoint, 3 not a whole cache.
     """
     from kdpipe.pipeline import reports
+    from kdpipe.pipeline.cache_inspection import inspect_cache, is_cache
     from kdpipe.pipeline.inspection import inspect_checkpoint
 
     console, _ = _open_console()
-    found = inspect_checkpoint(checkpoint)
-    _write_json(json_path, found.as_dict())
-    console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
+    if not is_cache(path):
+        if source is not None:
+            raise click.UsageError(f"--diff compares a cache with CONFIG, and {path} is not a folder or URL")
+        found = inspect_checkpoint(path)
+        _write_json(json_path, found.as_dict())
+        console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
+        return
+    cache = inspect_cache(path, _load(source, overrides) if source is not None else None)
+    _write_json(json_path, cache.as_dict())
+    for table in reports.cache_tables(cache):
+        console.print(table, highlight=False, soft_wrap=True)
+    sys.exit(EXIT_FINDINGS if cache.differences else 0)
 
 
 @cli.command("evaluate")

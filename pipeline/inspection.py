@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from kdpipe.configs.errors import CheckpointError
 from kdpipe.pipeline.checkpoints import FORMAT
 from kdpipe.pipeline.models.recognise import Network, recognise
 from kdpipe.pipeline.models.weights import check_tensors, file_sha256, read_checkpoint, unwrapped
@@ -58,13 +57,8 @@ def inspect_checkpoint(path: str) -> Inspection:
     """
     What the file at `path` is.
 
-    Raises `CheckpointError` where it is a folder, a URL, not readable without executing code, or holds no tensors.
+    Raises `CheckpointError` where it is not readable without executing code, or holds no tensors.
     """
-    if "://" in path or Path(path).is_dir():
-        raise CheckpointError(
-            f"inspect reads a file of weights, {path} is a {'URL' if '://' in path else 'folder'}; "
-            "a cache is looked at with `kdpipe verify-cache`"
-        )
     content = read_checkpoint(path)
     weights = unwrapped(content)
     check_tensors(weights.state, origin=path)

@@ -14,7 +14,7 @@ from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
-    from kdpipe.pipeline import estimate, inspection, precompute, training, verify
+    from kdpipe.pipeline import cache_inspection, estimate, inspection, precompute, training, verify
     from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
@@ -200,6 +200,40 @@ def inspection_table(found: inspection.Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | str]:
+    """What a cache says of itself, its class map, and what a configuration would have otherwise."""
+    manifest, recipe = found.manifest, found.manifest.recipe
+    sizes = sorted((tile.height, tile.width) for tile in manifest.tiles)
+    rows = {
+        "format": manifest.format_version,
+        "fingerprint": manifest.fingerprint,
+        "tiles": f"{len(manifest.tiles)}, {found.pixels / 1e6:.1f} MP, from {sizes[0][0]} x {sizes[0][1]} to "
+        f"{sizes[-1][0]} x {sizes[-1][1]} px",
+        "size": f"{size_text(found.size_bytes)}, {found.size_bytes / found.pixels:.2f} bytes a pixel",
+        "values": f"{recipe.kind}, {recipe.bits} bits, T {recipe.temperature:g}, |Δp| at most {manifest.error_bound:.5f}",
+    }
+    for i, teacher in enumerate(recipe.teachers):
+        views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
+        rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (
+            f"{teacher.architecture}, {teacher.encoder}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
+            f"window {teacher.window or 'none'}; sha256 {teacher.checkpoint_sha256[:16]}"
+        )
+    rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
+    table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    yield table
+    shares = Table(title="Class map", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, row in zip(recipe.teacher_classes, recipe.class_map, strict=True):
+        text = ", ".join(f"{to} {share:g}" for to, share in zip(recipe.classes, row, strict=True) if share)
+        shares.add_row(name, text)
+    yield shares
+    for name, (then, now) in found.other_libraries.items():
+        yield f"note: computed with {name} {then}, installed is {now}; the values are not recomputed for that"
+    if found.differences is not None:
+        yield from found.differences or ["the configuration describes this very cache"]
 
 
 def sample_data_text(summary: SampleData) -> str:

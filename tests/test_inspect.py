@@ -85,11 +85,6 @@ def test_what_is_not_recognised_is_said_to_be_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (
-            "folder",
-            r"inspect reads a file of weights, folder is a folder; a cache is looked at with `kdpipe verify-cache`",
-        ),
-        ("s3://bucket/cache.zarr", r"is a URL; a cache is looked at with"),
         ("absent.pth", "no checkpoint at /.*/absent.pth"),
         ("words.pth", "words.pth is not a readable checkpoint: damaged, or not a file that torch.save wrote"),
         ("optimizer.pth", "should be a bare state dict of tensors, found the keys lr"),
@@ -97,7 +92,6 @@ def test_what_is_not_recognised_is_said_to_be_so(tmp_path, monkeypatch):
 )
 def test_other_things_are_refused_with_exit_code_2(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
     (tmp_path / "words.pth").write_text("not weights")
     torch.save({"lr": 0.1}, tmp_path / "optimizer.pth")
     with pytest.raises(CheckpointError, match=message) as refused:
