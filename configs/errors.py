@@ -6,6 +6,7 @@ Every error that a user can cause or meet. The command line prints them as one p
     ├── DataError                   2   an image, a mask or a folder of them
     ├── CheckpointError             2   a file of weights
     ├── TrainingDiverged            1   a loss that is no longer a number
+    ├── OutOfMemory                 1   the device, the machine or its shared memory cannot hold what a stage needs
     ├── Interrupted               130   the user pressed Ctrl-C, and the work stopped at a safe point
     └── CacheError                  3   a cache that must not be used as it is
         ├── IncompleteCache             not there, or not finished
@@ -42,6 +43,10 @@ class CheckpointError(KdpipeError):
 
 class TrainingDiverged(KdpipeError):
     """The loss became infinite or NaN."""
+
+
+class OutOfMemory(KdpipeError):
+    """A device or the machine has no memory left for a stage; the message says the size tried and which keys to change."""
 
 
 class Interrupted(KdpipeError):

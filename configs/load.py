@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdpipe.configs.errors import ConfigError
-from kdpipe.configs.schema import Config
+from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
 SHIPPED_DIR = Path(__file__).resolve().parent
 
@@ -97,6 +97,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         section = section[_place(section, parent, key)] if isinstance(section, list) else section.setdefault(parent, {})
         if not isinstance(section, dict | list):
             raise ConfigError(f"--set {key}: {parent} is a value, not a section")
+    if key.strip() == "train.batch_size" and value == "auto" and isinstance(section, dict):
+        _keep_effective_size(section)
     section[_place(section, last, key) if isinstance(section, list) else last] = value
 
 
@@ -105,6 +107,14 @@ def _place(listed: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(listed):
         raise ConfigError(f"--set {key}: {part} is no place in a list of {len(listed)}; they are counted from 0")
     return int(part)
+
+
+def _keep_effective_size(train: dict[str, Any]) -> None:
+    """`--set train.batch_size=auto` replaces the size that the file means a step to have: it is kept as the effective one."""
+    sizes = train.get("batch_size", DEFAULT_BATCH_SIZE), train.get("accumulate", 1)
+    if all(isinstance(size, int) for size in sizes) and train.get("effective_batch_size") is None:
+        train["effective_batch_size"] = sizes[0] * sizes[1]
+        train.pop("accumulate", None)
 
 
 def _explain(error: Any) -> str:

@@ -14,6 +14,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DistillMode = Literal["cached", "online", "none"]
 FromClasses = Literal["from classes"]
 
+DEFAULT_BATCH_SIZE = 4  # the guide's
 ROW_SUM_TOLERANCE = 1e-6  # class map rows are typed by hand as decimals such as 0.7 and 0.3
 
 
@@ -187,7 +188,8 @@ class Train(Section):
 
     epochs: int = Field(45, ge=1)
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: int = Field(4, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = DEFAULT_BATCH_SIZE
+    effective_batch_size: Annotated[int, Field(ge=1)] | None = None
     val_batch_size: int = Field(4, ge=1)
     crops_per_tile: int = Field(1, ge=1)
     lr: float = Field(6e-4, gt=0)
@@ -207,6 +209,34 @@ class Train(Section):
     workers: int = Field(4, ge=0)
     val_every_epochs: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(200, ge=1)
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"expected a whole number from 1 up, or auto, found {value!r}")
+        return value
+
+    @property
+    def samples_per_step(self) -> int:
+        """How many samples an optimizer step sees: `batch_size * accumulate`, which `auto` keeps while it divides it."""
+        if self.batch_size == "auto":
+            return self.effective_batch_size or DEFAULT_BATCH_SIZE
+        return self.batch_size * self.accumulate
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.batch_size == "auto" and self.accumulate != 1:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but batch_size: auto computes it: leave it out, and say in "
+                "effective_batch_size how many samples an optimizer step sees"
+            )
+        if self.effective_batch_size not in (None, self.samples_per_step):
+            raise ValueError(
+                f"effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x accumulate "
+                f"{self.accumulate} is {self.samples_per_step}: leave it out, or set batch_size: auto"
+            )
+        return self
 
 
 class Config(Section):

@@ -31,6 +31,7 @@ RESUMABLE_KEYS = (
     "train.epochs",
     "train.max_steps",
     "train.workers",
+    "train.effective_batch_size",  # the product of two keys that must not differ
     "train.val_batch_size",
     "train.checkpoint_every_steps",
     "cache.path",
@@ -85,6 +86,12 @@ def save(
         partial.unlink(missing_ok=True)
 
 
+def recorded_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a checkpoint, as plain values; `CheckpointError` where the file is no whole one."""
+    config: dict[str, Any] = yaml.safe_load(_content(path)["kdpipe"]["config"])
+    return config
+
+
 def restore(
     path: Path,
     config: Config,
@@ -99,11 +106,7 @@ def restore(
     Raises `ConfigError` where the configuration differs in more than `RESUMABLE_KEYS`, `StaleCache` where the cache's
     fingerprint is another one, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
     """
-    content = read_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {content.get('format')!r})"
-        )
+    content = _content(path)
     recorded = content["kdpipe"]
     changed = changed_keys(yaml.safe_load(recorded["config"]), yaml.safe_load(dump_config(config)))
     if changed:
@@ -160,6 +163,15 @@ def load_trained(path: str | Path) -> Trained:
         stretch=[(low, high) for low, high in stretch] if stretch else None,
         position=Position(**content["position"]),
     )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {content.get('format')!r})"
+        )
+    return content
 
 
 def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from kdpipe.cache.sources import digest_image
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import image_size, read_image
+from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import make_plan
 
@@ -72,7 +73,10 @@ def estimate(config: Config, device: torch.device) -> Estimate:
             except DataError as err:
                 unreadable[tile.id] = str(err)
                 continue
-            probs_CHW = teacher.soft_targets(image_HWC[None])[0]
+            size = sized("tile", 1, *image_HWC.shape[:2])
+            advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
+            with fits_in_memory(f"while the teacher answered {size}", advice):
+                probs_CHW = teacher.soft_targets(image_HWC[None])[0]
             units_CHW = encode(probs_CHW, plan.recipe.bits)
             lost = entropy_error(probs_CHW, units_CHW, plan.recipe.bits)
             shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest(), lost)

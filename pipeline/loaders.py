@@ -15,9 +15,16 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.teacher import FrozenTeacher
 
 Stretch = Sequence[tuple[float, float]] | None
+
+ONLINE_ADVICE = (
+    "distill.mode: cached (--kd cached), which has no teacher in memory",
+    "teacher.window: 512, for tiles that are larger",
+    "a lower train.batch_size or train.crop",
+)
 
 
 class OnlineTargets:
@@ -31,7 +38,9 @@ class OnlineTargets:
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
         image_HWC = read_image(self._images[tile_id], self._bands, self._stretch)
-        probs_CHW = self._teacher.soft_targets(image_HWC[None])[0]
+        size = sized("tile", 1, *image_HWC.shape[:2])
+        with fits_in_memory(f"while the teacher answered {size} beside the student", ONLINE_ADVICE):
+            probs_CHW = self._teacher.soft_targets(image_HWC[None])[0]
         top, left, height, width = window
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW
@@ -45,12 +54,15 @@ class BatchStream:
     """
     Lists of sample numbers: every epoch a permutation of its own from (seed, epoch), cut into batches, the rest dropped.
 
+    `accumulate` batches are one optimizer step, and only whole steps are made: accumulated or not, a step of so many
+    samples is made of the same ones, and an epoch has as many.
+
     The stream runs over all epochs at once, so that workers neither stop nor wait between them, and starts at any batch,
     so that a resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, samples: int, batch_size: int, epochs: int, seed: int, start: int) -> None:
-        self.per_epoch = samples // batch_size
+    def __init__(self, samples: int, batch_size: int, epochs: int, seed: int, start: int, accumulate: int = 1) -> None:
+        self.per_epoch = samples // (batch_size * accumulate) * accumulate
         self._samples, self._batch_size, self._epochs, self._seed, self._start = (
             samples,
             batch_size,
@@ -70,19 +82,22 @@ class BatchStream:
 
 
 def batches_per_epoch(config: Config, samples: int) -> int:
-    """Full batches in an epoch; `ConfigError` where there is not one."""
-    per_epoch = samples // config.train.batch_size
-    if per_epoch == 0:
+    """Batches in an epoch, those of whole optimizer steps; `ConfigError` where there is not one."""
+    per_step, accumulate = config.train.samples_per_step, config.train.accumulate
+    if samples < per_step:
+        accumulated = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
         raise ConfigError(
-            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}; "
+            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}{accumulated}; "
             "raise train.crops_per_tile or lower the batch size"
         )
-    return per_epoch
+    return samples // per_step * accumulate
 
 
 def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int) -> DataLoader[Any]:
     """Collated batches of `dataset` from batch number `start` to the last epoch's end."""
-    stream = BatchStream(len(dataset), config.train.batch_size, config.train.epochs, config.seed, start)
+    train = config.train
+    assert train.batch_size != "auto"  # training has resolved it
+    stream = BatchStream(len(dataset), train.batch_size, train.epochs, config.seed, start, train.accumulate)
     return DataLoader(cast(Any, dataset), batch_sampler=stream, **_worker_options(workers))
 
 

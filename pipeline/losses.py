@@ -6,6 +6,7 @@ Shapes: N batch, C student classes, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import segmentation_models_pytorch as smp
@@ -24,6 +25,13 @@ class LossTerms:
     total: Tensor
     hard: Tensor
     soft: Tensor
+
+
+def mean_terms(terms: Sequence[LossTerms]) -> LossTerms:
+    """The means of several batches' terms, without gradients: what an optimizer step over accumulated batches descends."""
+    return LossTerms(
+        *(torch.stack([getattr(t, name).detach() for t in terms]).mean() for name in ("total", "hard", "soft"))
+    )
 
 
 def distillation_loss(

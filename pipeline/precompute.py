@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from kdpipe.data.dataset import batches_of_equal_size
 from kdpipe.data.rasters import image_size, read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
@@ -128,7 +130,12 @@ def precompute(
         progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
         summary.fingerprint = manifest.fingerprint
         return summary
-    with open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer:
+    batch_size = _batch_size(config, device)
+    advice = partial(teacher_advice, config, batch_size, device)
+    with (
+        fits_in_memory("while precomputing (reading, the teacher, or encoding)", advice()),
+        open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
+    ):
         # Asked again under the lock: another process may have finished tiles since.
         plan = make_plan(config)
         if repair:
@@ -141,7 +148,7 @@ def precompute(
         if plan.missing:
             teacher = open_teacher(config, plan.recipe, device)
             with progress.bar("teacher", len(plan.tiles), "tiles", done=len(plan.finished)) as advance:
-                for record in _compute(plan, teacher, writer, _batch_size(config, device), summary, stop):
+                for record in _compute(plan, teacher, writer, batch_size, advice, summary, stop):
                     records[record.id] = record
                     summary.computed += 1
                     summary.pixels += record.height * record.width
@@ -184,8 +191,9 @@ class _Loaded:
 
 
 def _compute(
-    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batch_size: int, summary: Summary, stop: threading.Event
-) -> Iterator[TileRecord]:
+    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batch_size: int, advice: Callable[[int], list[str]], summary: Summary,
+    stop: threading.Event,
+) -> Iterator[TileRecord]:  # fmt: skip
     """Compute the missing tiles, yielding each one's record once it is on disk."""
     missing = {tile.id for tile in plan.missing}
     batches = deque(batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch))
@@ -200,7 +208,9 @@ def _compute(
                 summary.failed |= loaded.failed
                 if loaded.images_NHWC is None:
                     continue
-                probs_NCHW = teacher.soft_targets(loaded.images_NHWC)
+                size = sized("tile", *loaded.images_NHWC.shape[:3])
+                with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
+                    probs_NCHW = teacher.soft_targets(loaded.images_NHWC)
                 for tile, digest, probs_CHW in zip(loaded.tiles, loaded.digests, probs_NCHW, strict=True):
                     if tile.id in missing:
                         write = writers.submit(writer.write, tile.id, probs_CHW, digest)

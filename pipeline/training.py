@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -30,9 +29,12 @@ from kdpipe.data.rasters import image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import checkpoints
+from kdpipe.pipeline.batch_size import resolve_batch_size
 from kdpipe.pipeline.checkpoints import Position
+from kdpipe.pipeline.fabric import computed_precision, open_fabric
 from kdpipe.pipeline.loaders import batches_per_epoch, train_loader, val_loader
-from kdpipe.pipeline.losses import LossTerms, distillation_loss
+from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
+from kdpipe.pipeline.memory import fits_in_memory, sized, training_advice, validation_advice
 from kdpipe.pipeline.metrics import Scores, scores
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
@@ -97,8 +99,10 @@ def train(
     `resume` goes on from the last checkpoint if there is one; without it, an existing run is refused unless `overwrite`.
     Raises `CacheError`s before the first step, `TrainingDiverged`, and `Interrupted` once `stop` is set, after a checkpoint.
     """
-    run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
-    return run.fit()
+    advice = training_advice(config, computed_precision(config, device))
+    with fits_in_memory("while training", advice, workers=config.train.workers):
+        run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
+        return run.fit()
 
 
 class _Run:
@@ -133,9 +137,11 @@ class _Run:
             progress.say("online: the teacher answers in the main process, so that train.workers is 0")
         self._sizes_HW = self._val_sizes()
 
-        self.fabric = Fabric(
-            accelerator=device.type, devices=_fabric_devices(device), precision=_fabric_precision(config, device)
-        )
+        recorded = checkpoints.recorded_config(self.folder / checkpoints.LAST) if resume else None
+        self.config = config = resolve_batch_size(config, device, progress, recorded)
+        self.precision = computed_precision(config, device)
+        self._advice = training_advice(config, self.precision)
+        self.fabric = open_fabric(config, device)
         torch.manual_seed(config.seed)
         self.student = build_student(
             config.student.architecture,
@@ -151,6 +157,7 @@ class _Run:
             self.optimizer, T_0=train_config.restart_epochs, T_mult=train_config.restart_mult
         )
         self.position = Position()
+        self._window_terms: list[LossTerms] = []
         if resume:
             self.position, precision_state = checkpoints.restore(
                 self.folder / checkpoints.LAST, config, self.fingerprint, self.student, self.optimizer, self.scheduler
@@ -191,7 +198,8 @@ class _Run:
             clock = time.perf_counter()
             batches: Any = iter(self.loader) if self.position.steps < self.total_steps else iter(())
             for batch in batches:
-                terms = self._train_batch(batch)
+                with fits_in_memory(f"while training on {_sized(batch, 'crop')}", self._advice):
+                    terms = self._train_batch(batch)
                 if terms is None:
                     continue
                 step_seconds.append(time.perf_counter() - clock)
@@ -215,15 +223,10 @@ class _Run:
         return self.summary
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
-        """One batch forward and backward; the loss terms where it completes an optimizer step, None where it does not."""
-        config = self.config
+        """One batch forward and backward; its step's mean loss terms where it completes one, None where it does not."""
+        config, window = self.config, self.config.train.accumulate
         # Dropout draws from a state of its own in every batch: the same with and without teacher, resumed or not.
         torch.manual_seed(config.seed * 1_000_003 + self.position.batches)
-        in_epoch = self.position.batches % self.per_epoch
-        window = config.train.accumulate
-        first = in_epoch - in_epoch % window
-        in_window = min(window, self.per_epoch - first)
-        completes = in_epoch + 1 == first + in_window
         self.student.train()
         answer = self.model(normalized(batch["image"], config.student.normalize))
         logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
@@ -239,10 +242,13 @@ class _Run:
             auxiliary_NCHW=auxiliary,
         )
         self._refuse_divergence(terms)
-        self.fabric.backward(terms.total / in_window)
+        self.fabric.backward(terms.total / window)
         self.position = replace(self.position, batches=self.position.batches + 1)
-        if not completes:
+        self._window_terms.append(terms)
+        if len(self._window_terms) < window:
             return None
+        terms = mean_terms(self._window_terms)
+        self._window_terms.clear()
         if config.train.clip_norm is not None:
             self.fabric.clip_gradients(
                 self.model, self._fabric_optimizer, max_norm=config.train.clip_norm, error_if_nonfinite=False
@@ -358,7 +364,7 @@ class _Run:
 
     def _total_steps(self) -> int:
         train_config = self.config.train
-        steps = train_config.epochs * math.ceil(self.per_epoch / train_config.accumulate)
+        steps = train_config.epochs * self.per_epoch // train_config.accumulate
         return min(steps, train_config.max_steps) if train_config.max_steps else steps
 
     def _val_sizes(self) -> list[tuple[int, int]]:
@@ -389,25 +395,14 @@ def validate(model: nn.Module, loader: Any, config: Config, device: torch.device
     num_classes = len(config.classes.names)
     counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
     model.eval()
+    advice = validation_advice(config, computed_precision(config, device))
     for batch in loader:
-        logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
+        with fits_in_memory(f"while validating {_sized(batch, 'tile')}", advice):
+            logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
         counts.update(logits.argmax(dim=1), batch["mask"])
     return scores(counts.compute().cpu().numpy(), config.classes.names, config.classes.not_scored)
 
 
-def _fabric_devices(device: torch.device) -> Any:
-    return [device.index or 0] if device.type == "cuda" else 1
-
-
-def _fabric_precision(config: Config, device: torch.device) -> Any:
-    """Lightning's name of `train.precision`; `auto` is bf16 where a GPU computes it natively, else fp32."""
-    precision = config.train.precision
-    if precision == "auto":
-        precision = (
-            "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        )
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "train.precision fp16 needs a GPU (its loss scaling is not there on the CPU); use bf16 or fp32"
-        )
-    return {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[precision]
+def _sized(batch: dict[str, Tensor], noun: str) -> str:
+    count, _, height, width = batch["image"].shape
+    return sized(noun, count, height, width)

@@ -20,6 +20,7 @@ from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.label_check import TeacherClass, check_class_map
+from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import open_teacher
@@ -145,12 +146,16 @@ def _check_parity(
     with progress.bar("parity", len(chosen), "tiles") as advance:
         for tile in chosen:
             image_HWC = read_image(tile.image, config.data.bands, stretch)
-            logits_NTHW = teacher.logits(image_HWC[None])
-            live_CHW = teacher.targets_of(logits_NTHW)[0]
-            result = compare(
-                tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
-                manifest.error_bound, cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2])), precision, device,
-            )  # fmt: skip
+            size = sized("tile", 1, *image_HWC.shape[:2])
+            advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
+            with fits_in_memory(f"while {size} was compared with the teacher", advice):
+                logits_NTHW = teacher.logits(image_HWC[None])
+                live_CHW = teacher.targets_of(logits_NTHW)[0]
+                lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
+                result = compare(
+                    tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
+                    manifest.error_bound, lost, precision, device,
+                )  # fmt: skip
             report.parity.append(result)
             report.findings += [
                 Finding(

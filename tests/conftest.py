@@ -1,5 +1,6 @@
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,28 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+
+
+class Plain(torch.nn.Module):
+    """A student in which samples do not meet: no batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.head = torch.nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.encoder(x)))
+
+
+class Lines:
+    """A progress that keeps what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def bar(self, *args):
+        return nullcontext(lambda steps=1, **figures: None)

@@ -44,6 +44,12 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
             r"leave it out\. The student answers in classes\.names; the teacher's 8 classes are taken",
         ),
         ("student.checkpoint=demo_output/teacher.pth", r"student\.checkpoint is teacher\.checkpoint .* leave it out"),
+        ("train.batch_size=0", r"train\.batch_size: expected a whole number from 1 up, or auto, found 0$"),
+        ("train.batch_size=big", r"train\.batch_size: expected a whole number from 1 up, or auto, found 'big'$"),
+        (
+            "train.effective_batch_size=6",
+            r"effective_batch_size is 6, but batch_size 8 x accumulate 1 is 8: leave it out",
+        ),
         ("classes.ignore_index=3", r"ignore_index 3 is also the index of class Cropland"),
         ("classes.not_scored=[Sea]", r"not_scored names \['Sea'\]"),
         ("data.stretch={percentiles: [98, 2]}", r"percentiles need 0 <= low < high"),
@@ -111,6 +117,26 @@ def test_overrides_are_yaml():
         5e-4,
         512,
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "effective"),
+    [
+        (["train.batch_size=auto"], 8),  # what the file says and auto replaces
+        (["train.accumulate=3", "train.batch_size=auto"], 24),
+        (["train.batch_size=auto", "train.effective_batch_size=6"], 6),
+        (["train.effective_batch_size=6", "train.batch_size=auto"], 6),
+        (["train={batch_size: auto}"], 4),  # the default of a file that says nothing
+    ],
+)
+def test_auto_keeps_the_size_of_a_step(overrides, effective):
+    train = load_config("demo", overrides).train
+    assert (train.batch_size, train.samples_per_step) == ("auto", effective)
+
+
+def test_auto_computes_accumulate_itself():
+    with pytest.raises(ConfigError, match=r"accumulate is 2, but batch_size: auto computes it: leave it out"):
+        load_config("demo", ["train.batch_size=auto", "train.accumulate=2"])
 
 
 def test_a_key_given_twice_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_image
+from conftest import Plain, write_image
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import (
@@ -26,6 +26,7 @@ from kdpipe.configs.errors import (
     StaleCache,
     TrainingDiverged,
 )
+from kdpipe.pipeline import training
 from kdpipe.pipeline.checkpoints import changed_keys
 from kdpipe.pipeline.loaders import BatchStream
 from kdpipe.pipeline.models import build_student
@@ -209,11 +210,29 @@ def test_the_number_of_workers_changes_nothing(cached):
     assert_same_weights(weights(), weights("two"))
 
 
-def test_accumulation_of_two_batches_is_one_of_twice_the_size_to_the_loss(cached):
-    """Same samples a step; batch norm sees halves, so that only the number of steps and the finiteness are equal."""
-    config = cached.model_copy(update={"train": cached.train.model_copy(update={"accumulate": 2, "clip_norm": 1.0})})
-    summary = train(config, CPU)
-    assert summary.steps == 4  # three batches an epoch: a window of two and a last one of one
+def test_accumulated_batches_are_the_step_of_one_batch_of_their_size(cached, monkeypatch):
+    """
+    Six samples an epoch: one step of four, the rest dropped, at once or in halves.
+
+    With every pixel inside and alpha 1 the mean of means is the mean; float32 sums in another order.
+    """
+    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    changes = {"scales": [1.0], "mosaic": 0.0, "photometric": 0.0, "epochs": 3, "clip_norm": 1.0}
+    config = cached.model_copy(update={"distill": cached.distill.model_copy(update={"alpha": 1.0})})
+    runs = {}
+    for name, sizes in (("at-once", (4, 1)), ("halves", (2, 2))):
+        both = changes | {"batch_size": sizes[0], "accumulate": sizes[1]}
+        runs[name] = train(config.model_copy(update={"name": name, "train": config.train.model_copy(update=both)}), CPU)
+    assert [run.steps for run in runs.values()] == [3, 3]
+    np.testing.assert_allclose(runs["halves"].losses, runs["at-once"].losses, rtol=1e-5)
+    for name, value in weights("at-once").items():
+        torch.testing.assert_close(weights("halves")[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_fewer_samples_than_a_step_accumulates_is_an_error(cached):
+    config = cached.model_copy(update={"train": cached.train.model_copy(update={"accumulate": 4})})
+    with pytest.raises(ConfigError, match=r"6 samples, fewer than train\.batch_size 2 x train\.accumulate 4"):
+        train(config, CPU)
 
 
 def test_an_existing_run_is_not_overwritten_unless_asked(cached):
@@ -315,6 +334,8 @@ def test_a_stream_resumed_anywhere_gives_the_same_batches():
     assert len(whole) == 12
     for start in range(13):
         assert list(BatchStream(11, 3, 4, seed=5, start=start)) == whole[start:]
+    singles = list(BatchStream(11, 1, 4, seed=5, start=0, accumulate=3))
+    assert [[k for batch in singles[i : i + 3] for k in batch] for i in range(0, len(singles), 3)] == whole
     epochs = [sorted(k % 11 for batch in whole[e * 3 : e * 3 + 3] for k in batch) for e in range(4)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
 
