@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from kdpipe.configs import dump_config
-from kdpipe.configs.errors import ConfigError, DataError, Interrupted, TrainingDiverged
+from kdpipe.configs.errors import ConfigError, DataError, Interrupted
 from kdpipe.configs.outputs import output_path
 from kdpipe.configs.schema import Config, DistillMode
 from kdpipe.data.dataset import TrainTiles, ValTiles
@@ -31,6 +31,7 @@ from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import checkpoints
 from kdpipe.pipeline.batch_size import resolve_batch_size
 from kdpipe.pipeline.checkpoints import Position
+from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.fabric import computed_precision, open_fabric
 from kdpipe.pipeline.loaders import batches_per_epoch, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
@@ -215,6 +216,8 @@ class _Run:
         if not self.summary.final:
             self._validate()
         self._close_logs()
+        if hint := growth_hint(self.summary.losses, config, self.precision):
+            self.progress.say(hint)
         self.summary.steps, self.summary.epochs = self.position.steps, self.position.batches / self.per_epoch
         self.summary.best_miou, self.summary.best_step = self.position.best_miou, self.position.best_step
         self.summary.seconds = time.perf_counter() - start
@@ -241,7 +244,8 @@ class _Run:
             ignore_index=config.classes.ignore_index,
             auxiliary_NCHW=auxiliary,
         )
-        self._refuse_divergence(terms)
+        step = self.position.steps + 1
+        refuse_divergence(terms, batch.get("target"), step, config, self.precision, self.folder)
         self.fabric.backward(terms.total / window)
         self.position = replace(self.position, batches=self.position.batches + 1)
         self._window_terms.append(terms)
@@ -351,16 +355,6 @@ class _Run:
 
     def _at_end_of_epoch(self) -> bool:
         return self.position.batches % self.per_epoch == 0
-
-    def _refuse_divergence(self, terms: LossTerms) -> None:
-        if not torch.isfinite(terms.total):
-            raise TrainingDiverged(
-                f"the loss became {terms.total.item()} at step {self.position.steps + 1} "
-                f"(hard {terms.hard.item():.4g}, distillation {terms.soft.item():.4g}); try a lower train.lr "
-                f"({self.config.train.lr:g}), a train.clip_norm of 1.0, a lower distill.alpha ({self.config.distill.alpha:g}) or "
-                f"distill.temperature ({self.config.distill.temperature:g}), or train.precision fp32. "
-                f"Checkpoints up to the last one saved are in {self.folder}"
-            )
 
     def _total_steps(self) -> int:
         train_config = self.config.train

@@ -1,0 +1,76 @@
+"""A loss that is no longer a number, or that grows: said with the keys to change and their values."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdpipe.configs.errors import TrainingDiverged
+from kdpipe.configs.schema import Config, Precision
+from kdpipe.pipeline.losses import LossTerms
+
+LEAST_STEPS = 100  # from which on a tenth of a run is enough of a sample
+STANDARD_ERRORS = (
+    3.0  # by which the last tenth must lie above the first: by chance one run in 260 whose loss stays level
+)
+
+
+def refuse_divergence(
+    terms: LossTerms, targets_NCHW: Tensor | None, step: int, config: Config, precision: Precision, folder: Path
+) -> None:
+    """
+    Raise `TrainingDiverged` where the loss of a step is infinite or NaN; says what to change, from what to what.
+
+    Soft targets that are not finite are blamed before any key.
+    """
+    if torch.isfinite(terms.total):
+        return
+    hard, soft = terms.hard.item(), terms.soft.item()
+    found = f"the loss became {terms.total.item()} at step {step} (hard {hard:.4g}, distillation {soft:.4g})"
+    if targets_NCHW is not None and not torch.isfinite(targets_NCHW).all():
+        raise TrainingDiverged(
+            f"{found}: the soft targets of this batch are not finite, which no training can mend; "
+            "run `kdpipe verify-cache --level full`"
+        )
+    raise TrainingDiverged(
+        f"{found}; try {', or '.join(_advice(config, precision))}. Start again with --overwrite: a resumed run would take the "
+        f"same step. Checkpoints up to the last one saved are in {folder}"
+    )
+
+
+def growth_hint(losses: Sequence[float], config: Config, precision: Precision) -> str | None:
+    """
+    A line for the end of a run whose loss grew without becoming infinite, None for any other.
+
+    Compares the first and the last tenth of the steps: grown is what lies above by `STANDARD_ERRORS` of the difference.
+    """
+    tenth = len(losses) // 10
+    if len(losses) < LEAST_STEPS:
+        return None
+    first, last = losses[:tenth], losses[-tenth:]
+    grown = statistics.fmean(last) - statistics.fmean(first)
+    error = ((statistics.variance(first) + statistics.variance(last)) / tenth) ** 0.5
+    if grown <= STANDARD_ERRORS * error:
+        return None
+    return (
+        f"the loss grew: its mean over the last {tenth} steps is {statistics.fmean(last):.4g}, over the first {tenth} "
+        f"{statistics.fmean(first):.4g}; the run diverges slowly. Try {', or '.join(_advice(config, precision))}"
+    )
+
+
+def _advice(config: Config, precision: Precision) -> list[str]:
+    train = config.train
+    advice = [f"train.lr: {train.lr / 10:.2g} (now {train.lr:g})"]
+    if train.backbone_lr > 0:
+        advice[0] += f" and train.backbone_lr: {train.backbone_lr / 10:.2g} (now {train.backbone_lr:g})"
+    if train.clip_norm is None or train.clip_norm > 1:
+        advice.append(f"train.clip_norm: 1.0 (now {'none' if train.clip_norm is None else f'{train.clip_norm:g}'})")
+    if precision != "fp32":
+        advice.append(f"train.precision: fp32 (now {precision})")
+    if config.distill.mode != "none" and config.distill.temperature > 4:
+        advice.append(f"distill.temperature: 2 (now {config.distill.temperature:g}, squared in the loss)")
+    return advice
