@@ -7,6 +7,7 @@ Steps are taken for real, with a student and an optimizer that are thrown away b
 from __future__ import annotations
 
 import gc
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -60,7 +61,7 @@ def resolve_batch_size(
     start = time.perf_counter()
     size, why = largest_batch(config, device)
     progress.say(
-        f"train.batch_size auto: {size} samples at a time x {effective // size} accumulated = {effective} a step "
+        f"train.batch_size auto: {size} sample{'s' if size > 1 else ''} at a time x {effective // size} accumulated = {effective} a step "
         f"(train.effective_batch_size){why}; found in {time.perf_counter() - start:.0f} s"
     )
     return _with_sizes(config, size)
@@ -189,8 +190,11 @@ def _watched() -> Iterator[Callable[[], int]]:
 
 
 def available_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """The memory that can be had without swapping: of the machine, or what a container's or a job's limit leaves if less."""
+    """The memory that can be had without swapping: of the machine, or what a container's, job's or shell's limit leaves."""
     available: int = psutil.virtual_memory().available
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]  # `ulimit -v`
+    if address_space != resource.RLIM_INFINITY:
+        available = min(available, address_space - psutil.Process().memory_info().vms)
     name = next((line[3:] for line in _lines(own) if line.startswith("0::")), "/").strip("/")
     for folder in (cgroups / name, *(cgroups / name).parents):
         if not folder.is_relative_to(cgroups):
