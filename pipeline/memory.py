@@ -119,8 +119,12 @@ def teacher_advice(config: Config, batch_size: int, device: torch.device, side_p
             now = teacher.window or "whole tiles"
             advice.append(f"{key}.window: {smaller} (now {now}; other values: another cache.path)")
         if max(teacher.scales) > 1:
-            advice.append(f"{key}.scales without those above 1 (now {teacher.scales}; other values: another cache.path)")
-    advice.append("smaller tiles" if device.type == "cpu" else "--device cpu, if the machine has more memory than its GPU")
+            advice.append(
+                f"{key}.scales without those above 1 (now {teacher.scales}; other values: another cache.path)"
+            )
+    advice.append(
+        "smaller tiles" if device.type == "cpu" else "--device cpu, if the machine has more memory than its GPU"
+    )
     return advice
 
 
