@@ -208,8 +208,8 @@ def _key(run: Run) -> dict[str, Any]:
 
 
 def _label(runs: Sequence[Run]) -> str:
-    """The runs' name without their seed: `kd` of `kd-s42` and `kd-s43`."""
-    names = {re.sub(rf"[-_.]?(s|seed)?[-_.]?{run.seed}(?!\d)", "", run.name) or run.name for run in runs}
+    """The runs' name without their seed: `kd` of `kd-s42` and `kd-s43`, or of `s42-kd` and `s43-kd`."""
+    names = {re.sub(rf"[-_.]?(s|seed)?[-_.]?{run.seed}(?!\d)", "", run.name).strip("-_.") or run.name for run in runs}
     return names.pop() if len(names) == 1 else runs[0].name
 
 

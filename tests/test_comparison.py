@@ -70,6 +70,12 @@ def test_runs_that_differ_in_seed_and_name_alone_are_one_arm():
     assert {arm.label: list(arm.runs) for arm in arms} == {"plain": [1, 2, 3], "kd": [1, 2, 3], "kd-d4": [1, 2]}
 
 
+@pytest.mark.parametrize("pattern", ["kd-s{}", "kd_seed{}", "s{}-kd", "kd.{}", "kd-{}"])
+def test_an_arm_is_called_as_its_runs_without_their_seed(pattern):
+    runs = [run(pattern.format(seed), seed, [0.1]) for seed in (1, 12)]
+    assert compare([*runs, run("plain", 1, [0.1], mode="none")]).arms[1].label == "kd"
+
+
 def test_what_an_arm_is_configured_otherwise_is_named():
     runs = [*study(), *(run(f"alpha-{s}", s, [0.2, 0.4], distill={"mode": "cached", "alpha": 0.9}) for s in (1, 2))]
     settings = {arm.label: arm.settings for arm in compare(runs, baseline="kd").arms}
