@@ -147,6 +147,28 @@ def train_student(
         console.print(table, highlight=False, soft_wrap=True)
 
 
+@cli.command("suggest-map")
+@_with_config
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Ask about N labelled tiles; about all by default.")
+def suggest_map(
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool, sample: int | None
+) -> None:
+    """
+    The class map that the labels suggest, beside the configured one, ready to paste.
+
+    Exit codes: 0 done, 2 usage, configuration, data or checkpoint.
+    """
+    from kdpipe.pipeline import reports, suggestion
+    from kdpipe.pipeline.models.teacher import resolve_device
+
+    console, progress = _open_console()
+    result = suggestion.suggest_map(_load(source, overrides), resolve_device(device), sample=sample, progress=progress)
+    _write_json(json_path, result.as_dict())
+    for part in reports.suggestion_tables(result):
+        # The table fits the terminal; what is pasted must not be broken.
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+
+
 @cli.command("compare")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …")
 @click.option("--baseline", metavar="NAME", help="The run or arm to compare with; the one without teacher by default.")

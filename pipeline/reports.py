@@ -14,10 +14,11 @@ from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
-    from kdpipe.pipeline import cache_inspection, estimate, inspection, precompute, training, verify
+    from kdpipe.pipeline import cache_inspection, estimate, inspection, precompute, suggestion, training, verify
     from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
+SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
 SHOWN_FINDINGS = 20  # the rest is in --json
 
 
@@ -82,6 +83,37 @@ def verify_tables(report: verify.Report) -> Iterator[Table | str]:
     else:
         bound = f", |Δp| at most {report.error_bound:.5f} by encoding" if report.error_bound else ""
         yield f"PASS ({report.level}): {report.tiles} tiles, fingerprint {(report.fingerprint or '')[:16]}{bound}"
+
+
+def suggestion_tables(result: suggestion.Suggestion) -> Iterator[Table | str]:
+    """The configured map beside the labels', and the suggested one to paste."""
+    table = Table(
+        title=f"Labels where the teacher answers, {result.pixels:,} labelled px of {result.tiles} tiles",
+        title_justify="left",
+    )
+    for column in ("teacher says", "px", "labels say, %", "configured, %"):
+        table.add_column(column, justify="right" if column == "px" else "left", no_wrap=column == "px")
+    for row in result.rows:
+        labels = {name: n / row.pixels for name, n in row.counts.items() if n}
+        common = sorted(labels, key=labels.__getitem__, reverse=True)
+        shown = {name: labels[name] for name in common if labels[name] >= SHOWN_SHARE}
+        table.add_row(
+            row.teacher_class, f"{row.pixels:,}", _shares_text(shown) + (" !" if row.disagrees else ""), _shares_text(row.configured)
+        )  # fmt: skip
+    yield table
+    if any(row.disagrees for row in result.rows):
+        yield "!: most labels are of another class."
+        yield "Is the order of teacher.classes that of the checkpoint's channels?"
+    yield f"Shares below {result.min_entry} are dropped and the others scaled up."
+    if any(row.kept for row in result.rows):
+        yield f"Classes on less than {100 * result.min_share:g} % of the pixels keep their configured row."
+    yield "Shares hold the teacher's mistakes too: leave {Class: 1} where that is plain."
+    yield ""
+    yield result.as_yaml()
+
+
+def _shares_text(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f}" for name, share in shares.items())
 
 
 def training_tables(summary: training.Summary) -> Iterator[Table | str]:

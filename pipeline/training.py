@@ -151,6 +151,7 @@ class _Run:
             encoder_weights=config.student.encoder_weights,
             checkpoint=config.student.checkpoint,
             replace_head=config.student.replace_head,
+            say=progress.say,
         ).to(memory_format=torch.channels_last)  # a fifth to two fifths faster on CPUs, and the layout of tensor cores
         self.optimizer = make_optimizer(self.student, config.train)
         train_config = config.train

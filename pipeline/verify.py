@@ -19,7 +19,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
-from kdpipe.pipeline.label_check import TeacherClass, check_class_map
+from kdpipe.pipeline.label_check import TeacherClass, check_class_map, count_answers
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models import build_student
@@ -139,7 +139,6 @@ def _check_parity(
         replace_head=config.student.replace_head,
     )
     student.to(device).eval()
-    num_labels, num_answers = len(config.classes.names), len(config.teacher_classes)
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
@@ -165,9 +164,7 @@ def _check_parity(
                 for name, m in result.measures().items() if not m.passes
             ]  # fmt: skip
             if tile.mask is not None:
-                answers = logits_NTHW[0].argmax(dim=0).cpu().numpy()
-                mask = read_mask(tile.mask, num_labels, config.classes.ignore_index)
-                counts.append(count_pairs(mask, answers, num_labels, num_answers, config.classes.ignore_index))
+                counts.append(count_answers(logits_NTHW[0].argmax(dim=0).cpu().numpy(), tile, config))
             advance()
     if counts:
         report.teacher_classes = check_class_map(np.stack(counts), config)

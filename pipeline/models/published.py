@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdpipe.cache.manifest import summarise
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.pipeline.models.weights import CLASSES_HINT, bare_state, load_strictly
 
@@ -43,17 +44,20 @@ def load_published(
     load_strictly(model, {**state, **{name: own[name] for name in other}}, origin=origin)
 
 
-def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str) -> None:
+def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str) -> list[str]:
     """
     Load an encoder's weights from its own file, timm's naming or the published one, or from a whole network's.
 
-    Parts of the file that the encoder does not have, such as a classifier, are left; so are masks, which are computed. Output
-    norms (`norm0` …) that a classifier's file lacks keep their own weights. Raises `CheckpointError` for the rest.
+    Returns a sentence on each thing that was not taken as it is: parts of the file that the encoder does not have, such as a
+    classifier or a decoder, are left; output norms (`norm0` …) that a classifier's file lacks keep their own weights. What is
+    computed and not learnt (masks and position indices) may be missing or left over. Raises `CheckpointError` for the rest.
     """
     state = bare_state(content)
-    if any(name.startswith(ENCODER) for name in state):
-        state = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
     own = encoder.state_dict()
+    left: list[str] = []
+    if any(name.startswith(ENCODER) for name in state):
+        left += [name for name in state if not name.startswith(ENCODER)]
+        state = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
     if any(name.startswith("layers.3.downsample.") for name in state):
         # timm counts a downsampling to the stage after it, published names to the stage before.
         state = {re.sub(r"^layers\.(\d)\.downsample\.", _stage_before, name): value for name, value in state.items()}
@@ -61,13 +65,17 @@ def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str)
     renamed = {re.sub(r"_(\d+)\.", r".\1.", name, count=1): name for name in own}
     state = {renamed.get(name, name): value for name, value in state.items() if not name.endswith("attn_mask")}
     parts = {name.split(".")[0] for name in own}
+    left += [name for name in state if name.split(".")[0] not in parts]
     state = {name: value for name, value in state.items() if name.split(".")[0] in parts}
-    kept = {
-        name: value
-        for name, value in own.items()
-        if name not in state and (name.endswith("relative_position_index") or re.match(r"norm\d\.", name))
-    }
-    load_strictly(encoder, {**state, **kept}, origin=origin)
+    fresh = [name for name in own if name not in state and re.match(r"norm\d\.", name)]
+    computed = [name for name in own if name not in state and name.endswith("relative_position_index")]
+    load_strictly(encoder, {**state, **{name: own[name] for name in fresh + computed}}, origin=origin)
+    notes = []
+    if left:
+        notes.append(f"{origin}: {len(left)} tensors are not of the encoder and were left: {summarise(left, 3)}")
+    if fresh:
+        notes.append(f"{origin} lacks {len(fresh)} tensors, which start anew: {summarise(fresh, 3)}")
+    return notes
 
 
 def _stage_before(match: re.Match[str]) -> str:

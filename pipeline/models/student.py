@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 STUDENT_PREFIX = "student."  # of the student's tensors in kdpipe's own checkpoints
 
 
-def build_student(architecture: str, num_classes: int, **options: Any) -> nn.Module:
+def build_student(
+    architecture: str, num_classes: int, *, say: Callable[[str], None] = lambda line: None, **options: Any
+) -> nn.Module:
     """
     A network from uint8-range-normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
 
     `architecture` is `ftunetformer`, `unetformer` or any of smp's. Options: `encoder` (smp's or timm's; required but for
     `ftunetformer`, which has its own), `encoder_weights` (None, a local file, or a name that smp or timm knows),
     `checkpoint` (a local file with weights of the whole student, kdpipe's own checkpoints included) and `replace_head` (a
-    checkpoint for another number of classes gives all but its head). Raises `ConfigError` for unknown names,
+    checkpoint for another number of classes gives all but its head). `say` is told, a line each, what of `encoder_weights`
+    was not taken as it is. Raises `ConfigError` for unknown names,
     `CheckpointError` for weights that do not fit.
     """
     if architecture in FORMERS:
-        return _build_former(architecture, num_classes, **options)
+        return _build_former(architecture, num_classes, say, **options)
     if options.pop("replace_head", False):
         raise ConfigError(f"student.replace_head is for {' and '.join(FORMERS)}, not for {architecture}")
     encoder = options.pop("encoder", None)
@@ -86,6 +90,7 @@ def encoder_parameters(model: nn.Module) -> set[int]:
 def _build_former(
     architecture: str,
     num_classes: int,
+    say: Callable[[str], None],
     *,
     encoder: str | None = None,
     encoder_weights: str | None = None,
@@ -114,7 +119,8 @@ def _build_former(
                 content = timm.create_model(encoder_weights, pretrained=True).state_dict()
             except (OSError, RuntimeError) as err:
                 raise CheckpointError(f"{origin}: not a file, and timm cannot fetch it: {err}") from err
-        load_encoder(model.backbone, content, origin=origin)
+        for note in load_encoder(model.backbone, content, origin=origin):
+            say(note)
     if checkpoint is not None:
         load_student_weights(model, checkpoint, replace_head=replace_head)
     return model
