@@ -26,6 +26,7 @@ from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.boundary import BoundaryScores, boundary_counts, boundary_scores
 from kdpipe.pipeline.calibration import BINS, Calibration, calibration, calibration_counts
 from kdpipe.pipeline.checkpoints import load_trained
+from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.teacher import open_teacher
@@ -34,6 +35,7 @@ from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe
 
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
+MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
 Stretch = Sequence[tuple[float, float]] | None
 Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -255,7 +257,8 @@ def _count(
 ) -> Counts:
     """The counts of one tile."""
     num_classes, ignore_index = len(model.config.classes.names), model.config.classes.ignore_index
-    probs_CHW = model.answer(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
+    with fits_in_memory(f"while evaluating {sized('tile', 1, *labels_HW.shape)}", MEMORY_ADVICE):
+        probs_CHW = model.answer(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
     if not np.isfinite(probs_CHW).all():
         raise KdpipeError(
             f"{model.description} answers {tile.id} with numbers that are not finite: it cannot be scored"

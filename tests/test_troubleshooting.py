@@ -17,6 +17,7 @@ from kdpipe.configs.errors import KdpipeError, OutOfMemory
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.pipeline import batch_size, training
 from kdpipe.pipeline.divergence import growth_hint
+from kdpipe.pipeline.evaluation import evaluate, teacher_model
 from kdpipe.pipeline.memory import fits_in_memory
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import FrozenTeacher
@@ -140,6 +141,12 @@ def _(c):
     train(c.cached(), CPU)
 
 
+@case("Validation (2)")
+def _(c):
+    c.patch.setattr(FrozenTeacher, "logits", _exhausted)
+    evaluate(teacher_model(c.make(), CPU, tta=None, window=None))
+
+
 @case("The teacher, in precompute-teacher and verify-cache")
 def _(c):
     for name in "abc":
@@ -247,7 +254,8 @@ def _(c):
 
 @case("It was read, and then forked")
 def _(c):
-    config = c.cached()
+    config = c.make(cache__path="memory://kdpipe-tests/troubleshooting.zarr")
+    precompute(config, CPU)
     cache = SoftTargetCache.open(config.cache.path)
     cache.read(cache.tile_ids[0])
     c.patch.setattr("os.getpid", lambda: 1)
