@@ -29,14 +29,37 @@ def cli() -> None:
     """Distil a large land-cover teacher into a student one can deploy, and pay for the teacher once."""
 
 
+def _writable(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """The path, if a file can be written there: said before hours of work, not after them."""
+    if path is None:
+        return None
+    from kdpipe.configs.errors import ConfigError
+    from kdpipe.configs.outputs import output_path
+
+    file = output_path(path, option.opts[0])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"{option.opts[0]} {path}: its folder cannot be made: {err.strerror}") from err
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{option.opts[0]} {path}: there is no permission to write it")
+    return path
+
+
+def _file_option(name: str, variable: str, help_text: str) -> Callable[[Command], Command]:
+    kind = click.Path(dir_okay=False)
+    return click.option(name, variable, metavar="FILE", type=kind, callback=_writable, help=help_text)
+
+
+_json_option = _file_option("--json", "json_path", "Write the result as JSON.")
+
+
 def _with_config(command: Command) -> Command:
     """The options that every command on a configuration has."""
     for option in (
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
         click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default."),
-        click.option(
-            "--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON."
-        ),
+        _json_option,
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set train.epochs=2."
         ),
@@ -175,7 +198,7 @@ def suggest_map(
 @click.option(
     "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
 )
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
+@_json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: str | None, debug: bool) -> None:
     """
@@ -205,7 +228,7 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
     "--diff", "source", metavar="CONFIG", help="Of a cache: say what this configuration would have otherwise."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG.")
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
+@_json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def inspect(path: str, source: str | None, overrides: tuple[str, ...], json_path: str | None, debug: bool) -> None:
     """
@@ -247,8 +270,8 @@ def inspect(path: str, source: str | None, overrides: tuple[str, ...], json_path
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views whose logits are averaged.")
 @click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
               help="How far apart boundaries may lie.")  # fmt: skip
-@click.option("--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Write the result as JSON.")
-@click.option("--png", "png_path", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the confusion matrices.")
+@_json_option
+@_file_option("--png", "png_path", "Draw the confusion matrices.")
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate_model(
@@ -269,8 +292,6 @@ def evaluate_model(
     from kdpipe.pipeline import evaluation, evaluation_report
     from kdpipe.pipeline.models.teacher import resolve_device
 
-    _require_writable(json_path, "--json")
-    _require_writable(png_path, "--png")
     console, progress = _open_console()
     where = resolve_device(device)
     if source is not None:
@@ -357,24 +378,7 @@ def _open_console() -> tuple[Console, ConsoleProgress]:
 
 def _write_json(path: str | None, content: dict[str, Any]) -> None:
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _require_writable(path: str | None, option: str) -> None:
-    """Raise `ConfigError`, before any work, where a file that an option names cannot be written."""
-    from kdpipe.configs.errors import ConfigError
-    from kdpipe.configs.outputs import output_path
-
-    if path is None:
-        return
-    file = output_path(path, option)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ConfigError(f"{option} {path}: its folder cannot be made: {err.strerror}") from err
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"{option} {path}: there is no permission to write it")
 
 
 def _complain(message: str) -> None:

@@ -87,3 +87,15 @@ def test_a_cache_inside_a_package_is_refused(tmp_path):
     assert done.returncode == 2
     assert "lies in the Python package" in done.stderr
     assert os.listdir(tmp_path / "cache") == ["__init__.py"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, c in cli.commands.items() if any(p.name == "json_path" for p in c.params))
+)
+def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    needed = ["-c", "demo"] if any(p.name == "source" and p.required for p in cli.commands[name].params) else ["x"]
+    done = run(name, *needed, "--json", "file/result.json", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "--json file/result.json: its folder cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr
