@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import Tensor
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, DataError, Interrupted
@@ -35,16 +34,15 @@ from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.fabric import computed_precision, open_fabric
 from kdpipe.pipeline.loaders import batches_per_epoch, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
-from kdpipe.pipeline.memory import fits_in_memory, sized, training_advice, validation_advice
-from kdpipe.pipeline.metrics import Scores, scores
+from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.runs import CacheUsed, Run, Validation, write_run
 from kdpipe.pipeline.targets import open_targets
+from kdpipe.pipeline.validation import batch_size_text, validate
 
 WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
 WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
@@ -200,7 +198,7 @@ class _Run:
             clock = time.perf_counter()
             batches: Any = iter(self.loader) if self.position.steps < self.total_steps else iter(())
             for batch in batches:
-                with fits_in_memory(f"while training on {_sized(batch, 'crop')}", self._advice):
+                with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice):
                     terms = self._train_batch(batch)
                 if terms is None:
                     continue
@@ -382,22 +380,3 @@ class _Run:
                 "or choose another name (--set name=…)"
             )
         return resume
-
-
-@torch.inference_mode()
-def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
-    """Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode."""
-    num_classes = len(config.classes.names)
-    counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
-    model.eval()
-    advice = validation_advice(config, computed_precision(config, device))
-    for batch in loader:
-        with fits_in_memory(f"while validating {_sized(batch, 'tile')}", advice):
-            logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
-        counts.update(logits.argmax(dim=1), batch["mask"])
-    return scores(counts.compute().cpu().numpy(), config.classes.names, config.classes.not_scored)
-
-
-def _sized(batch: dict[str, Tensor], noun: str) -> str:
-    count, _, height, width = batch["image"].shape
-    return sized(noun, count, height, width)

@@ -1,0 +1,36 @@
+"""Whole validation tiles, and the scores of a network on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.fabric import computed_precision
+from kdpipe.pipeline.memory import fits_in_memory, sized, validation_advice
+from kdpipe.pipeline.metrics import Scores, scores
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import padded_logits
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
+    """Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode."""
+    num_classes = len(config.classes.names)
+    counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
+    model.eval()
+    advice = validation_advice(config, computed_precision(config, device))
+    for batch in loader:
+        with fits_in_memory(f"while validating {batch_size_text(batch, 'tile')}", advice):
+            logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
+        counts.update(logits.argmax(dim=1), batch["mask"])
+    return scores(counts.compute().cpu().numpy(), config.classes.names, config.classes.not_scored)
+
+
+def batch_size_text(batch: dict[str, Tensor], noun: str) -> str:
+    """How large a batch is, for errors: `4 tiles of 512 x 640 px`."""
+    count, _, height, width = batch["image"].shape
+    return sized(noun, count, height, width)
