@@ -1,9 +1,11 @@
 """The configuration is closed: what is not read is refused, and what is wrong is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdpipe.configs import Config, dump_config, load_config, parse_config, shipped_configs
@@ -143,6 +145,15 @@ def test_a_key_given_twice_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("name: a\nname: b\n")
     with pytest.raises(ConfigError, match="the key 'name' stands twice"):
         load_config(tmp_path / "c.yaml")
+
+
+def test_members_may_be_written_as_changes_to_another(tmp_path):
+    raw = several()
+    teacher = raw.pop("teachers")[0]
+    text = yaml.safe_dump(raw) + "teachers:\n  - &first " + json.dumps(teacher) + "\n  - <<: *first\n    tta: d4\n"
+    (tmp_path / "c.yaml").write_text(text)
+    first, second = load_config(tmp_path / "c.yaml").teachers
+    assert second == first.model_copy(update={"tta": "d4"})
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: !!python/object/apply:os.system [ls]", "\t", "a: &b [*b]"])
