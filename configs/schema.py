@@ -192,6 +192,7 @@ class Train(Section):
     effective_batch_size: Annotated[int, Field(ge=1)] | None = None
     val_batch_size: int = Field(4, ge=1)
     crops_per_tile: int = Field(1, ge=1)
+    unlabelled_crops_per_tile: Annotated[int, Field(ge=1)] | None = None
     lr: float = Field(6e-4, gt=0)
     backbone_lr: float = Field(6e-5, ge=0)
     weight_decay: float = Field(2.5e-4, ge=0)

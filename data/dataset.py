@@ -61,7 +61,8 @@ class ValSample(TypedDict):
 
 class TrainTiles:
     """
-    Augmented crops of training tiles: `len(tiles) * train.crops_per_tile` samples an epoch.
+    Augmented crops of training tiles, `train.crops_per_tile` an epoch of each; of tiles without mask
+    `train.unlabelled_crops_per_tile`, if that is set.
 
     Sample `k` is number `k % len(self)` of epoch `k // len(self)`: hand in indices beyond the length for later epochs.
 
@@ -91,9 +92,10 @@ class TrainTiles:
         self._stretch = stretch
         self._sizes = dict(enumerate(sizes)) if sizes is not None else {}
         self._recent = Recent(KEPT_BYTES)
+        self._drawn = _drawn_tiles(self.tiles, config)
 
     def __len__(self) -> int:
-        return len(self.tiles) * self._config.train.crops_per_tile
+        return len(self._drawn)
 
     def __getitem__(self, k: int) -> TrainSample:
         """Sample `k`."""
@@ -106,7 +108,7 @@ class TrainTiles:
         epoch, i = divmod(k, len(self))
         return sample_plan(
             np.random.default_rng([self._config.seed, epoch, i]),
-            i % len(self.tiles),
+            self._drawn[i],
             len(self.tiles),
             self._config.train,
             self._config.classes.ignore_index,
@@ -222,6 +224,13 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
         group[start : start + batch_size] for group in by_size.values() for start in range(0, len(group), batch_size)
     ]
     return sorted(batches)
+
+
+def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
+    """The number of the tile of each sample of an epoch: all tiles in turn, as long as they have crops left."""
+    labelled, unlabelled = config.train.crops_per_tile, config.train.unlabelled_crops_per_tile
+    crops = [labelled if unlabelled is None or tile.mask is not None else unlabelled for tile in tiles]
+    return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]
 
 
 def _read_image(tile: Tile, config: Config, stretch: Stretch | None, size: tuple[int, int] | None) -> NDArray[np.uint8]:

@@ -353,6 +353,17 @@ def test_real_tiles_give_samples_that_obey_the_recipe():
     assert varied >= labelled - 2
 
 
+def test_tiles_without_mask_have_a_number_of_crops_of_their_own(root):
+    labelled = make_dataset(root, with_targets=False, crops_per_tile=3, unlabelled_crops_per_tile=1, mosaic=0)
+    assert len(labelled) == 15
+    tiles = [Tile(tile.id, tile.image, tile.mask if number < 2 else None) for number, tile in enumerate(labelled.tiles)]
+    config = make_config(
+        [str(root)], train={"crops_per_tile": 3, "unlabelled_crops_per_tile": 1, "mosaic": 0, "crop": 32}
+    )
+    mixed = TrainTiles(tiles, config)
+    assert [mixed.plan(k).views[0].tile for k in range(2 * len(mixed))] == [0, 1, 2, 3, 4, 0, 1, 0, 1] * 2
+
+
 def test_a_tile_is_decoded_once_for_all_samples(root, monkeypatch):
     decoded = []
     for name in ("read_image", "read_mask"):
