@@ -17,6 +17,7 @@ LEAST_STEPS = 100  # from which on a tenth of a run is enough of a sample
 STANDARD_ERRORS = (
     3.0  # by which the last tenth must lie above the first: by chance one run in 260 whose loss stays level
 )
+TIMES = 3.0  # a batch's loss may be a third of the mean by chance, hardly less
 
 
 def refuse_divergence(
@@ -46,7 +47,8 @@ def growth_hint(losses: Sequence[float], config: Config, precision: Precision) -
     """
     A line for the end of a run whose loss grew without becoming infinite, None for any other.
 
-    Compares the first and the last tenth of the steps: grown is what lies above by `STANDARD_ERRORS` of the difference.
+    Grown is a last tenth of the steps that lies above the first tenth by `STANDARD_ERRORS` of their difference, or (where
+    the loss leapt up within the first tenth) above the first step's, which no update has touched, by `TIMES`.
     """
     tenth = len(losses) // 10
     if len(losses) < LEAST_STEPS:
@@ -54,11 +56,12 @@ def growth_hint(losses: Sequence[float], config: Config, precision: Precision) -
     first, last = losses[:tenth], losses[-tenth:]
     grown = statistics.fmean(last) - statistics.fmean(first)
     error = ((statistics.variance(first) + statistics.variance(last)) / tenth) ** 0.5
-    if grown <= STANDARD_ERRORS * error:
+    if grown <= STANDARD_ERRORS * error and statistics.fmean(last) <= TIMES * losses[0]:
         return None
     return (
         f"the loss grew: its mean over the last {tenth} steps is {statistics.fmean(last):.4g}, over the first {tenth} "
-        f"{statistics.fmean(first):.4g}; the run diverges slowly. Try {', or '.join(_advice(config, precision))}"
+        f"{statistics.fmean(first):.4g}, at the first step {losses[0]:.4g}; the run diverges. "
+        f"Try {', or '.join(_advice(config, precision))}"
     )
 
 

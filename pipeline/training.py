@@ -101,7 +101,10 @@ def train(
     advice = training_advice(config, computed_precision(config, device))
     with fits_in_memory("while training", advice, workers=config.train.workers):
         run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
-        return run.fit()
+        try:
+            return run.fit()
+        finally:
+            run.close_logs()
 
 
 class _Run:
@@ -214,7 +217,6 @@ class _Run:
                 clock = time.perf_counter()
         if not self.summary.final:
             self._validate()
-        self._close_logs()
         if hint := growth_hint(self.summary.losses, config, self.precision):
             self.progress.say(hint)
         self.summary.steps, self.summary.epochs = self.position.steps, self.position.batches / self.per_epoch
@@ -272,7 +274,6 @@ class _Run:
             self._save(checkpoints.LAST)
             self.csv.save()
         if self.stop.is_set() and not ended:
-            self._close_logs()
             raise Interrupted(
                 f"stopped after step {self.position.steps} of {self.total_steps}; the run is saved in {self.folder}. "
                 "Run the same command with --resume to go on"
@@ -348,7 +349,8 @@ class _Run:
         for logger in (self.csv, self.tensorboard):
             logger.log_metrics({**figures, "epoch": epoch}, step=self.position.steps)
 
-    def _close_logs(self) -> None:
+    def close_logs(self) -> None:
+        """Write what is logged; TensorBoard's thread would otherwise write later, also after an error."""
         for logger in (self.csv, self.tensorboard):
             logger.finalize("success")
 

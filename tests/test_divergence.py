@@ -66,16 +66,18 @@ def test_targets_that_are_no_numbers_are_blamed_and_no_key(cached, monkeypatch):
 def test_a_loss_that_grows_is_said_at_the_end_of_the_run(cached, monkeypatch):
     monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
     runs = {}
-    for name, lr in (("grows", 3.0), ("falls", 1e-3)):
+    for name, lr in (("grows", 30.0), ("falls", 1e-3)):
         lines = Lines()
-        config = cached(name=name, train__epochs=40, train__lr=lr, train__restart_epochs=99, data__val=[])
+        config = cached(
+            name=name, train__epochs=40, train__lr=lr, train__backbone_lr=0.0, train__restart_epochs=99, data__val=[]
+        )
         losses = train(config, CPU, progress=lines).losses
         assert len(losses) == 120
-        assert np.isfinite(losses).all()
+        assert np.isfinite(losses).all(), losses
         runs[name] = [line for line in lines.said if line.startswith("the loss grew")]
     assert runs["falls"] == []
     assert "over the last 12 steps" in runs["grows"][0]
-    assert "train.lr: 0.3 (now 3)" in runs["grows"][0]
+    assert "train.lr: 3 (now 30), or" in runs["grows"][0]
 
 
 def test_growth_must_be_clear_of_the_noise(make_config):
@@ -92,3 +94,9 @@ def test_growth_must_be_clear_of_the_noise(make_config):
     )
     assert growth_hint(losses(9.0)[:99], config, "fp32") is None  # too few steps to say
     assert growth_hint(losses(-9.0), config, "fp32") is None
+
+
+def test_a_loss_that_leapt_up_at_once_has_grown_too(make_config):
+    exploded = [2.0, *[40.0, 80.0, 60.0] * 33]
+    assert "at the first step 2; the run diverges" in growth_hint(exploded, make_config(), "fp32")
+    assert growth_hint([30.0, *exploded[1:]], make_config(), "fp32") is None
