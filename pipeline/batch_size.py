@@ -7,6 +7,7 @@ Steps are taken for real, with a student and an optimizer that are thrown away b
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import threading
 import time
@@ -82,7 +83,7 @@ def largest_batch(config: Config, device: torch.device) -> tuple[int, str]:
         room = CPU_SHARE * available_bytes()
         forecast = _forecast(config, device, sizes, room)
         too_large = [size for size in sizes if forecast(size) > room]
-        if too_large:
+        if too_large and math.isfinite(forecast(min(too_large))):
             why = f"; {min(too_large)} would take about {forecast(min(too_large)) / 1e9:.2g} GB of {room / 1e9:.2g} GB"
         sizes = [size for size in sizes if size not in too_large]
     failed: list[int] = []
