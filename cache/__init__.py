@@ -2,11 +2,12 @@
 
 from kdpipe.cache.manifest import Manifest, Recipe
 from kdpipe.cache.reader import SoftTargetCache
-from kdpipe.configs.errors import CacheError, CacheLocked, CorruptCache, IncompleteCache, StaleCache
+from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, StaleCache
 
 __all__ = [
     "CacheError",
     "CacheLocked",
+    "CacheUnreachable",
     "CorruptCache",
     "IncompleteCache",
     "Manifest",

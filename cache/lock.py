@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kdpipe.cache.remote import RemoteStorage
 from kdpipe.cache.storage import LocalStorage, Storage
-from kdpipe.configs.errors import CacheLocked
-
-REMOTE_LOCK_NAME = "writer.json"
+from kdpipe.configs.errors import CacheLocked, CacheUnreachable
 
 
 @contextmanager
@@ -21,14 +22,15 @@ def writer_lock(storage: Storage) -> Iterator[None]:
     """
     Hold the cache for writing; raises `CacheLocked`, naming host, process and time, where another process holds it.
 
-    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object names
-    the writer, which does not exclude two that start within the same moment.
+    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object beside
+    it names the writer, created only if there is none. It outlives a killed writer; the next one on the same host takes
+    it over. Two that take over the same dead lock within the same moment may both believe to hold it.
     """
     if isinstance(storage, LocalStorage):
         with _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url):
             yield
     else:
-        with _object_lock(storage):
+        with _object_lock(storage.url):
             yield
 
 
@@ -63,24 +65,52 @@ def _file_lock(path: Path, cache: str) -> Iterator[None]:
 
 
 @contextmanager
-def _object_lock(storage: Storage) -> Iterator[None]:
-    if storage.size(REMOTE_LOCK_NAME) is not None:
-        holder = storage.read(REMOTE_LOCK_NAME).decode()
+def _object_lock(cache: str) -> Iterator[None]:
+    lock = RemoteStorage(f"{cache}.lock")
+    mine = _this_process().encode()
+    try:
+        lock.create("", mine)
+    except FileExistsError as err:
+        holder = _holder(lock)
         if not _is_dead(holder):
             raise CacheLocked(
-                f"{storage.url} is being written by {_describe(holder)}; wait until it is done, or, if that process is gone, "
-                f"delete {storage.url}/{REMOTE_LOCK_NAME}"
-            )
-    storage.write(REMOTE_LOCK_NAME, _this_process().encode())
+                f"{cache} is being written by {_describe(holder)}; wait until it is done, or, if that process is gone, "
+                f"delete {lock.url}"
+            ) from err
+        lock.remove("")
+        try:
+            lock.create("", mine)
+        except FileExistsError:
+            raise CacheLocked(
+                f"{cache} is being written by {_describe(_holder(lock))}, which was faster; wait until it is done"
+            ) from err
     try:
         yield
-    finally:
-        storage.remove(REMOTE_LOCK_NAME)
+    except BaseException:
+        # The first error is the one to tell; a lock that cannot be deleted is taken over by the next run.
+        with contextlib.suppress(CacheUnreachable):
+            _release(lock, mine)
+        raise
+    _release(lock, mine)
+
+
+def _holder(lock: RemoteStorage) -> str:
+    try:
+        return lock.read("").decode(errors="replace")
+    except FileNotFoundError:  # given back since
+        return ""
+
+
+def _release(lock: RemoteStorage, mine: bytes) -> None:
+    """Delete the lock, unless somebody who was told to delete it has done so, and another holds it now."""
+    if _holder(lock).encode() == mine:
+        lock.remove("")
 
 
 def _this_process() -> str:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
+    # The token tells two runs of one second, in containers where every process is number 1, from each other.
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": uuid.uuid4().hex})
 
 
 def _describe(holder: str) -> str:

@@ -19,10 +19,15 @@ from kdpipe.configs.errors import ConfigError, DiskFull
 from kdpipe.configs.outputs import output_path
 
 PARTIAL_SUFFIX = ".partial"
+LOCAL_SCHEMES = ("file://", "local://")  # fsspec's own local files are not synced, and a write there can be half done
 
 
 class Storage(Protocol):
-    """What the cache needs of the place it lies in; names are relative, with `/` between parts."""
+    """
+    What the cache needs of the place it lies in; names are relative, with `/` between parts.
+
+    A remote one raises `CacheUnreachable` from every method once its attempts are used up.
+    """
 
     url: str
 
@@ -57,12 +62,17 @@ def open_storage(path: str) -> Storage:
 
     Raises `ConfigError` for a URL that fsspec, as it is installed, cannot open, and for a folder within a Python package.
     """
-    if "://" in path and not path.startswith("file://"):
+    if "://" in path and not path.startswith(LOCAL_SCHEMES):
+        from kdpipe.cache.remote import RemoteStorage  # which needs this module's protocol
+
         try:
             return RemoteStorage(path)
         except (ValueError, ImportError) as err:  # an unknown protocol, or one whose package is not installed
-            raise ConfigError(f"cache.path: {path} cannot be opened: {err}") from err
-    return LocalStorage(output_path(path.removeprefix("file://"), key="cache.path"))
+            hint = " (pip install 'kdpipe[s3]')" if path.startswith("s3") and isinstance(err, ImportError) else ""
+            raise ConfigError(f"cache.path: {path} cannot be opened: {err}{hint}") from err
+    for scheme in LOCAL_SCHEMES:
+        path = path.removeprefix(scheme)
+    return LocalStorage(output_path(path, key="cache.path"))
 
 
 class LocalStorage:
@@ -143,64 +153,6 @@ class LocalStorage:
     def free_bytes(self) -> int | None:
         """The free space of the disk that holds, or will hold, the folder."""
         return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-
-
-class RemoteStorage:
-    """A prefix on any file system that fsspec knows."""
-
-    def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs
-
-        self.url = url.rstrip("/")
-        self._fs, self._root = url_to_fs(self.url)  # type: ignore[no-untyped-call]
-
-    def read(self, name: str) -> bytes:
-        """The content of a file; `FileNotFoundError` if there is none."""
-        return bytes(self._fs.cat_file(self._full(name)))
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
-        end = start + length
-        return bytes(self._fs.cat_file(self._full(name), start=start, end=None if start < 0 and end == 0 else end))
-
-    def write(self, name: str, data: bytes) -> None:
-        """Upload `data` as `name`; an object store shows the object once it is whole."""
-        self._fs.makedirs(self._full(name).rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(self._full(name), data)
-
-    def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
-        try:
-            return int(self._fs.size(self._full(name)))
-        except FileNotFoundError:
-            return None
-
-    def modified(self, name: str) -> float | None:
-        """When a file was last written, None where the file system does not say."""
-        try:
-            return float(self._fs.modified(self._full(name)).timestamp())
-        except (FileNotFoundError, NotImplementedError):
-            return None
-
-    def children(self, name: str) -> list[str]:
-        """The names directly below a prefix, sorted; empty if there is nothing."""
-        self._fs.invalidate_cache()
-        try:
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(self._full(name), detail=False))
-        except FileNotFoundError:
-            return []
-
-    def remove(self, name: str) -> None:
-        """Delete a file or all below a prefix; nothing happens if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._full(name), recursive=True)
-
-    def free_bytes(self) -> int | None:
-        """None: object stores have no limit to ask for."""
-        return None
-
-    def _full(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
 
 
 def _make_folders(folder: Path) -> None:

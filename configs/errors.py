@@ -13,6 +13,7 @@ Every error that a user can cause or meet. The command line prints them as one p
         ├── StaleCache                  made from another teacher, class map, temperature, image, …
         ├── CorruptCache                its bytes are not the ones that were written
         ├── CacheLocked                 another process is writing it
+        ├── CacheUnreachable            the server it lies on does not answer, or refuses
         └── DiskFull                    the disk cannot hold what is to be written
 """
 
@@ -75,6 +76,10 @@ class CorruptCache(CacheError):
 
 class CacheLocked(CacheError):
     """Another process is writing this cache; the message says which."""
+
+
+class CacheUnreachable(CacheError):
+    """The file system that the cache lies on did not answer after several attempts, or refused; the message says what was asked."""
 
 
 class DiskFull(CacheError):
