@@ -16,6 +16,8 @@ from kdpipe.cache.remote import RemoteStorage
 from kdpipe.cache.storage import LocalStorage, Storage
 from kdpipe.configs.errors import CacheLocked, CacheUnreachable
 
+_held: set[bytes] = set()  # the object locks of this process
+
 
 @contextmanager
 def writer_lock(storage: Storage) -> Iterator[None]:
@@ -84,6 +86,7 @@ def _object_lock(cache: str) -> Iterator[None]:
             raise CacheLocked(
                 f"{cache} is being written by {_describe(_holder(lock))}, which was faster; wait until it is done"
             ) from err
+    _held.add(mine)
     try:
         yield
     except BaseException:
@@ -91,6 +94,8 @@ def _object_lock(cache: str) -> Iterator[None]:
         with contextlib.suppress(CacheUnreachable):
             _release(lock, mine)
         raise
+    finally:
+        _held.discard(mine)
     _release(lock, mine)
 
 
@@ -132,4 +137,5 @@ def _is_dead(holder: str) -> bool:
         return True
     except (ValueError, KeyError, TypeError, PermissionError):
         return False
-    return bool(content["pid"] == os.getpid())
+    # In a container every run is process 1: a lock of our own number that we do not hold is of an earlier run.
+    return bool(content["pid"] == os.getpid()) and holder.encode() not in _held
