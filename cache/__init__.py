@@ -2,7 +2,15 @@
 
 from kdpipe.cache.manifest import Manifest, Recipe
 from kdpipe.cache.reader import SoftTargetCache
-from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, StaleCache
+from kdpipe.configs.errors import (
+    CacheError,
+    CacheLocked,
+    CacheUnreachable,
+    CorruptCache,
+    IncompleteCache,
+    StaleCache,
+    UnknownFormat,
+)
 
 __all__ = [
     "CacheError",
@@ -14,4 +22,5 @@ __all__ = [
     "Recipe",
     "SoftTargetCache",
     "StaleCache",
+    "UnknownFormat",
 ]

@@ -9,25 +9,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from kdpipe.configs.errors import CorruptCache
+from kdpipe.configs.errors import CorruptCache, UnknownFormat
+from kdpipe.configs.node_names import why_unstorable
 
 FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
+MAX_TILE_PX = 2**30  # the format's limit, that of a source image: a larger one is a lie, and would be allocated
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    """Closed, except in a manifest of a newer minor version: what that adds is kept, so that digests come out the same."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _refuse_unknown_fields(self, info: ValidationInfo) -> Self:
+        if self.model_extra and not (info.context or {}).get("newer"):
+            raise ValueError(f"unknown fields {sorted(self.model_extra)}")
+        return self
+
+
+def _node_path(path: str) -> str:
+    """A path below the cache that leads nowhere else."""
+    for part in path.split("/"):
+        why = "is empty" if not part else why_unstorable(part)
+        if why:
+            raise ValueError(f"{path!r} cannot lie in a cache: {part!r} {why}")
+    return path
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class TeacherRecord(_Record):
     """One teacher: its weights, and how it was asked; the names are those of the config's keys where there is one."""
 
-    checkpoint_sha256: str
+    checkpoint_sha256: Sha256
     architecture: str
     encoder: str
     classes: list[str]
@@ -68,20 +91,26 @@ class Recipe(_Record):
 class ImageDigest(_Record):
     """A source image's content: size in bytes and sha256."""
 
-    size_bytes: int
-    sha256: str
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
 
 
 class TileRecord(_Record):
     """One tile: its size in pixels, the image it came from, and the digests of its two files."""
 
-    id: str
-    height: int
-    width: int
+    id: Annotated[str, AfterValidator(_node_path)]
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
     image: ImageDigest
-    shard_bytes: int
-    shard_sha256: str
-    metadata_sha256: str
+    shard_bytes: Annotated[int, Field(ge=1)]
+    shard_sha256: Sha256
+    metadata_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _refuse_absurd_sizes(self) -> Self:
+        if self.height * self.width > MAX_TILE_PX:
+            raise ValueError(f"tile {self.id} of {self.height} x {self.width} px: a tile has at most {MAX_TILE_PX} px")
+        return self
 
 
 class Manifest(_Record):
@@ -93,8 +122,21 @@ class Manifest(_Record):
     error_bound: float
     device: str
     libraries: dict[str, str]
-    groups: dict[str, str]
+    groups: dict[str, Sha256]
     tiles: list[TileRecord]
+
+    @model_validator(mode="after")
+    def _refuse_paths_out_of_the_cache(self) -> Self:
+        ids = [tile.id for tile in self.tiles]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two tiles of one id")
+        for path in self.groups:
+            if path and not f"{_node_path(path)}/".startswith("tiles/"):
+                raise ValueError(f"the group {path!r} is not one of tiles")
+        arrays_in_arrays = [path for path in self.groups if path.removeprefix("tiles/") in set(ids)]
+        if arrays_in_arrays:
+            raise ValueError(f"{arrays_in_arrays} are groups and tiles at once")
+        return self
 
 
 def fingerprint(recipe: Recipe, images: Mapping[str, ImageDigest]) -> str:
@@ -110,42 +152,85 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 def parse_manifest(data: bytes, origin: str) -> Manifest:
     """
-    The manifest in the bytes of `origin`.
+    The manifest in the bytes of `origin`, of this version of the format or of a newer minor one.
 
-    Raises `CorruptCache` if any byte differs from what `dump_manifest` wrote, or if the format's version is unknown.
+    Raises `UnknownFormat` for another major version, `CorruptCache` if any byte differs from what `dump_manifest` wrote or a
+    field is not as it should be.
     """
     advice = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
     try:
         content = json.loads(data)
+        newer = is_newer_minor(content["format_version"], origin)
         if _canonical(content) != data:
             raise ValueError("it is not laid out as kdpipe writes it")
-        checksum = content.pop("checksum")
-        if checksum != digest_of(content):
+        if content.pop("checksum") != digest_of(content):
             raise ValueError("its content does not match its checksum")
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise CorruptCache(
-                f"{origin} has format version {version}; this kdpipe reads {FORMAT_VERSION}: install the one that fits"
-            )
-        manifest = Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content, context={"newer": newer})
         if manifest.fingerprint != fingerprint(manifest.recipe, {tile.id: tile.image for tile in manifest.tiles}):
             raise ValueError("its fingerprint is not that of its recipe and images")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as err:
-        reason = f"{len(err.errors())} fields are not as they should be" if isinstance(err, ValidationError) else err
-        raise CorruptCache(f"{origin} was changed after it was written: {reason}; {advice}") from err
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise CorruptCache(f"{origin} was changed after it was written: {reason_of(err)}; {advice}") from err
     return manifest
+
+
+def is_newer_minor(version: Any, origin: str) -> bool:
+    """
+    Whether a cache of this format version may have fields that this program does not know.
+
+    Raises `UnknownFormat` for another major version: nothing is known of it but where its version stands, and `ValueError`
+    for what is no version.
+    """
+    known_major, known_minor = map(int, FORMAT_VERSION.split("."))
+    match = re.fullmatch(r"([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version) if isinstance(version, str) else None
+    if match is None:
+        raise ValueError(f"its format_version is {str(version)[:40]!r}, not MAJOR.MINOR")
+    major, minor = map(int, match.groups())
+    if major != known_major:
+        raise UnknownFormat(
+            f"{origin} has format version {version}, and this kdpipe reads {known_major}.x: install a kdpipe that reads it, "
+            "or compute the cache again at another cache.path"
+        )
+    return minor > known_minor
+
+
+def refuse_to_write(version: Any, origin: str) -> None:
+    """Raise `UnknownFormat` unless a cache has the very version that this program writes: others may be read, never added to."""
+    is_newer_minor(version, origin)
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(
+            f"{origin} has format version {version}, which this kdpipe reads, but it writes {FORMAT_VERSION}: install the kdpipe "
+            "that made it, or choose another cache.path"
+        )
+
+
+def reason_of(err: Exception) -> str:
+    """What is wrong with a file, in one short line, from the error of parsing it."""
+    if isinstance(err, ValidationError):
+        first = err.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
+        return f"{where or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
+    if isinstance(err, KeyError):
+        return f"the field {err} is missing"
+    return str(err)[:300]
 
 
 def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
     """
     One line for each field of `expected` that the recipe answers otherwise, naming the field and both values.
 
-    A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
+    So does a field that only a newer kdpipe knows: whatever it is, it determines the values. A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
     """
     found, wanted = _flat(recipe.model_dump()), _flat(expected)
+    known = {*Recipe.model_fields, *TeacherRecord.model_fields}
+    unknown = [
+        f"{field}: the cache has {_short(value)}, and this kdpipe does not know that field: install the one that wrote the cache"
+        for field, value in found.items()
+        if field.rpartition(".")[2] not in known
+    ]
     if found["teachers"] != wanted["teachers"]:  # their number: which is which cannot be said
         found, wanted = ({k: v for k, v in fields.items() if "." not in k} for fields in (found, wanted))
-    return [
+    return unknown + [
         f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
         for field, value in wanted.items()
         if found[field] != value

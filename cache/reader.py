@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache import layout
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, Recipe, TileRecord, parse_manifest
+from kdpipe.cache.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Recipe,
+    TileRecord,
+    parse_manifest,
+    reason_of,
+    refuse_to_write,
+)
 from kdpipe.cache.shard import ReadRange, Shard, open_shard
 from kdpipe.cache.simplex import decode, is_simplex, mean_over_window
 from kdpipe.cache.storage import LocalStorage, Storage, open_storage
@@ -189,16 +197,22 @@ def read_manifest(storage: Storage) -> Manifest:
 
 
 def read_recipe(storage: Storage) -> Recipe | None:
-    """The recipe in the topmost group's attributes, None where there is no group; `CorruptCache` if it is unreadable."""
+    """
+    The recipe in the topmost group's attributes, for whoever goes on to write; None where there is no group.
+
+    Raises `CorruptCache` if it is unreadable, `UnknownFormat` if the cache is of another version than is written.
+    """
     try:
         data = storage.read(layout.METADATA_NAME)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    origin = f"{storage.url}/{layout.METADATA_NAME}"
     try:
         content = json.loads(data)["attributes"][layout.ATTRIBUTE]
+        refuse_to_write(content["format_version"], origin)
         return Recipe.model_validate(content["recipe"])
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise CorruptCache(
-            f"{storage.url}/{layout.METADATA_NAME} is not that of a cache of soft targets; "
+            f"{origin} is not that of a cache of soft targets ({reason_of(err)}); "
             "restore it, choose another cache.path, or delete the cache"
         ) from err

@@ -22,6 +22,7 @@ from kdpipe.cache.manifest import (
     dump_manifest,
     fingerprint,
     parse_manifest,
+    refuse_to_write,
 )
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.simplex import encode, entropy_error, error_bound
@@ -67,11 +68,17 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
 
 
 def whole_manifest(storage: Storage) -> Manifest | None:
-    """The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly."""
+    """
+    The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly.
+
+    Raises `UnknownFormat` if the cache is of another version than is written.
+    """
     try:
-        return parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
+        manifest = parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
     except (FileNotFoundError, CorruptCache):
         return None
+    refuse_to_write(manifest.format_version, f"{storage.url}/{MANIFEST_NAME}")
+    return manifest
 
 
 def restore_root(storage: Storage) -> bool:

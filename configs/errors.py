@@ -11,6 +11,7 @@ Every error that a user can cause or meet. The command line prints them as one p
     └── CacheError                  3   a cache that must not be used as it is
         ├── IncompleteCache             not there, or not finished
         ├── StaleCache                  made from another teacher, class map, temperature, image, …
+        ├── UnknownFormat               of a version of the format that this program does not read, or not write
         ├── CorruptCache                its bytes are not the ones that were written
         ├── CacheLocked                 another process is writing it
         ├── CacheUnreachable            the server it lies on does not answer, or refuses
@@ -68,6 +69,10 @@ class IncompleteCache(CacheError):
 
 class StaleCache(CacheError):
     """The cache was made from something else than what is configured now; the message names the field."""
+
+
+class UnknownFormat(CacheError):
+    """The cache has another version of the format; the message says which, and which this program knows."""
 
 
 class CorruptCache(CacheError):

@@ -7,7 +7,6 @@ Only names are looked at: what is in the files is the business of `rasters.py`.
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.node_names import why_unstorable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -139,20 +139,8 @@ def _groups(root_names: Iterable[str]) -> set[str]:
 
 
 def _require_storable(part: str, path: Path) -> None:
-    """
-    Raise `DataError` unless `part` can be a node's name in a Zarr v3 hierarchy and a file's name on any system.
-
-    https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html#node-names: not only periods, no leading "__", no "/".
-    """
-    why = None
-    if not part.strip("."):
-        why = "consists of periods"
-    elif part.startswith("__"):
-        why = 'starts with "__", which Zarr reserves'
-    elif part == "zarr.json":
-        why = "is Zarr's own name for metadata"
-    elif "\\" in part or any(unicodedata.category(character) in {"Cc", "Cs"} for character in part):
-        why = "holds a backslash, a control character or bytes that are not UTF-8"
+    """Raise `DataError` unless `part` can be part of a tile's id in the cache."""
+    why = why_unstorable(part)
     if why:
         raise DataError(f"the name {part!r} of {str(path)!r} {why}, and cannot name a tile in the cache: rename it")
 

@@ -1,0 +1,54 @@
+"""The caches below `golden/cache-1.0` as they were made: their input, by integer arithmetic that every machine does alike."""
+
+from pathlib import Path
+
+import numpy as np
+
+from kdpipe.cache.manifest import ImageDigest, Manifest, Recipe, TeacherRecord
+from kdpipe.cache.storage import open_storage
+from kdpipe.cache.writer import open_writer
+
+GOLDEN = Path(__file__).parent / "golden" / "cache-1.0"
+SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
+CLASSES = {8: ["water", "forest", "meadow"], 16: ["water", "forest", "meadow", "field", "town"]}
+
+
+def probs(bits: int, height: int, width: int) -> np.ndarray:
+    """Float32 `(C, H, W)`: ratios of small whole numbers, and squares of 40 px where one class is certain."""
+    num_classes = len(CLASSES[bits])
+    row, column = np.mgrid[:height, :width]
+    weights = np.stack([
+        1 + (row // (16 + c) * (c + 3) + column // (24 + c) + c) % (4 + c) for c in range(num_classes)
+    ])  # fmt: skip
+    certain = (row // 40 + column // 40) % 3 == 1
+    one_hot = np.arange(num_classes)[:, None, None] == (row // 40) % num_classes
+    weights = np.where(certain, one_hot, weights).astype(np.float32)
+    return weights / weights.sum(axis=0)
+
+
+def recipe(bits: int) -> Recipe:
+    """One teacher at 8 bits; two of them, a stretch and a window at 16."""
+    classes = CLASSES[bits]
+    first = TeacherRecord(
+        checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
+        drop_channels=[0], weight=1.0, normalize_mean=[0.485, 0.456, 0.406], normalize_std=[0.229, 0.224, 0.225],
+        precision="fp32", tta="none", scales=[1.0], window=None,
+    )  # fmt: skip
+    second = first.model_copy(update={"checkpoint_sha256": "2" * 64, "weight": 0.5, "tta": "d4", "window": 512})
+    rows = [[0.0] * len(classes) for _ in range(3)]
+    rows[0][0], rows[1][1], rows[1][2], rows[2][-1] = 1.0, np.float32(0.7).item(), np.float32(0.3).item(), 1.0
+    return Recipe(
+        teachers=[first] if bits == 8 else [first, second], bands=[4, 3, 2],
+        stretch=None if bits == 8 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
+        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, chunk_px=256,
+    )  # fmt: skip
+
+
+def write(path: Path, bits: int) -> Manifest:
+    """What the writer of today makes of it."""
+    with open_writer(open_storage(str(path)), recipe(bits), device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
+        writer.begin()
+        return writer.finish([
+            writer.write(tile, probs(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
+            for number, (tile, size) in enumerate(SIZES.items(), start=1)
+        ])  # fmt: skip

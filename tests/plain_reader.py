@@ -1,0 +1,122 @@
+"""
+A reader of caches from cache/FORMAT.md alone: the standard library, NumPy, and zstd through numcodecs' binding to it.
+
+It is here to prove that the page is enough, so it shares nothing with kdpipe and nothing with zarr.
+"""
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from numcodecs.zstd import Zstd
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def compact(text: str) -> str:
+    """The same tokens without white space outside of strings."""
+    kept, in_string, escaped = [], False, False
+    for character in text:
+        if in_string:
+            in_string = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character in " \n":
+            continue
+        elif character == '"':
+            in_string = True
+        kept.append(character)
+    return "".join(kept)
+
+
+def member(text: str, name: str) -> str:
+    """The text of one member of a canonical object at indent 1."""
+    start = text.index(f'\n "{name}": ') + len(f'\n "{name}": ')
+    ends = [text.find(end, start) for end in ("\n}", ',\n "')]
+    return text[start : min(end for end in ends if end >= 0)]
+
+
+def check_id(tile: str) -> None:
+    for part in tile.split("/"):
+        assert part.strip(".") and not part.startswith("__") and part != "zarr.json" and "\\" not in part, tile
+        assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in part), tile
+
+
+class Cache:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = (folder / "manifest.json").read_text("ascii")
+        self.manifest = manifest = json.loads(text)
+        assert manifest["format_version"].split(".")[0] == "1", manifest["format_version"]
+        checksum = manifest["checksum"]
+        without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
+        assert sha256(compact(without).encode()) == checksum, "checksum"
+        self.recipe_text = compact(member(text, "recipe"))
+        images = {tile["id"]: tile["image"]["sha256"] for tile in manifest["tiles"]}
+        for tile in images:
+            check_id(tile)
+        # What sorts by code point is the id itself, not its escaped form.
+        listed = ",".join(f"{json.dumps(tile)}:{json.dumps(images[tile])}" for tile in sorted(images))
+        fingerprint = f'{{"images":{{{listed}}},"recipe":{self.recipe_text}}}'
+        assert sha256(fingerprint.encode()) == manifest["fingerprint"], "fingerprint"
+        for group, digest in manifest["groups"].items():
+            assert sha256((folder / group / "zarr.json").read_bytes()) == digest, group
+        root = json.loads((folder / "zarr.json").read_text("ascii"))["attributes"]["kdpipe"]
+        assert root["recipe"] == manifest["recipe"] and root["format_version"] == manifest["format_version"]
+
+    def read(self, tile_id: str) -> np.ndarray:
+        """The integers of a tile, `(class, row, column)`, checked in every way that the page names."""
+        (record,) = [tile for tile in self.manifest["tiles"] if tile["id"] == tile_id]
+        recipe = self.manifest["recipe"]
+        folder = self.folder / "tiles" / tile_id
+        assert folder.resolve().is_relative_to(self.folder.resolve())
+        metadata, shard = (folder / "zarr.json").read_bytes(), (folder / "0.0.0").read_bytes()
+        assert sha256(metadata) == record["metadata_sha256"]
+        assert (sha256(shard), len(shard)) == (record["shard_sha256"], record["shard_bytes"])
+        array = json.loads(metadata)
+        receipt = array["attributes"]["kdpipe"]
+        assert receipt["tile"] == tile_id and receipt["image"] == record["image"]
+        assert receipt["recipe_sha256"] == sha256(self.recipe_text.encode())
+        shape = len(recipe["classes"]), record["height"], record["width"]
+        assert tuple(array["shape"]) == shape
+        bits = recipe["bits"]
+        assert array["data_type"] == f"uint{bits}"
+        (sharding,) = array["codecs"]
+        assert sharding["name"] == "sharding_indexed"
+        inner = sharding["configuration"]
+        bytes_codec = {"name": "bytes"} if bits == 8 else {"name": "bytes", "configuration": {"endian": "little"}}
+        assert inner["index_location"] == "end" and inner["codecs"] == [
+            bytes_codec, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"},
+        ]  # fmt: skip
+        _, chunk_h, chunk_w = inner["chunk_shape"]
+        rows, columns = -(-shape[1] // chunk_h), -(-shape[2] // chunk_w)
+        index = shard[-16 * rows * columns - 4 :]
+        assert crc32c(index[:-4]) == int.from_bytes(index[-4:], "little"), "index"
+        places = np.frombuffer(index[:-4], "<u8").reshape(rows, columns, 2)
+        values = np.empty((shape[0], rows * chunk_h, columns * chunk_w), f"<u{bits // 8}")
+        for row in range(rows):
+            for column in range(columns):
+                start, size = map(int, places[row, column])
+                chunk = shard[start : start + size]
+                assert len(chunk) == size and crc32c(chunk[:-4]) == int.from_bytes(chunk[-4:], "little"), (row, column)
+                into = np.frombuffer(Zstd().decode(chunk[:-4]), values.dtype).reshape(shape[0], chunk_h, chunk_w)
+                values[:, row * chunk_h :][:, :chunk_h, column * chunk_w :][:, :, :chunk_w] = into
+        assert not values[:, shape[1] :].any() and not values[:, :, shape[2] :].any()
+        values = values[:, : shape[1], : shape[2]]
+        assert (values.sum(axis=0, dtype=np.int64) == 2**bits - 1).all()
+        return values
+
+    def probabilities(self, tile_id: str) -> np.ndarray:
+        return self.read(tile_id) / (2 ** self.manifest["recipe"]["bits"] - 1)

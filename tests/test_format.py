@@ -1,0 +1,234 @@
+"""The format on disk: written down so that another language can read it, and read for as long as its major version lives."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import golden_cache
+import numpy as np
+import plain_reader
+import pytest
+from golden_cache import GOLDEN, SIZES
+
+from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
+from kdpipe.cache.integrity import check_full
+from kdpipe.cache.manifest import differences
+from kdpipe.cache.reader import read_manifest, read_recipe
+from kdpipe.cache.simplex import error_bound
+from kdpipe.cache.storage import open_storage
+from kdpipe.cache.writer import finished_tiles, open_writer
+
+BITS = [8, 16]
+
+PLAIN = """
+import sys
+from pathlib import Path
+import numpy as np
+import plain_reader
+
+golden = Path(sys.argv[1])
+with np.load(golden / "expected.npz") as expected:
+    for bits in (8, 16):
+        cache = plain_reader.Cache(golden / f"{bits}-bits.zarr")
+        for number, tile in enumerate(cache.manifest["tiles"]):
+            assert np.array_equal(cache.read(tile["id"]), expected[f"{bits}-{number}"]), tile
+            assert np.abs(cache.probabilities(tile["id"]).sum(axis=0) - 1).max() < 1e-12
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("kdpipe", "zarr")))
+"""
+
+
+def test_a_reader_written_from_the_page_alone_reads_and_checks_the_golden_cache():
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(GOLDEN)], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "zarr.json", "tiles/Train/zarr.json", "tiles/Other/deep/c/0.0.0",
+                                  "tiles/Other/deep/c/zarr.json"])  # fmt: skip
+def test_that_reader_notices_a_changed_byte(file, tmp_path):
+    shutil.copytree(GOLDEN / "8-bits.zarr", tmp_path / "c")
+    data = bytearray((tmp_path / "c" / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "c" / file).write_bytes(data)
+    with pytest.raises((AssertionError, ValueError)):
+        plain_reader.Cache(tmp_path / "c").read("Other/deep/c")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_todays_reader_reads_the_golden_cache_and_finds_it_whole(bits):
+    path = GOLDEN / f"{bits}-bits.zarr"
+    cache = SoftTargetCache.open(str(path))
+    with np.load(GOLDEN / "expected.npz") as expected:
+        for number, tile in enumerate(SIZES):
+            units = cache.read_units(tile)
+            assert units.dtype == np.dtype(f"uint{bits}")
+            np.testing.assert_array_equal(units, expected[f"{bits}-{number}"])
+            probs = golden_cache.probs(bits, *SIZES[tile])
+            assert np.abs(cache.read(tile) - probs).max() <= cache.manifest.error_bound
+    found = check_full(open_storage(str(path)), cache.manifest, {})
+    assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]  # there are no images
+
+
+def lines_of(content, but=()):
+    return {key: value for key, value in content.items() if key not in but}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_todays_writer_writes_what_the_golden_cache_holds(bits, tmp_path):
+    """Values and metadata are compared, not bytes: another release of zstd may compress otherwise, and is free to."""
+    golden_cache.write(tmp_path / "c", bits)
+    golden = GOLDEN / f"{bits}-bits.zarr"
+    compressed = ("shard_bytes", "shard_sha256", "metadata_sha256")
+    with np.load(GOLDEN / "expected.npz") as expected:
+        for number, tile in enumerate(SIZES):
+            np.testing.assert_array_equal(plain_reader.Cache(tmp_path / "c").read(tile), expected[f"{bits}-{number}"])
+    for file in sorted(path.relative_to(golden) for path in golden.rglob("*.json")):
+        then, now = (json.loads((folder / file).read_text()) for folder in (golden, tmp_path / "c"))
+        if file.name == "manifest.json":
+            for manifest in (then, now):
+                manifest["tiles"] = [lines_of(tile, compressed) for tile in manifest["tiles"]]
+                del manifest["checksum"]  # vouches for those as well
+        elif then["node_type"] == "array":
+            receipts = [content["attributes"].pop("kdpipe") for content in (then, now)]
+            # One millionth either way: a logarithm's last bit is the machine's.
+            lost = [np.array(receipt.pop("entropy_error")) for receipt in receipts]
+            np.testing.assert_allclose(lost[0], lost[1], atol=1, rtol=0)
+            assert lines_of(receipts[0], compressed) == lines_of(receipts[1], compressed)
+        assert now == then, file
+    assert sorted(p.relative_to(golden) for p in golden.rglob("*")) == sorted(
+        p.relative_to(tmp_path / "c") for p in (tmp_path / "c").rglob("*")
+    )
+
+
+def test_the_golden_cache_states_the_bound_of_the_page():
+    for bits, num_classes in ((8, 3), (16, 5)):
+        manifest = json.loads((GOLDEN / f"{bits}-bits.zarr/manifest.json").read_text())
+        assert manifest["error_bound"] == (1 - 1 / num_classes) / (2**bits - 1) + 1e-6 == error_bound(bits, num_classes)
+
+
+def sign(content):
+    """The bytes of a manifest with the fingerprint and checksum that its content has, by the page."""
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    content.pop("checksum", None)
+    images = {tile["id"]: tile["image"]["sha256"] for tile in content["tiles"]}
+    content["fingerprint"] = digest({"images": images, "recipe": content["recipe"]})
+    return (json.dumps({**content, "checksum": digest(content)}, sort_keys=True, indent=1) + "\n").encode()
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """A function that changes the golden manifest, signs it again, and returns the cache's path."""
+
+    def alter(change):
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        shutil.copytree(GOLDEN / "8-bits.zarr", tmp_path / "c")
+        manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+        change(manifest)
+        (tmp_path / "c/manifest.json").write_bytes(sign(manifest))
+        return str(tmp_path / "c")
+
+    return alter
+
+
+def test_signing_again_what_did_not_change_gives_the_same_bytes(altered):
+    assert (
+        Path(altered(lambda m: None), "manifest.json").read_bytes()
+        == (GOLDEN / "8-bits.zarr/manifest.json").read_bytes()
+    )
+
+
+def test_an_unknown_major_version_is_refused_before_anything_else_is_believed(altered, tmp_path):
+    path = altered(lambda m: m.update(format_version="2.0"))
+    message = r"manifest\.json has format version 2\.0, and this kdpipe reads 1\.x: install a kdpipe that reads it"
+    with pytest.raises(UnknownFormat, match=message):
+        SoftTargetCache.open(path)
+    (tmp_path / "c/manifest.json").write_text('{"format_version": "7.3", "all": "else", "may": "differ"}')
+    with pytest.raises(UnknownFormat, match=r"format version 7\.3"):
+        SoftTargetCache.open(path)
+
+
+@pytest.mark.parametrize("version", ["1", "1.0.0", "one", "1.x", "-1.0", "01.0", "", 1.0, None, ["1.0"]])
+def test_what_is_no_version_is_damage(altered, version):
+    with pytest.raises(CorruptCache, match=r"its format_version is .*, not MAJOR\.MINOR"):
+        SoftTargetCache.open(altered(lambda m: m.update(format_version=version)))
+
+
+def add_fields(manifest):
+    manifest["coordinates"] = {"crs": "EPSG:4326"}
+    for record in (manifest["recipe"], manifest["recipe"]["teachers"][0], *manifest["tiles"]):
+        record["sharpness"] = 2.5
+
+
+def resign_receipts(path):
+    """Give the tiles of an altered cache the receipts that its recipe asks for, so that it is whole by the page."""
+    manifest = json.loads(Path(path, "manifest.json").read_text())
+    digest = hashlib.sha256(json.dumps(manifest["recipe"], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    for tile in manifest["tiles"]:
+        file = Path(path, "tiles", tile["id"], "zarr.json")
+        content = json.loads(file.read_text())
+        content["attributes"]["kdpipe"].update(recipe_sha256=digest, weather="fair")
+        file.write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
+        tile["metadata_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    Path(path, "manifest.json").write_bytes(sign(manifest))
+
+
+def test_a_newer_minor_version_is_read_with_what_it_adds(altered):
+    path = altered(lambda m: (add_fields(m), m.update(format_version="1.4")))
+    resign_receipts(path)
+    cache = SoftTargetCache.open(path)
+    with np.load(GOLDEN / "expected.npz") as expected:
+        for number, tile in enumerate(SIZES):
+            np.testing.assert_array_equal(cache.read_units(tile), expected[f"8-{number}"])
+    assert {f.code for f in check_full(open_storage(path), cache.manifest, {})} == {"extra-tile"}
+    assert cache.manifest.fingerprint != SoftTargetCache.open(str(GOLDEN / "8-bits.zarr")).manifest.fingerprint
+
+
+@pytest.mark.parametrize("place", [[], ["recipe"], ["recipe", "teachers", 0], ["tiles", 1]])
+def test_added_fields_belong_to_the_checksum(altered, place):
+    path = altered(lambda m: (add_fields(m), m.update(format_version="1.4")))
+    content = json.loads(Path(path, "manifest.json").read_text())
+    target = content
+    for key in place:
+        target = target[key]
+    target["coordinates" if not place else "sharpness"] = 3
+    Path(path, "manifest.json").write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
+    with pytest.raises(CorruptCache, match="does not match its checksum"):
+        SoftTargetCache.open(path)
+
+
+def test_what_a_newer_recipe_adds_is_named_as_a_difference_from_any_configuration(altered):
+    recipe = read_manifest(open_storage(altered(lambda m: (add_fields(m), m.update(format_version="1.1"))))).recipe
+    assert differences(recipe, golden_cache.recipe(8).model_dump()) == [
+        f"{field}: the cache has 2.5, and this kdpipe does not know that field: install the one that wrote the cache"
+        for field in ("teacher.sharpness", "sharpness")
+    ]
+
+
+def test_the_same_fields_in_a_known_version_are_damage(altered):
+    with pytest.raises(CorruptCache, match=r"unknown fields \['sharpness'\]"):
+        SoftTargetCache.open(altered(add_fields))
+    with pytest.raises(CorruptCache, match=r"unknown fields \['colour'\]"):
+        SoftTargetCache.open(altered(lambda m: m.update(colour="red")))
+
+
+def test_nobody_writes_into_a_cache_of_another_version(altered):
+    path = altered(lambda m: m.update(format_version="1.1"))
+    storage = open_storage(path)
+    message = r"has format version 1\.1, which this kdpipe reads, but it writes 1\.0"
+    with pytest.raises(UnknownFormat, match=rf"manifest\.json {message}"):
+        finished_tiles(storage, golden_cache.recipe(8), {})
+    root = Path(path, "zarr.json")
+    root.write_text(root.read_text().replace('"format_version": "1.0"', '"format_version": "1.1"'))
+    for write in (
+        lambda: read_recipe(storage),
+        lambda: open_writer(storage, golden_cache.recipe(8), device="cpu", libraries={}).__enter__(),
+    ):
+        with pytest.raises(UnknownFormat, match=rf"zarr\.json {message}"):
+            write()
