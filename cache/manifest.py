@@ -219,7 +219,8 @@ def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
     """
     One line for each field of `expected` that the recipe answers otherwise, naming the field and both values.
 
-    So does a field that only a newer kdpipe knows: whatever it is, it determines the values. A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
+    So does a field that only a newer kdpipe knows: whatever it is, it determines the values.
+    A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
     """
     found, wanted = _flat(recipe.model_dump()), _flat(expected)
     known = {*Recipe.model_fields, *TeacherRecord.model_fields}

@@ -13,7 +13,7 @@ from kdpipe.cache.storage import open_storage
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.recipe import expected_fields, library_versions
+from kdpipe.pipeline.recipe import expected_fields, other_libraries
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,5 @@ def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
         expected = expected_fields(config, resolve_stretch(config.data, tiles))
         listed = check_tiles_listed(manifest, {tile.id: tile.image for tile in tiles})
         found = [*differences(manifest.recipe, expected), *(f"{finding.tile}: {finding.message}" for finding in listed)]
-    installed = library_versions()
-    others = {
-        name: (version, installed[name])
-        for name, version in manifest.libraries.items()
-        if name in installed and installed[name] != version
-    }
+    others = other_libraries(manifest.libraries)
     return CacheInspection(storage.url, manifest, found, others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,22 @@ def refuse_unexpected(recipe: Recipe, expected: dict[str, Any], url: str) -> Non
 def library_versions() -> dict[str, str]:
     """The versions of what computes and stores the values: recorded, not part of the fingerprint."""
     return {name: version(name) for name in LIBRARIES}
+
+
+def other_libraries(recorded: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The libraries of a cache that have another version now, with both: a reason to warn, never to refuse."""
+    installed = library_versions()
+    return {
+        name: (then, installed[name])
+        for name, then in recorded.items()
+        if name in installed and installed[name] != then
+    }
+
+
+def library_note(recorded: Mapping[str, str]) -> str | None:
+    """One line on `other_libraries`, None where there are none."""
+    others = other_libraries(recorded)
+    if not others:
+        return None
+    pairs = "; ".join(f"{name} {then}, installed is {now}" for name, (then, now) in others.items())
+    return f"note: the cache was computed with {pairs}; the values are not recomputed for that"

@@ -17,17 +17,21 @@ from kdpipe.data.dataset import TargetSource
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.loaders import OnlineTargets
 from kdpipe.pipeline.models.teacher import open_teacher
-from kdpipe.pipeline.recipe import complete_recipe, expected_fields, refuse_unexpected
+from kdpipe.pipeline.recipe import complete_recipe, expected_fields, library_note, refuse_unexpected
 
 Stretch = Sequence[tuple[float, float]] | None
 
 
 @dataclass(frozen=True)
 class Targets:
-    """A source of soft targets (None without distillation), and the fingerprint of the cache behind it, if one is."""
+    """
+    A source of soft targets (None without distillation), and of the cache behind it, if one is, the fingerprint and a line on
+    libraries that have another version now.
+    """
 
     source: TargetSource | None
-    fingerprint: str | None
+    fingerprint: str | None = None
+    note: str | None = None
 
 
 def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device: torch.device) -> Targets:
@@ -38,13 +42,13 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     `IncompleteCache`, `StaleCache` or `CorruptCache` where the cache does not hold what the configuration describes.
     """
     if config.distill.mode == "none":
-        return Targets(None, None)
+        return Targets(None)
     if config.distill.mode == "online":
         recipe = complete_recipe(config, stretch, None)
         teacher = open_teacher(config, recipe, device)
-        return Targets(OnlineTargets(teacher, tiles, config, stretch), None)
+        return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)
-    return Targets(cache, cache.manifest.fingerprint)
+    return Targets(cache, cache.manifest.fingerprint, library_note(cache.manifest.libraries))
 
 
 def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> SoftTargetCache:

@@ -129,6 +129,8 @@ class _Run:
         self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
         targets = open_targets(config, tiles, self.stretch, device)
         self.fingerprint = targets.fingerprint
+        if targets.note:
+            progress.say(targets.note)
         self.cache_used = (
             CacheUsed(path=config.cache.path, fingerprint=targets.fingerprint, tiles=len(tiles))
             if targets.fingerprint

@@ -26,7 +26,7 @@ from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.parity import PRECISION_SLACK, TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
-from kdpipe.pipeline.recipe import expected_fields
+from kdpipe.pipeline.recipe import expected_fields, library_note, other_libraries
 
 Level = Literal["quick", "full", "parity"]
 DEFAULT_SAMPLE = 12  # tiles on which the teacher is run again
@@ -41,6 +41,7 @@ class Report:
     tiles: int = 0
     fingerprint: str | None = None
     error_bound: float | None = None
+    other_libraries: dict[str, tuple[str, str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     parity: list[TileParity] = field(default_factory=list)
     labels: Scores | None = None
@@ -62,6 +63,7 @@ class Report:
             "tiles": self.tiles,
             "fingerprint": self.fingerprint,
             "error_bound": self.error_bound,
+            "other_libraries": self.other_libraries,
             "findings": [asdict(finding) for finding in self.findings],
             "parity": [tile.as_dict() for tile in self.parity],
             "labels": self.labels.as_dict() if self.labels else None,
@@ -101,6 +103,10 @@ def verify(
         report.findings.append(Finding(code, None, str(err)))
         return report
     report.fingerprint, report.error_bound = manifest.fingerprint, manifest.error_bound
+    report.other_libraries = other_libraries(manifest.libraries)
+    note = library_note(manifest.libraries)
+    if note:
+        progress.say(note)
     report.findings += [
         Finding("stale-recipe", None, line) for line in differences(manifest.recipe, expected_fields(config, stretch))
     ]

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from kdpipe.configs import dump_config
-from kdpipe.pipeline import cache_inspection
+from kdpipe.pipeline import recipe
 from kdpipe.pipeline.cache_inspection import inspect_cache
 from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.precompute import precompute
@@ -58,8 +58,8 @@ def test_each_difference_is_named_and_the_exit_code_says_so(cached, tmp_path, la
 
 
 def test_another_version_of_a_library_is_a_note_and_no_difference(cached, monkeypatch):
-    now = cache_inspection.library_versions()
-    monkeypatch.setattr(cache_inspection, "library_versions", lambda: {**now, "timm": "99.0"})
+    now = recipe.library_versions()
+    monkeypatch.setattr(recipe, "library_versions", lambda: {**now, "timm": "99.0"})
     found = inspect_cache(cached.cache.path, cached)
     assert found.differences == []
     assert found.other_libraries == {"timm": (now["timm"], "99.0")}
