@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache.manifest import FORMAT_VERSION, ImageDigest, Recipe, TileRecord
-from kdpipe.cache.simplex import total
+from kdpipe.cache.simplex import ENTROPY_BLOCK_PX, total
 
 CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
 TILES = "tiles"
@@ -135,13 +135,17 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
             shard_sha256=receipt["shard_sha256"],
             metadata_sha256=sha256(metadata),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def read_entropy_error(attributes: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Nats by block, as `simplex.entropy_error` gives them, from the attributes of a tile's metadata."""
-    return np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
+def read_entropy_error(attributes: Mapping[str, Any], tile: TileRecord) -> NDArray[np.float64]:
+    """Nats by block, as `simplex.entropy_error` gives them, from the attributes of a tile's metadata; `ValueError` if of another size."""
+    blocks = np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
+    expected = (-(-tile.height // ENTROPY_BLOCK_PX), -(-tile.width // ENTROPY_BLOCK_PX))
+    if blocks.shape != expected:
+        raise ValueError(f"{blocks.shape} blocks, not {expected}")
+    return blocks
 
 
 def sha256(data: bytes) -> str:

@@ -67,14 +67,14 @@ class TeacherRecord(_Record):
 class Recipe(_Record):
     """Everything that determines the values of a tile, given its image; class map rows are of the first teacher's kept classes."""
 
-    teachers: list[TeacherRecord]
+    teachers: Annotated[list[TeacherRecord], Field(min_length=1)]
     bands: list[int]
     stretch: list[list[float]] | None
-    classes: list[str]
+    classes: Annotated[list[str], Field(min_length=2)]
     class_map: list[list[float]]
     temperature: float
     kind: Literal["soft"]
-    bits: int
+    bits: Literal[8, 16]
     chunk_px: int
 
     @property

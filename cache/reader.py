@@ -73,8 +73,12 @@ class SoftTargetCache:
         Known by blocks of 64 px (see `simplex.entropy_error`). `window` and errors are those of `read`.
         """
         record = self._record(tile_id)
-        window = _checked(record, window)
-        return mean_over_window(layout.read_entropy_error(self._shard(record).attributes), window)
+        return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
+
+    def largest_entropy_error(self, tile_id: str) -> float:
+        """The entry of a tile's blocks (see `entropy_error`) that is farthest from zero, in nats."""
+        blocks = self._entropy_error_blocks(self._record(tile_id)).ravel()
+        return float(blocks[np.abs(blocks).argmax()])
 
     def read(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
@@ -129,12 +133,24 @@ class SoftTargetCache:
             metadata = self._storage.read(f"{layout.tile_path(record.id)}/{layout.METADATA_NAME}")
             try:
                 shard = open_shard(metadata, self._range_reader(record))
-            except ValueError as err:
+            except (ValueError, OSError) as err:
                 raise self._corrupt(record.id, str(err)) from err
+            recipe = self.manifest.recipe
+            wanted = (len(recipe.classes), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
+            if (shard.shape, shard.dtype) != wanted:
+                raise self._corrupt(
+                    record.id, f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}"
+                )
         self._shards[record.id] = shard
         if len(self._shards) > MAX_OPEN_TILES:
             self._shards.popitem(last=False)
         return shard
+
+    def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
+        try:
+            return layout.read_entropy_error(self._shard(record).attributes, record)
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
+            raise self._corrupt(record.id, f"its entropy_error is not that of its size ({err!r:.100})") from err
 
     def _range_reader(self, record: TileRecord) -> ReadRange:
         return partial(self._storage.read_range, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
@@ -179,6 +195,8 @@ def damage(storage: Storage, record: TileRecord) -> str | None:
             return f"its {what} ({name}) is missing"
         except OSError as err:
             return f"its {what} ({name}) cannot be read ({err})"
+        except CorruptCache as err:  # a link that leads out of the cache
+            return str(err)
         if layout.sha256(data) != digest:
             return f"its {what} ({name}) is not what was written"
     return None

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and size of a chunk, two little-endian uint64
+MAX_CHUNKS = 2**20  # more than 2**30 px have in chunks of 256 px, even where they are one row
+MAX_CHUNK_VALUES = 2**28  # 256 x 256 px of 4,096 classes
 ABSENT = 2**64 - 1  # what an index says of a chunk that was not written
 BYTES = {"uint8": {"name": "bytes"}, "uint16": {"name": "bytes", "configuration": {"endian": "little"}}}
 COMPRESSORS = [
@@ -68,12 +70,19 @@ class Shard:
         start, size = (int(value) for value in self.index[row, column])
         if start == ABSENT:
             raise ValueError(f"chunk {row}, {column} is absent")
-        data = Zstd().decode(_checked(read_range(start, size), f"chunk {row}, {column}"))
-        shape = (self.shape[0], *self.chunk_px)
-        chunk_Chw = np.frombuffer(data, dtype=self.dtype)
-        if chunk_Chw.size != np.prod(shape):
-            raise ValueError(f"chunk {row}, {column} has {chunk_Chw.size} values, not {shape}")
-        return chunk_Chw.reshape(shape)
+        # No frame has more bytes than its chunk and a header, and none is let allocate what it declares.
+        chunk_Chw = np.zeros((self.shape[0], *self.chunk_px), dtype=self.dtype)
+        if size > 2 * chunk_Chw.nbytes + 1024:
+            raise ValueError(f"chunk {row}, {column} should have {size} bytes, more than its values")
+        frame = _checked(read_range(start, size), f"chunk {row}, {column}")
+        declared = _frame_size(frame)
+        if declared != chunk_Chw.nbytes:
+            raise ValueError(f"chunk {row}, {column} declares {declared} bytes, not those of {chunk_Chw.shape} values")
+        try:
+            Zstd().decode(frame, out=chunk_Chw)
+        except RuntimeError as err:
+            raise ValueError(f"chunk {row}, {column} does not decode ({err})") from err
+        return chunk_Chw
 
 
 def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
@@ -82,7 +91,10 @@ def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
 
     Raises `ValueError` where the metadata is not of the kind that the format writes, or the index is damaged.
     """
-    content = json.loads(metadata)
+    try:
+        content = json.loads(metadata)
+    except RecursionError as err:
+        raise ValueError("its metadata is nested too deep") from err
     try:
         num_classes, height, width = content["shape"]
         (sharding,) = content["codecs"]
@@ -90,12 +102,21 @@ def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
         codecs = [BYTES[content["data_type"]], *COMPRESSORS]
         if sharding["name"] != "sharding_indexed" or inner["index_location"] != "end" or inner["codecs"] != codecs:
             raise ValueError(f"its codecs are not those of the format: {json.dumps(content['codecs'])[:300]}")
-        _, chunk_h, chunk_w = inner["chunk_shape"]
+        num_channels, chunk_h, chunk_w = inner["chunk_shape"]
+        numbers = (num_classes, height, width, num_channels, chunk_h, chunk_w)
+        if any(type(number) is not int or number < 1 for number in numbers) or num_channels != num_classes:
+            raise ValueError(f"its shape {content['shape']} and that of its chunks {inner['chunk_shape']} do not fit")
+        if chunk_h > height or chunk_w > width or num_classes * chunk_h * chunk_w > MAX_CHUNK_VALUES:
+            raise ValueError(f"its chunks of {inner['chunk_shape']} values are larger than the format has them")
         dtype = np.dtype(content["data_type"]).newbyteorder("<")
         attributes = content["attributes"]
+        if not isinstance(attributes, dict):
+            raise TypeError("attributes")
     except (KeyError, TypeError) as err:
-        raise ValueError(f"its metadata is not that of a tile ({err!r})") from err
+        raise ValueError(f"its metadata is not that of a tile ({err!r:.200})") from err
     grid = (-(-height // chunk_h), -(-width // chunk_w))
+    if grid[0] * grid[1] > MAX_CHUNKS:
+        raise ValueError(f"its shape {content['shape']} is larger than any tile")
     index_bytes = grid[0] * grid[1] * INDEX_ENTRY_BYTES + CRC_BYTES
     index = np.frombuffer(_checked(read_range(-index_bytes, index_bytes), "the index"), dtype="<u8")
     return Shard((num_classes, height, width), (chunk_h, chunk_w), dtype, index.reshape(*grid, 2), attributes)
@@ -109,3 +130,19 @@ def _checked(data: bytes, what: str) -> Any:
         return CRC32C(location="end").decode(data)  # type: ignore[no-untyped-call]
     except RuntimeError as err:
         raise ValueError(f"{what} does not match its checksum") from err
+
+
+def _frame_size(frame: bytes) -> int | None:
+    """
+    The number of bytes that a Zstandard frame declares to hold, None if it declares none.
+
+    https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1: magic number, descriptor, window (absent in a single segment), size.
+    """
+    if bytes(frame[:4]) != b"\x28\xb5\x2f\xfd" or len(frame) < 5:
+        raise ValueError("a chunk is no Zstandard frame")
+    descriptor = int(frame[4])
+    single_segment = descriptor >> 5 & 1
+    start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]
+    length = (single_segment, 2, 4, 8)[descriptor >> 6]
+    size = int.from_bytes(bytes(frame[start : start + length]), "little") + (256 if length == 2 else 0)
+    return size if length else None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from kdpipe.configs.errors import ConfigError, DiskFull
+from kdpipe.configs.errors import ConfigError, CorruptCache, DiskFull
 from kdpipe.configs.outputs import output_path
 
 PARTIAL_SUFFIX = ".partial"
@@ -81,14 +81,26 @@ class LocalStorage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.url = str(folder)
+        self._real = os.path.realpath(folder)
+
+    def _path(self, name: str) -> Path:
+        """The path of a name to read, write or list; `CorruptCache` if a link in the cache, or the name itself, leads out of it."""
+        path = os.path.join(self.folder, name)  # noqa: PTH118  once a read: a tenth of a Path
+        real = os.path.realpath(path)
+        if real != self._real and not real.startswith(self._real + os.sep):
+            raise CorruptCache(
+                f"{path} leads out of the cache, to {real}: nothing is read or written there; delete the link and run "
+                "`kdpipe precompute-teacher --repair`"
+            )
+        return Path(path)
 
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none."""
-        return (self.folder / name).read_bytes()
+        return self._path(name).read_bytes()
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
-        with (self.folder / name).open("rb", buffering=0) as file:
+        with self._path(name).open("rb", buffering=0) as file:
             if start < 0:
                 start = max(0, start + os.fstat(file.fileno()).st_size)
             return os.pread(file.fileno(), length, start)
@@ -99,7 +111,7 @@ class LocalStorage:
 
         Raises `DiskFull` and leaves no partial file where the disk is full.
         """
-        path = self.folder / name
+        path = self._path(name)
         partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
         try:
             _make_folders(path.parent)
@@ -136,13 +148,13 @@ class LocalStorage:
     def children(self, name: str) -> list[str]:
         """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
         try:
-            return sorted(os.listdir(self.folder / name))  # noqa: PTH208  names are all that is asked for
+            return sorted(os.listdir(self._path(name)))  # noqa: PTH208  names are all that is asked for
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all it holds; nothing happens if there is none."""
-        path = self.folder / name
+        path = self._path(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
+MAX_CONFIG_BYTES = 2**20  # a thousand times a long one; PyYAML takes seconds for it
+MAX_NODES = 100_000
+MAX_SHOWN_ERRORS = 10
 SHIPPED_DIR = Path(__file__).resolve().parent
 
 
@@ -26,11 +30,16 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = find_config(source)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} is not readable YAML: {err}") from err
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as err:
         raise ConfigError(f"cannot read the config {path}: {err.strerror}") from err
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which no config has: is it the right file?")
+    try:
+        raw = _parse_yaml(data.decode())
+    except ValueError as err:
+        raise ConfigError(f"{path} is not readable YAML: {err}") from err
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} should hold a mapping of sections, found {type(raw).__name__}")
     for override in overrides:
@@ -43,7 +52,12 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as err:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(error) for error in err.errors())) from err
+        errors = err.errors(include_url=False)
+        rest = f"; and {len(errors) - MAX_SHOWN_ERRORS} more" if len(errors) > MAX_SHOWN_ERRORS else ""
+        shown = "; ".join(_explain(error) for error in errors[:MAX_SHOWN_ERRORS])
+        raise ConfigError(f"{origin}: {shown}{rest}") from err
+    except RecursionError as err:
+        raise ConfigError(f"{origin} is nested too deep") from err
 
 
 def dump_config(config: Config) -> str:
@@ -70,8 +84,39 @@ def shipped_configs() -> list[str]:
     return sorted(str(path.relative_to(SHIPPED_DIR).with_suffix("")) for path in SHIPPED_DIR.rglob("*.yaml"))
 
 
+def _parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text; `ValueError` for all that is wrong with it. Nothing in it is executed."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as err:
+        raise ValueError(str(err)) from err
+    except RecursionError as err:
+        raise ValueError("it is nested too deep") from err
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as err:  # PyYAML, at tags that do not fit their values
+        raise ValueError(f"a value does not fit its tag ({err!r:.100})") from err
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which YAML itself forbids and PyYAML lets pass."""
+    """
+    Safe YAML that refuses a key given twice, which YAML itself forbids and PyYAML lets pass; NUL characters, which no path or
+    name may have; and aliases that stand for more than a config can hold ("billion laughs").
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()  # type: ignore[no-untyped-call]
+        if node is not None and _expanded_nodes(node, {}) > MAX_NODES:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_NODES} values")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if "\0" in node.value:
+            raise yaml.YAMLError(f"a NUL character{node.start_mark}")
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -85,13 +130,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _expanded_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for if every alias is written out; `known` holds those that were counted before."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES  # while it is counted: a node within itself has no end
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else [item])]
+        nested = not isinstance(node, yaml.ScalarNode)
+        known[id(node)] = min(1 + (sum(_expanded_nodes(part, known) for part in parts) if nested else 0), MAX_NODES + 1)
+    return known[id(node)]
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set needs KEY=VALUE, such as train.epochs=2, found {override!r}")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as err:
+        value = _parse_yaml(text)
+    except ValueError as err:
         raise ConfigError(f"--set {key}: {text!r} is not YAML: {err}") from err
     *parents, last = key.strip().split(".")
     section: Any = raw
@@ -132,7 +187,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if location else message
-    return f"{key}: {message}, found {error['input']!r}"
+    return f"{key}: {message}, found {reprlib.repr(error['input'])}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -83,6 +83,7 @@ CHANGES = {
     "train.effective_batch_size": (2, "nothing"),
     "train.val_batch_size": (2, "nothing"),
     "train.crops_per_tile": (2, "nothing"),
+    "train.unlabelled_crops_per_tile": (2, "nothing"),
     "train.lr": (1e-2, "nothing"),
     "train.backbone_lr": (1e-2, "nothing"),
     "train.weight_decay": (0.1, "nothing"),
