@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kdpipe.configs import Config
+    from kdpipe.pipeline.cache_statistics import CacheStatistics
     from kdpipe.pipeline.console import ConsoleProgress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -228,22 +229,32 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
     "--diff", "source", metavar="CONFIG", help="Of a cache: say what this configuration would have otherwise."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG.")
+@click.option("--stats", is_flag=True, help="Of a cache: read all of it; class shares, entropy, confidence, outliers.")
+@_file_option("--table", "table_path", "With --stats: one row a tile, as .csv or .parquet.")
+@_file_option("--plot", "plot_path", "With --stats: draw it as a PNG.")
 @_json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def inspect(path: str, source: str | None, overrides: tuple[str, ...], json_path: str | None, debug: bool) -> None:
+def inspect(
+    path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None, plot_path: str | None,
+    json_path: str | None, debug: bool,
+) -> None:  # fmt: skip
     """
     Say what a file of weights or a cache is.
 
     Of a CHECKPOINT: its network as recognised, its channels, and how its weights lie in it; never executes anything from a
-    file. Of a CACHE (a folder or URL): its manifest. Exit codes: 0 done, 1 --diff found differences, 2 not a readable
-    checkpoint, 3 not a whole cache.
+    file. Of a CACHE (a folder or URL): its manifest, and with --stats its numbers, out of core. Exit codes: 0 done, 1 --diff
+    found differences, 2 not a readable checkpoint, 3 not a whole cache.
     """
     from kdpipe.pipeline import reports
     from kdpipe.pipeline.cache_inspection import inspect_cache, is_cache
     from kdpipe.pipeline.inspection import inspect_checkpoint
 
-    console, _ = _open_console()
+    console, progress = _open_console()
+    if (table_path or plot_path) and not stats:
+        raise click.UsageError("--table and --plot go with --stats")
     if not is_cache(path):
+        if stats:
+            raise click.UsageError(f"--stats is for a cache, and {path} is not a folder or URL")
         if source is not None:
             raise click.UsageError(f"--diff compares a cache with CONFIG, and {path} is not a folder or URL")
         found = inspect_checkpoint(path)
@@ -251,9 +262,15 @@ def inspect(path: str, source: str | None, overrides: tuple[str, ...], json_path
         console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
         return
     cache = inspect_cache(path, _load(source, overrides) if source is not None else None)
-    _write_json(json_path, cache.as_dict())
+    content = cache.as_dict()
     for table in reports.cache_tables(cache):
         console.print(table, highlight=False, soft_wrap=True)
+    if stats:
+        statistics = _statistics(path, table_path, plot_path, progress)
+        content["statistics"] = statistics.as_dict()
+        for table in reports.statistics_tables(statistics):
+            console.print(table, highlight=False, soft_wrap=True)
+    _write_json(json_path, content)
     sys.exit(EXIT_FINDINGS if cache.differences else 0)
 
 
@@ -379,6 +396,24 @@ def _open_console() -> tuple[Console, ConsoleProgress]:
 def _write_json(path: str | None, content: dict[str, Any]) -> None:
     if path is not None:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _statistics(path: str, table: str | None, plot: str | None, progress: ConsoleProgress) -> CacheStatistics:
+    from kdpipe.cache import SoftTargetCache
+    from kdpipe.pipeline.cache_statistics import compute_statistics, require_table_format, write_table
+
+    if table is not None:
+        require_table_format(Path(table))
+    cache = SoftTargetCache.open(path)
+    with progress.bar("statistics", len(cache.tile_ids), "tiles") as advance:
+        statistics = compute_statistics(cache, advance)
+    if table is not None:
+        write_table(statistics, Path(table))
+    if plot is not None:
+        from kdpipe.pipeline.statistics_picture import draw_statistics
+
+        draw_statistics(statistics, cache, Path(plot))
+    return statistics
 
 
 def _complain(message: str) -> None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from kdpipe.cache.manifest import summarise
+from kdpipe.pipeline.cache_statistics import MIN_TILES
 from kdpipe.pipeline.comparison import MEAN
 from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text
 from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
-    from kdpipe.pipeline import cache_inspection, estimate, inspection, precompute, suggestion, training, verify
+    from kdpipe.pipeline import (
+        cache_inspection,
+        cache_statistics,
+        estimate,
+        inspection,
+        precompute,
+        suggestion,
+        training,
+        verify,
+    )
     from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
 SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
+SHOWN_OUTLIERS = 12
 SHOWN_FINDINGS = 20  # the rest is in --json
 
 
@@ -266,6 +279,47 @@ def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | st
         yield f"note: computed with {name} {then}, installed is {now}; the values are not recomputed for that"
     if found.differences is not None:
         yield from found.differences or ["the configuration describes this very cache"]
+
+
+def statistics_tables(found: cache_statistics.CacheStatistics) -> Iterator[Table | str]:
+    """A cache's numbers: shares by class, both histograms, what rounding took, and the tiles unlike the others."""
+    shares = Table(title="Classes", title_justify="left")
+    for column in ("class", "mean probability", "likeliest"):
+        shares.add_column(column, justify="left" if column == "class" else "right")
+    for name, share, argmax in zip(found.classes, found.shares, found.argmax_shares, strict=True):
+        shares.add_row(name, _percent(share, 2), _percent(argmax, 2))
+    yield shares
+    bins = [sum(found.confidence_histogram[start:end]) for start, end in ((0, 10), (10, 14), (14, 18), (18, 20))]
+    parts = [_percent(count / found.pixels) for count in bins]
+    yield (
+        f"entropy {found.entropy:.4f} nats (ln {len(found.classes)} = {math.log(len(found.classes)):.4f} is the most); "
+        f"confidence {found.confidence:.4f}: below 0.5 {parts[0]}, to 0.7 {parts[1]}, to 0.9 {parts[2]}, above {parts[3]}"
+    )
+    yield (
+        f"rounding: |Δp| at most {found.error_bound:.5f} as stated (what is reached needs the teacher: verify-cache --level "
+        f"parity); entropy lost {found.entropy_lost:+.1e} nats, in a block of 64 px at most {found.largest_entropy_lost:+.1e}"
+    )
+    sizes = sorted(tile.bytes_per_pixel for tile in found.tiles)
+    yield (
+        f"{found.shard_bytes / found.pixels:.3f} bytes a pixel; by tile {sizes[0]:.3f} to {sizes[-1]:.3f}, "
+        f"median {statistics.median(sizes):.3f}"
+    )
+    if found.outliers:
+        table = Table(title="Tiles unlike the others (robust z-score beyond 3.5)", title_justify="left")
+        for column in ("tile", "in", "value", "median", "z"):
+            table.add_column(column, justify="left" if column in ("tile", "in") else "right")
+        for outlier in found.outliers[:SHOWN_OUTLIERS]:
+            table.add_row(
+                outlier.tile, outlier.figure, f"{outlier.value:.3g}", f"{outlier.median:.3g}", f"{outlier.score:+.1f}"
+            )
+        yield table
+        if len(found.outliers) > SHOWN_OUTLIERS:
+            yield f"and {len(found.outliers) - SHOWN_OUTLIERS} more, in --json and --table"
+    else:
+        few = f"{len(found.tiles)} tiles are too few to say" if len(found.tiles) < MIN_TILES else "none"
+        yield f"tiles unlike the others: {few}"
+    if found.without_spread:
+        yield f"not judged by {', '.join(found.without_spread)}, in which more than half of the tiles agree"
 
 
 def sample_data_text(summary: SampleData) -> str:
