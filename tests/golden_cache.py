@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import plain_reader
 
 from kdpipe.cache.manifest import ImageDigest, Manifest, Recipe, TeacherRecord
 from kdpipe.cache.storage import open_storage
@@ -18,7 +19,7 @@ def probs(bits: int, height: int, width: int) -> np.ndarray:
     num_classes = len(CLASSES[bits])
     row, column = np.mgrid[:height, :width]
     weights = np.stack([
-        1 + (row // (16 + c) * (c + 3) + column // (24 + c) + c) % (4 + c) for c in range(num_classes)
+        1 + (row // (32 + c) * (c + 3) + column // (40 + c) + c) % (4 + c) for c in range(num_classes)
     ])  # fmt: skip
     certain = (row // 40 + column // 40) % 3 == 1
     one_hot = np.arange(num_classes)[:, None, None] == (row // 40) % num_classes
@@ -52,3 +53,18 @@ def write(path: Path, bits: int) -> Manifest:
             writer.write(tile, probs(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
             for number, (tile, size) in enumerate(SIZES.items(), start=1)
         ])  # fmt: skip
+
+
+def write_golden(folder: Path) -> None:
+    """
+    How `cache-1.0` was made; a later version of the format gets another folder, by a function like this.
+
+    Raises `FileExistsError` where there is one: it is never regenerated.
+    """
+    folder.mkdir(parents=True)
+    expected = {}
+    for bits in CLASSES:
+        write(folder / f"{bits}-bits.zarr", bits)
+        cache = plain_reader.Cache(folder / f"{bits}-bits.zarr")
+        expected |= {f"{bits}-{number}": cache.read(tile) for number, tile in enumerate(SIZES)}
+    np.savez_compressed(folder / "expected.npz", **expected)
