@@ -108,13 +108,13 @@ class _Loader(yaml.SafeLoader):
     """
 
     def get_single_node(self) -> Any:
-        node = super().get_single_node()  # type: ignore[no-untyped-call]
+        node = super().get_single_node()
         if node is not None and _expanded_nodes(node, {}) > MAX_NODES:
             raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_NODES} values")
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        if "\0" in node.value:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
             raise yaml.YAMLError(f"a NUL character{node.start_mark}")
         return super().construct_scalar(node)
 
