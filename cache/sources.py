@@ -24,10 +24,10 @@ def is_unchanged(path: Path, record: TileRecord, written: float | None, *, by_co
     """
     try:
         stat = path.stat()
+        if stat.st_size != record.image.size_bytes:
+            return False
+        if not by_content and written is not None and stat.st_mtime < written:
+            return True
+        return digest_image(path) == record.image
     except FileNotFoundError:
         return False
-    if stat.st_size != record.image.size_bytes:
-        return False
-    if not by_content and written is not None and stat.st_mtime < written:
-        return True
-    return digest_image(path) == record.image

@@ -27,7 +27,7 @@ from kdpipe.cache.manifest import (
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.simplex import encode, entropy_error, error_bound
 from kdpipe.cache.sources import is_unchanged
-from kdpipe.cache.storage import Storage
+from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
 
@@ -40,7 +40,7 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
     """
     found = read_recipe(storage)
     if found is None:
-        if storage.children(""):
+        if set(storage.children("")) - set(partial_files(storage)):  # a run killed at its first write leaves those
             raise CorruptCache(
                 f"{storage.url} holds files, but no {layout.METADATA_NAME} that says they are a cache of soft targets; "
                 "choose another cache.path, or delete them"
@@ -56,7 +56,8 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
         record = known.get(tile_id)
         if record is None:
             try:
-                record = layout.parse_receipt(storage.read(f"{path}/{layout.METADATA_NAME}"), tile_id, digest)
+                metadata = storage.read(f"{path}/{layout.METADATA_NAME}")
+                record = layout.parse_receipt(metadata, tile_id, digest) if layout.is_sealed(metadata) else None
             except (FileNotFoundError, NotADirectoryError):
                 record = None
         if record is None or storage.size(f"{path}/{layout.SHARD_NAME}") != record.shard_bytes:
@@ -79,6 +80,17 @@ def whole_manifest(storage: Storage) -> Manifest | None:
         return None
     refuse_to_write(manifest.format_version, f"{storage.url}/{MANIFEST_NAME}")
     return manifest
+
+
+def partial_files(storage: Storage) -> list[str]:
+    """What killed runs left of files that they were writing; those of a run that goes on, too."""
+    return [name for name in storage.children("") if name.endswith(PARTIAL_SUFFIX)]
+
+
+def sweep(storage: Storage) -> None:
+    """Delete what killed runs left. Call it with the lock held."""
+    for name in partial_files(storage):
+        storage.remove(name)
 
 
 def restore_root(storage: Storage) -> bool:
@@ -117,11 +129,12 @@ def open_writer(
     storage: Storage, recipe: Recipe, *, device: str, libraries: Mapping[str, str]
 ) -> Iterator[CacheWriter]:
     """
-    A writer that holds the cache's lock until the block ends.
+    A writer that holds the cache's lock until the block ends; what killed runs left is swept.
 
     Raises `CacheLocked` if another process writes it, `StaleCache` if it was made by another recipe.
     """
     with writer_lock(storage):
+        sweep(storage)
         yield CacheWriter(storage, recipe, device=device, libraries=libraries)
 
 

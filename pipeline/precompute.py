@@ -25,7 +25,15 @@ from kdpipe.cache.manifest import ImageDigest, Recipe, TileRecord, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
-from kdpipe.cache.writer import CacheWriter, finished_tiles, open_writer, restore_root, whole_manifest
+from kdpipe.cache.writer import (
+    CacheWriter,
+    finished_tiles,
+    open_writer,
+    partial_files,
+    restore_root,
+    sweep,
+    whole_manifest,
+)
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import batches_of_equal_size
@@ -127,6 +135,9 @@ def precompute(
         and manifest
         and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]
     ):
+        if partial_files(plan.storage):
+            with writer_lock(plan.storage):
+                sweep(plan.storage)
         progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
         summary.fingerprint = manifest.fingerprint
         return summary
@@ -254,8 +265,12 @@ def _load(batch: list[Tile], recipe: Recipe, stretch: Stretch) -> _Loaded:
     tiles, digests, images, failed = [], [], [], {}
     for tile in batch:
         try:
+            before = tile.image.stat()
             image_HWC = read_image(tile.image, tuple(recipe.bands), stretch)
             digest = digest_image(tile.image)
+            after = tile.image.stat()
+            if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+                raise DataError(f"{tile.image} changed while it was read")
         except (DataError, OSError) as err:
             failed[tile.id] = str(err)
             continue
