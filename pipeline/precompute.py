@@ -128,11 +128,10 @@ def precompute(
         _restore_root(config, progress)
     plan = make_plan(config)
     summary = Summary(cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished))
-    manifest = whole_manifest(plan.storage)
     if (
         not repair
         and not plan.missing
-        and manifest
+        and (manifest := whole_manifest(plan.storage))
         and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]
     ):
         if partial_files(plan.storage):
