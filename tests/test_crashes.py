@@ -251,7 +251,7 @@ def test_what_killed_runs_left_is_swept_even_where_nothing_is_to_do(make, tmp_pa
     precompute(config, CPU)
     expected = tree(tmp_path / "c.zarr")
     if not finished:
-        os.unlink(tmp_path / "c.zarr/manifest.json")
+        (tmp_path / "c.zarr/manifest.json").unlink()
     (tmp_path / "c.zarr/.7-8.partial").write_bytes(b"half")
     assert precompute(config, CPU).computed == 0
     assert tree(tmp_path / "c.zarr") == expected
@@ -262,7 +262,7 @@ def test_a_receipt_with_a_changed_digit_is_not_believed_while_there_is_no_manife
     config = make(tmp_path / "c.zarr")
     precompute(config, CPU)
     expected = tree(tmp_path / "c.zarr")
-    os.unlink(tmp_path / "c.zarr/manifest.json")
+    (tmp_path / "c.zarr/manifest.json").unlink()
     receipt = tmp_path / "c.zarr/tiles/Mine/t1/zarr.json"
     data = bytearray(receipt.read_bytes())
     at = data.index(f'"{digit}"'.encode()) + len(digit) + 2

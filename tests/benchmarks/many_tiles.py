@@ -58,7 +58,7 @@ def write(path: Path, images: dict[str, Path]) -> None:
     shard, template, one = encode(simplex.encode(PROBS_CHW, 8), "ID", digest, RECIPE.digest(), np.zeros((1, 1)))
     seal = json.loads(template)["attributes"]["kdpipe"][layout.SEAL].encode()
 
-    def copy(units, tile_id, image, recipe_digest, lost):  # noqa: ANN001, ANN202
+    def copy(units, tile_id, image, recipe_digest, lost):
         blank = template.replace(seal, b"").replace(b'"ID"', json.dumps(tile_id).encode())
         sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % layout.sha256(blank).encode())
         return shard, sealed, one.model_copy(update={"id": tile_id, "metadata_sha256": layout.sha256(sealed)})
@@ -83,7 +83,7 @@ def resume(path: Path, images: dict[str, Path]) -> int:
     return len(missing)
 
 
-def timed(what, function):  # noqa: ANN001, ANN201
+def timed(what, function):
     start, cpu = time.perf_counter(), time.process_time()
     result = function()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
