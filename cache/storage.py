@@ -19,7 +19,9 @@ from typing import Protocol
 from kdpipe.configs.errors import ConfigError, CorruptCache, DiskFull
 from kdpipe.configs.outputs import output_path
 
-PARTIAL_SUFFIX = ".partial"  # of what is being written: it lies at the top of the cache, and moves to its place once whole
+PARTIAL_SUFFIX = (
+    ".partial"  # of what is being written: it lies at the top of the cache, and moves to its place once whole
+)
 LOCAL_SCHEMES = ("file://", "local://")  # fsspec's own local files are not synced, and a write there can be half done
 
 

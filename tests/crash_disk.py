@@ -21,8 +21,9 @@ class Killed(BaseException):
 
 
 class File:
-    def __init__(self, content=b""):
+    def __init__(self, content=b"", written_ns=None):
         self.content = self.durable = content
+        self.written_ns = written_ns  # of what was there before: whether an image is newer than its tile depends on it
 
     def sync(self):
         self.durable = self.content
@@ -49,7 +50,9 @@ class Disk:
         self._opened = []
         self._top = Folder()
         for path in sorted(self.root.rglob("*")):
-            self._parent(path).entries[path.name] = Folder() if path.is_dir() else File(path.read_bytes())
+            self._parent(path).entries[path.name] = (
+                Folder() if path.is_dir() else File(path.read_bytes(), path.stat().st_mtime_ns)
+            )
         self._sync_all(self._top)
 
     def _sync_all(self, node):
@@ -78,6 +81,8 @@ class Disk:
     def _lay_out(self, node, path, rng):
         if isinstance(node, File):
             path.write_bytes(node.content if rng and rng.random() < 0.5 else node.durable)
+            if node.written_ns is not None:
+                os.utime(path, ns=(node.written_ns, node.written_ns))
             return
         path.mkdir()
         for name in sorted({**node.entries, **node.durable}):
