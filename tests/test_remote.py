@@ -104,7 +104,7 @@ def test_repair_of_a_damaged_object_brings_its_bytes_back(make_config, s3):
     before, storage = objects(s3.url), open_storage(s3.url)
     name = next(name for name in before if name.endswith("/0.0.0"))
     tile = name.removeprefix("tiles/").removesuffix("/0.0.0")
-    storage.write(name, before[name][:-1])
+    storage.write(name, before[name][:-1] + bytes([before[name][-1] ^ 1]))
     assert [finding.tile for finding in verify(config, "full", CPU).findings] == [tile]
     with pytest.raises(CorruptCache, match=tile):
         SoftTargetCache.open(s3.url).read(tile)
