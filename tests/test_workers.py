@@ -22,7 +22,7 @@ from kdpipe.pipeline.loaders import _worker_options
 sys.path.insert(0, str(Path(__file__).parent))  # in spawned processes too: they unpickle this module's classes
 from test_cache import RECIPE, distributions
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 TILE_PX, CROP_PX, SAMPLES = 300, 32, 24
 
 
