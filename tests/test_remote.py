@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import tree
 from test_cache import distributions, fill, images  # noqa: F401  (a fixture)
-from test_precompute import StopAfter
+from test_precompute import StopAfter, command
 
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache, remote
 from kdpipe.cache.lock import writer_lock
@@ -210,15 +210,12 @@ def test_of_many_writers_that_start_at_once_one_holds_the_lock(s3):
 
 def test_the_second_writer_is_told_who_writes_and_exits_with_3(make_config, s3, tmp_path):
     config = make_config(cache__path=s3.url)
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(config.model_dump(mode="json", exclude_none=True)))
     with writer_lock(open_storage(s3.url)):
         with pytest.raises(CacheLocked, match=f"process {os.getpid()} on"):
             precompute(config, CPU)
         done = subprocess.run(
-            [sys.executable, "-m", "kdpipe.pipeline", "precompute-teacher", "-c", str(path), "--device", "cpu"],
-            capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+            command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, timeout=250
+        )
     assert done.returncode == 3, done.stderr
     assert f"is being written by process {os.getpid()} on {socket.gethostname()} since" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
