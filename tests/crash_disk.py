@@ -2,7 +2,8 @@
 A disk on which every file operation can be the last one, or the one that fails, and that knows what a power cut would leave.
 
 Below `root` each operation of Python's `open`, `write`, `fsync`, `replace`, `unlink`, `mkdir`, `rmdir`, `scandir` and
-`listdir` is counted. What is durable is modelled apart from the real disk, by the least that POSIX promises: a file's bytes once it was synced, a name in
+`listdir` is counted. What is durable is modelled apart from the real disk, by the least that POSIX promises: a file's bytes
+once it was synced, a name in
 a folder (new, renamed or deleted) once the folder was. A rename is atomic.
 """
 
