@@ -256,7 +256,7 @@ def find_outliers(tiles: Sequence[TileStatistics], classes: Sequence[str]) -> tu
         scores = MAD_TO_SIGMA * (values - median) / spread
         outliers += [
             Outlier(tiles[i].tile, figure, values[i].item(), median.item(), scores[i].item())
-            for i in np.flatnonzero(np.abs(scores) > OUTLIER_SCORE)
+            for i in np.flatnonzero(np.abs(scores) > OUTLIER_SCORE).tolist()
         ]
     return sorted(outliers, key=lambda outlier: -abs(outlier.score)), without_spread
 

@@ -30,7 +30,8 @@ def draw_statistics(statistics: CacheStatistics, cache: SoftTargetCache, path: P
         f"confidence {statistics.confidence:.3f}",
         fontsize=10,
     )
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.5])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.5])
+    above, below = parts
     axes = above.subplots(1, 3)
     _draw_shares(axes[0], statistics)
     largest = np.log(len(statistics.classes))
