@@ -113,7 +113,7 @@ def test_killed_or_without_power_at_any_file_operation_a_run_goes_on_to_the_same
         for place in places.values():
             shutil.rmtree(place)
         points += 1
-    assert points > 80
+    assert points > 60  # 64 where one tile of a finished cache is computed again, more than 100 on a fresh one
 
 
 @pytest.mark.parametrize("kind", ["full", "failing"])
