@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/kdpipe demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
