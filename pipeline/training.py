@@ -11,6 +11,7 @@ import math
 import statistics
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,13 @@ def train(
     with fits_in_memory("while training", advice, workers=config.train.workers):
         run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
         try:
-            return run.fit()
-        finally:
-            run.close_logs()
+            summary = run.fit()
+        except BaseException:
+            with suppress(Exception):  # what ended the run says more than logs that cannot be closed
+                run.close_logs()
+            raise
+        run.close_logs()
+        return summary
 
 
 class _Run:

@@ -1,6 +1,5 @@
 """`train.batch_size: auto` finds the largest batch that fits and disturbs nothing else."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import Lines, Plain
-from test_memory import CUDA, LIMITED
+from test_memory import CUDA, LIMITED, PLAIN_MALLOC
 
 from kdpipe.configs import dump_config, load_config
 from kdpipe.configs.errors import ConfigError, OutOfMemory
@@ -202,14 +201,14 @@ def test_an_auxiliary_head_and_lookahead_are_probed_too(auto):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_accumulates_and_finishes(make_config, tmp_path):
-    """For real: six crops of 512 px do not fit into 80 % of 1.5 GB more, fewer at a time do."""
+    """For real: six crops of 512 px do not fit into 80 % of 2.8 GB more, fewer at a time do."""
     config = make_config(train__batch_size=6, train__crop=512, train__epochs=1, data__val=[])
     precompute(config, CPU)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     arguments = ["train-student", "-c", "c.yaml", "--device", "cpu", "--set", "train.batch_size=auto"]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "1500", *arguments], capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"COLUMNS": "80"},
+        [sys.executable, "-c", LIMITED, "2800", *arguments], capture_output=True, text=True, check=False, timeout=300,
+        env=PLAIN_MALLOC,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = re.search(r"train\.batch_size auto: (\d) samples? at a time x (\d) accumulated = 6 a step", done.stdout)
