@@ -127,6 +127,10 @@ class RemoteStorage:
             return self._try("looking at", name, lambda: float(self._fs.modified(self._full(name)).timestamp()))
         return None
 
+    def last_write(self) -> float | None:
+        """None: no request tells that of a prefix."""
+        return None
+
     def children(self, name: str) -> list[str]:
         """The names directly below a prefix, sorted; empty if there is nothing."""
         with contextlib.suppress(FileNotFoundError):

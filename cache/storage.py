@@ -49,6 +49,9 @@ class Storage(Protocol):
     def modified(self, name: str) -> float | None:
         """When a file was last written, in seconds since the epoch; None where that is not known."""
 
+    def last_write(self) -> float | None:
+        """A time that moves whenever any file of the cache is written; None where that is not known."""
+
     def children(self, name: str) -> list[str]:
         """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
 
@@ -148,6 +151,10 @@ class LocalStorage:
             return os.stat(f"{self.url}/{name}").st_mtime  # noqa: PTH116  as in `size`
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def last_write(self) -> float | None:
+        """When a file last came into the topmost folder or left it: every write passes through it (see `write`)."""
+        return self.modified("")
 
     def children(self, name: str) -> list[str]:
         """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""

@@ -31,12 +31,14 @@ from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
 
-def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path]) -> dict[str, TileRecord]:
+def finished_tiles(
+    storage: Storage, recipe: Recipe, images: Mapping[str, Path], manifest: Manifest | None
+) -> dict[str, TileRecord]:
     """
     The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
 
-    Reads the manifest if the cache is complete, else each tile's receipt. Raises `StaleCache`, naming the fields, if the
-    cache was made by another recipe.
+    `manifest` is that of a complete cache (see `whole_manifest`); the receipts of tiles that it does not list are read one by
+    one. Raises `StaleCache`, naming the fields, if the cache was made by another recipe.
     """
     found = read_recipe(storage)
     if found is None:
@@ -47,7 +49,6 @@ def finished_tiles(storage: Storage, recipe: Recipe, images: Mapping[str, Path])
             )
         return {}
     refuse_stale(storage, found, recipe)
-    manifest = whole_manifest(storage)
     known = {tile.id: tile for tile in manifest.tiles} if manifest else {}
     digest = recipe.digest()
     finished = {}

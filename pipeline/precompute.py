@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import ImageDigest, Recipe, TileRecord, summarise
+from kdpipe.cache.manifest import ImageDigest, Manifest, Recipe, TileRecord, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
@@ -78,10 +78,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to do: all tiles, those finished already, and how the rest is computed."""
+    """What is to do: all tiles, those finished already, the manifest if there is one, and how the rest is computed."""
 
     tiles: list[Tile]
     finished: dict[str, TileRecord]
+    manifest: Manifest | None
     recipe: Recipe
     stretch: Stretch
     storage: Storage
@@ -90,6 +91,15 @@ class Plan:
     def missing(self) -> list[Tile]:
         """The tiles to compute."""
         return [tile for tile in self.tiles if tile.id not in self.finished]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache is complete with just these tiles, in this order."""
+        return (
+            self.manifest is not None
+            and not self.missing
+            and [record.id for record in self.manifest.tiles] == [tile.id for tile in self.tiles]
+        )
 
 
 def make_plan(config: Config) -> Plan:
@@ -103,8 +113,9 @@ def make_plan(config: Config) -> Plan:
     stretch = resolve_stretch(config.data, tiles)
     storage = open_storage(config.cache.path)
     recipe = complete_recipe(config, stretch, read_recipe(storage))
-    finished = finished_tiles(storage, recipe, {tile.id: tile.image for tile in tiles})
-    return Plan(tiles=tiles, finished=finished, recipe=recipe, stretch=stretch, storage=storage)
+    manifest = whole_manifest(storage)
+    finished = finished_tiles(storage, recipe, {tile.id: tile.image for tile in tiles}, manifest)
+    return Plan(tiles=tiles, finished=finished, manifest=manifest, recipe=recipe, stretch=stretch, storage=storage)
 
 
 def precompute(
@@ -126,19 +137,16 @@ def precompute(
     start = time.perf_counter()
     if repair:
         _restore_root(config, progress)
+    written = open_storage(config.cache.path).last_write()
     plan = make_plan(config)
     summary = Summary(cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished))
-    if (
-        not repair
-        and not plan.missing
-        and (manifest := whole_manifest(plan.storage))
-        and [record.id for record in manifest.tiles] == [tile.id for tile in plan.tiles]
-    ):
+    if plan.is_done and not repair:
         if partial_files(plan.storage):
             with writer_lock(plan.storage):
                 sweep(plan.storage)
         progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
-        summary.fingerprint = manifest.fingerprint
+        assert plan.manifest is not None
+        summary.fingerprint = plan.manifest.fingerprint
         return summary
     batch_size = _batch_size(config, device)
     advice = partial(teacher_advice, config, batch_size, device)
@@ -146,8 +154,8 @@ def precompute(
         fits_in_memory("while precomputing (reading, the teacher, or encoding)", advice()),
         open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
     ):
-        # Asked again under the lock: another process may have finished tiles since.
-        plan = make_plan(config)
+        if written is None or plan.storage.last_write() != written:
+            plan = make_plan(config)  # another process may have finished tiles before the lock was ours
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
@@ -252,8 +260,9 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
         return [[tile] for tile in plan.tiles]
     sizes, readable = [], []
     for tile in plan.tiles:
+        record = plan.finished.get(tile.id)
         try:
-            sizes.append(image_size(tile.image))
+            sizes.append((record.height, record.width) if record else image_size(tile.image))
             readable.append(tile)
         except DataError as err:
             summary.failed[tile.id] = str(err)

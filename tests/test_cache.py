@@ -24,7 +24,7 @@ from kdpipe.cache.manifest import Recipe, TeacherRecord
 from kdpipe.cache.simplex import decode, encode, entropy_error, error_bound
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import LocalStorage, open_storage
-from kdpipe.cache.writer import finished_tiles, open_writer
+from kdpipe.cache.writer import finished_tiles, open_writer, whole_manifest
 from kdpipe.configs.errors import CacheError, DiskFull
 
 RECIPE = Recipe(
@@ -149,7 +149,7 @@ def fill(path, images, tiles=None, recipe=RECIPE, finish=True):
     storage = open_storage(str(path))
     with open_writer(storage, recipe, device="cpu", libraries={"numpy": "1"}) as writer:
         writer.begin()
-        records = finished_tiles(storage, recipe, images)
+        records = finished_tiles(storage, recipe, images, None)
         for number, tile in enumerate(SIZES):
             if tile not in records and (tiles is None or tile in tiles):
                 probs = distributions(3, *SIZES[tile], seed=number)
@@ -338,7 +338,7 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path, images):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(CorruptCache, match="holds files, but no zarr.json"):
-        finished_tiles(open_storage(str(tmp_path / "mine")), RECIPE, images)
+        finished_tiles(open_storage(str(tmp_path / "mine")), RECIPE, images, None)
 
 
 def read_in_worker(cache, queue):
@@ -392,9 +392,9 @@ def test_one_writer_at_a_time_and_a_killed_ones_lock_is_free(tmp_path, images):
 
 def test_a_changed_image_makes_its_tile_unfinished(cache, tmp_path, images):
     storage = open_storage(str(tmp_path / "c.zarr"))
-    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES)
+    assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES)
     time.sleep(0.01)
     images["Train/a"].write_bytes(b"X" + images["Train/a"].read_bytes()[1:])
-    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES) - {"Train/a"}
+    assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES) - {"Train/a"}
     (tmp_path / "c.zarr/manifest.json").unlink()
-    assert set(finished_tiles(storage, RECIPE, images)) == set(SIZES) - {"Train/a"}
+    assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES) - {"Train/a"}
