@@ -1,61 +1,81 @@
 """
-How long does a cache of very many tiny tiles take to open, to verify quickly, and to resume, and how much memory?
+What does a cache of very many tiny tiles cost to open, to verify quickly and to resume, in time and in memory?
 
     python tests/benchmarks/many_tiles.py /scratch/many --tiles 100000
 
-Lays out images (hard links to one) and a cache of their tiles in a new folder, which it deletes in the end. The tiles are
-copies of one under receipts of their own, and nothing is synced while they are laid out: only what is measured afterwards is as in use.
+Lays out a cache of 100 tiles and one of `--tiles` in a new folder, which it deletes in the end, and runs the same commands on
+both: the difference is what the tiles cost. Images are hard links to one, the tiles copies of one under receipts of their own,
+and nothing is synced while they are laid out: only what is measured afterwards is as in use.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from kdpipe.cache import SoftTargetCache, layout, simplex
-from kdpipe.cache.integrity import check_quick
-from kdpipe.cache.manifest import Recipe, TeacherRecord
-from kdpipe.cache.reader import read_manifest
-from kdpipe.cache.sources import digest_image
-from kdpipe.cache.storage import open_storage
-from kdpipe.cache.writer import finished_tiles, open_writer
-
-RECIPE = Recipe(
-    teachers=[TeacherRecord(
-        checkpoint_sha256="0" * 64, architecture="unet", encoder="resnet18", classes=["a", "b"], drop_channels=[], weight=1.0,
-        normalize_mean=[0, 0, 0], normalize_std=[1, 1, 1], precision="fp32", tta="none", scales=[1.0], window=None,
-    )],
-    bands=[1, 2, 3], stretch=None, classes=["x", "y"], class_map=[[1, 0], [0, 1]], temperature=2.0, kind="soft", bits=8,
-    chunk_px=256,
-)  # fmt: skip
-PROBS_CHW = np.full((2, 8, 8), 0.5, dtype=np.float32)
-MISSING = 10
+FEW = 100
+SIDE = 32  # px of a tile
+LINKS = 60_000  # ext4 allows 65,000 links to a file
+CONFIG = {
+    "name": "many", "group": "benchmark", "seed": 1,
+    "classes": {"names": ["x", "y"]},
+    "data": {"train": ["Many"], "allow_missing_masks": True},
+    "teacher": {"architecture": "unet", "encoder": "mobilenet_v2", "checkpoint": "teacher.pth", "classes": ["a", "b"]},
+    "class_map": {"a": {"x": 1}, "b": {"y": 1}},
+    "cache": {"path": "cache.zarr"},
+    "student": {"architecture": "unet", "encoder": "mobilenet_v2"},
+}  # fmt: skip
+KDPIPE = [sys.executable, "-m", "kdpipe.pipeline"]
+OPEN = [sys.executable, "-c", "from kdpipe.cache import SoftTargetCache; SoftTargetCache.open('cache.zarr')"]
 
 
-def lay_out(folder: Path, count: int) -> dict[str, Path]:
+def lay_out(folder: Path, count: int) -> None:
+    """A config, a teacher, images and their finished cache; in a process of its own, whose memory the commands do not inherit."""
+    import numpy as np
+    import torch
+    import yaml
+    from PIL import Image
+
+    from kdpipe.pipeline.models.smp_models import create_smp_model
+
     images_folder = folder / "Many" / "images"
     images_folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(create_smp_model("unet", "mobilenet_v2", 2, key="teacher").state_dict(), folder / "teacher.pth")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     images = {f"Many/t{i:06d}": images_folder / f"t{i:06d}.png" for i in range(count)}
-    paths = iter(images.values())
-    links = 60_000  # ext4 allows 65,000 links to a file
-    for i, path in enumerate(paths):
-        if i % links == 0:
+    for i, path in enumerate(images.values()):
+        if i % LINKS == 0:
             first = path
-            first.write_bytes(b"an image")
+            Image.fromarray(np.full((SIDE, SIDE, 3), 99, dtype=np.uint8)).save(first)
         else:
             os.link(first, path)
-    return images
+    os.chdir(folder)
+    write("cache.zarr", images)
 
 
-def write(path: Path, images: dict[str, Path]) -> None:
+def write(path: str, images: dict[str, Path]) -> None:
+    """The finished cache of these images, all of one content, without a sync and without the teacher."""
+    import numpy as np
+
+    from kdpipe.cache import layout, simplex
+    from kdpipe.cache.sources import digest_image
+    from kdpipe.cache.storage import open_storage
+    from kdpipe.cache.writer import open_writer
+    from kdpipe.configs import load_config
+    from kdpipe.pipeline.recipe import complete_recipe, library_versions
+
+    config = load_config("config.yaml")
+    recipe = complete_recipe(config, None, None)
+    probs_CHW = np.full((2, SIDE, SIDE), 0.5, dtype=np.float32)
     fsync, encode = os.fsync, layout.encode_tile
     digest = digest_image(next(iter(images.values())))
-    shard, template, one = encode(simplex.encode(PROBS_CHW, 8), "ID", digest, RECIPE.digest(), np.zeros((1, 1)))
+    shard, template, one = encode(simplex.encode(probs_CHW, 8), "ID", digest, recipe.digest(), np.zeros((1, 1)))
     seal = json.loads(template)["attributes"]["kdpipe"][layout.SEAL].encode()
 
     def copy(units, tile_id, image, recipe_digest, lost):
@@ -65,58 +85,77 @@ def write(path: Path, images: dict[str, Path]) -> None:
 
     os.fsync, layout.encode_tile = lambda descriptor: None, copy
     try:
-        with open_writer(open_storage(str(path)), RECIPE, device="cpu", libraries={}) as writer:
-            writer.finish([writer.write(tile, PROBS_CHW, digest) for tile in images])
+        with open_writer(open_storage(path), recipe, device="cpu", libraries=library_versions()) as writer:
+            writer.finish([writer.write(tile, probs_CHW, digest) for tile in images])
     finally:
         os.fsync, layout.encode_tile = fsync, encode
 
 
-def resume(path: Path, images: dict[str, Path]) -> int:
-    storage = open_storage(str(path))
-    records = finished_tiles(storage, RECIPE, images)
-    with open_writer(storage, RECIPE, device="cpu", libraries={}) as writer:
-        writer.begin()
-        missing = [tile for tile in images if tile not in records]
-        for tile in missing:
-            records[tile] = writer.write(tile, PROBS_CHW, digest_image(images[tile]))
-        writer.finish([records[tile] for tile in images])
-    return len(missing)
+def lose(missing: int) -> None:
+    """Take the completion away and the receipts of some tiles, evenly spread."""
+    Path("cache.zarr/manifest.json").unlink()
+    tiles = sorted(Path("cache.zarr/tiles/Many").glob("*/zarr.json"))
+    for receipt in tiles[:: len(tiles) // missing][:missing]:
+        receipt.unlink()
 
 
-def timed(what, function):
-    start, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(
-        f"{what:45} {time.perf_counter() - start:7.1f} s   CPU {time.process_time() - cpu:7.1f} s   peak so far {peak:6.0f} MB",
-        flush=True,
-    )
-    return result
+def run(command: list[str]) -> dict[str, float]:
+    """Seconds, CPU seconds and peak memory (MB) of a command, which must succeed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"{command} failed:\n{output}"
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1e3,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiles", type=int, default=100_000)
+    parser.add_argument(
+        "--missing", type=int, nargs=2, default=[10, 100], help="tiles that two resumes have to compute"
+    )
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    target = arguments.json and arguments.json.absolute()
     arguments.folder.mkdir(parents=True)
-    path = arguments.folder / "cache.zarr"
+    top = arguments.folder.absolute()
+    precompute = [*KDPIPE, "precompute-teacher", "-c", "config.yaml", "--device", "cpu"]
+    steps = {
+        "open in Python": (OPEN, None),
+        "verify-cache --level quick": ([*KDPIPE, "verify-cache", "-c", "config.yaml", "--level", "quick"], None),
+        "precompute-teacher, nothing to do": (precompute, None),
+        **{
+            f"precompute-teacher, {n} missing, no manifest": (precompute, lambda n=n: lose(n))
+            for n in arguments.missing
+        },
+    }
+    results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in steps}
     try:
-        images = timed("images", lambda: lay_out(arguments.folder, arguments.tiles))
-        timed("laying the cache out (unsynced)", lambda: write(path, images))
-        storage = open_storage(str(path))
-        cache = timed("SoftTargetCache.open", lambda: SoftTargetCache.open(str(path)))
-        timed("read 100 tiles", lambda: [cache.read(tile) for tile in cache.tile_ids[:100]])
-        assert timed("verify, quick", lambda: check_quick(storage, read_manifest(storage), images)) == []
-        assert len(timed("what is finished, by the manifest", lambda: finished_tiles(storage, RECIPE, images))) == len(
-            images
-        )
-        for tile in list(images)[:: len(images) // MISSING][:MISSING]:
-            storage.remove(f"{layout.tile_path(tile)}/{layout.METADATA_NAME}")
-        storage.remove("manifest.json")
-        assert timed(f"resume without a manifest, {MISSING} tiles missing", lambda: resume(path, images)) == MISSING
+        for count in (FEW, arguments.tiles):
+            layer = multiprocessing.get_context("spawn").Process(target=lay_out, args=(top / str(count), count))
+            layer.start()
+            layer.join()
+            assert layer.exitcode == 0
+            os.chdir(top / str(count))
+            for name, (command, before) in steps.items():
+                if before:
+                    before()
+                results[name][str(count)] = run(command)
     finally:
-        shutil.rmtree(arguments.folder)
+        os.chdir("/")
+        shutil.rmtree(top)
+    print(f"{'':50} {FEW:>24,} tiles {arguments.tiles:>24,} tiles")
+    for name, found in results.items():
+        cells = (f"{r['seconds']:6.1f} s {r['cpu_seconds']:6.1f} CPU s {r['peak_mb']:6.0f} MB" for r in found.values())
+        print(f"{name:50} " + "   ".join(cells))
+    if target:
+        target.write_text(json.dumps({"tiles": arguments.tiles, "commands": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
