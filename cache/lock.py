@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from kdpipe.cache.remote import RemoteStorage
-from kdpipe.cache.storage import LocalStorage, Storage
-from kdpipe.configs.errors import CacheLocked, CacheUnreachable
+from kdpipe.cache.storage import FULL, LocalStorage, Storage
+from kdpipe.configs.errors import CacheLocked, CacheUnreachable, DiskFull
 
 _held: set[bytes] = set()  # the object locks of this process
 
@@ -57,13 +58,26 @@ def _file_lock(path: Path, cache: str) -> Iterator[None]:
             break
         file.close()
     try:
-        file.truncate(0)
-        file.write(_this_process())
-        file.flush()
+        _name_holder(file, path)
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        with contextlib.suppress(OSError):  # what did not fit before does not now
+            file.close()
+
+
+def _name_holder(file: TextIO, path: Path) -> None:
+    try:
+        if os.fstat(file.fileno()).st_size:  # the name of a killed writer
+            file.truncate(0)
+        file.write(_this_process())
+        file.flush()
+    except OSError as err:
+        if err.errno in FULL:
+            raise DiskFull(
+                f"no room for {path}, which says who writes the cache; make room and run the same command again"
+            ) from err
+        raise
 
 
 @contextmanager

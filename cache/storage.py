@@ -22,6 +22,7 @@ from kdpipe.configs.outputs import output_path
 PARTIAL_SUFFIX = (
     ".partial"  # of what is being written: it lies at the top of the cache, and moves to its place once whole
 )
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or in the user's share of it
 LOCAL_SCHEMES = ("file://", "local://")  # fsspec's own local files are not synced, and a write there can be half done
 
 
@@ -130,7 +131,7 @@ class LocalStorage:
         except OSError as err:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            if err.errno in FULL:
                 raise DiskFull(
                     f"no room for {len(data)} bytes of {path} (free: {self.free_bytes()} bytes); "
                     "make room and run the same command again: what is finished is kept"

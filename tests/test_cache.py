@@ -390,6 +390,15 @@ def test_one_writer_at_a_time_and_a_killed_ones_lock_is_free(tmp_path, images):
     assert not path.with_name("c.zarr.lock").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+def test_a_disk_without_room_for_the_lock_is_said_to_be_full(tmp_path, images):
+    (tmp_path / "c.zarr.lock").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match=r"no room for .*c\.zarr\.lock.*make room and run the same command again"):
+        fill(tmp_path / "c.zarr", images)
+    assert not (tmp_path / "c.zarr.lock").is_symlink()
+    fill(tmp_path / "c.zarr", images)
+
+
 def test_a_changed_image_makes_its_tile_unfinished(cache, tmp_path, images):
     storage = open_storage(str(tmp_path / "c.zarr"))
     assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES)
