@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kdpipe.pipeline.malloc import keep_freed_memory
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -355,6 +357,7 @@ def demo(out: str, debug: bool) -> None:
 
 def main() -> None:
     """Run `kdpipe`; errors of the user's making end in one paragraph and their exit code, others in a traceback."""
+    keep_freed_memory()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
