@@ -1,6 +1,7 @@
-"""The cache of soft targets: a Zarr v3 group that says how its numbers were made and notices when they change."""
+"""The cache of soft targets or logits: a Zarr v3 group that says how its numbers were made and notices when they change."""
 
-from kdpipe.cache.manifest import Manifest, Recipe
+from kdpipe.cache.logits import Softening
+from kdpipe.cache.manifest import LogitsRecipe, Manifest, Recipe
 from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.configs.errors import (
     CacheError,
@@ -18,9 +19,11 @@ __all__ = [
     "CacheUnreachable",
     "CorruptCache",
     "IncompleteCache",
+    "LogitsRecipe",
     "Manifest",
     "Recipe",
     "SoftTargetCache",
+    "Softening",
     "StaleCache",
     "UnknownFormat",
 ]

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.manifest import FORMAT_VERSION, ImageDigest, Recipe, TileRecord
-from kdpipe.cache.simplex import ENTROPY_BLOCK_PX, total
+from kdpipe.cache.manifest import CacheRecipe, ImageDigest, TileRecord
+from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
+from kdpipe.cache.values import decoding
 
 CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
 TILES = "tiles"
@@ -45,26 +46,30 @@ def group_paths(tile_ids: list[str]) -> list[str]:
     return sorted(groups)
 
 
-def group_metadata(path: str, recipe: Recipe) -> bytes:
+def group_metadata(path: str, recipe: CacheRecipe) -> bytes:
     """The `zarr.json` of a group; the topmost one says how the numbers were made and how to decode them."""
     attributes: dict[str, Any] = {}
     if path == "":
         attributes[ATTRIBUTE] = {
-            "format_version": FORMAT_VERSION,
-            "decoding": f"p = value / {total(recipe.bits)}; axes: class, row, column",
+            "format_version": recipe.format_version,
+            "decoding": decoding(recipe),
             "recipe": recipe.model_dump(),
         }
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
 def encode_tile(
-    units_CHW: NDArray[Any], tile_id: str, image: ImageDigest, recipe_digest: str, entropy_error: NDArray[np.float64]
+    units_CHW: NDArray[Any],
+    tile_id: str,
+    image: ImageDigest,
+    recipe_digest: str,
+    entropy_error: NDArray[np.float64] | None,
 ) -> tuple[bytes, bytes, TileRecord]:
     """
     The bytes of a tile's shard, those of its metadata, and its record.
 
-    `units_CHW` and `entropy_error` are what `simplex` makes of a tile: uint8 or uint16 `(C, H, W)`, and
-    nats a block. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and
+    `units_CHW` and `entropy_error` are what `values.encode` makes of a tile: uint8 or uint16 `(C, H, W)`, and
+    nats a block, or None. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and
     its digest is that of what was meant to be written.
     """
     import zarr
@@ -97,11 +102,12 @@ def encode_tile(
         "tile": tile_id,
         "recipe_sha256": recipe_digest,
         "image": image.model_dump(),
-        "entropy_error": np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist(),
         "shard_bytes": len(shard),
         "shard_sha256": sha256(shard),
         SEAL: "",
     }
+    if entropy_error is not None:
+        receipt["entropy_error"] = np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist()
     metadata["attributes"] = {ATTRIBUTE: receipt}
     receipt[SEAL] = sha256(_dump(metadata))
     metadata_bytes = _dump(metadata)

@@ -13,12 +13,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 from kdpipe.configs.node_names import why_unstorable
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSIONS = {"soft": "1.0", "logits": "2.0"}  # by kind: a reader of 1.x cannot read logits
 MANIFEST_NAME = "manifest.json"
 MAX_TILE_PX = 2**30  # the format's limit, that of a source image: a larger one is a lie, and would be allocated
 
@@ -64,16 +73,13 @@ class TeacherRecord(_Record):
     window: int | None
 
 
-class Recipe(_Record):
-    """Everything that determines the values of a tile, given its image; class map rows are of the first teacher's kept classes."""
+class _Recipe(_Record):
+    """What determines the values of a tile, given its image, whatever is stored of the teacher's answer."""
 
     teachers: Annotated[list[TeacherRecord], Field(min_length=1)]
     bands: list[int]
     stretch: list[list[float]] | None
-    classes: Annotated[list[str], Field(min_length=2)]
-    class_map: list[list[float]]
-    temperature: float
-    kind: Literal["soft"]
+    kind: Literal["soft", "logits"]
     bits: Literal[8, 16]
     chunk_px: int
 
@@ -83,9 +89,48 @@ class Recipe(_Record):
         first = self.teachers[0]
         return [name for channel, name in enumerate(first.classes) if channel not in first.drop_channels]
 
+    @property
+    def format_version(self) -> str:
+        """Of a cache with this recipe."""
+        return FORMAT_VERSIONS[self.kind]
+
     def digest(self) -> str:
         """The sha256 of the recipe alone, which every tile carries."""
         return digest_of(self.model_dump())
+
+
+class Recipe(_Recipe):
+    """Everything that determines soft targets; class map rows are of the first teacher's kept classes."""
+
+    classes: Annotated[list[str], Field(min_length=2)]
+    class_map: list[list[float]]
+    temperature: float
+    kind: Literal["soft"]
+
+    @property
+    def channels(self) -> list[str]:
+        """The names of the arrays' axis 0."""
+        return self.classes
+
+
+class LogitsRecipe(_Recipe):
+    """Everything that determines logits: temperature, class map and the student's classes come when they are read."""
+
+    kind: Literal["logits"]
+
+    @property
+    def channels(self) -> list[str]:
+        """The names of the arrays' axis 0."""
+        return self.teacher_classes
+
+
+CacheRecipe = Recipe | LogitsRecipe
+_BY_KIND: TypeAdapter[CacheRecipe] = TypeAdapter(Annotated[CacheRecipe, Field(discriminator="kind")])
+
+
+def parse_recipe(fields: Any) -> CacheRecipe:
+    """The recipe of its kind; `ValidationError` for what is none."""
+    return _BY_KIND.validate_python(fields)
 
 
 class ImageDigest(_Record):
@@ -118,12 +163,18 @@ class Manifest(_Record):
 
     format_version: str
     fingerprint: str
-    recipe: Recipe
+    recipe: Annotated[CacheRecipe, Field(discriminator="kind")]
     error_bound: float
     device: str
     libraries: dict[str, str]
     groups: dict[str, Sha256]
     tiles: list[TileRecord]
+
+    @model_validator(mode="after")
+    def _refuse_the_version_of_another_kind(self) -> Self:
+        if self.format_version.split(".")[0] != self.recipe.format_version.split(".")[0]:
+            raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
+        return self
 
     @model_validator(mode="after")
     def _refuse_paths_out_of_the_cache(self) -> Self:
@@ -139,7 +190,7 @@ class Manifest(_Record):
         return self
 
 
-def fingerprint(recipe: Recipe, images: Mapping[str, ImageDigest]) -> str:
+def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:
     """The sha256 of what determines every value in the cache: the recipe, and the tiles' ids and image contents."""
     return digest_of({"recipe": recipe.model_dump(), "images": {tile: image.sha256 for tile, image in images.items()}})
 
@@ -180,26 +231,26 @@ def is_newer_minor(version: Any, origin: str) -> bool:
     Raises `UnknownFormat` for another major version: nothing is known of it but where its version stands, and `ValueError`
     for what is no version.
     """
-    known_major, known_minor = map(int, FORMAT_VERSION.split("."))
+    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in FORMAT_VERSIONS.values()}
     match = re.fullmatch(r"([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version) if isinstance(version, str) else None
     if match is None:
         raise ValueError(f"its format_version is {str(version)[:40]!r}, not MAJOR.MINOR")
     major, minor = map(int, match.groups())
-    if major != known_major:
+    if major not in known_minors:
         raise UnknownFormat(
-            f"{origin} has format version {version}, and this kdpipe reads {known_major}.x: install a kdpipe that reads it, "
-            "or compute the cache again at another cache.path"
+            f"{origin} has format version {version}, and this kdpipe reads {'.x and '.join(map(str, known_minors))}.x: "
+            "install a kdpipe that reads it, or compute the cache again at another cache.path"
         )
-    return minor > known_minor
+    return minor > known_minors[major]
 
 
 def refuse_to_write(version: Any, origin: str) -> None:
-    """Raise `UnknownFormat` unless a cache has the very version that this program writes: others may be read, never added to."""
+    """Raise `UnknownFormat` unless a cache has one of the very versions that this program writes: others may be read, never added to."""
     is_newer_minor(version, origin)
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS.values():
         raise UnknownFormat(
-            f"{origin} has format version {version}, which this kdpipe reads, but it writes {FORMAT_VERSION}: install the kdpipe "
-            "that made it, or choose another cache.path"
+            f"{origin} has format version {version}, which this kdpipe reads, but it writes {' and '.join(FORMAT_VERSIONS.values())}: "
+            "install the kdpipe that made it, or choose another cache.path"
         )
 
 
@@ -207,7 +258,9 @@ def reason_of(err: Exception) -> str:
     """What is wrong with a file, in one short line, from the error of parsing it."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(
+            str(part) for part in first["loc"] if part not in ("soft", "logits")
+        )  # which pydantic puts there
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{where or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):
@@ -215,7 +268,7 @@ def reason_of(err: Exception) -> str:
     return str(err)[:300]
 
 
-def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
+def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
     """
     One line for each field of `expected` that the recipe answers otherwise, naming the field and both values.
 
@@ -234,7 +287,8 @@ def differences(recipe: Recipe, expected: Mapping[str, Any]) -> list[str]:
     return unknown + [
         f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
         for field, value in wanted.items()
-        if found[field] != value
+        if field in found  # those of another kind of cache have nothing to be compared with
+        and found[field] != value
     ]
 
 

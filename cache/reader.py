@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import layout
+from kdpipe.cache import layout, logits, values
+from kdpipe.cache.logits import Softening
 from kdpipe.cache.manifest import (
     MANIFEST_NAME,
+    CacheRecipe,
+    LogitsRecipe,
     Manifest,
-    Recipe,
     TileRecord,
     parse_manifest,
+    parse_recipe,
     reason_of,
     refuse_to_write,
 )
 from kdpipe.cache.shard import ReadRange, Shard, open_shard
-from kdpipe.cache.simplex import decode, is_simplex, mean_over_window
+from kdpipe.cache.simplex import mean_over_window
 from kdpipe.cache.storage import LocalStorage, Storage, open_storage
-from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
+from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
 Window = tuple[int, int, int, int]
 
@@ -33,28 +36,32 @@ MAX_OPEN_TILES = 256  # whose indices are kept; each is a few kB, so that memory
 
 class SoftTargetCache:
     """
-    A finished cache of soft targets, read lazily.
+    A finished cache of soft targets, read lazily; one of logits as the soft targets that a `Softening` makes of them.
 
     Every tile's bytes are compared with the manifest's digests when the tile is first read in a process, so that a damaged,
     swapped or replaced tile raises `CorruptCache` instead of returning wrong numbers. Instances can be pickled (each
     process opens the files for itself). A remote cache does not survive `fork`: workers start by spawn or forkserver.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, softening: Softening | None = None) -> None:
+        if softening is not None:
+            _refuse_softening(manifest.recipe, softening, storage.url)
         self.manifest = manifest
+        self._softening = softening
         self._storage = storage
         self._records = {record.id: record for record in manifest.tiles}
         self._start_anew()
 
     @classmethod
-    def open(cls, path: str) -> SoftTargetCache:
+    def open(cls, path: str, softening: Softening | None = None) -> SoftTargetCache:
         """
-        The finished cache at a folder or fsspec URL.
+        The finished cache at a folder or fsspec URL; one of logits needs a `softening` to give soft targets.
 
-        Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed.
+        Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed, and
+        `ConfigError` where `softening` is not for what the cache holds.
         """
         storage = open_storage(path)
-        return cls(storage, read_manifest(storage))
+        return cls(storage, read_manifest(storage), softening)
 
     @property
     def tile_ids(self) -> list[str]:
@@ -70,13 +77,18 @@ class SoftTargetCache:
         """
         What rounding took from the targets' entropy, mean over the pixels of a window in nats; losses take it back.
 
-        Known by blocks of 64 px (see `simplex.entropy_error`). `window` and errors are those of `read`.
+        Known by blocks of 64 px (see `simplex.entropy_error`), and zero where logits are stored. `window` and errors are those
+        of `read`.
         """
         record = self._record(tile_id)
+        if isinstance(self.manifest.recipe, LogitsRecipe):
+            return 0.0
         return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
 
     def largest_entropy_error(self, tile_id: str) -> float:
         """The entry of a tile's blocks (see `entropy_error`) that is farthest from zero, in nats."""
+        if isinstance(self.manifest.recipe, LogitsRecipe):
+            return 0.0
         blocks = self._entropy_error_blocks(self._record(tile_id)).ravel()
         return float(blocks[np.abs(blocks).argmax()])
 
@@ -85,12 +97,32 @@ class SoftTargetCache:
         Soft targets, float32 `(C, H, W)`, that sum to one over axis 0.
 
         `window` is `(top, left, height, width)` in pixels and lies within the tile; only the chunks that it touches are
-        decoded. Raises `KeyError` for an unknown tile, `ValueError` for a window outside of it, `CorruptCache` for damage.
+        decoded. Raises `KeyError` for an unknown tile, `ValueError` for a window outside of it, `CorruptCache` for damage, and
+        `ConfigError` for logits without a `Softening`.
         """
-        return decode(self.read_units(tile_id, window), self.manifest.recipe.bits)
+        recipe = self.manifest.recipe
+        if isinstance(recipe, LogitsRecipe) and self._softening is None:
+            raise ConfigError(
+                f"{self._storage.url} holds logits, of which a temperature and a class map make soft targets: open it with "
+                "SoftTargetCache.open(path, Softening(temperature, class_map)), or take read_logits"
+            )
+        return values.soft_targets(self.read_units(tile_id, window), recipe, self._softening)
+
+    def read_logits(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
+        """
+        As `read`, but the teacher's logits, float32 `(C_t, H, W)`, shifted so that the largest of each pixel is zero.
+
+        Raises `ConfigError` for a cache of soft targets, which do not tell them.
+        """
+        recipe = self.manifest.recipe
+        if not isinstance(recipe, LogitsRecipe):
+            raise ConfigError(
+                f"{self._storage.url} holds soft targets, from which logits cannot be had: compute a cache with cache.kind: logits"
+            )
+        return logits.decode(self.read_units(tile_id, window), recipe.bits)
 
     def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
-        """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`."""
+        """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`, or of logits have it as largest."""
         record = self._record(tile_id)
         window = _checked(record, window)
         shard = self._shard(record)
@@ -98,16 +130,17 @@ class SoftTargetCache:
             units = shard.read(window, self._range_reader(record))
         except (ValueError, RuntimeError, OSError) as err:
             raise self._corrupt(tile_id, f"its chunks cannot be decoded ({err})") from err
-        if not is_simplex(units, self.manifest.recipe.bits):
-            raise self._corrupt(tile_id, "a chunk is missing, or its values do not sum to one")
+        flaw = values.flaw(units, self.manifest.recipe)
+        if flaw:
+            raise self._corrupt(tile_id, f"a chunk is missing, or {flaw}")
         return units
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files: the process that unpickles opens its own."""
-        return {"storage": self._storage, "manifest": self.manifest}
+        return {"storage": self._storage, "manifest": self.manifest, "softening": self._softening}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["storage"], state["manifest"])  # type: ignore[misc]
+        self.__init__(state["storage"], state["manifest"], state["softening"])  # type: ignore[misc]
 
     def _start_anew(self) -> None:
         self._pid: int | None = None
@@ -136,7 +169,7 @@ class SoftTargetCache:
             except (ValueError, OSError) as err:
                 raise self._corrupt(record.id, str(err)) from err
             recipe = self.manifest.recipe
-            wanted = (len(recipe.classes), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
+            wanted = (len(recipe.channels), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
             if (shard.shape, shard.dtype) != wanted:
                 raise self._corrupt(
                     record.id, f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}"
@@ -182,6 +215,18 @@ def _checked(record: TileRecord, window: Window | None) -> Window:
     return top, left, height, width
 
 
+def _refuse_softening(recipe: CacheRecipe, softening: Softening, url: str) -> None:
+    """Raise `ConfigError` for a class map of other channels than the cache's, and for soft targets, which have theirs."""
+    if not isinstance(recipe, LogitsRecipe):
+        raise ConfigError(
+            f"{url} holds soft targets of temperature {recipe.temperature:g}, and no other can be had of them"
+        )
+    if len(softening.class_map) != len(recipe.channels):
+        raise ConfigError(
+            f"the class map has {len(softening.class_map)} rows, and {url} {len(recipe.channels)} channels: {recipe.channels}"
+        )
+
+
 def damage(storage: Storage, record: TileRecord) -> str | None:
     """What is wrong with a tile's two files by their digests, None if nothing is."""
     path = layout.tile_path(record.id)
@@ -214,7 +259,7 @@ def read_manifest(storage: Storage) -> Manifest:
     return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}")
 
 
-def read_recipe(storage: Storage) -> Recipe | None:
+def read_recipe(storage: Storage) -> CacheRecipe | None:
     """
     The recipe in the topmost group's attributes, for whoever goes on to write; None where there is no group.
 
@@ -228,7 +273,7 @@ def read_recipe(storage: Storage) -> Recipe | None:
     try:
         content = json.loads(data)["attributes"][layout.ATTRIBUTE]
         refuse_to_write(content["format_version"], origin)
-        return Recipe.model_validate(content["recipe"])
+        return parse_recipe(content["recipe"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise CorruptCache(
             f"{origin} is not that of a cache of soft targets ({reason_of(err)}); "

@@ -47,7 +47,7 @@ def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
     Raises `ValueError` for entries that are not a distribution.
     """
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.uint8 if bits <= 8 else np.uint16)
-    for rows in _bands(*probs_CHW.shape[1:]):
+    for rows in bands(*probs_CHW.shape[1:]):
         stored_CHW[:, rows] = _encode_band(probs_CHW[:, rows], bits)
     return stored_CHW
 
@@ -75,7 +75,7 @@ def _encode_band(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[np.int32]
     return units_CHW
 
 
-def _bands(height: int, width: int) -> list[slice]:
+def bands(height: int, width: int) -> list[slice]:
     """Rows of whole blocks, about `BAND_PX` pixels at a time."""
     rows = max(1, BAND_PX // (ENTROPY_BLOCK_PX * max(1, width))) * ENTROPY_BLOCK_PX
     return [slice(top, top + rows) for top in range(0, height, rows)]
@@ -94,8 +94,8 @@ def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits:
     Rounding leaves `Σ p log q` as it is on average, but not `Σ p log p`: a probability below half a unit becomes zero.
     The entropy is a constant to the student, so that no gradient suffers; the loss's value is off by this much.
     """
-    bands = [_entropy_error_band(probs_CHW[:, rows], units_CHW[:, rows], bits) for rows in _bands(*probs_CHW.shape[1:])]
-    return np.concatenate(bands)
+    size = probs_CHW.shape[1:]
+    return np.concatenate([_entropy_error_band(probs_CHW[:, rows], units_CHW[:, rows], bits) for rows in bands(*size)])
 
 
 def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits: int) -> NDArray[np.float64]:

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from kdpipe.cache import layout
 from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    CacheRecipe,
     ImageDigest,
     Manifest,
-    Recipe,
     TileRecord,
     differences,
     dump_manifest,
@@ -25,14 +24,14 @@ from kdpipe.cache.manifest import (
     refuse_to_write,
 )
 from kdpipe.cache.reader import read_recipe
-from kdpipe.cache.simplex import encode, entropy_error, error_bound
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
+from kdpipe.cache.values import encode, error_bound
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
 
 def finished_tiles(
-    storage: Storage, recipe: Recipe, images: Mapping[str, Path], manifest: Manifest | None
+    storage: Storage, recipe: CacheRecipe, images: Mapping[str, Path], manifest: Manifest | None
 ) -> dict[str, TileRecord]:
     """
     The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
@@ -115,7 +114,7 @@ def restore_root(storage: Storage) -> bool:
     return True
 
 
-def refuse_stale(storage: Storage, found: Recipe, recipe: Recipe) -> None:
+def refuse_stale(storage: Storage, found: CacheRecipe, recipe: CacheRecipe) -> None:
     """Raise `StaleCache` with every field in which the two recipes differ, if any."""
     changed = differences(found, recipe.model_dump())
     if changed:
@@ -127,7 +126,7 @@ def refuse_stale(storage: Storage, found: Recipe, recipe: Recipe) -> None:
 
 @contextmanager
 def open_writer(
-    storage: Storage, recipe: Recipe, *, device: str, libraries: Mapping[str, str]
+    storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str]
 ) -> Iterator[CacheWriter]:
     """
     A writer that holds the cache's lock until the block ends; what killed runs left is swept.
@@ -142,7 +141,7 @@ def open_writer(
 class CacheWriter:
     """Writes tiles; get one from `open_writer`."""
 
-    def __init__(self, storage: Storage, recipe: Recipe, *, device: str, libraries: Mapping[str, str]) -> None:
+    def __init__(self, storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str]) -> None:
         self.storage = storage
         self.recipe = recipe
         self._device = device
@@ -158,17 +157,15 @@ class CacheWriter:
         """Take back the cache's completion before tiles are written: readers refuse it until `finish`."""
         self.storage.remove(MANIFEST_NAME)
 
-    def write(self, tile_id: str, probs_CHW: NDArray[np.float32], image: ImageDigest) -> TileRecord:
+    def write(self, tile_id: str, values_CHW: NDArray[np.float32], image: ImageDigest) -> TileRecord:
         """
         Store one tile and return its record; once this returns, the tile survives a power cut. Safe from several threads.
 
-        `probs_CHW` is float32 `(C, H, W)` and sums to one over axis 0; `image` is the content it was computed from.
+        `values_CHW` is float32 `(C, H, W)`: logits, or soft targets, which sum to one over axis 0, by the recipe's kind. `image`
+        is the content it was computed from.
         """
-        assert probs_CHW.shape[0] == len(self.recipe.classes), f"{probs_CHW.shape} for classes {self.recipe.classes}"
-        units_CHW = encode(probs_CHW, self.recipe.bits)
-        shard, metadata, record = layout.encode_tile(
-            units_CHW, tile_id, image, self._recipe_digest, entropy_error(probs_CHW, units_CHW, self.recipe.bits)
-        )
+        units_CHW, entropy_error = encode(values_CHW, self.recipe)
+        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self._recipe_digest, entropy_error)
         path = layout.tile_path(tile_id)
         # The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well.
         if self.storage.children(path):
@@ -182,10 +179,10 @@ class CacheWriter:
         """Declare the cache complete with these tiles, in this order: everything else first, the manifest last."""
         groups = self._write_groups([record.id for record in records])
         manifest = Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=self.recipe.format_version,
             fingerprint=fingerprint(self.recipe, {record.id: record.image for record in records}),
             recipe=self.recipe,
-            error_bound=error_bound(self.recipe.bits, len(self.recipe.classes)),
+            error_bound=error_bound(self.recipe),
             device=self._device,
             libraries=self._libraries,
             groups=groups,

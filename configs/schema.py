@@ -156,10 +156,10 @@ class Teacher(Section):
 
 
 class Cache(Section):
-    """The soft targets on disk."""
+    """The teacher's answers on disk: soft targets, or the logits from which any temperature and class map make some."""
 
     path: str
-    kind: Literal["soft"] = "soft"
+    kind: Literal["soft", "logits"] = "soft"
     bits: Literal[8, 16] = 8
 
 

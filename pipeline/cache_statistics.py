@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.manifest import TileRecord
-from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.cache.logits import Softening
+from kdpipe.cache.manifest import LogitsRecipe, TileRecord
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
 from kdpipe.cache.simplex import total
+from kdpipe.cache.storage import open_storage
+from kdpipe.cache.values import probability_bound
 from kdpipe.configs.errors import ConfigError, IncompleteCache
 
 if TYPE_CHECKING:
@@ -79,12 +82,14 @@ class CacheStatistics:
     """
     A cache's numbers; means are over pixels, entropies in nats.
 
+    Of logits they are the teacher's own classes at T 1, and what rounding took from the entropy is not known (0).
     `entropy_histogram` counts pixels in `BINS` equal bins of 0..ln C, `confidence_histogram` in those of 0..1.
     `largest_entropy_lost` is that of a block of 64 px: what rounding did is known only so far, as the teacher is not asked
     (`verify-cache --level parity` asks it). `without_spread` names the figures by which no tile is judged, because more than
     half of the tiles agree in them; with fewer than `MIN_TILES` tiles none is judged by any.
     """
 
+    kind: str
     classes: list[str]
     pixels: int
     shard_bytes: int
@@ -138,9 +143,20 @@ class CacheStatistics:
             }
 
 
+def open_as_answered(path: str) -> SoftTargetCache:
+    """The cache at a folder or URL; logits as the probabilities of the teacher's own classes, at T 1: no configuration is asked."""
+    storage = open_storage(path)
+    manifest = read_manifest(storage)
+    if not isinstance(manifest.recipe, LogitsRecipe):
+        return SoftTargetCache(storage, manifest)
+    own_classes = np.eye(len(manifest.recipe.channels), dtype=np.float32)
+    return SoftTargetCache(storage, manifest, Softening(1.0, own_classes))
+
+
 def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lambda: None) -> CacheStatistics:
     """
-    The statistics of all tiles, each block read once. `on_tile` is called once a tile is done.
+    The statistics of all tiles of a cache as `open_as_answered` opens it, each block read once. `on_tile` is called once a
+    tile is done.
 
     Raises `CorruptCache` where a tile is damaged.
     """
@@ -149,12 +165,12 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
     manifest = cache.manifest
     if not manifest.tiles:
         raise IncompleteCache("the cache has no tiles, and so no statistics")
-    classes, bits = manifest.recipe.classes, manifest.recipe.bits
+    classes = manifest.recipe.channels
     tiles: list[TileStatistics] = []
     histograms = np.zeros((2, BINS), dtype=np.int64)
     for start in range(0, len(manifest.tiles), TILES_AT_ONCE):
         batch = manifest.tiles[start : start + TILES_AT_ONCE]
-        lazy = [_reductions(_units(cache, record), bits) for record in batch]
+        lazy = [_reductions(cache, record) for record in batch]
         for record, found in zip(batch, dask.compute(lazy, scheduler="threads", num_workers=THREADS)[0], strict=True):
             sums_C, argmax_C, entropy, confidence, by_entropy, by_confidence = found
             pixels = record.height * record.width
@@ -165,7 +181,7 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
                     entropy=float(entropy) / pixels, entropy_lost=cache.entropy_error(record.id),
                     largest_entropy_lost=cache.largest_entropy_error(record.id),
                     confidence=float(confidence) / pixels,
-                    shares=(sums_C / (pixels * total(bits))).tolist(), argmax_shares=(argmax_C / pixels).tolist(),
+                    shares=(sums_C / pixels).tolist(), argmax_shares=(argmax_C / pixels).tolist(),
                 )
             )  # fmt: skip
             on_tile()
@@ -176,10 +192,11 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
         return (weights @ np.asarray(figures, dtype=np.float64) / weights.sum()).tolist()
 
     return CacheStatistics(
+        kind=manifest.recipe.kind,
         classes=classes,
         pixels=int(weights.sum()),
         shard_bytes=sum(tile.shard_bytes for tile in tiles),
-        error_bound=manifest.error_bound,
+        error_bound=probability_bound(manifest, temperature=1),
         entropy=mean([tile.entropy for tile in tiles]),
         confidence=mean([tile.confidence for tile in tiles]),
         entropy_lost=mean([tile.entropy_lost for tile in tiles]),
@@ -194,37 +211,51 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
     )
 
 
-def _units(cache: SoftTargetCache, record: TileRecord) -> da.Array:
-    """A tile's integers `(C, H, W)` as a dask array in blocks of `BLOCK_PX`, each read when it is asked for."""
+def _blocks(cache: SoftTargetCache, record: TileRecord) -> da.Array:
+    """
+    A tile `(C, H, W)` as a dask array in blocks of `BLOCK_PX`, each read when it is asked for.
+
+    Stored integers of soft targets, whose logarithms are looked up; of logits float32 probabilities.
+    """
     import dask.array as da
 
     recipe = cache.manifest.recipe
+    logits = isinstance(recipe, LogitsRecipe)
 
     def read(block_info: Any = None) -> NDArray[Any]:
         _, (top, bottom), (left, right) = block_info[None]["array-location"]
-        return cache.read_units(record.id, (top, left, bottom - top, right - left))
+        window = (top, left, bottom - top, right - left)
+        return cache.read(record.id, window) if logits else cache.read_units(record.id, window)
 
-    dtype = np.dtype(f"uint{recipe.bits}")
+    dtype = np.dtype("float32" if logits else f"uint{recipe.bits}")
     sides = (da.core.normalize_chunks(BLOCK_PX, shape=(side,))[0] for side in (record.height, record.width))
-    chunks = ((len(recipe.classes),), *sides)
+    chunks = ((len(recipe.channels),), *sides)
     return da.map_blocks(read, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
 
 
-def _reductions(units_CHW: da.Array, bits: int) -> tuple[Any, ...]:
-    """Lazily: sums of units and counts of argmax by class, sums of entropy and confidence, and the histograms of both."""
+def _reductions(cache: SoftTargetCache, record: TileRecord) -> tuple[Any, ...]:
+    """Lazily: sums of probability and counts of argmax by class, sums of entropy and confidence, and the histograms of both."""
     import dask.array as da
 
-    num_classes = units_CHW.shape[0]
-    levels = np.arange(total(bits) + 1, dtype=np.float64) / total(bits)
-    terms = -levels * np.log(np.where(levels > 0, levels, 1))
-    largest = math.log(num_classes)
-    entropy_HW = da.minimum(units_CHW.map_blocks(lambda units: terms[units], dtype=np.float64).sum(axis=0), largest)
-    confidence_HW = units_CHW.max(axis=0) / total(bits)
+    blocks_CHW, recipe = _blocks(cache, record), cache.manifest.recipe
+    num_classes, largest = len(recipe.channels), math.log(len(recipe.channels))
+    if isinstance(recipe, LogitsRecipe):
+        scale = 1
+        terms_CHW = blocks_CHW.map_blocks(lambda p: -p * np.log(np.maximum(p, 1e-30)), dtype=np.float32)
+        sums_C = blocks_CHW.sum(axis=(1, 2), dtype=np.float64)
+    else:
+        scale = total(recipe.bits)
+        levels = np.arange(scale + 1, dtype=np.float64) / scale
+        terms = -levels * np.log(np.where(levels > 0, levels, 1))
+        terms_CHW = blocks_CHW.map_blocks(lambda units: terms[units], dtype=np.float64)
+        sums_C = blocks_CHW.sum(axis=(1, 2), dtype=np.uint64)
+    entropy_HW = da.minimum(terms_CHW.sum(axis=0), largest)
+    confidence_HW = da.minimum(blocks_CHW.max(axis=0) / scale, 1)
     return (
-        units_CHW.sum(axis=(1, 2), dtype=np.uint64),
-        da.bincount(units_CHW.argmax(axis=0).ravel(), minlength=num_classes),
-        entropy_HW.sum(),
-        confidence_HW.sum(),
+        sums_C / scale,
+        da.bincount(blocks_CHW.argmax(axis=0).ravel(), minlength=num_classes),
+        entropy_HW.sum(dtype=np.float64),
+        confidence_HW.sum(dtype=np.float64),
         da.histogram(entropy_HW, bins=BINS, range=(0, largest))[0],
         da.histogram(confidence_HW, bins=BINS, range=(0, 1))[0],
     )

@@ -402,12 +402,11 @@ def _write_json(path: str | None, content: dict[str, Any]) -> None:
 
 
 def _statistics(path: str, table: str | None, plot: str | None, progress: ConsoleProgress) -> CacheStatistics:
-    from kdpipe.cache import SoftTargetCache
-    from kdpipe.pipeline.cache_statistics import compute_statistics, require_table_format, write_table
+    from kdpipe.pipeline.cache_statistics import compute_statistics, open_as_answered, require_table_format, write_table
 
     if table is not None:
         require_table_format(Path(table))
-    cache = SoftTargetCache.open(path)
+    cache = open_as_answered(path)
     with progress.bar("statistics", len(cache.tile_ids), "tiles") as advance:
         statistics = compute_statistics(cache, advance)
     if table is not None:

@@ -33,6 +33,7 @@ from kdpipe.pipeline.models.student import load_student_weights
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.pictures import contact_sheet, paint_classes, paint_soft_target
 from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.recipe import configured_softening
 
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_CROP, TEACHER_LR = 300, 8, 128, 2e-3
 SHOWN_TILES = 3
@@ -144,7 +145,7 @@ def _draw(config: Config, checkpoint: Path, picture: Path) -> None:
     student = build_student(config.student.architecture, num_classes, encoder=config.student.encoder)
     load_student_weights(student, checkpoint)
     student.eval()
-    cache = SoftTargetCache.open(config.cache.path)
+    cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
     rows = []
     for tile in list_tiles(config.data, "train")[:SHOWN_TILES]:
         assert tile.mask is not None

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from kdpipe.cache.layout import encode_tile
-from kdpipe.cache.simplex import encode, entropy_error
 from kdpipe.cache.sources import digest_image
+from kdpipe.cache.values import encode
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import image_size, read_image
@@ -76,9 +76,8 @@ def estimate(config: Config, device: torch.device) -> Estimate:
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while the teacher answered {size}", advice):
-                probs_CHW = teacher.soft_targets(image_HWC[None])[0]
-            units_CHW = encode(probs_CHW, plan.recipe.bits)
-            lost = entropy_error(probs_CHW, units_CHW, plan.recipe.bits)
+                values_CHW = teacher.cached_values(image_HWC[None])[0]
+            units_CHW, lost = encode(values_CHW, plan.recipe)
             shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest(), lost)
             seconds += time.perf_counter() - start
             pixels += image_HWC.shape[0] * image_HWC.shape[1]

@@ -1,5 +1,5 @@
 """
-Stage one: the teacher's soft targets of every training tile, computed once and stored.
+Stage one: the teacher's answer to every training tile, as soft targets or as logits, computed once and stored.
 
 Threads read and decode ahead, the device computes, other threads encode and write; each waits for nobody but its input.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import ImageDigest, Manifest, Recipe, TileRecord, summarise
+from kdpipe.cache.manifest import CacheRecipe, ImageDigest, Manifest, TileRecord, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
@@ -83,7 +83,7 @@ class Plan:
     tiles: list[Tile]
     finished: dict[str, TileRecord]
     manifest: Manifest | None
-    recipe: Recipe
+    recipe: CacheRecipe
     stretch: Stretch
     storage: Storage
 
@@ -228,11 +228,11 @@ def _compute(
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
-                    probs_NCHW = teacher.soft_targets(loaded.images_NHWC)
-                for tile, digest, probs_CHW in zip(loaded.tiles, loaded.digests, probs_NCHW, strict=True):
+                    values_NCHW = teacher.cached_values(loaded.images_NHWC)
+                for tile, digest, values_CHW in zip(loaded.tiles, loaded.digests, values_NCHW, strict=True):
                     if tile.id in missing:
-                        write = writers.submit(writer.write, tile.id, probs_CHW, digest)
-                        writing.append((probs_CHW[0].size, write))
+                        write = writers.submit(writer.write, tile.id, values_CHW, digest)
+                        writing.append((values_CHW[0].size, write))
                 while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > PENDING_PX):
                     yield writing.popleft()[1].result()
             while writing:
@@ -269,7 +269,7 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
     return [[readable[i] for i in batch] for batch in batches_of_equal_size(sizes, batch_size)]
 
 
-def _load(batch: list[Tile], recipe: Recipe, stretch: Stretch) -> _Loaded:
+def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:
     tiles, digests, images, failed = [], [], [], {}
     for tile in batch:
         try:

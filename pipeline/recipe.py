@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.layout import CHUNK_PX
-from kdpipe.cache.manifest import Recipe, differences
+from kdpipe.cache.logits import Softening
+from kdpipe.cache.manifest import CacheRecipe, differences, parse_recipe
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
@@ -20,18 +21,21 @@ LIBRARIES = ("kdpipe", "torch", "segmentation-models-pytorch", "timm", "numpy", 
 
 def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | None) -> dict[str, Any]:
     """
-    The fields of a `Recipe` that the configuration decides.
+    The fields of a cache's recipe that the configuration decides; logits know no temperature, class map or student's classes.
 
     Of each teacher, without `precision` where that is `auto` (any recorded one will do), and without `checkpoint_sha256`
     where the file is not on this disk (training from the cache does not need it).
     """
+    mapped = {
+        "classes": config.classes.names,
+        "class_map": config.class_map_matrix().tolist(),
+        "temperature": config.distill.temperature,
+    }
     return {
         "teachers": [_teacher_fields(member) for member in config.members.values()],
         "bands": list(config.data.bands),
         "stretch": [list(pair) for pair in stretch] if stretch else None,
-        "classes": config.classes.names,
-        "class_map": config.class_map_matrix().tolist(),
-        "temperature": config.distill.temperature,
+        **(mapped if config.cache.kind == "soft" else {}),
         "kind": config.cache.kind,
         "bits": config.cache.bits,
         "chunk_px": CHUNK_PX,
@@ -59,7 +63,9 @@ def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
     return fields
 
 
-def complete_recipe(config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: Recipe | None) -> Recipe:
+def complete_recipe(
+    config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: CacheRecipe | None
+) -> CacheRecipe:
     """
     The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32.
 
@@ -72,10 +78,17 @@ def complete_recipe(config: Config, stretch: Sequence[tuple[float, float]] | Non
         if "checkpoint_sha256" not in teacher:
             raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
         teacher.setdefault("precision", before[i].precision if before else AUTO_PRECISION)
-    return Recipe.model_validate(fields)
+    return parse_recipe(fields)
 
 
-def refuse_unexpected(recipe: Recipe, expected: dict[str, Any], url: str) -> None:
+def configured_softening(config: Config) -> Softening | None:
+    """How the configuration reads a cache of logits; None for one of soft targets."""
+    if config.cache.kind == "soft":
+        return None
+    return Softening(config.distill.temperature, config.class_map_matrix())
+
+
+def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -> None:
     """Raise `StaleCache`, naming every field in which a cache differs from what the configuration expects."""
     changed = differences(recipe, expected)
     if changed:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.cache.manifest import summarise
+from kdpipe.cache.manifest import LogitsRecipe, Manifest, summarise
+from kdpipe.cache.values import probability_bound
 from kdpipe.pipeline.cache_statistics import MIN_TILES
 from kdpipe.pipeline.comparison import MEAN
 from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
 SHOWN_OUTLIERS = 12
+SHOWN_TEMPERATURES = (1, 2, 4)  # at which the bound of a cache of logits is said
 SHOWN_FINDINGS = 20  # the rest is in --json
 
 
@@ -257,7 +259,7 @@ def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | st
         "tiles": f"{len(manifest.tiles)}, {found.pixels / 1e6:.1f} MP, from {sizes[0][0]} x {sizes[0][1]} to "
         f"{sizes[-1][0]} x {sizes[-1][1]} px",
         "size": f"{size_text(found.size_bytes)}, {found.size_bytes / found.pixels:.2f} bytes a pixel",
-        "values": f"{recipe.kind}, {recipe.bits} bits, T {recipe.temperature:g}, |Δp| at most {manifest.error_bound:.5f}",
+        "values": f"{recipe.kind}, {recipe.bits} bits, {_bound_text(manifest)}",
     }
     for i, teacher in enumerate(recipe.teachers):
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
@@ -270,20 +272,31 @@ def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | st
     for name, value in rows.items():
         table.add_row(name, value)
     yield table
-    shares = Table(title="Class map", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, row in zip(recipe.teacher_classes, recipe.class_map, strict=True):
-        text = ", ".join(f"{to} {share:g}" for to, share in zip(recipe.classes, row, strict=True) if share)
-        shares.add_row(name, text)
-    yield shares
+    if isinstance(recipe, LogitsRecipe):
+        yield f"channels: {', '.join(recipe.channels)}; temperature and class map are those of the configuration that reads it"
+    else:
+        shares = Table(title="Class map", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, row in zip(recipe.teacher_classes, recipe.class_map, strict=True):
+            text = ", ".join(f"{to} {share:g}" for to, share in zip(recipe.classes, row, strict=True) if share)
+            shares.add_row(name, text)
+        yield shares
     for name, (then, now) in found.other_libraries.items():
         yield f"note: computed with {name} {then}, installed is {now}; the values are not recomputed for that"
     if found.differences is not None:
         yield from found.differences or ["the configuration describes this very cache"]
 
 
+def _bound_text(manifest: Manifest) -> str:
+    if isinstance(manifest.recipe, LogitsRecipe):
+        by_temperature = ", ".join(f"{probability_bound(manifest, t):.5f} at T {t}" for t in SHOWN_TEMPERATURES)
+        return f"|Δz| at most {manifest.error_bound:.4f}, |Δp| at most {by_temperature}"
+    return f"T {manifest.recipe.temperature:g}, |Δp| at most {manifest.error_bound:.5f}"
+
+
 def statistics_tables(found: cache_statistics.CacheStatistics) -> Iterator[Table | str]:
     """A cache's numbers: shares by class, both histograms, what rounding took, and the tiles unlike the others."""
-    shares = Table(title="Classes", title_justify="left")
+    of_logits = found.kind == "logits"
+    shares = Table(title="The teacher's classes, at T 1" if of_logits else "Classes", title_justify="left")
     for column in ("class", "mean probability", "likeliest"):
         shares.add_column(column, justify="left" if column == "class" else "right")
     for name, share, argmax in zip(found.classes, found.shares, found.argmax_shares, strict=True):
@@ -297,7 +310,12 @@ def statistics_tables(found: cache_statistics.CacheStatistics) -> Iterator[Table
     )
     yield (
         f"rounding: |Δp| at most {found.error_bound:.5f} as stated (what is reached needs the teacher: verify-cache --level "
-        f"parity); entropy lost {found.entropy_lost:+.1e} nats, in a block of 64 px at most {found.largest_entropy_lost:+.1e}"
+        "parity)"
+        + (
+            ""
+            if of_logits
+            else f"; entropy lost {found.entropy_lost:+.1e} nats, in a block of 64 px at most {found.largest_entropy_lost:+.1e}"
+        )
     )
     sizes = sorted(tile.bytes_per_pixel for tile in found.tiles)
     yield (

@@ -17,7 +17,13 @@ from kdpipe.data.dataset import TargetSource
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.loaders import OnlineTargets
 from kdpipe.pipeline.models.teacher import open_teacher
-from kdpipe.pipeline.recipe import complete_recipe, expected_fields, library_note, refuse_unexpected
+from kdpipe.pipeline.recipe import (
+    complete_recipe,
+    configured_softening,
+    expected_fields,
+    library_note,
+    refuse_unexpected,
+)
 
 Stretch = Sequence[tuple[float, float]] | None
 
@@ -65,4 +71,4 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
             raise error(
                 f"{storage.url}: {len(found)} {code.replace('-', ' ')}s: {names} ({found[0].message}); {advice}"
             )
-    return SoftTargetCache(storage, manifest)
+    return SoftTargetCache(storage, manifest, configured_softening(config))

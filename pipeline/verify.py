@@ -14,6 +14,7 @@ from kdpipe.cache.integrity import Finding, check_full, check_quick
 from kdpipe.cache.manifest import Manifest, differences
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
 from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.cache.values import probability_bound
 from kdpipe.configs.errors import CorruptCache, DataError, IncompleteCache
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import read_image, read_mask
@@ -26,7 +27,7 @@ from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.parity import PRECISION_SLACK, TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
-from kdpipe.pipeline.recipe import expected_fields, library_note, other_libraries
+from kdpipe.pipeline.recipe import configured_softening, expected_fields, library_note, other_libraries
 
 Level = Literal["quick", "full", "parity"]
 DEFAULT_SAMPLE = 12  # tiles on which the teacher is run again
@@ -102,7 +103,8 @@ def verify(
         code = "incomplete" if isinstance(err, IncompleteCache) else "damaged-manifest"
         report.findings.append(Finding(code, None, str(err)))
         return report
-    report.fingerprint, report.error_bound = manifest.fingerprint, manifest.error_bound
+    report.fingerprint = manifest.fingerprint
+    report.error_bound = probability_bound(manifest, config.distill.temperature)
     report.other_libraries = other_libraries(manifest.libraries)
     note = library_note(manifest.libraries)
     if note:
@@ -112,7 +114,7 @@ def verify(
     ]
     report.findings += _check_files(storage, manifest, images, level, progress)
     if level == "parity" and not report.findings:
-        cache = SoftTargetCache(storage, manifest)
+        cache = SoftTargetCache(storage, manifest, configured_softening(config))
         _check_parity(config, cache, tiles, stretch, device, sample, student, report, progress)
         _check_labels(config, cache, tiles, report, progress)
     elif level == "parity":
@@ -159,7 +161,7 @@ def _check_parity(
                 lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
                 result = compare(
                     tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
-                    manifest.error_bound, lost, precision, device,
+                    probability_bound(manifest, config.distill.temperature), lost, precision, device,
                 )  # fmt: skip
             report.parity.append(result)
             report.findings += [
@@ -201,7 +203,7 @@ def _check_labels(
             mask = read_mask(tile.mask, num_classes, config.classes.ignore_index)
             if mask.shape != cache.size(tile.id):
                 raise DataError(f"{tile.mask} is {mask.shape} px, its image {cache.size(tile.id)}")
-            answers = cache.read_units(tile.id).argmax(axis=0)
+            answers = cache.read(tile.id).argmax(axis=0)
             total += count_pairs(mask, answers, num_classes, num_classes, config.classes.ignore_index)
             advance()
     report.label_tiles = len(labelled)

@@ -59,7 +59,10 @@ class Cache:
         self.folder = folder
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
-        assert manifest["format_version"].split(".")[0] == "1", manifest["format_version"]
+        kind = manifest["recipe"]["kind"]
+        assert manifest["format_version"].split(".")[0] == {"soft": "1", "logits": "2"}[kind], manifest[
+            "format_version"
+        ]
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
@@ -89,7 +92,12 @@ class Cache:
         receipt = array["attributes"]["kdpipe"]
         assert receipt["tile"] == tile_id and receipt["image"] == record["image"]
         assert receipt["recipe_sha256"] == sha256(self.recipe_text.encode())
-        shape = len(recipe["classes"]), record["height"], record["width"]
+        if recipe["kind"] == "soft":
+            channels = recipe["classes"]
+        else:
+            teacher = recipe["teachers"][0]
+            channels = [name for i, name in enumerate(teacher["classes"]) if i not in teacher["drop_channels"]]
+        shape = len(channels), record["height"], record["width"]
         assert tuple(array["shape"]) == shape
         bits = recipe["bits"]
         assert array["data_type"] == f"uint{bits}"
@@ -115,8 +123,14 @@ class Cache:
                 values[:, row * chunk_h :][:, :chunk_h, column * chunk_w :][:, :, :chunk_w] = into
         assert not values[:, shape[1] :].any() and not values[:, :, shape[2] :].any()
         values = values[:, : shape[1], : shape[2]]
-        assert (values.sum(axis=0, dtype=np.int64) == 2**bits - 1).all()
+        whole = values.sum(axis=0, dtype=np.int64) if recipe["kind"] == "soft" else values.max(axis=0)
+        assert (whole == 2**bits - 1).all()
         return values
 
     def probabilities(self, tile_id: str) -> np.ndarray:
         return self.read(tile_id) / (2 ** self.manifest["recipe"]["bits"] - 1)
+
+    def logits(self, tile_id: str) -> np.ndarray:
+        bits = self.manifest["recipe"]["bits"]
+        top = 2**bits - 1
+        return -{8: 32, 16: 64}[bits] * ((top - self.read(tile_id).astype(int)) / top) ** 2

@@ -146,8 +146,10 @@ def test_signing_again_what_did_not_change_gives_the_same_bytes(altered):
 
 
 def test_an_unknown_major_version_is_refused_before_anything_else_is_believed(altered, tmp_path):
-    path = altered(lambda m: m.update(format_version="2.0"))
-    message = r"manifest\.json has format version 2\.0, and this kdpipe reads 1\.x: install a kdpipe that reads it"
+    path = altered(lambda m: m.update(format_version="3.0"))
+    message = (
+        r"manifest\.json has format version 3\.0, and this kdpipe reads 1\.x and 2\.x: install a kdpipe that reads it"
+    )
     with pytest.raises(UnknownFormat, match=message):
         SoftTargetCache.open(path)
     (tmp_path / "c/manifest.json").write_text('{"format_version": "7.3", "all": "else", "may": "differ"}')
@@ -222,7 +224,7 @@ def test_the_same_fields_in_a_known_version_are_damage(altered):
 def test_nobody_writes_into_a_cache_of_another_version(altered):
     path = altered(lambda m: m.update(format_version="1.1"))
     storage = open_storage(path)
-    message = r"has format version 1\.1, which this kdpipe reads, but it writes 1\.0"
+    message = r"has format version 1\.1, which this kdpipe reads, but it writes 1\.0 and 2\.0"
     with pytest.raises(UnknownFormat, match=rf"manifest\.json {message}"):
         whole_manifest(storage)
     root = Path(path, "zarr.json")

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.cache.manifest import Recipe, TeacherRecord
+from kdpipe.cache.logits import Softening
+from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe, TeacherRecord
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.normalize import normalized
@@ -60,18 +61,18 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def open_teacher(config: Config, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+def open_teacher(config: Config, recipe: CacheRecipe, device: torch.device) -> FrozenTeacher:
     """The configured teacher, or several as one, ready to be asked by `recipe`; raises what `load_teacher` raises."""
     models = [load_teacher(member, key) for key, member in config.members.items()]
-    return FrozenTeacher(models, recipe, device)
+    return FrozenTeacher(models, recipe, Softening(config.distill.temperature, config.class_map_matrix()), device)
 
 
 class FrozenTeacher:
     """
     A teacher that answers images with soft targets: `p = softmax(z / T) @ M`, in float32, T before M.
 
-    `recipe` says how each of `models` is asked (normalisation, precision, test-time augmentation, window), which of its
-    channels stand for which class, and what T and M are. z is the weighted mean of their logits over the channels that are
+    `recipe` says how each of `models` is asked (normalisation, precision, test-time augmentation, window) and which of its
+    channels stand for which class, `softening` what T and M are. z is the weighted mean of their logits over the channels that are
     kept: those that are dropped take no part in the softmax. The logits of different networks are on different scales; their
     mean is the logarithm of the geometric mean of their answers (but for a constant, which softmax does not see).
 
@@ -79,11 +80,14 @@ class FrozenTeacher:
     4 of each student class; the device holds one window at a time.
     """
 
-    def __init__(self, models: Sequence[nn.Module], recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
+    ) -> None:
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
         self._recipe = recipe
         self._device = device
-        self._class_map_TS = torch.tensor(recipe.class_map, dtype=torch.float32, device=device)
+        self._temperature = softening.temperature
+        self._class_map_TS = torch.tensor(softening.class_map, dtype=torch.float32, device=device)
         self._shares = [record.weight / sum(r.weight for r in recipe.teachers) for record in recipe.teachers]
         # Where whole scenes of logits are added up: such as need windows do not fit on the device.
         windowed = any(record.window is not None for record in recipe.teachers)
@@ -128,6 +132,14 @@ class FrozenTeacher:
         """The soft targets, float32 `(N, C_s, H, W)`, that sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
         return self.targets_of(self.logits(images_NHWC))
 
+    def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What a cache of the recipe's kind stores: the soft targets, or the logits, float32 `(N, C_t, H, W)`."""
+        logits_NTHW = self.logits(images_NHWC)
+        if isinstance(self._recipe, LogitsRecipe):
+            values_NTHW: NDArray[np.float32] = logits_NTHW.cpu().numpy()
+            return values_NTHW
+        return self.targets_of(logits_NTHW)
+
     @torch.inference_mode()
     def targets_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
         """The soft targets, float32 `(N, C_s, H, W)`, that stand for this teacher's logits `(N, C_t, H, W)`."""
@@ -136,7 +148,7 @@ class FrozenTeacher:
         rows = max(1, SOFTMAX_PX // (count * width))
         for top in range(0, height, rows):
             band_NThW = logits_NTHW[..., top : top + rows, :].to(self._device)
-            band_NShW = soft_targets(band_NThW, self._class_map_TS, self._recipe.temperature)
+            band_NShW = soft_targets(band_NThW, self._class_map_TS, self._temperature)
             targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
         return targets_NSHW
 
