@@ -64,6 +64,11 @@ def sample_plan(
     )
 
 
+def views_per_sample(train: schema.Train) -> float:
+    """How many views of tiles a sample shows on average: a mosaic four."""
+    return 1 + 3 * train.mosaic
+
+
 def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int, mask_of: MaskOf) -> bool:
     """
     Whether, of the labelled pixels of all views together, no class has more than `max_class_share` and two or more occur.

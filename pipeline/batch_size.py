@@ -125,7 +125,7 @@ def _forecast(config: Config, device: torch.device, sizes: list[int], room: floa
 def _fits(config: Config, device: torch.device, size: int) -> bool:
     """Whether steps of a size can be taken; what they held is given back."""
     try:
-        _take_steps(config, device, size)
+        take_steps(config, device, size, STEPS)
     except (RuntimeError, MemoryError) as err:
         if not is_out_of_memory(err):
             raise
@@ -143,8 +143,13 @@ def _fits(config: Config, device: torch.device, size: int) -> bool:
     return True
 
 
-def _take_steps(config: Config, device: torch.device, size: int) -> None:
-    """Forward, backward and optimizer of a student like the run's, every pixel labelled and taught: the dearest batch."""
+def take_steps(config: Config, device: torch.device, size: int, steps: int) -> list[float]:
+    """
+    Forward, backward and optimizer of a student like the run's, every pixel labelled and taught: the dearest batch.
+
+    Returns the seconds of each of `steps` batches; the first allocates.
+    """
+    seconds = []
     student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder).to(
         memory_format=torch.channels_last
     )
@@ -157,7 +162,8 @@ def _take_steps(config: Config, device: torch.device, size: int) -> None:
     taught = config.distill.mode != "none"
     targets = torch.full((size, classes, crop, crop), 1 / classes, device=device) if taught else None
     model.train()
-    for _ in range(STEPS):
+    for _ in range(steps):
+        start = time.perf_counter()
         answer = model(normalized(images, config.student.normalize))
         logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
         terms = distillation_loss(
@@ -167,6 +173,10 @@ def _take_steps(config: Config, device: torch.device, size: int) -> None:
         fabric.backward(terms.total)
         optimizer.step()
         optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 @contextmanager

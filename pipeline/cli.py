@@ -97,7 +97,7 @@ def precompute_teacher(
     console, progress = _open_console()
     config = _load(source, overrides)
     if dry_run:
-        forecast = estimate(config, resolve_device(device))
+        forecast = estimate(config, resolve_device(device), progress)
         console.print(reports.estimate_text(forecast), highlight=False, soft_wrap=True)
         _write_json(json_path, forecast.as_dict())
         sys.exit(0 if forecast.fits else EXIT_REFUSED)

@@ -1,4 +1,4 @@
-"""What stage one will cost, from a few tiles, before any of it is paid: `precompute-teacher --dry-run`."""
+"""What stage one will cost and save, from short trials, before any of it is paid: `precompute-teacher --dry-run`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from kdpipe.cache.sources import digest_image
 from kdpipe.cache.values import encode
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import image_size, read_image
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import make_plan
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.worth import Worth, measure
 
 SAMPLE = 3  # tiles that are computed, in memory, to predict the others
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A forecast: tiles, pixels, bytes and seconds still to do, and the free bytes of the disk (None if unlimited)."""
+    """
+    A forecast: tiles, pixels, bytes and seconds still to do, and the free bytes of the disk (None if unlimited).
+
+    `worth` is what that saves stage two, or why it is not known; None where nothing is to do.
+    """
 
     cache: str
     tiles: int
@@ -34,6 +41,7 @@ class Estimate:
     seconds: float
     free_bytes: int | None
     unreadable: dict[str, str]
+    worth: Worth | str | None
 
     @property
     def fits(self) -> bool:
@@ -42,14 +50,15 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "worth": self.worth.as_dict() if isinstance(self.worth, Worth) else self.worth}
 
 
-def estimate(config: Config, device: torch.device) -> Estimate:
+def estimate(config: Config, device: torch.device, progress: Progress | None = None) -> Estimate:
     """
     Predict stage one from a seeded sample of the missing tiles, by their pixels; nothing is written.
 
-    Raises what `precompute.make_plan` raises. Assumes that tiles compress and compute alike per pixel, one at a time.
+    The student takes a few steps, to say what they cost beside the teacher. Raises what `precompute.make_plan` raises. Assumes
+    that tiles compress and compute alike per pixel, one at a time.
     """
     plan = make_plan(config)
     unreadable, areas = {}, {}
@@ -62,7 +71,8 @@ def estimate(config: Config, device: torch.device) -> Estimate:
     readable = [tile for tile in plan.missing if tile.id in areas]
     sampled: Any = np.random.default_rng(config.seed).permutation(len(readable))[:SAMPLE] if readable else []
     pixels = written = 0
-    seconds = 0.0
+    seconds = teacher_seconds = 0.0
+    worth: Worth | str | None = None
     if len(sampled):
         teacher = open_teacher(config, plan.recipe, device)
         for index in sampled:
@@ -76,7 +86,9 @@ def estimate(config: Config, device: torch.device) -> Estimate:
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while the teacher answered {size}", advice):
+                asked = time.perf_counter()
                 values_CHW = teacher.cached_values(image_HWC[None])[0]
+                teacher_seconds += time.perf_counter() - asked
             units_CHW, lost = encode(values_CHW, plan.recipe)
             shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest(), lost)
             seconds += time.perf_counter() - start
@@ -84,6 +96,12 @@ def estimate(config: Config, device: torch.device) -> Estimate:
             written += len(shard) + len(metadata)
     total = sum(areas.values())
     share = total / pixels if pixels else 0.0
+    if pixels:
+        samples = len(TrainTiles(plan.tiles, config))
+        tile_seconds = teacher_seconds * share / len(areas)
+        worth = measure(
+            config, device, teacher, image_HWC, samples, seconds * share, tile_seconds, progress or Silent()
+        )
     return Estimate(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
@@ -93,4 +111,5 @@ def estimate(config: Config, device: torch.device) -> Estimate:
         seconds=seconds * share,
         free_bytes=plan.storage.free_bytes(),
         unreadable=unreadable,
+        worth=worth,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -34,13 +35,16 @@ class OnlineTargets:
         self._teacher = teacher
         self._images = {tile.id: tile.image for tile in tiles}
         self._bands, self._stretch = config.data.bands, stretch
+        self.teacher_seconds = 0.0  # that the teacher took so far
 
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
         image_HWC = read_image(self._images[tile_id], self._bands, self._stretch)
         size = sized("tile", 1, *image_HWC.shape[:2])
         with fits_in_memory(f"while the teacher answered {size} beside the student", ONLINE_ADVICE):
+            start = time.perf_counter()
             probs_CHW = self._teacher.soft_targets(image_HWC[None])[0]
+            self.teacher_seconds += time.perf_counter() - start
         top, left, height, width = window
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW
@@ -91,6 +95,12 @@ def batches_per_epoch(config: Config, samples: int) -> int:
             "raise train.crops_per_tile or lower the batch size"
         )
     return samples // per_step * accumulate
+
+
+def steps_in(config: Config, per_epoch: int) -> int:
+    """Optimizer steps of a whole run with so many batches an epoch."""
+    steps = config.train.epochs * per_epoch // config.train.accumulate
+    return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
 def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int) -> DataLoader[Any]:

@@ -36,7 +36,8 @@ from kdpipe.cache.writer import (
 )
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import batches_of_equal_size
+from kdpipe.data.augment import views_per_sample
+from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
 from kdpipe.data.rasters import image_size, read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
@@ -58,7 +59,12 @@ Stretch = Sequence[tuple[float, float]] | None
 
 @dataclass
 class Summary:
-    """What a run of stage one did; sizes in bytes, time in seconds, tiles by id."""
+    """
+    What a run of stage one did; sizes in bytes, time in seconds, tiles by id.
+
+    `teacher_seconds` are those in which the teacher answered, `views_per_epoch` how often a live one would be asked in an
+    epoch of `train-student --kd online`.
+    """
 
     cache: str
     tiles: int
@@ -69,11 +75,20 @@ class Summary:
     pixels: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    views_per_epoch: float = 0.0
     fingerprint: str | None = None
+
+    @property
+    def paid_after_epochs(self) -> float | None:
+        """Epochs after which a live teacher, asked about the tile of each view, has taken as long; None where nothing was computed."""
+        if not self.computed or not self.views_per_epoch:
+            return None
+        return self.seconds * self.tiles / (self.teacher_seconds * self.views_per_epoch)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "paid_after_epochs": self.paid_after_epochs}
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,12 @@ def precompute(
         _restore_root(config, progress)
     written = open_storage(config.cache.path).last_write()
     plan = make_plan(config)
-    summary = Summary(cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished))
+    summary = Summary(
+        cache=plan.storage.url,
+        tiles=len(plan.tiles),
+        kept=len(plan.finished),
+        views_per_epoch=views_per_epoch(config, plan.tiles),
+    )
     if plan.is_done and not repair:
         if partial_files(plan.storage):
             with writer_lock(plan.storage):
@@ -178,6 +198,11 @@ def precompute(
             summary.fingerprint = writer.finish([records[tile.id] for tile in plan.tiles]).fingerprint
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def views_per_epoch(config: Config, tiles: Sequence[Tile]) -> float:
+    """How many views of tiles the samples of an epoch show on average."""
+    return len(TrainTiles(tiles, config)) * views_per_sample(config.train)
 
 
 def _restore_root(config: Config, progress: Progress) -> None:
@@ -228,7 +253,9 @@ def _compute(
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
+                    start = time.perf_counter()
                     values_NCHW = teacher.cached_values(loaded.images_NHWC)
+                    summary.teacher_seconds += time.perf_counter() - start
                 for tile, digest, values_CHW in zip(loaded.tiles, loaded.digests, values_NCHW, strict=True):
                     if tile.id in missing:
                         write = writers.submit(writer.write, tile.id, values_CHW, digest)

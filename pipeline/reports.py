@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         suggestion,
         training,
         verify,
+        worth,
     )
     from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
@@ -47,7 +48,31 @@ def estimate_text(forecast: estimate.Estimate) -> str:
         f"about {duration_text(forecast.seconds)}; nothing was written",
     ]
     lines += [f"unreadable: {reason}" for reason in forecast.unreadable.values()]
+    if isinstance(forecast.worth, str):
+        lines.append(f"worth it? {forecast.worth}")
+    elif forecast.worth:
+        lines += worth_lines(forecast.worth, forecast.bytes)
     return "\n".join(lines)
+
+
+def worth_lines(found: worth.Worth, size_bytes: int) -> list[str]:
+    """What a cache saves of a training run, judged by the cheaper way to ask a live teacher; narrow enough for 80 columns."""
+    whole, crops = (found.steps * seconds for seconds in (found.online_step_seconds, found.crops_step_seconds))
+    share = 1 - found.step_seconds / found.cheapest_step_seconds
+    return [
+        "",
+        f"student {found.step_seconds:.3g} s a step of {found.samples_per_step} samples; teacher {found.tile_seconds:.3g} s a tile, "
+        f"{found.crop_seconds:.3g} s a crop",
+        f"{found.steps} steps ({found.epochs:.3g} epochs): {duration_text(found.cached_seconds)} with the cache, stage one included;",
+        f"without it {duration_text(whole)} (--kd online: whole tiles), {duration_text(crops)} (crops alone)",
+        f"worth it? {found.verdict}: a live teacher is {_percent(share)} of a step at least; the cache has paid",
+        f"for itself after {found.paid_after_epochs:.2g} epochs, {_saved_text(found.saved_share)} of the time, and takes "
+        f"{size_text(size_bytes)}",
+    ]
+
+
+def _saved_text(share: float) -> str:
+    return f"saves {_percent(share)}" if share >= 0 else f"costs another {_percent(-share)}"
 
 
 def precompute_text(summary: precompute.Summary) -> str:
@@ -61,7 +86,14 @@ def precompute_text(summary: precompute.Summary) -> str:
     rate = f"{summary.computed / summary.seconds:.2f} tiles/s, {summary.pixels / summary.seconds / 1e6:.2f} MP/s"
     size = f"{size_text(summary.bytes_written)}, {summary.bytes_written / summary.pixels:.2f} bytes a pixel"
     state = f"complete, fingerprint {summary.fingerprint}" if summary.fingerprint else "not complete"
-    return f"{summary.computed} tiles in {duration_text(summary.seconds)} ({rate}), {size}\n{summary.cache}: {state}"
+    lines = [f"{summary.computed} tiles in {duration_text(summary.seconds)} ({rate}), {size}"]
+    if summary.paid_after_epochs is not None:
+        per_epoch = summary.teacher_seconds / summary.computed * summary.views_per_epoch
+        lines.append(
+            f"a live teacher (--kd online) would take {duration_text(per_epoch)} of each epoch: the cache has paid for itself after "
+            f"{summary.paid_after_epochs:.2g} epochs"
+        )
+    return "\n".join([*lines, f"{summary.cache}: {state}"])
 
 
 def verify_tables(report: verify.Report) -> Iterator[Table | str]:
@@ -156,6 +188,11 @@ def training_tables(summary: training.Summary) -> Iterator[Table | str]:
     )
     pace = f", {summary.seconds_per_step:.3f} s a step" if summary.seconds_per_step else ""
     yield f"{summary.steps} steps in {duration_text(summary.seconds)}{pace}{best}"
+    if summary.teacher_seconds_per_step:
+        yield f"the live teacher took {summary.teacher_seconds_per_step:.3f} s of a step, which a cache pays once"
+    if summary.other_modes:
+        others = ", ".join(f"{seconds:.3f} s in {name}" for name, seconds in summary.other_modes.items())
+        yield f"a step beside it: {others}"
     yield f"weights in {summary.weights}, logs in {summary.logs}"
 
 

@@ -60,6 +60,23 @@ def write_run(folder: Path, run: Run) -> None:
     partial.replace(folder / RUN)
 
 
+def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
+    """
+    Seconds a step of the runs that `--kd` made beside a run of `mode`, by name: those that have been validated.
+
+    A run's name ends in its mode where that is not its config's own (`training.with_mode`).
+    """
+    name = folder.name.removesuffix(f"-{mode}")
+    paces = {}
+    for other in (name, f"{name}-cached", f"{name}-online", f"{name}-none"):
+        file = folder.with_name(other) / RUN
+        if other == folder.name or not file.is_file():
+            continue
+        last = read_run(file).history[-1]
+        paces[other] = last.seconds / last.steps
+    return paces
+
+
 def read_run(path: str | Path) -> Run:
     """
     The run in a folder of `kdpipe train-student`, or in its `run.json`.

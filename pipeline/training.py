@@ -33,7 +33,7 @@ from kdpipe.pipeline.batch_size import resolve_batch_size
 from kdpipe.pipeline.checkpoints import Position
 from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.fabric import computed_precision, open_fabric
-from kdpipe.pipeline.loaders import batches_per_epoch, train_loader, val_loader
+from kdpipe.pipeline.loaders import OnlineTargets, batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models import build_student
@@ -41,7 +41,7 @@ from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import library_versions
-from kdpipe.pipeline.runs import CacheUsed, Run, Validation, write_run
+from kdpipe.pipeline.runs import CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.targets import open_targets
 from kdpipe.pipeline.validation import batch_size_text, validate
 
@@ -51,7 +51,12 @@ WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices,
 
 @dataclass
 class Summary:
-    """What a run of stage two reached; times in seconds, scores in 0..1."""
+    """
+    What a run of stage two reached; times in seconds, scores in 0..1.
+
+    `teacher_seconds_per_step` is what the live teacher took (None where none is live), `other_modes` the seconds a step of the
+    runs of the same config in other modes, by name.
+    """
 
     name: str
     mode: DistillMode
@@ -65,6 +70,8 @@ class Summary:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     seconds_per_step: float | None = None
+    teacher_seconds_per_step: float | None = None
+    other_modes: dict[str, float] = field(default_factory=dict)
     fingerprint: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,6 +141,7 @@ class _Run:
         self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
         targets = open_targets(config, tiles, self.stretch, device)
         self.fingerprint = targets.fingerprint
+        self._teacher = targets.source if isinstance(targets.source, OnlineTargets) else None
         if targets.note:
             progress.say(targets.note)
         self.cache_used = (
@@ -178,7 +186,7 @@ class _Run:
 
         dataset = TrainTiles(tiles, config, self.stretch, targets.source)
         self.per_epoch = batches_per_epoch(config, len(dataset))
-        self.total_steps = self._total_steps()
+        self.total_steps = steps_in(config, self.per_epoch)
         self.loader = self.fabric.setup_dataloaders(
             train_loader(config, dataset, self.position.batches, workers), use_distributed_sampler=False
         )
@@ -231,6 +239,9 @@ class _Run:
         self.summary.seconds = time.perf_counter() - start
         measured = step_seconds[WARM_UP_STEPS:]
         self.summary.seconds_per_step = statistics.median(measured) if measured else None
+        if self._teacher and step_seconds:
+            self.summary.teacher_seconds_per_step = self._teacher.teacher_seconds / len(step_seconds)
+        self.summary.other_modes = paces_of_other_modes(self.folder, config.distill.mode)
         return self.summary
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
@@ -363,11 +374,6 @@ class _Run:
 
     def _at_end_of_epoch(self) -> bool:
         return self.position.batches % self.per_epoch == 0
-
-    def _total_steps(self) -> int:
-        train_config = self.config.train
-        steps = train_config.epochs * self.per_epoch // train_config.accumulate
-        return min(steps, train_config.max_steps) if train_config.max_steps else steps
 
     def _val_sizes(self) -> list[tuple[int, int]]:
         unlabelled = [tile.id for tile in self.val_tiles if tile.mask is None]

@@ -91,7 +91,7 @@ def test_a_batch_of_one_is_passed_over_where_batch_norm_needs_two(auto, monkeypa
     monkeypatch.setattr(batch_size, "available_bytes", lambda: 0)  # nothing larger than the smallest is tried
     config = auto(student={"architecture": "deeplabv3", "encoder": "resnet18"})
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        batch_size._take_steps(config, CPU, 1)
+        batch_size.take_steps(config, CPU, 1, 2)
     assert not batch_size._fits(config, CPU, 1)
     assert batch_size._fits(config, CPU, 2)
 
@@ -131,7 +131,7 @@ def test_measured_peaks_grow_with_the_batch_as_tensors_do(auto):
     forecast = batch_size._forecast(config, CPU, sizes, room=1e12)
     before = batch_size.psutil.Process().memory_info().rss
     with batch_size._watched() as largest:
-        batch_size._take_steps(config, CPU, 8)
+        batch_size.take_steps(config, CPU, 8, 2)
     assert forecast(8) > forecast(4) > forecast(2) > 0
     assert 0.5 < forecast(8) / (largest() - before) < 2
 

@@ -1,0 +1,139 @@
+"""What caching costs and saves is said from measured seconds, and honestly where it is not worth it."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from kdpipe.configs.errors import OutOfMemory
+from kdpipe.pipeline import estimate as forecasts
+from kdpipe.pipeline import reports, worth
+from kdpipe.pipeline.estimate import estimate
+from kdpipe.pipeline.loaders import steps_in
+from kdpipe.pipeline.models.teacher import FrozenTeacher
+from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.worth import Worth
+
+CPU = torch.device("cpu")
+
+
+def found(**changes):
+    """400 steps, 4 epochs, of 8 samples that show two tiles each: 1 s a step; the teacher 0.5 s a tile, 0.25 s a crop."""
+    figures = {
+        "precompute_seconds": 100.0, "step_seconds": 1.0, "tile_seconds": 0.5, "crop_seconds": 0.25, "samples_per_step": 8,
+        "views_per_sample": 2.0, "steps": 400, "epochs": 4.0,
+    }  # fmt: skip
+    return Worth(**{**figures, **changes})
+
+
+def test_the_figures_are_those_that_one_works_out_by_hand():
+    it = found()
+    assert (it.cached_seconds, it.online_step_seconds, it.crops_step_seconds) == (500, 1 + 8 * 2 * 0.5, 1 + 8 * 0.25)
+    # Crops are the cheaper way: 2 s of a step, 200 s of an epoch of 100 steps.
+    assert it.paid_after_epochs == 0.5
+    assert it.saved_share == 1 - 500 / 1200
+    assert it.verdict == it.as_dict()["verdict"] == "yes"
+    assert found(tile_seconds=0.01).cheapest_step_seconds == 1 + 8 * 2 * 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "said"),
+    [
+        ({}, "yes", "for itself after 0.5 epochs, saves 58.3 % of the time, and takes 3.0 MB"),
+        # FTUNetFormer's step is 768 GFLOP a tile, and the teacher's pass 37.
+        ({"step_seconds": 2.0, "crop_seconds": 0.25 * 37 / 768, "precompute_seconds": 5.0}, "hardly", "saves 4.0 %"),
+        ({"precompute_seconds": 900.0}, "no", "for itself after 4.5 epochs, costs another 8.3 % of the time"),
+    ],
+)
+def test_the_answer_is_hardly_where_the_student_is_heavy_and_no_where_the_run_is_short(changes, verdict, said):
+    lines = reports.worth_lines(found(**changes), 3_000_000)
+    assert f"worth it? {verdict}: a live teacher is " in "\n".join(lines)
+    assert said in lines[-1]
+    assert max(map(len, lines)) <= 80
+
+
+def slowed(patch, teacher_seconds, student_seconds):
+    """A teacher and a student that take at least so long, for a tile and for a step."""
+    logits, steps = FrozenTeacher.logits, worth.take_steps
+
+    def answer(self, images):
+        time.sleep(teacher_seconds)
+        return logits(self, images)
+
+    patch.setattr(FrozenTeacher, "logits", answer)
+    patch.setattr(worth, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
+
+
+def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, monkeypatch):
+    slowed(monkeypatch, 0.0, 30.0)
+    forecast = estimate(make_config(), CPU)
+    it = forecast.worth
+    assert (it.steps, it.epochs, it.samples_per_step, it.views_per_sample) == (6, 2, 2, 1.75)
+    assert it.step_seconds > 30
+    assert it.verdict in ("hardly", "no")
+    assert "worth it? " in reports.estimate_text(forecast)
+    assert forecast.as_dict()["worth"]["verdict"] == it.verdict
+
+
+def test_a_dry_run_measures_a_light_student_with_a_heavy_teacher(make_config, monkeypatch):
+    slowed(monkeypatch, 2.0, 0.0)
+    it = estimate(make_config(train__epochs=50), CPU).worth
+    assert 1.5 < it.tile_seconds < 3  # scaled from the sampled tiles to the mean one
+    assert it.crop_seconds > 2
+    assert it.verdict == "yes"
+    # Six tiles once, or six samples of an epoch.
+    assert it.paid_after_epochs == pytest.approx(1, rel=0.3)
+
+
+def test_max_steps_and_accumulation_count(make_config):
+    config = make_config(train__accumulate=3, train__epochs=5)
+    assert steps_in(config, per_epoch=6) == 10
+    assert steps_in(make_config(train__max_steps=4), per_epoch=3) == 4
+
+
+def test_a_student_that_does_not_fit_leaves_the_forecast_of_stage_one(make_config, monkeypatch):
+    def exhausted(*arguments):
+        raise OutOfMemory("out of memory while timing the student")
+
+    monkeypatch.setattr(worth, "take_steps", exhausted)
+    forecast = estimate(make_config(), CPU)
+    assert forecast.bytes > 0
+    assert (
+        forecast.as_dict()["worth"]
+        == "a step of the student cannot be timed here: out of memory while timing the student"
+    )
+    assert "worth it? a step of the student cannot be timed here" in reports.estimate_text(forecast)
+    few = estimate(make_config(train__batch_size=9), CPU)
+    assert "an epoch has 6 samples, fewer than train.batch_size 9" in few.worth
+
+
+def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
+    config = make_config()
+    summary = precompute(config, CPU)
+    # 6 tiles and 6 samples an epoch, that show 1.75 views each.
+    assert summary.views_per_epoch == 6 * 1.75
+    assert summary.paid_after_epochs == pytest.approx(summary.seconds / (summary.teacher_seconds * 1.75))
+    assert summary.as_dict()["paid_after_epochs"] == summary.paid_after_epochs
+    assert "of each epoch: the cache has paid for itself after" in reports.precompute_text(summary)
+    monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
+    assert estimate(config, CPU).worth is None
+    assert precompute(config, CPU).paid_after_epochs is None
+
+
+def test_a_run_says_what_the_live_teacher_took_and_what_its_other_modes_take(make_config, monkeypatch):
+    config = make_config(train__max_steps=2, train__mosaic=0.0)
+    precompute(config, CPU)
+    slowed(monkeypatch, 0.2, 0.0)
+    online = train(with_mode(config, "online"), CPU)
+    assert 2 * 0.2 < online.teacher_seconds_per_step < 3
+    assert online.other_modes == {}
+    cached = train(config, CPU)
+    assert cached.teacher_seconds_per_step is None
+    assert list(cached.other_modes) == ["tiny-online"]
+    assert cached.other_modes["tiny-online"] > 2 * 0.2
+    said = [str(line) for line in reports.training_tables(cached)]
+    assert any(line.startswith("a step beside it: ") and line.endswith(" s in tiny-online") for line in said)
+    assert any("the live teacher took" in str(line) for line in reports.training_tables(online))
+    assert np.isfinite(cached.losses).all()
