@@ -1,15 +1,16 @@
-"""The caches below `golden/cache-1.0` as they were made: their input, by integer arithmetic that every machine does alike."""
+"""The caches below `golden/` as they were made: their input, by integer arithmetic that every machine does alike."""
 
 from pathlib import Path
 
 import numpy as np
 import plain_reader
 
-from kdpipe.cache.manifest import ImageDigest, Manifest, Recipe, TeacherRecord
+from kdpipe.cache.manifest import ImageDigest, LogitsRecipe, Manifest, Recipe, TeacherRecord
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 
 GOLDEN = Path(__file__).parent / "golden" / "cache-1.0"
+GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
 SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
 CLASSES = {8: ["water", "forest", "meadow"], 16: ["water", "forest", "meadow", "field", "town"]}
 
@@ -45,26 +46,41 @@ def recipe(bits: int) -> Recipe:
     )  # fmt: skip
 
 
-def write(path: Path, bits: int) -> Manifest:
+def logits(bits: int, height: int, width: int) -> np.ndarray:
+    """Float32 `(3, H, W)`: quarters, most of them within 10 of the largest, and squares of 40 px where one class lies at -100."""
+    row, column = np.mgrid[:height, :width]
+    steps = np.stack([(row // (8 + c) * (c + 2) + column // (6 + c) * (bits // 8 + c)) % (30 + c) for c in range(3)])
+    deep = ((row // 40 + column // 40) % 3 == 1) & (np.arange(3)[:, None, None] == 2)
+    return np.where(deep, -100, steps / 4).astype(np.float32)
+
+
+def logits_recipe(bits: int) -> LogitsRecipe:
+    """That of the soft targets, without what logits do not know."""
+    free = {"classes", "class_map", "temperature"}
+    return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
+
+
+def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
     """What the writer of today makes of it."""
-    with open_writer(open_storage(str(path)), recipe(bits), device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
+    made, values = (recipe(bits), probs) if kind == "soft" else (logits_recipe(bits), logits)
+    with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
         writer.begin()
         return writer.finish([
-            writer.write(tile, probs(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
+            writer.write(tile, values(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
             for number, (tile, size) in enumerate(SIZES.items(), start=1)
         ])  # fmt: skip
 
 
-def write_golden(folder: Path) -> None:
+def write_golden(folder: Path, kind: str = "soft") -> None:
     """
-    How `cache-1.0` was made; a later version of the format gets another folder, by a function like this.
+    How `cache-1.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
 
     Raises `FileExistsError` where there is one: it is never regenerated.
     """
     folder.mkdir(parents=True)
     expected = {}
     for bits in CLASSES:
-        write(folder / f"{bits}-bits.zarr", bits)
+        write(folder / f"{bits}-bits.zarr", bits, kind)
         cache = plain_reader.Cache(folder / f"{bits}-bits.zarr")
         expected |= {f"{bits}-{number}": cache.read(tile) for number, tile in enumerate(SIZES)}
     np.savez_compressed(folder / "expected.npz", **expected)

@@ -11,10 +11,11 @@ import golden_cache
 import numpy as np
 import plain_reader
 import pytest
-from golden_cache import GOLDEN, SIZES
+from golden_cache import GOLDEN, GOLDEN_LOGITS, SIZES
 
 from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
 from kdpipe.cache.integrity import check_full
+from kdpipe.cache.logits import DEPTH
 from kdpipe.cache.manifest import differences
 from kdpipe.cache.reader import read_manifest, read_recipe
 from kdpipe.cache.simplex import error_bound
@@ -29,20 +30,24 @@ from pathlib import Path
 import numpy as np
 import plain_reader
 
-golden = Path(sys.argv[1])
+golden, kind = Path(sys.argv[1]), sys.argv[2]
 with np.load(golden / "expected.npz") as expected:
     for bits in (8, 16):
         cache = plain_reader.Cache(golden / f"{bits}-bits.zarr")
         for number, tile in enumerate(cache.manifest["tiles"]):
             assert np.array_equal(cache.read(tile["id"]), expected[f"{bits}-{number}"]), tile
-            assert np.abs(cache.probabilities(tile["id"]).sum(axis=0) - 1).max() < 1e-12
+            if kind == "soft":
+                assert np.abs(cache.probabilities(tile["id"]).sum(axis=0) - 1).max() < 1e-12
+            else:
+                assert (cache.logits(tile["id"]).max(axis=0) == 0).all()
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("kdpipe", "zarr")))
 """
 
 
-def test_a_reader_written_from_the_page_alone_reads_and_checks_the_golden_cache():
+@pytest.mark.parametrize(("golden", "kind"), [(GOLDEN, "soft"), (GOLDEN_LOGITS, "logits")])
+def test_a_reader_written_from_the_page_alone_reads_and_checks_the_golden_cache(golden, kind):
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(GOLDEN)], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", PLAIN, str(golden), kind], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -73,21 +78,36 @@ def test_todays_reader_reads_the_golden_cache_and_finds_it_whole(bits):
     assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]  # there are no images
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_todays_reader_reads_the_golden_logits_and_finds_them_whole(bits):
+    path = GOLDEN_LOGITS / f"{bits}-bits.zarr"
+    cache = SoftTargetCache.open(str(path))
+    with np.load(GOLDEN_LOGITS / "expected.npz") as expected:
+        for number, tile in enumerate(SIZES):
+            np.testing.assert_array_equal(cache.read_units(tile), expected[f"{bits}-{number}"])
+            logits = golden_cache.logits(bits, *SIZES[tile])
+            exact = np.maximum(logits - logits.max(axis=0), -DEPTH[bits])
+            assert np.abs(cache.read_logits(tile) - exact).max() <= cache.manifest.error_bound
+    found = check_full(open_storage(str(path)), cache.manifest, {})
+    assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]
+
+
 def lines_of(content, but=()):
     return {key: value for key, value in content.items() if key not in but}
 
 
+@pytest.mark.parametrize(("folder", "kind"), [(GOLDEN, "soft"), (GOLDEN_LOGITS, "logits")])
 @pytest.mark.parametrize("bits", BITS)
-def test_todays_writer_writes_what_the_golden_cache_holds(bits, tmp_path):
+def test_todays_writer_writes_what_the_golden_cache_holds(bits, folder, kind, tmp_path):
     """Values and metadata are compared, not bytes: another release of zstd may compress otherwise, and is free to."""
-    golden_cache.write(tmp_path / "c", bits)
-    golden = GOLDEN / f"{bits}-bits.zarr"
+    golden_cache.write(tmp_path / "c", bits, kind)
+    golden = folder / f"{bits}-bits.zarr"
     compressed = ("shard_bytes", "shard_sha256", "metadata_sha256")
-    with np.load(GOLDEN / "expected.npz") as expected:
+    with np.load(folder / "expected.npz") as expected:
         for number, tile in enumerate(SIZES):
             np.testing.assert_array_equal(plain_reader.Cache(tmp_path / "c").read(tile), expected[f"{bits}-{number}"])
     for file in sorted(path.relative_to(golden) for path in golden.rglob("*.json")):
-        then, now = (json.loads((folder / file).read_text()) for folder in (golden, tmp_path / "c"))
+        then, now = (json.loads((cache / file).read_text()) for cache in (golden, tmp_path / "c"))
         if file.name == "manifest.json":
             for manifest in (then, now):
                 manifest["tiles"] = [lines_of(tile, compressed) for tile in manifest["tiles"]]
@@ -95,9 +115,12 @@ def test_todays_writer_writes_what_the_golden_cache_holds(bits, tmp_path):
         elif then["node_type"] == "array":
             receipts = [content["attributes"].pop("kdpipe") for content in (then, now)]
             # One millionth either way: a logarithm's last bit is the machine's.
-            lost = [np.array(receipt.pop("entropy_error")) for receipt in receipts]
-            np.testing.assert_allclose(lost[0], lost[1], atol=1, rtol=0)
-            assert len(receipts[1].pop("receipt_sha256")) == 64  # the golden cache is older than that
+            if kind == "soft":
+                lost = [np.array(receipt.pop("entropy_error")) for receipt in receipts]
+                np.testing.assert_allclose(lost[0], lost[1], atol=1, rtol=0)
+            seals = [receipt.pop("receipt_sha256", None) for receipt in receipts]
+            assert len(seals[1]) == 64
+            assert (seals[0] is None) == (kind == "soft")  # the golden soft targets are older than that
             assert lines_of(receipts[0], compressed) == lines_of(receipts[1], compressed)
         assert now == then, file
     assert sorted(p.relative_to(golden) for p in golden.rglob("*")) == sorted(
