@@ -90,7 +90,7 @@ def precompute_text(summary: precompute.Summary) -> str:
     if summary.paid_after_epochs is not None:
         per_epoch = summary.teacher_seconds / summary.computed * summary.views_per_epoch
         lines.append(
-            f"a live teacher (--kd online) would take {duration_text(per_epoch)} of each epoch: the cache has paid for itself after "
+            f"a live teacher (--kd online) would take {duration_text(per_epoch)} of each epoch:\nthe cache has paid for itself after "
             f"{summary.paid_after_epochs:.2g} epochs"
         )
     return "\n".join([*lines, f"{summary.cache}: {state}"])
@@ -310,7 +310,8 @@ def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | st
         table.add_row(name, value)
     yield table
     if isinstance(recipe, LogitsRecipe):
-        yield f"channels: {', '.join(recipe.channels)}; temperature and class map are those of the configuration that reads it"
+        yield f"channels: {', '.join(recipe.channels)}"
+        yield "temperature and class map are those of the configuration that reads it"
     else:
         shares = Table(title="Class map", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, row in zip(recipe.teacher_classes, recipe.class_map, strict=True):

@@ -116,7 +116,7 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     assert summary.views_per_epoch == 6 * 1.75
     assert summary.paid_after_epochs == pytest.approx(summary.seconds / (summary.teacher_seconds * 1.75))
     assert summary.as_dict()["paid_after_epochs"] == summary.paid_after_epochs
-    assert "of each epoch: the cache has paid for itself after" in reports.precompute_text(summary)
+    assert "of each epoch:\nthe cache has paid for itself after" in reports.precompute_text(summary)
     monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
