@@ -7,6 +7,7 @@ It holds the resolved configuration, the cache that was learnt from, and the sco
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_run(folder: Path, run: Run) -> None:
 
 def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
     """
-    Seconds a step of the runs that `--kd` made beside a run of `mode`, by name: those that have been validated.
+    Seconds a step of the runs that `--kd` made beside a run of `mode`, by name; one that was never validated, or is damaged,
+    has none to say.
 
     A run's name ends in its mode where that is not its config's own (`training.with_mode`).
     """
@@ -72,8 +74,9 @@ def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
         file = folder.with_name(other) / RUN
         if other == folder.name or not file.is_file():
             continue
-        last = read_run(file).history[-1]
-        paces[other] = last.seconds / last.steps
+        with suppress(DataError):  # another run's file must not end this one
+            last = read_run(file).history[-1]
+            paces[other] = last.seconds / last.steps
     return paces
 
 

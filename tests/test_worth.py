@@ -13,6 +13,7 @@ from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.loaders import steps_in
 from kdpipe.pipeline.models.teacher import FrozenTeacher
 from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.runs import paces_of_other_modes
 from kdpipe.pipeline.training import train, with_mode
 from kdpipe.pipeline.worth import Worth
 
@@ -137,3 +138,10 @@ def test_a_run_says_what_the_live_teacher_took_and_what_its_other_modes_take(mak
     assert any(line.startswith("a step beside it: ") and line.endswith(" s in tiny-online") for line in said)
     assert any("the live teacher took" in str(line) for line in reports.training_tables(online))
     assert np.isfinite(cached.losses).all()
+
+
+def test_a_damaged_run_beside_it_is_no_reason_to_fail_at_the_end(tmp_path):
+    for name in ("tiny-online", "tiny-none"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tiny-none" / "run.json").write_text("{")
+    assert paces_of_other_modes(tmp_path / "tiny", "cached") == {}
