@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import tree
 from test_cache import distributions, fill, images  # noqa: F401  (a fixture)
 from test_precompute import StopAfter, command
@@ -20,7 +21,9 @@ from test_precompute import StopAfter, command
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache, remote
 from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.storage import LocalStorage, open_storage
+from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, Interrupted
+from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.verify import verify
 
@@ -96,6 +99,23 @@ def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cach
     s3.fault = lambda method, path: None
     assert objects(s3.url) == tree(tmp_path / "cache.zarr")
     assert not open_storage(f"{s3.url}.lock").size("")
+
+
+def test_inspect_says_of_a_cache_on_s3_what_it_says_of_a_local_one(make_config, s3, tmp_path):
+    s3.fault = every(5, FAULTS)
+    said = []
+    for number, path in enumerate((str(tmp_path / "cache.zarr"), s3.url)):
+        config = make_config(cache__path=path)
+        precompute(config, CPU)
+        (tmp_path / "c.yaml").write_text(dump_config(config))
+        target = tmp_path / f"{number}.json"
+        for options in ([], ["--diff", tmp_path / "c.yaml"], ["--stats"]):
+            result = CliRunner().invoke(
+                cli, ["inspect", path, *map(str, options), "--json", str(target)], catch_exceptions=False
+            )
+            assert result.exit_code == 0, result.output
+            said.append(json.loads(target.read_text().replace(path, "PATH")))
+    assert said[:3] == said[3:]
 
 
 def test_repair_of_a_damaged_object_brings_its_bytes_back(make_config, s3):
