@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.cache import layout
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, TileRecord
-from kdpipe.cache.reader import SoftTargetCache, damage
+from kdpipe.cache import layout, values
+from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, Manifest, Recipe, TileRecord, differences
+from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import Storage
-from kdpipe.configs.errors import CorruptCache
+from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 READ_THREADS = 4  # hashing and decompression release the GIL
 
@@ -41,9 +41,41 @@ def check_tiles_listed(manifest: Manifest, images: Mapping[str, Path]) -> list[F
     return findings
 
 
+def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
+    """
+    What a manifest that is whole in itself claims against the rest of the cache: one that was edited and signed again.
+
+    Its tiles' digests, sizes and images are compared with their receipts in `check_full`. Nobody can tell what `device` and
+    `libraries` were.
+    """
+    wrong = []
+    bound = values.error_bound(manifest.recipe)
+    if manifest.error_bound != bound:
+        wrong.append(f"error_bound is {manifest.error_bound!r}, and its recipe gives {bound!r}")
+    groups = set(layout.group_paths([record.id for record in manifest.tiles]))
+    if set(manifest.groups) != groups:
+        odd = sorted(groups ^ set(manifest.groups))
+        wrong.append(f"its groups are not those of its tiles: {odd[0] or 'the topmost'!r} is listed or lacking wrongly")
+    if manifest.format_version == manifest.recipe.format_version:  # the topmost group of another one may say more
+        try:
+            found = read_recipe(storage)
+        except (CorruptCache, UnknownFormat):  # a finding about that group
+            found = None
+        if found is not None and found != manifest.recipe:
+            fields = differences(manifest.recipe, found.model_dump())
+            wrong.append(f"its recipe is not that of {layout.METADATA_NAME}: {fields[0].partition(':')[0]} differs")
+    return [
+        Finding("damaged-manifest", None, f"{MANIFEST_NAME} was changed and signed again: {what}") for what in wrong
+    ]
+
+
 def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Path]) -> list[Finding]:
     """Findings from names, sizes and times alone: lists, missing files, changed images. Reads no pixel."""
-    findings = check_tiles_listed(manifest, images)
+    findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
+    for path in manifest.groups:
+        name = f"{path}/{layout.METADATA_NAME}".lstrip("/")
+        if storage.size(name) is None:
+            findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
     for record in manifest.tiles:
         path = layout.tile_path(record.id)
         size = storage.size(f"{path}/{layout.SHARD_NAME}")
@@ -67,19 +99,22 @@ def check_full(
     Findings from every byte: each file's digest, each chunk decoded, each pixel's sum, each source image's content, and
     files that do not belong. `on_tile` is called once a tile is checked.
     """
-    findings = check_tiles_listed(manifest, images)
+    findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
+    newer = manifest.format_version != manifest.recipe.format_version
     for path, digest in manifest.groups.items():
         name = f"{path}/{layout.METADATA_NAME}".lstrip("/")
         try:
-            intact = layout.sha256(storage.read(name)) == digest
-        except FileNotFoundError:
+            data = storage.read(name)
+            # What this version would write is known, so that nobody can vouch for anything else; of newer ones the digest is.
+            expected = layout.sha256(layout.group_metadata(path, manifest.recipe))
+            intact = layout.sha256(data) == digest == (digest if newer else expected)
+        except (OSError, CorruptCache):
             intact = False
         if not intact:
             findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
-    cache = SoftTargetCache(storage, manifest)
 
     def check(record: TileRecord) -> list[Finding]:
-        found = _check_content(storage, cache, record) + _check_image(record, images, None, by_content=True)
+        found = _check_content(storage, manifest.recipe, record) + _check_image(record, images, None, by_content=True)
         on_tile()
         return found
 
@@ -92,34 +127,43 @@ def check_full(
 
 def find_damage(
     storage: Storage,
+    recipe: CacheRecipe,
     records: Iterable[TileRecord],
     images: Mapping[str, Path],
     on_tile: Callable[[], None] = lambda: None,
-) -> dict[str, str]:
+) -> tuple[dict[str, TileRecord], dict[str, str]]:
     """
-    What is wrong with the files or the source image of each tile, by id, whole tiles left out: every byte is read.
+    The records of the tiles that are whole, and what is wrong with the files or the source image of each other: every byte is read.
 
-    Unlike `check_full` this needs no manifest: `records` may come from the tiles' own receipts.
+    Unlike `check_full` this needs no manifest: `records` may come from the tiles' own receipts. Where a record does not fit, but
+    the tile's receipt does, it is the record that is wrong, as in an edited manifest: that tile is whole by its receipt.
     """
+    digest = recipe.digest()
 
-    def check(record: TileRecord) -> tuple[str, str | None]:
-        cause = damage(storage, record)
-        if cause is None and _check_image(record, images, None, by_content=True):
-            cause = f"{images[record.id]} is not the image that it was computed from"
+    def wrong_with(record: TileRecord) -> list[Finding]:
+        return _check_content(storage, recipe, record) or _check_image(record, images, None, by_content=True)
+
+    def check(record: TileRecord) -> tuple[TileRecord, str | None]:
+        found = wrong_with(record)
+        if found and (receipt := read_receipt(storage, record.id, digest)) and not wrong_with(receipt):
+            record, found = receipt, []
         on_tile()
-        return record.id, cause
+        return record, found[0].message if found else None
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        return {tile: cause for tile, cause in threads.map(check, records) if cause}
+        checked = list(threads.map(check, records))
+    whole = {record.id: record for record, cause in checked if cause is None}
+    return whole, {record.id: cause for record, cause in checked if cause is not None}
 
 
-def _check_content(storage: Storage, cache: SoftTargetCache, record: TileRecord) -> list[Finding]:
-    cause = damage(storage, record)
-    if cause:
-        return [Finding("damaged-tile", record.id, cause)]
-    receipt = layout.parse_receipt(
-        storage.read(f"{layout.tile_path(record.id)}/{layout.METADATA_NAME}"), record.id, cache.manifest.recipe.digest()
-    )
+def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) -> list[Finding]:
+    """Both files of a tile by digest, receipt, and value; each is read once."""
+    try:
+        metadata = read_intact(storage, record, layout.METADATA_NAME)
+        file = read_intact(storage, record, layout.SHARD_NAME)
+    except (ValueError, CorruptCache) as err:  # the latter for a link that leads out of the cache
+        return [Finding("damaged-tile", record.id, str(err))]
+    receipt = layout.parse_receipt(metadata, record.id, recipe.digest())
     known = set(TileRecord.model_fields)  # a newer minor version may have more in the manifest
     if receipt is None or receipt.model_dump() != record.model_dump(include=known):
         return [
@@ -128,8 +172,15 @@ def _check_content(storage: Storage, cache: SoftTargetCache, record: TileRecord)
             )
         ]
     try:
-        cache.read_units(record.id)
-    except CorruptCache as err:
+        shard = open_tile(recipe, record, metadata, in_memory(file))
+        if isinstance(recipe, Recipe):
+            layout.read_entropy_error(shard.attributes, record)
+        if layout.SEAL in shard.attributes[layout.ATTRIBUTE] and not layout.is_sealed(metadata):
+            raise ValueError(f"its metadata ({layout.METADATA_NAME}) was changed and vouched for again")
+        flaw = values.flaw(shard.read((0, 0, record.height, record.width), in_memory(file)), recipe)
+        if flaw:
+            raise ValueError(f"a chunk is missing, or {flaw}")
+    except (ValueError, KeyError, TypeError, OverflowError) as err:
         return [Finding("damaged-tile", record.id, str(err))]
     return []
 
@@ -145,17 +196,19 @@ def _check_image(
 
 def _check_strays(storage: Storage, manifest: Manifest) -> Iterator[Finding]:
     """What lies in the cache and is neither listed nor a finished tile that the configuration no longer names."""
-    expected: dict[str, set[str]] = {path: {layout.METADATA_NAME} for path in manifest.groups}
+    groups = layout.group_paths([record.id for record in manifest.tiles])
+    expected: dict[str, set[str]] = {path: {layout.METADATA_NAME} for path in groups}
     expected[""].add(MANIFEST_NAME)
-    for path in manifest.groups:
+    for path in groups:
         if path:
             expected[path.rpartition("/")[0]].add(path.rpartition("/")[2])
     for record in manifest.tiles:
         path = layout.tile_path(record.id)
         expected[path] = {layout.METADATA_NAME, layout.SHARD_NAME}
         expected[path.rpartition("/")[0]].add(path.rpartition("/")[2])
+    digest = manifest.recipe.digest()
     for path, names in expected.items():
         for child in storage.children(path):
-            if child not in names:
-                name = f"{path}/{child}".lstrip("/")
+            name = f"{path}/{child}".lstrip("/")
+            if child not in names and not read_receipt(storage, name.removeprefix(f"{layout.TILES}/"), digest):
                 yield Finding("stray-file", None, f"{name} does not belong to the cache")

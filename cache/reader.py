@@ -127,12 +127,12 @@ class SoftTargetCache:
         window = _checked(record, window)
         shard = self._shard(record)
         try:
-            units = shard.read(window, self._range_reader(record))
-        except (ValueError, RuntimeError, OSError) as err:
-            raise self._corrupt(tile_id, f"its chunks cannot be decoded ({err})") from err
+            units = shard.read(window, self._range_reader(record), self._checksums[tile_id])
+        except (ValueError, RuntimeError, OSError, CorruptCache) as err:
+            raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         flaw = values.flaw(units, self.manifest.recipe)
         if flaw:
-            raise self._corrupt(tile_id, f"a chunk is missing, or {flaw}")
+            raise self._unusable(tile_id, f"a chunk is missing, or {flaw}")
         return units
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +145,8 @@ class SoftTargetCache:
     def _start_anew(self) -> None:
         self._pid: int | None = None
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        self._checked: set[str] = set()
+        # Of the chunks of every tile whose digests were compared: 4 bytes a chunk bind what is read later to them.
+        self._checksums: dict[str, NDArray[np.uint32]] = {}
 
     def _record(self, tile_id: str) -> TileRecord:
         try:
@@ -154,36 +155,34 @@ class SoftTargetCache:
             raise KeyError(f"no tile {tile_id!r} in {self._storage.url}") from None
 
     def _shard(self, record: TileRecord) -> Shard:
-        """The tile's shard; its bytes are compared with the manifest's digests at the first touch."""
+        """The tile's shard; the bytes of its files are compared with the manifest's digests at the first touch."""
         self._refuse_fork()
-        if record.id not in self._checked:
-            cause = damage(self._storage, record)
-            if cause:
-                raise self._corrupt(record.id, cause)
-            self._checked.add(record.id)
         shard = self._shards.pop(record.id, None)
         if shard is None:
-            metadata = self._storage.read(f"{layout.tile_path(record.id)}/{layout.METADATA_NAME}")
             try:
-                shard = open_shard(metadata, self._range_reader(record))
-            except (ValueError, OSError) as err:
-                raise self._corrupt(record.id, str(err)) from err
-            recipe = self.manifest.recipe
-            wanted = (len(recipe.channels), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
-            if (shard.shape, shard.dtype) != wanted:
-                raise self._corrupt(
-                    record.id, f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}"
-                )
+                shard = self._open_shard(record)
+            except (ValueError, OSError, CorruptCache) as err:  # the last for a link that leads out of the cache
+                raise self._unusable(record.id, str(err)) from err
         self._shards[record.id] = shard
         if len(self._shards) > MAX_OPEN_TILES:
             self._shards.popitem(last=False)
+        return shard
+
+    def _open_shard(self, record: TileRecord) -> Shard:
+        """Raises `ValueError` for whatever is not as the manifest says."""
+        metadata = read_intact(self._storage, record, layout.METADATA_NAME)
+        if record.id in self._checksums:  # dropped to save memory, and needed again
+            return open_tile(self.manifest.recipe, record, metadata, self._range_reader(record))
+        file = read_intact(self._storage, record, layout.SHARD_NAME)
+        shard = open_tile(self.manifest.recipe, record, metadata, in_memory(file))
+        self._checksums[record.id] = shard.checksums(file)
         return shard
 
     def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
         try:
             return layout.read_entropy_error(self._shard(record).attributes, record)
         except (KeyError, TypeError, ValueError, OverflowError) as err:
-            raise self._corrupt(record.id, f"its entropy_error is not that of its size ({err!r:.100})") from err
+            raise self._unusable(record.id, f"its entropy_error is not that of its size ({err!r:.100})") from err
 
     def _range_reader(self, record: TileRecord) -> ReadRange:
         return partial(self._storage.read_range, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
@@ -200,7 +199,13 @@ class SoftTargetCache:
                 "start DataLoader workers with multiprocessing_context='spawn' or 'forkserver'"
             )
 
-    def _corrupt(self, tile_id: str, cause: str) -> CorruptCache:
+    def _unusable(self, tile_id: str, cause: str) -> CacheError:
+        """`CorruptCache` naming the tile; `IncompleteCache` where that is since a writer has taken the cache up again."""
+        if self._storage.size(MANIFEST_NAME) is None:
+            return IncompleteCache(
+                f"tile {tile_id} of {self._storage.url} cannot be read ({cause}): since the cache was opened, a run has begun to write "
+                "it again and has not finished; open it again once `kdpipe precompute-teacher` is done"
+            )
         return CorruptCache(
             f"tile {tile_id} of {self._storage.url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
             "just the damaged tiles again"
@@ -227,24 +232,35 @@ def _refuse_softening(recipe: CacheRecipe, softening: Softening, url: str) -> No
         )
 
 
-def damage(storage: Storage, record: TileRecord) -> str | None:
-    """What is wrong with a tile's two files by their digests, None if nothing is."""
-    path = layout.tile_path(record.id)
-    for name, what, digest in (
-        (layout.METADATA_NAME, "metadata", record.metadata_sha256),
-        (layout.SHARD_NAME, "shard", record.shard_sha256),
-    ):
-        try:
-            data = storage.read(f"{path}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            return f"its {what} ({name}) is missing"
-        except OSError as err:
-            return f"its {what} ({name}) cannot be read ({err})"
-        except CorruptCache as err:  # a link that leads out of the cache
-            return str(err)
-        if layout.sha256(data) != digest:
-            return f"its {what} ({name}) is not what was written"
-    return None
+def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
+    """The bytes of one of a tile's two files; `ValueError`, saying what is wrong, where they are not those of its digest."""
+    what, digest = {
+        layout.METADATA_NAME: ("metadata", record.metadata_sha256),
+        layout.SHARD_NAME: ("shard", record.shard_sha256),
+    }[name]
+    try:
+        data = storage.read(f"{layout.tile_path(record.id)}/{name}")
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise ValueError(f"its {what} ({name}) is missing") from err
+    except OSError as err:
+        raise ValueError(f"its {what} ({name}) cannot be read ({err})") from err
+    if layout.sha256(data) != digest:
+        raise ValueError(f"its {what} ({name}) is not what was written")
+    return data
+
+
+def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_range: ReadRange) -> Shard:
+    """A tile's shard; `ValueError` where it is damaged, or has not the shape and type that recipe and record give it."""
+    shard = open_shard(metadata, read_range)
+    wanted = (len(recipe.channels), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
+    if (shard.shape, shard.dtype) != wanted:
+        raise ValueError(f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}")
+    return shard
+
+
+def in_memory(file: bytes) -> ReadRange:
+    """Ranges of a file that has been read already."""
+    return lambda start, length: file[start:][:length]
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -256,6 +272,11 @@ def read_manifest(storage: Storage) -> Manifest:
         raise IncompleteCache(
             f"the cache {storage.url} {state}; run `kdpipe precompute-teacher` with the same configuration"
         ) from err
+    except OSError as err:
+        raise CorruptCache(
+            f"{storage.url}/{MANIFEST_NAME} cannot be read ({err}); restore it, or delete it and run "
+            "`kdpipe precompute-teacher` again: finished tiles are kept"
+        ) from err
     return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}")
 
 
@@ -265,17 +286,31 @@ def read_recipe(storage: Storage) -> CacheRecipe | None:
 
     Raises `CorruptCache` if it is unreadable, `UnknownFormat` if the cache is of another version than is written.
     """
+    origin = f"{storage.url}/{layout.METADATA_NAME}"
+    advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"
     try:
         data = storage.read(layout.METADATA_NAME)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    origin = f"{storage.url}/{layout.METADATA_NAME}"
+    except IsADirectoryError as err:
+        raise CorruptCache(f"{origin} is a folder, and not that of a cache of soft targets; {advice}") from err
     try:
         content = json.loads(data)["attributes"][layout.ATTRIBUTE]
         refuse_to_write(content["format_version"], origin)
         return parse_recipe(content["recipe"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise CorruptCache(
-            f"{origin} is not that of a cache of soft targets ({reason_of(err)}); "
-            "restore it, choose another cache.path, or delete the cache"
-        ) from err
+        raise CorruptCache(f"{origin} is not that of a cache of soft targets ({reason_of(err)}); {advice}") from err
+
+
+def read_receipt(storage: Storage, tile_id: str, recipe_digest: str) -> TileRecord | None:
+    """A finished tile's record by its own word; None if its receipt is damaged, of another tile or of another recipe."""
+    try:
+        metadata = storage.read(f"{layout.tile_path(tile_id)}/{layout.METADATA_NAME}")
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        CorruptCache,
+    ):  # the last for a link out of the cache
+        return None
+    return layout.parse_receipt(metadata, tile_id, recipe_digest) if layout.is_sealed(metadata) else None

@@ -45,11 +45,26 @@ class Shard:
     index: NDArray[np.uint64]  # (rows of chunks, columns of chunks, 2): offset and size
     attributes: dict[str, Any]
 
-    def read(self, window: tuple[int, int, int, int], read_range: ReadRange) -> NDArray[Any]:
+    def checksums(self, file: bytes) -> NDArray[np.uint32]:
+        """The CRC32C of each chunk by the bytes of the whole file, `(rows, columns)` of chunks: for `read`, once the file is another."""
+        crcs = np.zeros(self.index.shape[:2], dtype=np.uint32)
+        for place in np.ndindex(crcs.shape):
+            end = sum(map(int, self.index[place]))
+            crcs[place] = int.from_bytes(file[max(0, end - CRC_BYTES) : end], "little")
+        return crcs
+
+    def read(
+        self,
+        window: tuple[int, int, int, int],
+        read_range: ReadRange,
+        checksums: NDArray[np.uint32] | None = None,
+    ) -> NDArray[Any]:
         """
         The stored integers `(C, h, w)` of `(top, left, height, width)`; only the chunks that it touches are read.
 
-        Raises `ValueError` where a chunk is absent, does not match its checksum, or does not decode to its size.
+        With `checksums` a chunk that is whole in itself, but has another than there, is refused as well: the file has been
+        replaced since they were taken. Raises `ValueError` where a chunk is absent, does not match its checksum, or does not
+        decode to its size.
         """
         top, left, height, width = window
         chunk_h, chunk_w = self.chunk_px
@@ -57,7 +72,7 @@ class Shard:
         rows = range(top // chunk_h, (top + height - 1) // chunk_h + 1)
         columns = range(left // chunk_w, (left + width - 1) // chunk_w + 1)
         for row, column in itertools.product(rows, columns):
-            chunk_Chw = self._chunk(row, column, read_range)
+            chunk_Chw = self._chunk(row, column, read_range, checksums)
             y, x = row * chunk_h, column * chunk_w
             first_y, first_x = max(top, y), max(left, x)
             last_y, last_x = min(top + height, y + chunk_h), min(left + width, x + chunk_w)
@@ -66,7 +81,9 @@ class Shard:
             ]
         return out_Chw
 
-    def _chunk(self, row: int, column: int, read_range: ReadRange) -> NDArray[Any]:
+    def _chunk(
+        self, row: int, column: int, read_range: ReadRange, checksums: NDArray[np.uint32] | None
+    ) -> NDArray[Any]:
         start, size = (int(value) for value in self.index[row, column])
         if start == ABSENT:
             raise ValueError(f"chunk {row}, {column} is absent")
@@ -74,7 +91,10 @@ class Shard:
         chunk_Chw = np.zeros((self.shape[0], *self.chunk_px), dtype=self.dtype)
         if size > 2 * chunk_Chw.nbytes + 1024:
             raise ValueError(f"chunk {row}, {column} should have {size} bytes, more than its values")
-        frame = _checked(read_range(start, size), f"chunk {row}, {column}")
+        data = read_range(start, size)
+        frame = _checked(data, f"chunk {row}, {column}")
+        if checksums is not None and int.from_bytes(data[-CRC_BYTES:], "little") != checksums[row, column]:
+            raise ValueError(f"chunk {row}, {column} was replaced by another")
         declared = _frame_size(frame)
         if declared != chunk_Chw.nbytes:
             raise ValueError(f"chunk {row}, {column} declares {declared} bytes, not those of {chunk_Chw.shape} values")

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,12 +117,14 @@ class LocalStorage:
         """
         Make `name` hold exactly `data`, atomically and durably.
 
+        A folder in the place of a file, or a file in that of a folder, is damage, and makes way.
         Raises `DiskFull` and leaves no partial file where the disk is full.
         """
         path = self._path(name)
         # All in one folder, so that one listing finds what a killed run left, however many tiles there are.
         partial = self.folder / f".{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}"
         try:
+            self._make_way(path)
             _make_folders(path.parent)
             with partial.open("wb") as file:
                 file.write(data)
@@ -139,12 +142,23 @@ class LocalStorage:
             raise
         _sync_folder(path.parent)
 
+    def _make_way(self, path: Path) -> None:
+        """Delete what is of the wrong kind at the place of a file, or of a folder above it; nothing beyond the cache."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        for folder in path.parents:
+            if folder == self.folder:
+                break
+            if folder.is_file():
+                folder.unlink()
+
     def size(self, name: str) -> int | None:
         """The size of a file in bytes, None if there is none."""
         try:
-            return os.stat(f"{self.url}/{name}").st_size  # noqa: PTH116  a Path of each of 100,000 tiles costs more than the call
+            found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  a Path of each of 100,000 tiles costs more than the call
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def modified(self, name: str) -> float | None:
         """When a file was last written, in seconds since the epoch."""

@@ -23,7 +23,7 @@ from kdpipe.cache.manifest import (
     parse_manifest,
     refuse_to_write,
 )
-from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
 from kdpipe.cache.values import encode, error_bound
@@ -44,23 +44,20 @@ def finished_tiles(
         if set(storage.children("")) - set(partial_files(storage)):  # a run killed at its first write leaves those
             raise CorruptCache(
                 f"{storage.url} holds files, but no {layout.METADATA_NAME} that says they are a cache of soft targets; "
-                "choose another cache.path, or delete them"
+                "if they are one of this configuration, run `kdpipe precompute-teacher --repair`, else choose another cache.path"
             )
         return {}
     refuse_stale(storage, found, recipe)
-    known = {tile.id: tile for tile in manifest.tiles} if manifest else {}
+    known = {tile.id: tile for tile in manifest.tiles} if manifest and manifest.recipe == found else {}
     digest = recipe.digest()
     finished = {}
     for tile_id, image in images.items():
         path = layout.tile_path(tile_id)
         record = known.get(tile_id)
-        if record is None:
-            try:
-                metadata = storage.read(f"{path}/{layout.METADATA_NAME}")
-                record = layout.parse_receipt(metadata, tile_id, digest) if layout.is_sealed(metadata) else None
-            except (FileNotFoundError, NotADirectoryError):
-                record = None
-        if record is None or storage.size(f"{path}/{layout.SHARD_NAME}") != record.shard_bytes:
+        shard_bytes = storage.size(f"{path}/{layout.SHARD_NAME}")
+        if record is None or record.shard_bytes != shard_bytes:  # not listed, or by a manifest that is not this cache's
+            record = read_receipt(storage, tile_id, digest)
+        if record is None or record.shard_bytes != shard_bytes:
             continue
         written = storage.modified(f"{path}/{layout.METADATA_NAME}")
         if written is not None and is_unchanged(image, record, written, by_content=False):
@@ -76,7 +73,7 @@ def whole_manifest(storage: Storage) -> Manifest | None:
     """
     try:
         manifest = parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
-    except (FileNotFoundError, CorruptCache):
+    except (FileNotFoundError, IsADirectoryError, CorruptCache):
         return None
     refuse_to_write(manifest.format_version, f"{storage.url}/{MANIFEST_NAME}")
     return manifest
@@ -93,23 +90,30 @@ def sweep(storage: Storage) -> None:
         storage.remove(name)
 
 
-def restore_root(storage: Storage) -> bool:
+def restore_root(storage: Storage, recipe: CacheRecipe, tile_ids: list[str]) -> bool:
     """
-    Write the topmost group's metadata again from the manifest where it is damaged or lost; whether that was needed.
+    Write the topmost group's metadata again where it is damaged or lost; whether that was done.
 
-    Call it with the lock held. Raises `CorruptCache` where the manifest is damaged as well: nothing says then how the tiles
-    were made.
+    Only for the configured `recipe`, and only where the manifest or a tile's receipt vouches that it is the cache's, and no
+    tile for what is there: else that is left, to be refused or found stale. Call it with the lock held.
     """
-    manifest = whole_manifest(storage)
-    if manifest is None:
-        read_recipe(storage)
-        return False
-    wanted = layout.group_metadata("", manifest.recipe)
+
+    def tiles_vouch_for(recipe: CacheRecipe) -> bool:
+        digest = recipe.digest()
+        return any(read_receipt(storage, tile_id, digest) for tile_id in tile_ids)
+
+    wanted = layout.group_metadata("", recipe)
     try:
         if storage.read(layout.METADATA_NAME) == wanted:
             return False
-    except FileNotFoundError:
-        pass
+        there = read_recipe(storage)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, CorruptCache):
+        there = None
+    if there is not None and there != recipe and tiles_vouch_for(there):
+        return False
+    manifest = whole_manifest(storage)
+    if (manifest is None or manifest.recipe != recipe) and not tiles_vouch_for(recipe):
+        return False
     storage.write(layout.METADATA_NAME, wanted)
     return True
 

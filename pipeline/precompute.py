@@ -109,11 +109,12 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        """Whether the cache is complete with just these tiles, in this order."""
+        """Whether the cache is complete with just these tiles, in this order, and its manifest is of them."""
         return (
             self.manifest is not None
             and not self.missing
-            and [record.id for record in self.manifest.tiles] == [tile.id for tile in self.tiles]
+            and self.manifest.recipe == self.recipe
+            and self.manifest.tiles == [self.finished[tile.id] for tile in self.tiles]
         )
 
 
@@ -206,21 +207,23 @@ def views_per_epoch(config: Config, tiles: Sequence[Tile]) -> float:
 
 
 def _restore_root(config: Config, progress: Progress) -> None:
+    tiles = list_tiles(config.data, "train")
     storage = open_storage(config.cache.path)
     with writer_lock(storage):
-        if restore_root(storage):
-            progress.say(f"{storage.url}: its topmost metadata was damaged, and is restored from the manifest")
+        manifest = whole_manifest(storage)
+        recipe = complete_recipe(config, resolve_stretch(config.data, tiles), manifest.recipe if manifest else None)
+        if restore_root(storage, recipe, [tile.id for tile in tiles]):
+            progress.say(f"{storage.url}: its topmost metadata was damaged or lost, and is restored")
 
 
 def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
     """The plan with the tiles whose bytes or images are not as recorded among those to compute."""
     images = {tile.id: tile.image for tile in plan.tiles}
     with progress.bar("every byte", len(plan.finished), "tiles") as advance:
-        summary.damaged = find_damage(plan.storage, plan.finished.values(), images, advance)
+        whole, summary.damaged = find_damage(plan.storage, plan.recipe, plan.finished.values(), images, advance)
     for tile, cause in summary.damaged.items():
         progress.say(f"tile {tile} is damaged and is computed again: {cause}")
-    finished = {tile: record for tile, record in plan.finished.items() if tile not in summary.damaged}
-    return replace(plan, finished=finished)
+    return replace(plan, finished=whole)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
     manifest = read_manifest(storage)
     refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
     findings = check_quick(storage, manifest, {tile.id: tile.image for tile in tiles})
+    edited = [finding.message for finding in findings if finding.code == "damaged-manifest"]
+    if edited:
+        raise CorruptCache(
+            f"{storage.url}: {edited[0]}; restore it, or delete it and run `kdpipe precompute-teacher` again: finished tiles are kept"
+        )
     advice = "run `kdpipe precompute-teacher` again: it computes just these"
     for code, error in (("missing-tile", IncompleteCache), ("stale-tile", StaleCache), ("damaged-tile", CorruptCache)):
         found = [finding for finding in findings if finding.code == code]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tree
 
-from kdpipe.configs.errors import CorruptCache
+from kdpipe.configs.errors import CorruptCache, StaleCache
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.verify import verify
 
@@ -80,7 +80,7 @@ def test_repair_finds_an_image_that_changed_without_size_or_time(cached, tmp_pat
     assert before.computed == 0
     summary = precompute(cached, CPU, repair=True)
     assert list(summary.damaged) == [f"Train/{image.stem}"]
-    assert "is not the image that it was computed from" in summary.damaged[f"Train/{image.stem}"]
+    assert "is not the image that the tile was computed from" in summary.damaged[f"Train/{image.stem}"]
 
 
 def test_repair_of_a_whole_cache_computes_nothing(cached):
@@ -90,12 +90,30 @@ def test_repair_of_a_whole_cache_computes_nothing(cached):
     assert tree(Path(cached.cache.path)) == before
 
 
-def test_repair_without_topmost_group_and_manifest_cannot_know_how_tiles_were_made(cached):
+def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_made(cached, make_config):
+    """Both files are small and lie at the top: all that was paid for would go with them."""
     folder = Path(cached.cache.path)
+    before = tree(folder)
     flip(folder / "manifest.json")
     (folder / "zarr.json").write_text("{}")
-    with pytest.raises(CorruptCache, match=r"zarr\.json is not that of a cache of soft targets"):
-        precompute(cached, CPU, repair=True)
+    with pytest.raises(CorruptCache, match=r"zarr\.json is not that of a cache of soft targets .* --repair"):
+        precompute(cached, CPU)
+    with pytest.raises(CorruptCache, match=r"zarr\.json is not that of a cache of soft targets"):  # no tile vouches for 1.0
+        precompute(make_config(data__train=cached.data.train, distill__temperature=1.0), CPU, repair=True)
+    assert precompute(cached, CPU, repair=True).computed == 0
+    assert tree(folder) == before
+
+
+def test_repair_does_not_take_a_cache_of_another_recipe_for_a_damaged_one(cached, make_config):
+    """Not even where the manifest says so: the tiles vouch for the topmost group that is there."""
+    folder = Path(cached.cache.path)
+    other = make_config(data__train=cached.data.train, distill__temperature=1.0, cache__path=str(folder.parent / "o.zarr"))
+    precompute(other, CPU)
+    shutil.copy(folder.parent / "o.zarr/manifest.json", folder)
+    before = tree(folder)
+    with pytest.raises(StaleCache, match=r"temperature: the cache has 2\.0, the configuration says 1\.0"):
+        precompute(other.model_copy(update={"cache": cached.cache}), CPU, repair=True)
+    assert tree(folder) == before
 
 
 def test_the_reader_of_a_damaged_tile_is_told_of_repair(cached):
