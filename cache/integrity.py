@@ -56,14 +56,15 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     if set(manifest.groups) != groups:
         odd = sorted(groups ^ set(manifest.groups))
         wrong.append(f"its groups are not those of its tiles: {odd[0] or 'the topmost'!r} is listed or lacking wrongly")
-    if manifest.format_version == manifest.recipe.format_version:  # the topmost group of another one may say more
-        try:
+    try:
+        # The topmost group of another version may say more; one that is damaged itself is a finding of its own.
+        if manifest.format_version == manifest.recipe.format_version and _is_intact(storage, manifest, ""):
             found = read_recipe(storage)
-        except (CorruptCache, UnknownFormat):  # a finding about that group
-            found = None
-        if found is not None and found != manifest.recipe:
-            fields = differences(manifest.recipe, found.model_dump())
-            wrong.append(f"its recipe is not that of {layout.METADATA_NAME}: {fields[0].partition(':')[0]} differs")
+            if found is not None and found != manifest.recipe:
+                fields = differences(manifest.recipe, found.model_dump())
+                wrong.append(f"its recipe is not that of {layout.METADATA_NAME}: {fields[0].partition(':')[0]} differs")
+    except (CorruptCache, UnknownFormat) as err:
+        wrong.append(f"it vouches for a topmost group that is none ({err})")
     return [
         Finding("damaged-manifest", None, f"{MANIFEST_NAME} was changed and signed again: {what}") for what in wrong
     ]
@@ -73,7 +74,7 @@ def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Path]
     """Findings from names, sizes and times alone: lists, missing files, changed images. Reads no pixel."""
     findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
     for path in manifest.groups:
-        name = f"{path}/{layout.METADATA_NAME}".lstrip("/")
+        name = _group_file(path)
         if storage.size(name) is None:
             findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
     for record in manifest.tiles:
@@ -99,19 +100,14 @@ def check_full(
     Findings from every byte: each file's digest, each chunk decoded, each pixel's sum, each source image's content, and
     files that do not belong. `on_tile` is called once a tile is checked.
     """
-    findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
-    newer = manifest.format_version != manifest.recipe.format_version
-    for path, digest in manifest.groups.items():
-        name = f"{path}/{layout.METADATA_NAME}".lstrip("/")
-        try:
-            data = storage.read(name)
-            # What this version would write is known, so that nobody can vouch for anything else; of newer ones the digest is.
-            expected = layout.sha256(layout.group_metadata(path, manifest.recipe))
-            intact = layout.sha256(data) == digest == (digest if newer else expected)
-        except (OSError, CorruptCache):
-            intact = False
-        if not intact:
-            findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
+    edited = check_manifest(storage, manifest)
+    findings = check_tiles_listed(manifest, images) + edited
+    for path in manifest.groups:
+        # What this version writes is known, so that no digest can vouch for anything else.
+        written = layout.sha256(layout.group_metadata(path, manifest.recipe))
+        is_known = manifest.format_version == manifest.recipe.format_version and not edited
+        if not _is_intact(storage, manifest, path) or (is_known and manifest.groups[path] != written):
+            findings.append(Finding("damaged-group", None, f"{_group_file(path)} is missing or not what was written"))
 
     def check(record: TileRecord) -> list[Finding]:
         found = _check_content(storage, manifest.recipe, record) + _check_image(record, images, None, by_content=True)
@@ -123,6 +119,18 @@ def check_full(
             findings += found
     findings += _check_strays(storage, manifest)
     return findings
+
+
+def _group_file(path: str) -> str:
+    return f"{path}/{layout.METADATA_NAME}".lstrip("/")
+
+
+def _is_intact(storage: Storage, manifest: Manifest, group: str) -> bool:
+    """Whether a group's metadata is there and what the manifest vouches for."""
+    try:
+        return layout.sha256(storage.read(_group_file(group))) == manifest.groups.get(group)
+    except (OSError, CorruptCache):  # the latter for a link that leads out of the cache
+        return False
 
 
 def find_damage(

@@ -52,17 +52,22 @@ def finished_tiles(
     digest = recipe.digest()
     finished = {}
     for tile_id, image in images.items():
-        path = layout.tile_path(tile_id)
         record = known.get(tile_id)
-        shard_bytes = storage.size(f"{path}/{layout.SHARD_NAME}")
-        if record is None or record.shard_bytes != shard_bytes:  # not listed, or by a manifest that is not this cache's
+        if record is None or not _is_finished(storage, record, image):
+            # Not listed, or by a manifest that is not this cache's: what was paid for is not lost for that.
             record = read_receipt(storage, tile_id, digest)
-        if record is None or record.shard_bytes != shard_bytes:
-            continue
-        written = storage.modified(f"{path}/{layout.METADATA_NAME}")
-        if written is not None and is_unchanged(image, record, written, by_content=False):
+        if record is not None and _is_finished(storage, record, image):
             finished[tile_id] = record
     return finished
+
+
+def _is_finished(storage: Storage, record: TileRecord, image: Path) -> bool:
+    """Whether a tile's files are there, the shard in its size, and its image has not changed since."""
+    path = layout.tile_path(record.id)
+    if storage.size(f"{path}/{layout.SHARD_NAME}") != record.shard_bytes:
+        return False
+    written = storage.modified(f"{path}/{layout.METADATA_NAME}")
+    return written is not None and is_unchanged(image, record, written, by_content=False)
 
 
 def whole_manifest(storage: Storage) -> Manifest | None:

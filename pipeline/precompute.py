@@ -228,10 +228,10 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The readable tiles of one batch, uint8 `(N, H, W, 3)`, and why the others cannot be read."""
+    """One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read."""
 
     tiles: list[Tile]
-    digests: list[ImageDigest]
+    digests: dict[str, ImageDigest]
     images_NHWC: NDArray[np.uint8] | None
     failed: dict[str, str]
 
@@ -259,9 +259,9 @@ def _compute(
                     start = time.perf_counter()
                     values_NCHW = teacher.cached_values(loaded.images_NHWC)
                     summary.teacher_seconds += time.perf_counter() - start
-                for tile, digest, values_CHW in zip(loaded.tiles, loaded.digests, values_NCHW, strict=True):
-                    if tile.id in missing:
-                        write = writers.submit(writer.write, tile.id, values_CHW, digest)
+                for tile, values_CHW in zip(loaded.tiles, values_NCHW, strict=True):
+                    if tile.id in missing and tile.id in loaded.digests:
+                        write = writers.submit(writer.write, tile.id, values_CHW, loaded.digests[tile.id])
                         writing.append((values_CHW[0].size, write))
                 while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > PENDING_PX):
                     yield writing.popleft()[1].result()
@@ -300,7 +300,12 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
 
 
 def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:
-    tiles, digests, images, failed = [], [], [], {}
+    """
+    The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
+    would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
+    """
+    images: list[NDArray[np.uint8] | None] = []
+    digests, failed = {}, {}
     for tile in batch:
         try:
             before = tile.image.stat()
@@ -311,11 +316,15 @@ def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:
                 raise DataError(f"{tile.image} changed while it was read")
         except (DataError, OSError) as err:
             failed[tile.id] = str(err)
+            images.append(None)
             continue
-        tiles.append(tile)
-        digests.append(digest)
+        digests[tile.id] = digest
         images.append(image_HWC)
-    return _Loaded(tiles, digests, np.stack(images) if images else None, failed)
+    whole = next((image for image in images if image is not None), None)
+    if whole is None:
+        return _Loaded(batch, digests, None, failed)
+    images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
+    return _Loaded(batch, digests, images_NHWC, failed)
 
 
 def _batch_size(config: Config, device: torch.device) -> int:

@@ -231,6 +231,37 @@ def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_n
     assert tree(tmp_path / "cache.zarr") == before
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_same_size(
+    make_config, tmp_path, monkeypatch, position
+):
+    """By a teacher whose answer shows in what batch it was asked, as a GPU's last bits do."""
+
+    class Crowd:
+        def soft_targets(self, images_NHWC):
+            count = len(images_NHWC)
+            probs = np.full((count, 6, *images_NHWC.shape[1:3]), (1 - 0.1 * count) / 5, dtype=np.float32)
+            probs[:, 0] = 0.1 * count
+            return probs
+
+    monkeypatch.setattr(stage, "open_teacher", lambda *arguments: Crowd())
+    for i in range(4):
+        write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
+    data = {"data__train": [str(tmp_path / "Even")], "data__allow_missing_masks": True, "teacher__batch_size": 2}
+    whole = make_config(**data, cache__path=str(tmp_path / "whole.zarr"))
+    precompute(whole, CPU)
+    image = tmp_path / "Even" / "images" / f"t{position}.png"
+    intact = image.read_bytes()
+    image.write_bytes(intact[:3000])  # its header says its size still
+    config = make_config(**data)
+    summary = precompute(config, CPU)
+    assert (list(summary.failed), summary.computed) == ([f"Even/t{position}"], 3)
+    assert not (tmp_path / f"cache.zarr/tiles/Even/t{position}").exists()
+    image.write_bytes(intact)
+    assert precompute(config, CPU).computed == 1
+    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
+
+
 def test_a_missing_teacher_is_named(make_config):
     with pytest.raises(CheckpointError, match=r"teacher.checkpoint: no file at .*absent\.pth"):
         precompute(make_config(teacher__checkpoint="absent.pth"), CPU)

@@ -98,7 +98,9 @@ def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_ma
     (folder / "zarr.json").write_text("{}")
     with pytest.raises(CorruptCache, match=r"zarr\.json is not that of a cache of soft targets .* --repair"):
         precompute(cached, CPU)
-    with pytest.raises(CorruptCache, match=r"zarr\.json is not that of a cache of soft targets"):  # no tile vouches for 1.0
+    with pytest.raises(
+        CorruptCache, match=r"zarr\.json is not that of a cache of soft targets"
+    ):  # no tile vouches for 1.0
         precompute(make_config(data__train=cached.data.train, distill__temperature=1.0), CPU, repair=True)
     assert precompute(cached, CPU, repair=True).computed == 0
     assert tree(folder) == before
@@ -107,7 +109,9 @@ def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_ma
 def test_repair_does_not_take_a_cache_of_another_recipe_for_a_damaged_one(cached, make_config):
     """Not even where the manifest says so: the tiles vouch for the topmost group that is there."""
     folder = Path(cached.cache.path)
-    other = make_config(data__train=cached.data.train, distill__temperature=1.0, cache__path=str(folder.parent / "o.zarr"))
+    other = make_config(
+        data__train=cached.data.train, distill__temperature=1.0, cache__path=str(folder.parent / "o.zarr")
+    )
     precompute(other, CPU)
     shutil.copy(folder.parent / "o.zarr/manifest.json", folder)
     before = tree(folder)
