@@ -201,13 +201,22 @@ class SoftTargetCache:
 
     def _unusable(self, tile_id: str, cause: str) -> CacheError:
         """`CorruptCache` naming the tile; `IncompleteCache` where that is since a writer has taken the cache up again."""
-        if self._storage.size(MANIFEST_NAME) is None:
+        url = self._storage.url
+        try:
+            now = {record.id: record for record in read_manifest(self._storage).tiles}
+        except IncompleteCache:
             return IncompleteCache(
-                f"tile {tile_id} of {self._storage.url} cannot be read ({cause}): since the cache was opened, a run has begun to write "
-                "it again and has not finished; open it again once `kdpipe precompute-teacher` is done"
+                f"tile {tile_id} of {url} cannot be read ({cause}): a run has begun to write the cache since it was opened, and "
+                "has not finished; open it again once `kdpipe precompute-teacher` is done"
+            )
+        except CacheError:  # a manifest that is damaged as well says nothing of the tile
+            now = self._records
+        if now.get(tile_id) != self._records[tile_id]:
+            return CorruptCache(
+                f"tile {tile_id} of {url} is not the one that was opened ({cause}): it has been written again since; open the cache again"
             )
         return CorruptCache(
-            f"tile {tile_id} of {self._storage.url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
+            f"tile {tile_id} of {url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
             "just the damaged tiles again"
         )
 
