@@ -56,8 +56,9 @@ def finished_tiles(
         if record is None or not _is_finished(storage, record, image):
             # Not listed, or by a manifest that is not this cache's: what was paid for is not lost for that.
             record = read_receipt(storage, tile_id, digest)
-        if record is not None and _is_finished(storage, record, image):
-            finished[tile_id] = record
+            if record is None or not _is_finished(storage, record, image):
+                continue
+        finished[tile_id] = record
     return finished
 
 
