@@ -25,7 +25,7 @@ SIDES = {"t0": (9, 12), "t1": (9, 12), "t2": (7, 5)}
 class Teacher:
     """Answers at once, from the image alone: float32 `(N, 6, H, W)`."""
 
-    def soft_targets(self, images_NHWC):
+    def cached_values(self, images_NHWC):
         weights = np.stack([images_NHWC.sum(axis=-1) % (c + 3) + 1 for c in range(6)], axis=1).astype(np.float32)
         return weights / weights.sum(axis=1, keepdims=True)
 
@@ -179,7 +179,7 @@ def test_an_exception_in_any_thread_ends_the_run_and_the_next_one_goes_on(scene,
     at = 0 if (before / "c.zarr").exists() else 1
     broken = {
         "reader": (stage, "read_image", read_image),
-        "teacher": (Teacher, "soft_targets", Teacher.soft_targets),
+        "teacher": (Teacher, "cached_values", Teacher.cached_values),
         "writer": (layout, "encode_tile", layout.encode_tile),
     }[where]
     with monkeypatch.context() as patch:

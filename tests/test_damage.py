@@ -168,7 +168,7 @@ class Teacher:
     def __init__(self):
         self.images = 0
 
-    def soft_targets(self, images_NHWC):
+    def cached_values(self, images_NHWC):
         self.images += len(images_NHWC)
         weights = np.stack([images_NHWC.sum(axis=-1) % (c + 3) + 1 for c in range(6)], axis=1).astype(np.float32)
         return weights / weights.sum(axis=1, keepdims=True)

@@ -238,7 +238,7 @@ def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_sa
     """By a teacher whose answer shows in what batch it was asked, as a GPU's last bits do."""
 
     class Crowd:
-        def soft_targets(self, images_NHWC):
+        def cached_values(self, images_NHWC):
             count = len(images_NHWC)
             probs = np.full((count, 6, *images_NHWC.shape[1:3]), (1 - 0.1 * count) / 5, dtype=np.float32)
             probs[:, 0] = 0.1 * count
