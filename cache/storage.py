@@ -193,11 +193,19 @@ class LocalStorage:
         return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
 
 
+_making_folders = threading.Lock()
+
+
 def _make_folders(folder: Path) -> None:
-    """Create a folder and those above it, each one durable in its parent before anything is put into it."""
-    for path in _missing_from_the_top(folder):
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+    """
+    Create a folder and those above it, each one durable in its parent before anything is put into it.
+
+    One thread at a time: another one would take a folder that is made and not synced yet for a durable one.
+    """
+    with _making_folders:
+        for path in _missing_from_the_top(folder):
+            path.mkdir(exist_ok=True)
+            _sync_folder(path.parent)
 
 
 def _missing_from_the_top(folder: Path) -> Iterator[Path]:

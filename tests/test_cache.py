@@ -8,7 +8,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetCache, StaleCache
+from kdpipe.cache import storage as storage_module
 from kdpipe.cache.integrity import check_full
 from kdpipe.cache.manifest import Recipe, TeacherRecord
 from kdpipe.cache.simplex import decode, encode, entropy_error, error_bound
@@ -388,6 +391,29 @@ def test_one_writer_at_a_time_and_a_killed_ones_lock_is_free(tmp_path, images):
     holder.stdout.close()
     fill(path, images)
     assert not path.with_name("c.zarr.lock").exists()
+
+
+def test_no_thread_builds_on_a_folder_that_another_has_made_and_not_synced(tmp_path, monkeypatch):
+    """After a power cut the folder could be gone, and with it a tile that was called finished."""
+    storage = open_storage(str(tmp_path / "c"))
+    made, go_on, sync = threading.Event(), threading.Event(), storage_module._sync_folder
+
+    def slow_once(folder):
+        if not made.is_set():
+            made.set()
+            assert go_on.wait(60)
+        sync(folder)
+
+    monkeypatch.setattr(storage_module, "_sync_folder", slow_once)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(storage.write, "tiles/a/0", b"1")
+        assert made.wait(60)
+        second = threads.submit(storage.write, "tiles/b/0", b"2")
+        time.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        first.result()
+        second.result()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")

@@ -186,7 +186,7 @@ def test_while_tiles_are_rewritten_there_is_no_manifest_to_believe(s3, images): 
         SoftTargetCache.open(s3.url)
     storage = open_storage(s3.url)
     storage.write(f"tiles/{tile}/0.0.0", b"other")
-    with pytest.raises(CorruptCache, match="is not what was written"):
+    with pytest.raises(IncompleteCache, match="is not what was written.*a run has begun to write the cache since"):
         SoftTargetCache(storage, cache.manifest).read(tile)
 
 
@@ -209,7 +209,7 @@ def test_after_the_first_touch_a_window_asks_for_its_chunks_alone(s3, tmp_path):
     cache.read("T/a", window=(0, 0, 100, 100))
     whole = sum(size for _, _, size in s3.requests)
     assert whole > record.shard_bytes, "the first touch compares the whole shard's digest"
-    assert s3.count() == {"GET": 5}, "metadata and shard for their digests; then metadata, index, one chunk"
+    assert s3.count() == {"GET": 3}, "metadata and shard for their digests, in which the index is found; then one chunk"
     cache.read("T/a", window=(200, 200, 100, 100))
     transferred = sum(size for _, _, size in s3.requests)
     assert s3.count() == {"GET": 4}, "a chunk each"
