@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe.cache import layout, values
-from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, Manifest, Recipe, TileRecord, differences
+from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, Manifest, Recipe, differences
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
+from kdpipe.cache.records import TileRecord
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import Storage
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
@@ -172,8 +173,7 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
     except (ValueError, CorruptCache) as err:  # the latter for a link that leads out of the cache
         return [Finding("damaged-tile", record.id, str(err))]
     receipt = layout.parse_receipt(metadata, record.id, recipe.digest())
-    known = set(TileRecord.model_fields)  # a newer minor version may have more in the manifest
-    if receipt is None or receipt.model_dump() != record.model_dump(include=known):
+    if receipt != record:
         return [
             Finding(
                 "foreign-tile", record.id, "its metadata is that of another tile, or of a tile made by another recipe"

@@ -13,12 +13,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.manifest import CacheRecipe, ImageDigest, TileRecord
+from kdpipe.cache.manifest import CacheRecipe
+from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
 from kdpipe.cache.values import decoding
 
@@ -101,7 +103,7 @@ def encode_tile(
     receipt = {
         "tile": tile_id,
         "recipe_sha256": recipe_digest,
-        "image": image.model_dump(),
+        "image": asdict(image),
         "shard_bytes": len(shard),
         "shard_sha256": sha256(shard),
         SEAL: "",
@@ -141,7 +143,7 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
             id=tile_id,
             height=height,
             width=width,
-            image=ImageDigest.model_validate(receipt["image"]),
+            image=ImageDigest(**receipt["image"]),
             shard_bytes=receipt["shard_bytes"],
             shard_sha256=receipt["shard_sha256"],
             metadata_sha256=sha256(metadata),

@@ -10,26 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
+from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
-from kdpipe.configs.node_names import why_unstorable
 
 FORMAT_VERSIONS = {"soft": "1.0", "logits": "2.0"}  # by kind: a reader of 1.x cannot read logits
 MANIFEST_NAME = "manifest.json"
-MAX_TILE_PX = 2**30  # the format's limit, that of a source image: a larger one is a lie, and would be allocated
 
 
 class _Record(BaseModel):
@@ -42,18 +32,6 @@ class _Record(BaseModel):
         if self.model_extra and not (info.context or {}).get("newer"):
             raise ValueError(f"unknown fields {sorted(self.model_extra)}")
         return self
-
-
-def _node_path(path: str) -> str:
-    """A path below the cache that leads nowhere else."""
-    for part in path.split("/"):
-        why = "is empty" if not part else why_unstorable(part)
-        if why:
-            raise ValueError(f"{path!r} cannot lie in a cache: {part!r} {why}")
-    return path
-
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class TeacherRecord(_Record):
@@ -133,31 +111,6 @@ def parse_recipe(fields: Any) -> CacheRecipe:
     return _BY_KIND.validate_python(fields)
 
 
-class ImageDigest(_Record):
-    """A source image's content: size in bytes and sha256."""
-
-    size_bytes: Annotated[int, Field(ge=0)]
-    sha256: Sha256
-
-
-class TileRecord(_Record):
-    """One tile: its size in pixels, the image it came from, and the digests of its two files."""
-
-    id: Annotated[str, AfterValidator(_node_path)]
-    height: Annotated[int, Field(ge=1)]
-    width: Annotated[int, Field(ge=1)]
-    image: ImageDigest
-    shard_bytes: Annotated[int, Field(ge=1)]
-    shard_sha256: Sha256
-    metadata_sha256: Sha256
-
-    @model_validator(mode="after")
-    def _refuse_absurd_sizes(self) -> Self:
-        if self.height * self.width > MAX_TILE_PX:
-            raise ValueError(f"tile {self.id} of {self.height} x {self.width} px: a tile has at most {MAX_TILE_PX} px")
-        return self
-
-
 class Manifest(_Record):
     """The whole `manifest.json`."""
 
@@ -182,7 +135,7 @@ class Manifest(_Record):
         if len(set(ids)) < len(ids):
             raise ValueError("two tiles of one id")
         for path in self.groups:
-            if path and not f"{_node_path(path)}/".startswith("tiles/"):
+            if path and not f"{node_path(path)}/".startswith("tiles/"):
                 raise ValueError(f"the group {path!r} is not one of tiles")
         arrays_in_arrays = [path for path in self.groups if path.removeprefix("tiles/") in set(ids)]
         if arrays_in_arrays:
@@ -192,13 +145,23 @@ class Manifest(_Record):
 
 def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:
     """The sha256 of what determines every value in the cache: the recipe, and the tiles' ids and image contents."""
-    return digest_of({"recipe": recipe.model_dump(), "images": {tile: image.sha256 for tile, image in images.items()}})
+    digest = hashlib.sha256(b'{"images":{')  # tile by tile: what is digested of a million tiles is never held at once
+    for i, tile in enumerate(sorted(images)):
+        digest.update(f"{',' * (i > 0)}{_compact(tile)}:{_compact(images[tile].sha256)}".encode())
+    digest.update(f'}},"recipe":{_compact(recipe.model_dump())}}}'.encode())
+    return digest.hexdigest()
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: sorted keys, and a checksum of all the rest as one more field."""
-    content = manifest.model_dump()
-    return _canonical({**content, "checksum": digest_of(content)})
+    content = {**manifest.model_dump(exclude={"tiles"}), "tiles": []}
+    checksum, tiles = _Checksum(content), []
+    for record in manifest.tiles:
+        fields = record.as_dict()
+        checksum.add(fields)
+        tiles.append(_canonical_tile(fields))
+    rest = _canonical({**content, "checksum": checksum.hexdigest()})
+    return rest.replace(_NO_TILES, _FIRST_TILE + b",\n".join(tiles) + _LAST_TILE) if tiles else rest
 
 
 def parse_manifest(data: bytes, origin: str) -> Manifest:
@@ -210,18 +173,76 @@ def parse_manifest(data: bytes, origin: str) -> Manifest:
     """
     advice = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
     try:
-        content = json.loads(data)
+        rest, tiles = _split(data)
+        content = json.loads(rest)
         newer = is_newer_minor(content["format_version"], origin)
-        if _canonical(content) != data:
-            raise ValueError("it is not laid out as kdpipe writes it")
-        if content.pop("checksum") != digest_of(content):
+        if _canonical(content) != rest:
+            raise ValueError(_LAYOUT)
+        claimed = content.pop("checksum")
+        checksum, records = _Checksum(content), []
+        for i, tile in enumerate(_tiles_in(data, tiles)):
+            fields = json.loads(tile)
+            if _canonical_tile(fields) != tile:
+                raise ValueError(_LAYOUT)
+            checksum.add(fields)
+            try:
+                records.append(parse_record(fields, newer=newer))
+            except ValueError as err:
+                raise ValueError(reason_of(err, f"tiles.{i}.")) from err
+        if claimed != checksum.hexdigest():
             raise ValueError("its content does not match its checksum")
+        if records:
+            content["tiles"] = records
         manifest = Manifest.model_validate(content, context={"newer": newer})
         if manifest.fingerprint != fingerprint(manifest.recipe, {tile.id: tile.image for tile in manifest.tiles}):
             raise ValueError("its fingerprint is not that of its recipe and images")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise CorruptCache(f"{origin} was changed after it was written: {reason_of(err)}; {advice}") from err
     return manifest
+
+
+_LAYOUT = "it is not laid out as kdpipe writes it"
+# Where the list of tiles stands in a canonical manifest. No string holds a raw newline, so these are found nowhere else.
+_NO_TILES, _FIRST_TILE, _LAST_TILE, _TILE_ENDS = b'\n "tiles": []', b'\n "tiles": [\n', b"\n ]", b"\n  }"
+
+
+def _split(data: bytes) -> tuple[bytes, range]:
+    """A manifest with an empty list of tiles, and where in `data` its tiles are: so they are parsed one by one, not held twice."""
+    start = data.find(_FIRST_TILE)
+    first = start + len(_FIRST_TILE)
+    end = data.find(_LAST_TILE, first)
+    if min(start, end) < 0:
+        return data, range(0)
+    return data[:start] + _NO_TILES + data[end + len(_LAST_TILE) :], range(first, end)
+
+
+def _tiles_in(data: bytes, where: range) -> Iterator[bytes]:
+    """The bytes of one tile after the other; `ValueError` where they are not laid out as they are written."""
+    start = where.start
+    while start < where.stop:
+        end = data.find(_TILE_ENDS, start, where.stop) + len(_TILE_ENDS)
+        if end < start or data[end : end + 2] not in (b",\n", b"\n "):
+            raise ValueError(_LAYOUT)
+        yield data[start:end]
+        start = end + 2
+
+
+class _Checksum:
+    """The digest of a manifest's compact form, to which its tiles are added one by one."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        before = {key: value for key, value in content.items() if key < "tiles"}
+        self._after = {key: value for key, value in content.items() if key > "tiles"}
+        self._tiles = 0
+        self._digest = hashlib.sha256(f'{_compact(before)[:-1]},"tiles":['.encode())
+
+    def add(self, tile: Mapping[str, Any]) -> None:
+        self._digest.update(f"{',' * (self._tiles > 0)}{_compact(tile)}".encode())
+        self._tiles += 1
+
+    def hexdigest(self) -> str:
+        self._digest.update(f"]{',' * bool(self._after)}{_compact(self._after)[1:]}".encode())
+        return self._digest.hexdigest()
 
 
 def is_newer_minor(version: Any, origin: str) -> bool:
@@ -254,18 +275,18 @@ def refuse_to_write(version: Any, origin: str) -> None:
         )
 
 
-def reason_of(err: Exception) -> str:
-    """What is wrong with a file, in one short line, from the error of parsing it."""
+def reason_of(err: Exception, inside: str = "") -> str:
+    """What is wrong with a file, in one short line, from the error of parsing it or what lies `inside` it."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
         where = ".".join(
             str(part) for part in first["loc"] if part not in ("soft", "logits")
         )  # which pydantic puts there
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
-        return f"{where or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
+        return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):
         return f"the field {err} is missing"
-    return str(err)[:300]
+    return f"{inside.rstrip('.')}{': ' * bool(inside)}{err}"[:300]
 
 
 def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
@@ -294,9 +315,7 @@ def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
 
 def digest_of(content: Any) -> str:
     """The sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    ).hexdigest()
+    return hashlib.sha256(_compact(content).encode()).hexdigest()
 
 
 def summarise(names: Iterable[str], shown: int = 5) -> str:
@@ -308,6 +327,15 @@ def summarise(names: Iterable[str], shown: int = 5) -> str:
 
 def _canonical(content: Any) -> bytes:
     return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def _canonical_tile(fields: Any) -> bytes:
+    """A tile as it stands in the canonical manifest, two levels deep."""
+    return b"  " + _canonical(fields).rstrip().replace(b"\n", b"\n  ")
+
+
+def _compact(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:

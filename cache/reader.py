@@ -18,12 +18,12 @@ from kdpipe.cache.manifest import (
     CacheRecipe,
     LogitsRecipe,
     Manifest,
-    TileRecord,
     parse_manifest,
     parse_recipe,
     reason_of,
     refuse_to_write,
 )
+from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRange, Shard, open_shard
 from kdpipe.cache.simplex import mean_over_window
 from kdpipe.cache.storage import LocalStorage, Storage, open_storage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from kdpipe.cache.manifest import ImageDigest, TileRecord
+from kdpipe.cache.records import ImageDigest, TileRecord
 
 
 def digest_image(path: Path) -> ImageDigest:

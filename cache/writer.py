@@ -14,9 +14,7 @@ from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import (
     MANIFEST_NAME,
     CacheRecipe,
-    ImageDigest,
     Manifest,
-    TileRecord,
     differences,
     dump_manifest,
     fingerprint,
@@ -24,6 +22,7 @@ from kdpipe.cache.manifest import (
     refuse_to_write,
 )
 from kdpipe.cache.reader import read_receipt, read_recipe
+from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.sources import is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
 from kdpipe.cache.values import encode, error_bound

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import plain_reader
 
-from kdpipe.cache.manifest import ImageDigest, LogitsRecipe, Manifest, Recipe, TeacherRecord
+from kdpipe.cache.manifest import LogitsRecipe, Manifest, Recipe, TeacherRecord
+from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 

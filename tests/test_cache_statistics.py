@@ -15,7 +15,7 @@ from PIL import Image
 from plain_reader import Cache
 
 from kdpipe.cache import CorruptCache, SoftTargetCache
-from kdpipe.cache.manifest import ImageDigest
+from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs.errors import ConfigError

@@ -14,8 +14,8 @@ from test_format import sign
 from kdpipe.cache import CacheError, CorruptCache, IncompleteCache, SoftTargetCache, UnknownFormat, layout
 from kdpipe.cache import reader as reading
 from kdpipe.cache.integrity import check_full
-from kdpipe.cache.manifest import ImageDigest
 from kdpipe.cache.reader import read_manifest
+from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.pipeline import precompute as stage

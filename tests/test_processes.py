@@ -17,7 +17,7 @@ from conftest import tree
 from test_cache import RECIPE, distributions
 
 from kdpipe.cache import CorruptCache, IncompleteCache, SoftTargetCache
-from kdpipe.cache.manifest import ImageDigest
+from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import dump_config

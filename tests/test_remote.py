@@ -193,7 +193,7 @@ def test_while_tiles_are_rewritten_there_is_no_manifest_to_believe(s3, images): 
 def test_after_the_first_touch_a_window_asks_for_its_chunks_alone(s3, tmp_path):
     from test_cache import RECIPE
 
-    from kdpipe.cache.manifest import ImageDigest
+    from kdpipe.cache.records import ImageDigest
     from kdpipe.cache.writer import open_writer
 
     probs = distributions(len(RECIPE.classes), 1024, 1024)

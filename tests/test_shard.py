@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from kdpipe.cache import layout
-from kdpipe.cache.manifest import ImageDigest
+from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.shard import open_shard
 from kdpipe.cache.simplex import encode, entropy_error
 from kdpipe.cache.storage import LocalStorage

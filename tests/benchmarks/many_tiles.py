@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 FEW = 100
@@ -81,7 +82,7 @@ def write(path: str, images: dict[str, Path]) -> None:
     def copy(units, tile_id, image, recipe_digest, lost):
         blank = template.replace(seal, b"").replace(b'"ID"', json.dumps(tile_id).encode())
         sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % layout.sha256(blank).encode())
-        return shard, sealed, one.model_copy(update={"id": tile_id, "metadata_sha256": layout.sha256(sealed)})
+        return shard, sealed, replace(one, id=tile_id, metadata_sha256=layout.sha256(sealed))
 
     os.fsync, layout.encode_tile = lambda descriptor: None, copy
     try:

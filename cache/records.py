@@ -1,0 +1,74 @@
+"""One tile's entry in the manifest: small, as a cache may have a million, and each DataLoader worker holds them all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+from kdpipe.configs.node_names import why_unstorable
+
+MAX_TILE_PX = 2**30  # the format's limit, that of a source image: a larger one is a lie, and would be allocated
+
+
+def node_path(path: str) -> str:
+    """A path below the cache that leads nowhere else; `ValueError` for any other."""
+    for part in path.split("/"):
+        why = "is empty" if not part else why_unstorable(part)
+        if why:
+            raise ValueError(f"{path!r} cannot lie in a cache: {part!r} {why}")
+    return path
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDigest:
+    """A source image's content: size in bytes and sha256."""
+
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class TileRecord:
+    """One tile: its size in pixels, the image it came from, and the digests of its two files."""
+
+    id: Annotated[str, AfterValidator(node_path)]
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    image: ImageDigest
+    shard_bytes: Annotated[int, Field(ge=1)]
+    shard_sha256: Sha256
+    metadata_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _refuse_absurd_sizes(self) -> TileRecord:
+        if self.height * self.width > MAX_TILE_PX:
+            raise ValueError(f"tile {self.id} of {self.height} x {self.width} px: a tile has at most {MAX_TILE_PX} px")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+_PARSER = TypeAdapter(TileRecord)
+_FIELDS = set(TileRecord.__slots__)
+_IMAGE_FIELDS = set(ImageDigest.__slots__)
+
+
+def parse_record(fields: Any, *, newer: bool) -> TileRecord:
+    """
+    The record of these fields; a `newer` minor version may have more of them, which are left out.
+
+    Raises `ValueError` (a `pydantic.ValidationError` among them) for what is no record.
+    """
+    record = _PARSER.validate_python(fields)
+    unknown = sorted({*(fields.keys() - _FIELDS), *(fields["image"].keys() - _IMAGE_FIELDS)})
+    if unknown and not newer:
+        raise ValueError(f"unknown fields {unknown}")
+    return record
