@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import CacheRecipe, ImageDigest, Manifest, TileRecord, summarise
+from kdpipe.cache.manifest import CacheRecipe, Manifest, summarise
 from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.writer import (
@@ -284,19 +285,21 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
     """
     The same batches of equal size in every run, made from all tiles and not from the missing ones.
 
-    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones.
+    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones. An image
+    without a readable header is taken to be as large as the one before it: it keeps its place, and fails when it is read.
     """
     if batch_size == 1:
         return [[tile] for tile in plan.tiles]
-    sizes, readable = [], []
+    sizes: list[tuple[int, int] | None] = []
     for tile in plan.tiles:
         record = plan.finished.get(tile.id)
         try:
             sizes.append((record.height, record.width) if record else image_size(tile.image))
-            readable.append(tile)
         except DataError as err:
             summary.failed[tile.id] = str(err)
-    return [[readable[i] for i in batch] for batch in batches_of_equal_size(sizes, batch_size)]
+            sizes.append(sizes[-1] if sizes else None)
+    first = next((size for size in sizes if size), (0, 0))  # of tiles before any that is readable
+    return [[plan.tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)]
 
 
 def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:

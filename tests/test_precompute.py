@@ -231,9 +231,10 @@ def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_n
     assert tree(tmp_path / "cache.zarr") == before
 
 
+@pytest.mark.parametrize("left", [3000, 10], ids=["its header says its size still", "not even a header"])
 @pytest.mark.parametrize("position", [0, 1])
 def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_same_size(
-    make_config, tmp_path, monkeypatch, position
+    make_config, tmp_path, monkeypatch, position, left
 ):
     """By a teacher whose answer shows in what batch it was asked, as a GPU's last bits do."""
 
@@ -252,7 +253,7 @@ def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_sa
     precompute(whole, CPU)
     image = tmp_path / "Even" / "images" / f"t{position}.png"
     intact = image.read_bytes()
-    image.write_bytes(intact[:3000])  # its header says its size still
+    image.write_bytes(intact[:left])
     config = make_config(**data)
     summary = precompute(config, CPU)
     assert (list(summary.failed), summary.computed) == ([f"Even/t{position}"], 3)
