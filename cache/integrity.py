@@ -74,23 +74,25 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
 def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Path]) -> list[Finding]:
     """Findings from names, sizes and times alone: lists, missing files, changed images. Reads no pixel."""
     findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
+    info = storage.infos()
     for path in manifest.groups:
         name = _group_file(path)
-        if storage.size(name) is None:
+        if info(name) is None:
             findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
     for record in manifest.tiles:
         path = layout.tile_path(record.id)
-        size = storage.size(f"{path}/{layout.SHARD_NAME}")
-        written = storage.modified(f"{path}/{layout.METADATA_NAME}")
-        if size is None or storage.size(f"{path}/{layout.METADATA_NAME}") is None:
+        shard, receipt = info(f"{path}/{layout.SHARD_NAME}"), info(f"{path}/{layout.METADATA_NAME}")
+        if shard is None or receipt is None:
             findings.append(Finding("damaged-tile", record.id, f"a file of {path} is missing"))
-        elif size != record.shard_bytes:
+        elif shard.size != record.shard_bytes:
             findings.append(
                 Finding(
-                    "damaged-tile", record.id, f"{path}/{layout.SHARD_NAME} has {size} bytes, not {record.shard_bytes}"
+                    "damaged-tile",
+                    record.id,
+                    f"{path}/{layout.SHARD_NAME} has {shard.size} bytes, not {record.shard_bytes}",
                 )
             )
-        findings += _check_image(record, images, written, by_content=False)
+        findings += _check_image(record, images, receipt and receipt.modified, by_content=False)
     return findings
 
 

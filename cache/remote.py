@@ -7,6 +7,7 @@ There is one layer of retries, this one: those of s3fs and botocore, which would
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import logging
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from kdpipe.cache.storage import FileInfo
 from kdpipe.configs.errors import CacheUnreachable
 
 logger = logging.getLogger(__name__)
@@ -116,16 +118,21 @@ class RemoteStorage:
         except FileNotFoundError as err:
             raise self._unreachable("creating", name, err, "there is no such place") from err
 
-    def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
-        info = self._info(name)
-        return None if info is None or info["type"] != "file" else int(info["size"])
+    def info(self, name: str) -> FileInfo | None:
+        """Size and time of a file by the server's clock, None if there is none."""
+        try:
+            return _file_info(self._try("looking at", name, lambda: dict(self._fs.info(self._full(name)))))
+        except FileNotFoundError:
+            return None
 
-    def modified(self, name: str) -> float | None:
-        """When a file was last written by the server's clock, None where the file system does not say."""
-        with contextlib.suppress(FileNotFoundError, NotImplementedError):
-            return self._try("looking at", name, lambda: float(self._fs.modified(self._full(name)).timestamp()))
-        return None
+    def infos(self) -> Callable[[str], FileInfo | None]:
+        """`info` of what one listing of the whole cache found."""
+        try:
+            listed = self._try("listing", "", lambda: dict(self._fs.find(self._root, detail=True)))
+        except FileNotFoundError:
+            listed = {}
+        found = {path: _file_info(entry) for path, entry in listed.items()}
+        return lambda name: found.get(self._full(name))
 
     def last_write(self) -> float | None:
         """None: no request tells that of a prefix."""
@@ -154,12 +161,6 @@ class RemoteStorage:
 
     def _full(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
-
-    def _info(self, name: str) -> dict[str, Any] | None:
-        try:
-            return self._try("looking at", name, lambda: dict(self._fs.info(self._full(name))))
-        except FileNotFoundError:
-            return None
 
     def _try(self, doing: str, name: str, call: Callable[[], Answer]) -> Answer:
         """
@@ -199,6 +200,17 @@ class RemoteStorage:
 
     def _shown(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
+
+
+def _file_info(entry: dict[str, Any]) -> FileInfo | None:
+    """From what fsspec says of a file: the size under one name, the time under one that each file system has chosen itself."""
+    if entry["type"] != "file":
+        return None
+    times = (entry[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in entry)
+    modified = next(times, None)
+    if isinstance(modified, datetime.datetime):
+        modified = modified.timestamp()
+    return FileInfo(int(entry["size"]), modified if isinstance(modified, float | int) else None)
 
 
 def _s3_options() -> dict[str, Any]:

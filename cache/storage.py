@@ -13,9 +13,9 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kdpipe.configs.errors import ConfigError, CorruptCache, DiskFull
 from kdpipe.configs.outputs import output_path
@@ -25,6 +25,13 @@ PARTIAL_SUFFIX = (
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or in the user's share of it
 LOCAL_SCHEMES = ("file://", "local://")  # fsspec's own local files are not synced, and a write there can be half done
+
+
+class FileInfo(NamedTuple):
+    """A file's size in bytes, and when it was last written, in seconds since the epoch; None where that is not known."""
+
+    size: int
+    modified: float | None
 
 
 class Storage(Protocol):
@@ -45,11 +52,11 @@ class Storage(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Make `name` hold exactly `data`, atomically and durably."""
 
-    def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
+    def info(self, name: str) -> FileInfo | None:
+        """Size and time of a file, None if there is none."""
 
-    def modified(self, name: str) -> float | None:
-        """When a file was last written, in seconds since the epoch; None where that is not known."""
+    def infos(self) -> Callable[[str], FileInfo | None]:
+        """`info` for whoever asks of most files of the cache: a store lists a thousand with one request."""
 
     def last_write(self) -> float | None:
         """A time that moves whenever any file of the cache is written; None where that is not known."""
@@ -152,24 +159,23 @@ class LocalStorage:
             if folder.is_file():
                 folder.unlink()
 
-    def size(self, name: str) -> int | None:
-        """The size of a file in bytes, None if there is none."""
+    def info(self, name: str) -> FileInfo | None:
+        """Size and time of a file, None if there is none."""
         try:
             found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  a Path of each of 100,000 tiles costs more than the call
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
-    def modified(self, name: str) -> float | None:
-        """When a file was last written, in seconds since the epoch."""
-        try:
-            return os.stat(f"{self.url}/{name}").st_mtime  # noqa: PTH116  as in `size`
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def infos(self) -> Callable[[str], FileInfo | None]:
+        """`info`: a disk is asked file by file."""
+        return self.info
 
     def last_write(self) -> float | None:
         """When a file last came into the topmost folder or left it: every write passes through it (see `write`)."""
-        return self.modified("")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return self.folder.stat().st_mtime
+        return None
 
     def children(self, name: str) -> list[str]:
         """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""

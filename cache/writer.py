@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from kdpipe.cache.manifest import (
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.sources import is_unchanged
-from kdpipe.cache.storage import PARTIAL_SUFFIX, Storage
+from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage
 from kdpipe.cache.values import encode, error_bound
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
@@ -49,25 +49,26 @@ def finished_tiles(
     refuse_stale(storage, found, recipe)
     known = {tile.id: tile for tile in manifest.tiles} if manifest and manifest.recipe == found else {}
     digest = recipe.digest()
+    info = storage.infos()
     finished = {}
     for tile_id, image in images.items():
         record = known.get(tile_id)
-        if record is None or not _is_finished(storage, record, image):
+        if record is None or not _is_finished(info, record, image):
             # Not listed, or by a manifest that is not this cache's: what was paid for is not lost for that.
             record = read_receipt(storage, tile_id, digest)
-            if record is None or not _is_finished(storage, record, image):
+            if record is None or not _is_finished(info, record, image):
                 continue
         finished[tile_id] = record
     return finished
 
 
-def _is_finished(storage: Storage, record: TileRecord, image: Path) -> bool:
+def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Path) -> bool:
     """Whether a tile's files are there, the shard in its size, and its image has not changed since."""
     path = layout.tile_path(record.id)
-    if storage.size(f"{path}/{layout.SHARD_NAME}") != record.shard_bytes:
+    shard, receipt = info(f"{path}/{layout.SHARD_NAME}"), info(f"{path}/{layout.METADATA_NAME}")
+    if shard is None or receipt is None or shard.size != record.shard_bytes:
         return False
-    written = storage.modified(f"{path}/{layout.METADATA_NAME}")
-    return written is not None and is_unchanged(image, record, written, by_content=False)
+    return is_unchanged(image, record, receipt.modified, by_content=False)
 
 
 def whole_manifest(storage: Storage) -> Manifest | None:

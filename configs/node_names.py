@@ -17,6 +17,9 @@ def why_unstorable(part: str) -> str | None:
         return 'starts with "__", which Zarr reserves'
     if part == "zarr.json":
         return "is Zarr's own name for metadata"
-    if "\\" in part or any(unicodedata.category(character) in {"Cc", "Cs"} for character in part):
+    # `isprintable` alone says no to more, such as a soft hyphen; it is asked first since a million names are checked.
+    if "\\" in part or (
+        not part.isprintable() and any(unicodedata.category(character) in {"Cc", "Cs"} for character in part)
+    ):
         return "holds a backslash, a control character or bytes that are not UTF-8"
     return None

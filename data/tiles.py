@@ -21,7 +21,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _SHOWN_NAMES = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
     """One image, and its mask if it has one; `id` is `<root>/<stem>` and names the tile in the cache."""
 
@@ -96,10 +96,11 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
         stem, extension = os.path.splitext(name)  # noqa: PTH122 - a million names; a Path of each costs ten times as much
         if extension.lower() not in EXTENSIONS:
             continue
-        _require_storable(stem, folder / name)
+        path = folder / name
+        _require_storable(stem, path)
         if stem in files:
             raise DataError(f"two files of one stem in {folder}: {files[stem].name} and {name}; a stem names one tile")
-        files[stem] = folder / name
+        files[stem] = path
     return files
 
 

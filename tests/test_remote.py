@@ -98,7 +98,7 @@ def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cach
     assert verify(away, "full", CPU).passes
     s3.fault = lambda method, path: None
     assert objects(s3.url) == tree(tmp_path / "cache.zarr")
-    assert not open_storage(f"{s3.url}.lock").size("")
+    assert open_storage(f"{s3.url}.lock").info("") is None
 
 
 def test_inspect_says_of_a_cache_on_s3_what_it_says_of_a_local_one(make_config, s3, tmp_path):
@@ -216,6 +216,18 @@ def test_after_the_first_touch_a_window_asks_for_its_chunks_alone(s3, tmp_path):
     assert transferred < 0.3 * record.shard_bytes, "4 of 16 chunks"
 
 
+def test_a_quick_look_and_a_run_with_nothing_to_do_list_the_cache_instead_of_asking_tile_by_tile(make_config, s3):
+    away = make_config(cache__path=s3.url)
+    assert precompute(away, CPU).computed == 6
+    s3.count()
+    assert verify(away, "quick", CPU).passes
+    assert s3.count() == {"GET": 4}, "the manifest, the topmost group by digest and by content, and one list"
+    assert precompute(away, CPU).computed == 0
+    assert s3.count() == {"GET": 5}, (
+        "the manifest, the topmost group, and lists: of the folder, of the whole cache, of left-over files"
+    )
+
+
 def test_of_many_writers_that_start_at_once_one_holds_the_lock(s3):
     def attempt(n):
         try:
@@ -248,7 +260,7 @@ def test_a_dead_holders_lock_is_taken_over_and_one_of_another_host_is_not(s3):
     lock.write("", json.dumps(holder).encode())
     with writer_lock(open_storage(s3.url)):
         assert json.loads(lock.read(""))["pid"] == os.getpid()
-    assert lock.size("") is None
+    assert lock.info("") is None
     lock.write("", json.dumps(holder | {"host": "elsewhere"}).encode())
     with pytest.raises(CacheLocked, match=r"on elsewhere since yesterday; .* delete s3://.*c\.zarr\.lock"):  # noqa: SIM117
         with writer_lock(open_storage(s3.url)):
