@@ -240,6 +240,16 @@ def test_of_many_writers_that_start_at_once_one_holds_the_lock(s3):
         assert sum(threads.map(attempt, range(8))) == 1
 
 
+def test_an_object_whose_creation_was_answered_into_the_void_is_created_and_no_other_one_is(s3):
+    answers = iter(["lost", None, "lost"])
+    s3.fault = lambda method, path: next(answers, None) if method == "PUT" else None
+    lock = open_storage(f"{s3.url}.lock")
+    lock.create("", b"mine")
+    with pytest.raises(FileExistsError):
+        lock.create("", b"yours")
+    assert lock.read("") == b"mine"
+
+
 def test_the_second_writer_is_told_who_writes_and_exits_with_3(make_config, s3, tmp_path):
     config = make_config(cache__path=s3.url)
     with writer_lock(open_storage(s3.url)):
