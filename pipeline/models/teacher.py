@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.cache.logits import Softening
-from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe, TeacherRecord
+from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, MeanStd, Teacher
+from kdpipe.pipeline.models.fold import folded
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
@@ -84,6 +85,9 @@ class FrozenTeacher:
         self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
     ) -> None:
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
+        self._folded: set[int] = (
+            set()
+        )  # the numbers of those whose batch norms have been folded away, at the first image
         self._recipe = recipe
         self._device = device
         self._temperature = softening.temperature
@@ -102,21 +106,28 @@ class FrozenTeacher:
         `KdpipeError` if a score is not finite.
         """
         total_NTHW: Tensor | None = None
-        for model, record, share in zip(self._models, self._recipe.teachers, self._shares, strict=True):
-            answer_NTHW = self._answer(model, record, images_NHWC).mul_(share)
+        for number, share in enumerate(self._shares):
+            answer_NTHW = self._answer(number, images_NHWC).mul_(share)
             total_NTHW = answer_NTHW if total_NTHW is None else total_NTHW.add_(answer_NTHW)
         assert total_NTHW is not None
         return total_NTHW
 
-    def _answer(self, model: nn.Module, record: TeacherRecord, images_NHWC: NDArray[np.uint8]) -> Tensor:
+    def _answer(self, number: int, images_NHWC: NDArray[np.uint8]) -> Tensor:
         """One network's logits in the order of the class map's rows."""
+        record = self._recipe.teachers[number]
         normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
         channels = [record.classes.index(name) for name in self._recipe.teacher_classes]
 
         def ask(images_NCHW: Tensor) -> Tensor:
             inputs_NCHW = normalized(images_NCHW.to(self._device), normalize)
+            if number not in self._folded:
+                with _exactly("fp32", self._device):
+                    self._models[number] = folded(self._models[number], inputs_NCHW[:1])
+                self._folded.add(number)
             with _exactly(record.precision, self._device):
-                logits_NTHW = averaged_logits(model, inputs_NCHW, tta=record.tta, scales=record.scales)[:, channels]
+                logits_NTHW = averaged_logits(self._models[number], inputs_NCHW, tta=record.tta, scales=record.scales)[
+                    :, channels
+                ]
             if not torch.isfinite(logits_NTHW).all():
                 raise KdpipeError(
                     f"the teacher answered with numbers that are not finite in precision {record.precision}; "

@@ -1,0 +1,93 @@
+"""Folded batch norms: the same answers, and only where the network's graph is what it seems."""
+
+import pytest
+import torch
+from torch import nn
+
+from kdpipe.pipeline.models.fold import folded
+from kdpipe.pipeline.models.smp_models import create_smp_model
+
+
+def restless(model):
+    """In eval mode, with statistics as training leaves them: fresh ones would let any mistake pass."""
+    generator = torch.Generator().manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1, generator=generator)
+            norm.running_var.uniform_(0.5, 2, generator=generator)
+            norm.weight.data.uniform_(0.5, 2, generator=generator)
+            norm.bias.data.normal_(0, 0.1, generator=generator)
+    return model.eval()
+
+
+def norms(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder", "left"),
+    [
+        ("unet", "efficientnet-b0", 1),  # that of the classifier, which is never asked
+        ("unet", "resnet18", 0),
+        ("fpn", "mobilenet_v2", 0),
+        ("linknet", "tu-regnetx_002", 5),  # timm's norms, which hold their activation; those after transposed ones stay
+        ("unetplusplus", "densenet121", 62),  # norms before convolutions stay
+    ],
+)
+def test_a_folded_network_gives_the_same_logits(architecture, encoder, left):
+    torch.manual_seed(0)
+    model = restless(create_smp_model(architecture, encoder, 8, key="teacher"))
+    images = torch.randn(2, 3, 70, 90)
+    fold = folded(model, images)
+    assert fold is not model
+    assert norms(fold) == left < norms(model)
+    other = torch.randn(1, 3, 128, 96)
+    with torch.inference_mode():
+        expected, found = model(other), fold(other)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    assert norms(model) > left, "the network itself is as it was"
+
+
+class Forked(nn.Module):
+    """Its convolution feeds a batch norm and, past it, something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        found = self.conv(x)
+        return self.norm(found) + found
+
+
+class Twice(nn.Module):
+    """One batch norm after two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.two(self.norm(self.one(x))))
+
+
+class Reversed(nn.Module):
+    """Declared in another order than they are asked in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.norm(x))
+
+
+@pytest.mark.parametrize("network", [Forked, Twice, Reversed])
+def test_a_network_that_cannot_be_folded_stays_as_it_is(network):
+    torch.manual_seed(0)
+    model = restless(network())
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images)
+        assert torch.equal(folded(model, images)(images), expected)
+    assert norms(model) == 1
