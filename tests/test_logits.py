@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,14 @@ def test_what_a_reader_is_asked_for_and_does_not_have_is_said(logits_config):
         SoftTargetCache.open(soft.cache.path).read_logits(cache.tile_ids[0])
     with pytest.raises(ConfigError, match="holds soft targets of temperature 2, and no other can be had of them"):
         SoftTargetCache.open(soft.cache.path, configured_softening(config))
+
+
+def test_a_worker_that_unpickles_a_cache_softens_its_logits_alike(logits_config):
+    config = logits_config()
+    precompute(config, CPU)
+    cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
+    tile = cache.tile_ids[0]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache)).read(tile), cache.read(tile))
 
 
 def test_statistics_are_of_the_teachers_own_classes(logits_config):

@@ -64,7 +64,6 @@ def s3(moto_port, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
     bucket = f"bucket-{proxy.port}"
     open_storage(f"s3://{bucket}/x")._fs.mkdir(bucket)
     proxy.url = f"s3://{bucket}/caches/c.zarr"
@@ -289,12 +288,22 @@ def test_a_dead_holders_lock_is_taken_over_and_one_of_another_host_is_not(s3):
 def test_a_server_that_does_not_answer_is_named_with_what_to_do(s3, images, monkeypatch, caplog, fault, said):  # noqa: F811
     fill(s3.url, images)
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    if fault == "slow":
+        monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
     s3.fault = lambda method, path: fault
     s3.count()
     with pytest.raises(CacheUnreachable, match=said):
         SoftTargetCache.open(s3.url)
     assert s3.count().total() <= 3 + (fault == "cut")
     assert len(caplog.records) == (fault != "denied"), "one line, however many attempts"
+
+
+def test_an_answer_that_comes_too_late_is_asked_for_again(s3, images, monkeypatch):  # noqa: F811
+    fill(s3.url, images)
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
+    answers = iter(["slow"])  # then those of a network that works
+    s3.fault = lambda method, path: next(answers, None)
+    assert SoftTargetCache.open(s3.url).tile_ids == list(images)
 
 
 def test_a_mistyped_bucket_is_named_and_not_created(s3, images):  # noqa: F811
