@@ -60,7 +60,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     The student takes a few steps, to say what they cost beside the teacher. Raises what `precompute.make_plan` raises. Assumes
     that tiles compress and compute alike per pixel, one at a time.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, device)
     unreadable, areas = {}, {}
     for tile in plan.missing:
         try:

@@ -42,6 +42,7 @@ from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
 from kdpipe.data.rasters import image_size, read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline import precision
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
@@ -119,7 +120,7 @@ class Plan:
         )
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, device: torch.device) -> Plan:
     """
     The tiles of the configuration, and which of them the cache holds already.
 
@@ -129,7 +130,10 @@ def make_plan(config: Config) -> Plan:
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
     storage = open_storage(config.cache.path)
-    recipe = complete_recipe(config, stretch, read_recipe(storage))
+    recorded = read_recipe(storage)
+    recipe = complete_recipe(config, stretch, recorded)
+    if recorded is None:
+        recipe = precision.resolved(config, recipe, tiles, stretch, device)
     manifest = whole_manifest(storage)
     finished = finished_tiles(storage, recipe, {tile.id: tile.image for tile in tiles}, manifest)
     return Plan(tiles=tiles, finished=finished, manifest=manifest, recipe=recipe, stretch=stretch, storage=storage)
@@ -155,7 +159,7 @@ def precompute(
     if repair:
         _restore_root(config, progress)
     written = open_storage(config.cache.path).last_write()
-    plan = make_plan(config)
+    plan = make_plan(config, device)
     summary = Summary(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
@@ -177,7 +181,7 @@ def precompute(
         open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
     ):
         if written is None or plan.storage.last_write() != written:
-            plan = make_plan(config)  # another process may have finished tiles before the lock was ours
+            plan = make_plan(config, device)  # another process may have finished tiles before the lock was ours
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)

@@ -15,7 +15,6 @@ from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
 from kdpipe.pipeline.models.weights import file_sha256
 
-AUTO_PRECISION = "fp32"  # the only precision whose answers are the same on every device to the encoding's bound
 LIBRARIES = ("kdpipe", "torch", "segmentation-models-pytorch", "timm", "numpy", "zarr", "numcodecs", "rasterio")
 
 
@@ -67,7 +66,7 @@ def complete_recipe(
     config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: CacheRecipe | None
 ) -> CacheRecipe:
     """
-    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32.
+    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32 (see `precision.resolved`).
 
     Raises `CheckpointError` where a teacher's file is missing.
     """
@@ -77,7 +76,7 @@ def complete_recipe(
         teacher = fields["teachers"][i]
         if "checkpoint_sha256" not in teacher:
             raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
-        teacher.setdefault("precision", before[i].precision if before else AUTO_PRECISION)
+        teacher.setdefault("precision", before[i].precision if before else "fp32")
     return parse_recipe(fields)
 
 

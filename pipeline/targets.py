@@ -15,6 +15,7 @@ from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TargetSource
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline import precision
 from kdpipe.pipeline.loaders import OnlineTargets
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.recipe import (
@@ -50,7 +51,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     if config.distill.mode == "none":
         return Targets(None)
     if config.distill.mode == "online":
-        recipe = complete_recipe(config, stretch, None)
+        recipe = precision.resolved(config, complete_recipe(config, stretch, None), tiles, stretch, device)
         teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)

@@ -220,10 +220,9 @@ def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(make, tmp_path
     }
     name, when = hooked[moment]
     with monkeypatch.context() as patch:
-        plan = stage.make_plan(
-            make(tmp_path / "c.zarr")
-        )  # `list_tiles` is asked twice; the second answer is what counts
-        patch.setattr(stage, "make_plan", lambda config: plan)
+        # `list_tiles` is asked twice; the second answer is what counts
+        plan = stage.make_plan(make(tmp_path / "c.zarr"), CPU)
+        patch.setattr(stage, "make_plan", lambda config, device: plan)
         if moment == "listing":
             image.rename(away)
         else:

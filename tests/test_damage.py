@@ -445,7 +445,7 @@ def test_an_edited_manifest_is_not_trained_from(cached):
     make, _ = cached
     folder = Path(make().cache.path)
     resigned(folder, lambda m: m.update(error_bound=0.5))
-    plan = stage.make_plan(make())
+    plan = stage.make_plan(make(), CPU)
     with pytest.raises(
         CorruptCache,
         match=r"manifest.json was changed and signed again: error_bound is 0\.5, and .*; restore it, or delete it",

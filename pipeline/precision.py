@@ -1,0 +1,76 @@
+"""What `teacher.precision: auto` means: bf16 where the device is fast at it and the soft targets stay what they are, else fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kdpipe.cache.manifest import CacheRecipe
+from kdpipe.configs.errors import DataError, KdpipeError
+from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import read_image
+from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.models.teacher import open_teacher
+
+SAMPLE = 3  # tiles on which both precisions are compared
+AMPERE = (8, 0)  # the first CUDA capability with bf16 in its tensor cores
+Stretch = Sequence[tuple[float, float]] | None
+
+
+def is_fast_at_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself: NVIDIA's since Ampere, and processors with AMX; others only emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= AMPERE
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def resolved(
+    config: Config, recipe: CacheRecipe, tiles: Sequence[Tile], stretch: Stretch, device: torch.device
+) -> CacheRecipe:
+    """
+    The recipe of a new cache, with `auto` precisions decided: all of them together, since their logits are averaged.
+
+    `recipe` has fp32 in their place (see `recipe.complete_recipe`). Raises what `open_teacher` raises.
+    """
+    auto = [member.precision == "auto" for member in config.members.values()]
+    if not any(auto) or not is_fast_at_bf16(device):
+        return recipe
+    records = zip(recipe.teachers, auto, strict=True)
+    short = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
+    half = recipe.model_copy(update={"teachers": short})
+    return half if _stays_the_same(config, recipe, half, tiles, stretch, device) else recipe
+
+
+def _stays_the_same(
+    config: Config,
+    recipe: CacheRecipe,
+    half: CacheRecipe,
+    tiles: Sequence[Tile],
+    stretch: Stretch,
+    device: torch.device,
+) -> bool:
+    """
+    Whether bf16 moves the teacher's soft targets by no more, on average over each tile, than half a step of the cache's integers.
+
+    Compared on a seeded sample of tiles. Single pixels may move by several steps; with 16 bits no network passes.
+    """
+    most = 0.5 / (2**recipe.bits - 1)
+    exact, short = (open_teacher(config, r, device) for r in (recipe, half))
+    compared = 0
+    for index in np.random.default_rng(config.seed).permutation(len(tiles)):
+        try:
+            image_NHWC = read_image(tiles[index].image, config.data.bands, stretch)[None]
+        except DataError:  # which stage one will name
+            continue
+        try:
+            moved = np.abs(exact.soft_targets(image_NHWC) - short.soft_targets(image_NHWC))
+        except KdpipeError:  # numbers that are not finite
+            return False
+        if moved.mean() > most:
+            return False
+        compared += 1
+        if compared == SAMPLE:
+            break
+    return compared > 0
