@@ -42,7 +42,6 @@ def test_bf16_is_taken_where_it_moves_the_targets_less_than_their_rounding(make_
     config = make_config()
     precompute(config, CPU)
     assert recorded(config) == ["bf16"]
-    report = verify(config, "parity", CPU)
     findings = verify(config, "parity", CPU).findings
     assert {finding.code for finding in findings} <= {"class-map"}, "a random teacher's classes fit no label"
     # Whoever goes on with the cache, on whatever device, goes on in its precision.
