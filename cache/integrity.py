@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from kdpipe.cache import layout, values
 from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, Manifest, Recipe, differences
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.records import TileRecord
-from kdpipe.cache.sources import is_unchanged
+from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import Storage
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
@@ -27,7 +26,7 @@ class Finding:
     message: str
 
 
-def check_tiles_listed(manifest: Manifest, images: Mapping[str, Path]) -> list[Finding]:
+def check_tiles_listed(manifest: Manifest, images: Mapping[str, Source]) -> list[Finding]:
     """Findings for tiles that the configuration has and the cache lacks, and the other way round."""
     cached = {record.id for record in manifest.tiles}
     findings = [
@@ -71,7 +70,7 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     ]
 
 
-def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Path]) -> list[Finding]:
+def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Source]) -> list[Finding]:
     """Findings from names, sizes and times alone: lists, missing files, changed images. Reads no pixel."""
     findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
     info = storage.infos()
@@ -97,7 +96,7 @@ def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Path]
 
 
 def check_full(
-    storage: Storage, manifest: Manifest, images: Mapping[str, Path], on_tile: Callable[[], None] = lambda: None
+    storage: Storage, manifest: Manifest, images: Mapping[str, Source], on_tile: Callable[[], None] = lambda: None
 ) -> list[Finding]:
     """
     Findings from every byte: each file's digest, each chunk decoded, each pixel's sum, each source image's content, and
@@ -140,7 +139,7 @@ def find_damage(
     storage: Storage,
     recipe: CacheRecipe,
     records: Iterable[TileRecord],
-    images: Mapping[str, Path],
+    images: Mapping[str, Source],
     on_tile: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, TileRecord], dict[str, str]]:
     """
@@ -196,7 +195,7 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
 
 
 def _check_image(
-    record: TileRecord, images: Mapping[str, Path], written: float | None, *, by_content: bool
+    record: TileRecord, images: Mapping[str, Source], written: float | None, *, by_content: bool
 ) -> list[Finding]:
     image = images.get(record.id)
     if image is None or is_unchanged(image, record, written, by_content=by_content):
@@ -220,5 +219,13 @@ def _check_strays(storage: Storage, manifest: Manifest) -> Iterator[Finding]:
     for path, names in expected.items():
         for child in storage.children(path):
             name = f"{path}/{child}".lstrip("/")
-            if child not in names and not read_receipt(storage, name.removeprefix(f"{layout.TILES}/"), digest):
+            if child not in names and not _holds_finished_tiles(storage, name, digest):
                 yield Finding("stray-file", None, f"{name} does not belong to the cache")
+
+
+def _holds_finished_tiles(storage: Storage, path: str, digest: str) -> bool:
+    """Whether a folder is a finished tile, or a group of nothing but finished ones, such as the views of a tile that is gone."""
+    if read_receipt(storage, path.removeprefix(f"{layout.TILES}/"), digest):
+        return True
+    children = [child for child in storage.children(path) if child != layout.METADATA_NAME]
+    return bool(children) and all(_holds_finished_tiles(storage, f"{path}/{child}", digest) for child in children)

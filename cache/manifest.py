@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-FORMAT_VERSIONS = {"soft": "1.0", "logits": "2.0"}  # by kind: a reader of 1.x cannot read logits
+# By kind, of whole tiles and of recorded views: a reader of 1.x cannot read logits, one of 1.0 can read views.
+FORMAT_VERSIONS = {"soft": ("1.0", "1.1"), "logits": ("2.0", "2.1")}
+KNOWN_VERSIONS = [version for versions in FORMAT_VERSIONS.values() for version in versions]
 MANIFEST_NAME = "manifest.json"
 
 
@@ -51,6 +53,17 @@ class TeacherRecord(_Record):
     window: int | None
 
 
+class ViewsRecord(_Record):
+    """How recorded views are drawn of the tiles; the names are those of the config's keys."""
+
+    crop: int
+    scales: list[float]
+    max_class_share: float
+    mosaic: float
+    photometric: float
+    ignore_index: int
+
+
 class _Recipe(_Record):
     """What determines the values of a tile, given its image, whatever is stored of the teacher's answer."""
 
@@ -60,6 +73,8 @@ class _Recipe(_Record):
     kind: Literal["soft", "logits"]
     bits: Literal[8, 16]
     chunk_px: int
+    # Left out where the teacher saw whole tiles: format 1.0 does not know it, and its digests must stay what they are.
+    views: Annotated[ViewsRecord | None, Field(exclude_if=lambda views: views is None)] = None
 
     @property
     def teacher_classes(self) -> list[str]:
@@ -70,7 +85,7 @@ class _Recipe(_Record):
     @property
     def format_version(self) -> str:
         """Of a cache with this recipe."""
-        return FORMAT_VERSIONS[self.kind]
+        return FORMAT_VERSIONS[self.kind][self.views is not None]
 
     def digest(self) -> str:
         """The sha256 of the recipe alone, which every tile carries."""
@@ -125,8 +140,12 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _refuse_the_version_of_another_kind(self) -> Self:
-        if self.format_version.split(".")[0] != self.recipe.format_version.split(".")[0]:
+        wanted = self.recipe.format_version
+        if self.format_version.split(".")[0] != wanted.split(".")[0]:
             raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
+        if self.format_version in KNOWN_VERSIONS and self.format_version != wanted:
+            what = "whole tiles" if self.recipe.views is None else "recorded views"
+            raise ValueError(f"format version {self.format_version} does not hold {what}")
         return self
 
     @model_validator(mode="after")
@@ -252,7 +271,8 @@ def is_newer_minor(version: Any, origin: str) -> bool:
     Raises `UnknownFormat` for another major version: nothing is known of it but where its version stands, and `ValueError`
     for what is no version.
     """
-    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in FORMAT_VERSIONS.values()}
+    # The last of a major version stays: the newest.
+    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in KNOWN_VERSIONS}
     match = re.fullmatch(r"([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version) if isinstance(version, str) else None
     if match is None:
         raise ValueError(f"its format_version is {str(version)[:40]!r}, not MAJOR.MINOR")
@@ -268,9 +288,9 @@ def is_newer_minor(version: Any, origin: str) -> bool:
 def refuse_to_write(version: Any, origin: str) -> None:
     """Raise `UnknownFormat` unless a cache has one of the very versions that this program writes: others may be read, never added to."""
     is_newer_minor(version, origin)
-    if version not in FORMAT_VERSIONS.values():
+    if version not in KNOWN_VERSIONS:
         raise UnknownFormat(
-            f"{origin} has format version {version}, which this kdpipe reads, but it writes {' and '.join(FORMAT_VERSIONS.values())}: "
+            f"{origin} has format version {version}, which this kdpipe reads, but it writes {', '.join(KNOWN_VERSIONS)}: "
             "install the kdpipe that made it, or choose another cache.path"
         )
 
@@ -297,7 +317,7 @@ def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
     A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
     """
     found, wanted = _flat(recipe.model_dump()), _flat(expected)
-    known = {*Recipe.model_fields, *TeacherRecord.model_fields}
+    known = {*Recipe.model_fields, *TeacherRecord.model_fields, *ViewsRecord.model_fields, "teacher_view"}
     unknown = [
         f"{field}: the cache has {_short(value)}, and this kdpipe does not know that field: install the one that wrote the cache"
         for field, value in found.items()
@@ -339,13 +359,19 @@ def _compact(content: Any) -> str:
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields with those of its teachers beside them, and under `teachers` their number."""
+    """
+    A recipe's fields with those of its teachers and of its views beside them, under `teachers` the number of these, and under
+    `teacher_view` what they saw.
+    """
     teachers = fields["teachers"]
     flat: dict[str, Any] = {"teachers": len(teachers)}
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
         flat |= {f"{key}.{name}": value for name, value in teacher.items()}
-    return flat | {name: value for name, value in fields.items() if name != "teachers"}
+    views = fields.get("views")
+    flat["teacher_view"] = "tile" if views is None else "crop"
+    flat |= {f"views.{name}": value for name, value in (views or {}).items()}
+    return flat | {name: value for name, value in fields.items() if name not in ("teachers", "views")}
 
 
 def _short(value: Any) -> str:

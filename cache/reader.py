@@ -25,7 +25,7 @@ from kdpipe.cache.manifest import (
 )
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRange, Shard, open_shard
-from kdpipe.cache.simplex import mean_over_window
+from kdpipe.cache.simplex import mean_over_pixels, mean_over_window
 from kdpipe.cache.storage import LocalStorage, Storage, open_storage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
@@ -84,6 +84,18 @@ class SoftTargetCache:
         if isinstance(self.manifest.recipe, LogitsRecipe):
             return 0.0
         return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
+
+    def entropy_error_over(self, tile_id: str, pixels_HW: NDArray[np.bool_]) -> float:
+        """As `entropy_error`, the mean over those of a tile's pixels that are True, at least one."""
+        record = self._record(tile_id)
+        if isinstance(self.manifest.recipe, LogitsRecipe):
+            return 0.0
+        assert pixels_HW.shape == (record.height, record.width), f"{pixels_HW.shape} for {record}"
+        return mean_over_pixels(self._entropy_error_blocks(record), pixels_HW)
+
+    def image_sha256(self, tile_id: str) -> str:
+        """The sha256 of the image that a tile was computed from: of its file, or of a recorded view's pixels."""
+        return self._record(tile_id).image.sha256
 
     def largest_entropy_error(self, tile_id: str) -> float:
         """The entry of a tile's blocks (see `entropy_error`) that is farthest from zero, in nats."""

@@ -126,6 +126,13 @@ def mean_over_window(blocks: NDArray[np.float64], window: tuple[int, int, int, i
     return float(shares[0] @ blocks @ shares[1])
 
 
+def mean_over_pixels(blocks: NDArray[np.float64], pixels_HW: NDArray[np.bool_]) -> float:
+    """As `mean_over_window`, over the pixels of the tile that are True."""
+    rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in pixels_HW.shape)
+    counts = np.add.reduceat(np.add.reduceat(pixels_HW, rows, axis=0, dtype=np.int64), columns, axis=1)
+    return float((counts * blocks).sum() / counts.sum())
+
+
 def is_simplex(units_CHW: NDArray[Any], bits: int) -> bool:
     """Whether every pixel sums to `2**bits - 1`: zeros read in the place of missing data do not."""
     return bool((units_CHW.sum(axis=0, dtype=np.uint32) == total(bits)).all())

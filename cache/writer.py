@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +22,14 @@ from kdpipe.cache.manifest import (
 )
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.sources import is_unchanged
+from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage
 from kdpipe.cache.values import encode, error_bound
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
 
 def finished_tiles(
-    storage: Storage, recipe: CacheRecipe, images: Mapping[str, Path], manifest: Manifest | None
+    storage: Storage, recipe: CacheRecipe, images: Mapping[str, Source], manifest: Manifest | None
 ) -> dict[str, TileRecord]:
     """
     The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
@@ -62,7 +61,7 @@ def finished_tiles(
     return finished
 
 
-def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Path) -> bool:
+def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Source) -> bool:
     """Whether a tile's files are there, the shard in its size, and its image has not changed since."""
     path = layout.tile_path(record.id)
     shard, receipt = info(f"{path}/{layout.SHARD_NAME}"), info(f"{path}/{layout.METADATA_NAME}")

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DistillMode = Literal["cached", "online", "none"]
+TeacherView = Literal["tile", "crop"]
 FromClasses = Literal["from classes"]
 
 DEFAULT_BATCH_SIZE = 4  # the guide's
+MAX_VIEWS = 10_000  # of a tile: four digits name them; more would cost more than the live teacher
 ROW_SUM_TOLERANCE = 1e-6  # class map rows are typed by hand as decimals such as 0.7 and 0.3
 
 
@@ -156,17 +158,27 @@ class Teacher(Section):
 
 
 class Cache(Section):
-    """The teacher's answers on disk: soft targets, or the logits from which any temperature and class map make some."""
+    """
+    The teacher's answers on disk: soft targets, or the logits from which any temperature and class map make some.
+
+    `views` is how many augmented crops of each tile are recorded; only with `distill.teacher_view: crop`.
+    """
 
     path: str
     kind: Literal["soft", "logits"] = "soft"
     bits: Literal[8, 16] = 8
+    views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
 
 
 class Distill(Section):
-    """What the student learns from, and how much of it is the teacher."""
+    """
+    What the student learns from, and how much of it is the teacher.
+
+    `teacher_view` is what the teacher sees: the whole clean `tile`, or the very augmented `crop` that the student sees.
+    """
 
     mode: DistillMode = "cached"
+    teacher_view: TeacherView = "tile"
     temperature: float = Field(2.0, gt=0)
     alpha: float = Field(0.7, ge=0, le=1)
 
@@ -278,7 +290,30 @@ class Config(Section):
             if abs(total - 1) > ROW_SUM_TOLERANCE:
                 raise ValueError(f"class_map.{teacher_class} must sum to 1, found {total:g}: {row}")
         self._check_student()
+        self._check_views()
         return self
+
+    def _check_views(self) -> None:
+        views = self.cache.views
+        if self.distill.teacher_view == "tile":
+            if views is not None:
+                raise ValueError(
+                    f"cache.views is {views}, but the teacher sees whole tiles, of which every crop is cut: leave it out, or set "
+                    "distill.teacher_view: crop"
+                )
+            return
+        if views is None:
+            raise ValueError(
+                "distill.teacher_view: crop needs cache.views, how many augmented crops of each tile the teacher answers, such "
+                "as 8: training cycles through them"
+            )
+        for key in ("crops_per_tile", "unlabelled_crops_per_tile"):
+            crops = getattr(self.train, key)
+            if crops is not None and crops > views:
+                raise ValueError(
+                    f"train.{key} is {crops}, and cache.views {views}: an epoch would show the same crops more than once; "
+                    "raise cache.views"
+                )
 
     def _check_teachers(self) -> None:
         if (self.teacher is None) == (not self.teachers):

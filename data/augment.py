@@ -44,11 +44,7 @@ def sample_plan(
 
     Of the masks only those of the sample's own tiles are asked for, and none where `max_class_share` is 1.
     """
-    frames = (
-        _quadrants(rng, tile, num_tiles, train)
-        if rng.random() < train.mosaic
-        else [(tile, 0, 0, train.crop, train.crop)]
-    )
+    frames = _frames(rng, tile, num_tiles, train)
     scales = [float(rng.choice(train.scales)) for _ in frames]
     for _ in range(CROP_TRIES):
         views = tuple(_place(rng, frame, scale, size_of) for frame, scale in zip(frames, scales, strict=True))
@@ -62,6 +58,11 @@ def sample_plan(
         rot90=int(rng.integers(4)),
         photometric_seed=int(rng.integers(2**32)) if rng.random() < train.photometric else None,
     )
+
+
+def source_tiles(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[int]:
+    """The numbers of the tiles that `sample_plan` shows, given the same arguments: `tile`, and of a mosaic three more."""
+    return [frame[0] for frame in _frames(rng, tile, num_tiles, train)]
 
 
 def views_per_sample(train: schema.Train) -> float:
@@ -124,6 +125,12 @@ def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
 
 _Frame = tuple[int, int, int, int, int]
 """A tile's number and its place in the sample: `(tile, top, left, height, width)`."""
+
+
+def _frames(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[_Frame]:
+    if rng.random() < train.mosaic:
+        return _quadrants(rng, tile, num_tiles, train)
+    return [(tile, 0, 0, train.crop, train.crop)]
 
 
 def _quadrants(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[_Frame]:

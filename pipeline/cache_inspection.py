@@ -14,6 +14,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.recipe import expected_fields, other_libraries
+from kdpipe.pipeline.subjects import subjects
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
     found = None
     if config is not None:
         tiles = list_tiles(config.data, "train")
-        expected = expected_fields(config, resolve_stretch(config.data, tiles))
-        listed = check_tiles_listed(manifest, {tile.id: tile.image for tile in tiles})
+        stretch = resolve_stretch(config.data, tiles)
+        expected = expected_fields(config, stretch)
+        asked = {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
+        listed = check_tiles_listed(manifest, asked)
         found = [*differences(manifest.recipe, expected), *(f"{finding.tile}: {finding.message}" for finding in listed)]
     others = other_libraries(manifest.libraries)
     return CacheInspection(storage.url, manifest, found, others)

@@ -10,16 +10,14 @@ import numpy as np
 import torch
 
 from kdpipe.cache.layout import encode_tile
-from kdpipe.cache.sources import digest_image
 from kdpipe.cache.values import encode
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import TrainTiles
-from kdpipe.data.rasters import image_size, read_image
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import make_plan
 from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.subjects import subject_noun
 from kdpipe.pipeline.worth import Worth, measure
 
 SAMPLE = 3  # tiles that are computed, in memory, to predict the others
@@ -36,6 +34,7 @@ class Estimate:
     cache: str
     tiles: int
     finished: int
+    noun: str
     pixels: int
     bytes: int
     seconds: float
@@ -64,7 +63,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     unreadable, areas = {}, {}
     for tile in plan.missing:
         try:
-            height, width = image_size(tile.image)
+            height, width = tile.size()
             areas[tile.id] = height * width
         except DataError as err:
             unreadable[tile.id] = str(err)
@@ -79,8 +78,8 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
             tile = readable[index]
             start = time.perf_counter()
             try:
-                image_HWC = read_image(tile.image, config.data.bands, plan.stretch)
-            except DataError as err:
+                image_HWC, digest = tile.load()
+            except (DataError, OSError) as err:
                 unreadable[tile.id] = str(err)
                 continue
             size = sized("tile", 1, *image_HWC.shape[:2])
@@ -90,22 +89,22 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
                 values_CHW = teacher.cached_values(image_HWC[None])[0]
                 teacher_seconds += time.perf_counter() - asked
             units_CHW, lost = encode(values_CHW, plan.recipe)
-            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest_image(tile.image), plan.recipe.digest(), lost)
+            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest, plan.recipe.digest(), lost)
             seconds += time.perf_counter() - start
             pixels += image_HWC.shape[0] * image_HWC.shape[1]
             written += len(shard) + len(metadata)
     total = sum(areas.values())
     share = total / pixels if pixels else 0.0
     if pixels:
-        samples = len(TrainTiles(plan.tiles, config))
         tile_seconds = teacher_seconds * share / len(areas)
         worth = measure(
-            config, device, teacher, image_HWC, samples, seconds * share, tile_seconds, progress or Silent()
+            config, device, teacher, image_HWC, plan.samples, seconds * share, tile_seconds, progress or Silent()
         )
     return Estimate(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
         finished=len(plan.finished),
+        noun=subject_noun(config),
         pixels=total,
         bytes=round(written * share),
         seconds=seconds * share,

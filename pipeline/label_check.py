@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import read_mask
-from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.metrics import count_pairs, scores
 
 MIN_SHARE = 0.005  # of the labelled pixels: what a teacher class must cover before anything is said about it
@@ -42,21 +39,16 @@ class TeacherClass:
         return asdict(self)
 
 
-def count_answers(answers_HW: NDArray[np.integer[Any]], tile: Tile, config: Config) -> NDArray[np.int64]:
+def count_answers(
+    answers_HW: NDArray[np.integer[Any]], labels_HW: NDArray[np.integer[Any]], config: Config
+) -> NDArray[np.int64]:
     """
     Pixel counts `(S, T)` of each label and teacher answer in one labelled tile; pixels without label do not count.
 
-    `answers_HW` are places in `teacher_classes`. Raises `DataError` where the mask is not of the answers' size.
+    `answers_HW` are places in `teacher_classes`.
     """
-    assert tile.mask is not None
-    ignore_index, num_labels = config.classes.ignore_index, len(config.classes.names)
-    mask_HW = read_mask(tile.mask, num_labels, ignore_index)
-    if mask_HW.shape != answers_HW.shape:
-        (height, width), (of_image_h, of_image_w) = mask_HW.shape, answers_HW.shape
-        raise DataError(
-            f"the mask {tile.mask} is {height} x {width} px, and its image {tile.image} {of_image_h} x {of_image_w}"
-        )
-    return count_pairs(mask_HW, answers_HW, num_labels, len(config.teacher_classes), ignore_index)
+    num_labels, num_answers = len(config.classes.names), len(config.teacher_classes)
+    return count_pairs(labels_HW, answers_HW, num_labels, num_answers, config.classes.ignore_index)
 
 
 def check_class_map(counts_KST: NDArray[np.int64], config: Config) -> list[TeacherClass]:

@@ -29,7 +29,10 @@ ONLINE_ADVICE = (
 
 
 class OnlineTargets:
-    """Soft targets computed on the spot: the teacher sees the whole tile, as at precompute, every time it is asked."""
+    """
+    Soft targets computed on the spot, every time they are asked for: the teacher sees what it sees at precompute, the whole
+    tile (`read`) or a recorded view (`answer`).
+    """
 
     def __init__(self, teacher: FrozenTeacher, tiles: Sequence[Tile], config: Config, stretch: Stretch) -> None:
         self._teacher = teacher
@@ -39,12 +42,7 @@ class OnlineTargets:
 
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
-        image_HWC = read_image(self._images[tile_id], self._bands, self._stretch)
-        size = sized("tile", 1, *image_HWC.shape[:2])
-        with fits_in_memory(f"while the teacher answered {size} beside the student", ONLINE_ADVICE):
-            start = time.perf_counter()
-            probs_CHW = self._teacher.soft_targets(image_HWC[None])[0]
-            self.teacher_seconds += time.perf_counter() - start
+        probs_CHW = self._ask(read_image(self._images[tile_id], self._bands, self._stretch), "tile")
         top, left, height, width = window
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW
@@ -52,6 +50,20 @@ class OnlineTargets:
     def entropy_error(self, tile_id: str, window: tuple[int, int, int, int]) -> float:
         """Zero: these targets were never rounded."""
         return 0.0
+
+    def answer(
+        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], float]:
+        """The soft target of a recorded view, float32 `(C, H, W)`, of which rounding took nothing."""
+        return self._ask(np.ascontiguousarray(image_3HW.transpose(1, 2, 0)), "crop"), 0.0
+
+    def _ask(self, image_HW3: NDArray[np.uint8], noun: str) -> NDArray[np.float32]:
+        size = sized(noun, 1, *image_HW3.shape[:2])
+        with fits_in_memory(f"while the teacher answered {size} beside the student", ONLINE_ADVICE):
+            start = time.perf_counter()
+            probs_CHW: NDArray[np.float32] = self._teacher.soft_targets(image_HW3[None])[0]
+            self.teacher_seconds += time.perf_counter() - start
+        return probs_CHW
 
 
 class BatchStream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,7 +24,6 @@ from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import CacheRecipe, Manifest, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.writer import (
     CacheWriter,
@@ -37,16 +36,15 @@ from kdpipe.cache.writer import (
 )
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted
 from kdpipe.configs.schema import Config
-from kdpipe.data.augment import views_per_sample
 from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
-from kdpipe.data.rasters import image_size, read_image
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
+from kdpipe.pipeline.subjects import Subject, asked_per_sample, subject_noun, subjects
 
 READ_AHEAD = 3  # batches decoded before the device asks for them
 WRITERS = 2  # threads that encode and write; zstd and NumPy release the GIL
@@ -55,8 +53,6 @@ PENDING_PX = (
 )  # of computed tiles that may wait to be written, else the device waits: bounds memory where the disk is slow
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
-
-Stretch = Sequence[tuple[float, float]] | None
 
 
 @dataclass
@@ -79,6 +75,7 @@ class Summary:
     seconds: float = 0.0
     teacher_seconds: float = 0.0
     views_per_epoch: float = 0.0
+    noun: str = "tiles"
     fingerprint: str | None = None
 
     @property
@@ -95,17 +92,20 @@ class Summary:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to do: all tiles, those finished already, the manifest if there is one, and how the rest is computed."""
+    """
+    What is to do: all tiles (or recorded views, which are kept and computed as tiles are), those finished already, the manifest
+    if there is one, and how the rest is computed.
+    """
 
-    tiles: list[Tile]
+    tiles: list[Subject]
     finished: dict[str, TileRecord]
     manifest: Manifest | None
     recipe: CacheRecipe
-    stretch: Stretch
     storage: Storage
+    samples: int  # of an epoch of training
 
     @property
-    def missing(self) -> list[Tile]:
+    def missing(self) -> list[Subject]:
         """The tiles to compute."""
         return [tile for tile in self.tiles if tile.id not in self.finished]
 
@@ -129,14 +129,16 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     """
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
+    asked = subjects(config, tiles, stretch)
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
     recipe = complete_recipe(config, stretch, recorded)
     if recorded is None:
         recipe = precision.resolved(config, recipe, tiles, stretch, device)
     manifest = whole_manifest(storage)
-    finished = finished_tiles(storage, recipe, {tile.id: tile.image for tile in tiles}, manifest)
-    return Plan(tiles=tiles, finished=finished, manifest=manifest, recipe=recipe, stretch=stretch, storage=storage)
+    finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in asked}, manifest)
+    samples = len(TrainTiles(tiles, config))
+    return Plan(tiles=asked, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
 
 
 def precompute(
@@ -164,13 +166,14 @@ def precompute(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
         kept=len(plan.finished),
-        views_per_epoch=views_per_epoch(config, plan.tiles),
+        views_per_epoch=plan.samples * asked_per_sample(config),
+        noun=subject_noun(config),
     )
     if plan.is_done and not repair:
         if partial_files(plan.storage):
             with writer_lock(plan.storage):
                 sweep(plan.storage)
-        progress.say(f"all {len(plan.tiles)} tiles are in {plan.storage.url} already")
+        progress.say(f"all {len(plan.tiles)} {summary.noun} are in {plan.storage.url} already")
         assert plan.manifest is not None
         summary.fingerprint = plan.manifest.fingerprint
         return summary
@@ -187,11 +190,11 @@ def precompute(
         summary.kept = len(plan.finished)
         writer.begin()
         if plan.finished:
-            progress.say(f"{len(plan.finished)} of {len(plan.tiles)} tiles are finished already and kept")
+            progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")
         records = dict(plan.finished)
         if plan.missing:
             teacher = open_teacher(config, plan.recipe, device)
-            with progress.bar("teacher", len(plan.tiles), "tiles", done=len(plan.finished)) as advance:
+            with progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished)) as advance:
                 for record in _compute(plan, teacher, writer, batch_size, advice, summary, stop):
                     records[record.id] = record
                     summary.computed += 1
@@ -206,25 +209,21 @@ def precompute(
     return summary
 
 
-def views_per_epoch(config: Config, tiles: Sequence[Tile]) -> float:
-    """How many views of tiles the samples of an epoch show on average."""
-    return len(TrainTiles(tiles, config)) * views_per_sample(config.train)
-
-
 def _restore_root(config: Config, progress: Progress) -> None:
     tiles = list_tiles(config.data, "train")
     storage = open_storage(config.cache.path)
     with writer_lock(storage):
         manifest = whole_manifest(storage)
-        recipe = complete_recipe(config, resolve_stretch(config.data, tiles), manifest.recipe if manifest else None)
-        if restore_root(storage, recipe, [tile.id for tile in tiles]):
+        stretch = resolve_stretch(config.data, tiles)
+        recipe = complete_recipe(config, stretch, manifest.recipe if manifest else None)
+        if restore_root(storage, recipe, [tile.id for tile in subjects(config, tiles, stretch)]):
             progress.say(f"{storage.url}: its topmost metadata was damaged or lost, and is restored")
 
 
 def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
     """The plan with the tiles whose bytes or images are not as recorded among those to compute."""
-    images = {tile.id: tile.image for tile in plan.tiles}
-    with progress.bar("every byte", len(plan.finished), "tiles") as advance:
+    images = {tile.id: tile.source for tile in plan.tiles}
+    with progress.bar("every byte", len(plan.finished), summary.noun) as advance:
         whole, summary.damaged = find_damage(plan.storage, plan.recipe, plan.finished.values(), images, advance)
     for tile, cause in summary.damaged.items():
         progress.say(f"tile {tile} is damaged and is computed again: {cause}")
@@ -235,7 +234,7 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
 class _Loaded:
     """One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read."""
 
-    tiles: list[Tile]
+    tiles: list[Subject]
     digests: dict[str, ImageDigest]
     images_NHWC: NDArray[np.uint8] | None
     failed: dict[str, str]
@@ -254,7 +253,7 @@ def _compute(
         try:
             while (batches or loading) and not stop.is_set():
                 while batches and len(loading) < READ_AHEAD:
-                    loading.append(readers.submit(_load, batches.popleft(), plan.recipe, plan.stretch))
+                    loading.append(readers.submit(_load, batches.popleft()))
                 loaded = loading.popleft().result()
                 summary.failed |= loaded.failed
                 if loaded.images_NHWC is None:
@@ -280,12 +279,12 @@ def _compute(
     if stop.is_set():
         kept = summary.kept + summary.computed
         raise Interrupted(
-            f"stopped; {kept} of {summary.tiles} tiles are finished and kept in {summary.cache}. "
+            f"stopped; {kept} of {summary.tiles} {summary.noun} are finished and kept in {summary.cache}. "
             "Run the same command again to go on"
         )
 
 
-def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
+def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject]]:
     """
     The same batches of equal size in every run, made from all tiles and not from the missing ones.
 
@@ -298,7 +297,7 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
     for tile in plan.tiles:
         record = plan.finished.get(tile.id)
         try:
-            sizes.append((record.height, record.width) if record else image_size(tile.image))
+            sizes.append((record.height, record.width) if record else tile.size())
         except DataError as err:
             summary.failed[tile.id] = str(err)
             sizes.append(sizes[-1] if sizes else None)
@@ -306,7 +305,7 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Tile]]:
     return [[plan.tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)]
 
 
-def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:
+def _load(batch: list[Subject]) -> _Loaded:
     """
     The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
     would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
@@ -315,12 +314,7 @@ def _load(batch: list[Tile], recipe: CacheRecipe, stretch: Stretch) -> _Loaded:
     digests, failed = {}, {}
     for tile in batch:
         try:
-            before = tile.image.stat()
-            image_HWC = read_image(tile.image, tuple(recipe.bands), stretch)
-            digest = digest_image(tile.image)
-            after = tile.image.stat()
-            if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
-                raise DataError(f"{tile.image} changed while it was read")
+            image_HWC, digest = tile.load()
         except (DataError, OSError) as err:
             failed[tile.id] = str(err)
             images.append(None)

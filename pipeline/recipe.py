@@ -15,7 +15,17 @@ from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
 from kdpipe.pipeline.models.weights import file_sha256
 
-LIBRARIES = ("kdpipe", "torch", "segmentation-models-pytorch", "timm", "numpy", "zarr", "numcodecs", "rasterio")
+LIBRARIES = (
+    "kdpipe",
+    "torch",
+    "segmentation-models-pytorch",
+    "timm",
+    "numpy",
+    "zarr",
+    "numcodecs",
+    "rasterio",
+    "albumentations",
+)
 
 
 def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | None) -> dict[str, Any]:
@@ -38,6 +48,26 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
         "kind": config.cache.kind,
         "bits": config.cache.bits,
         "chunk_px": CHUNK_PX,
+        "views": _views_fields(config),
+    }
+
+
+def _views_fields(config: Config) -> dict[str, Any] | None:
+    """
+    How recorded views are drawn; None where the teacher sees whole tiles.
+
+    Neither how many there are (more of them are more tiles: those that are there stay) nor how many an epoch shows.
+    """
+    if config.distill.teacher_view == "tile":
+        return None
+    train = config.train
+    return {
+        "crop": train.crop,
+        "scales": train.scales,
+        "max_class_share": train.max_class_share,
+        "mosaic": train.mosaic,
+        "photometric": train.photometric,
+        "ignore_index": config.classes.ignore_index,
     }
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
 SHOWN_OUTLIERS = 12
 SHOWN_TEMPERATURES = (1, 2, 4)  # at which the bound of a cache of logits is said
+TILE_COLUMN = 19  # characters of a tile's id beside the figures of parity
 SHOWN_FINDINGS = 20  # the rest is in --json
 
 
@@ -42,7 +43,7 @@ def estimate_text(forecast: estimate.Estimate) -> str:
     """What stage one will cost, and whether it fits."""
     free = "no limit known" if forecast.free_bytes is None else f"{size_text(forecast.free_bytes)} free"
     lines = [
-        f"{forecast.tiles} tiles, {forecast.finished} finished, {forecast.tiles - forecast.finished} to do "
+        f"{forecast.tiles} {forecast.noun}, {forecast.finished} finished, {forecast.tiles - forecast.finished} to do "
         f"({forecast.pixels / 1e6:.1f} MP)",
         f"about {size_text(forecast.bytes)} in {forecast.cache} ({free}: {'fits' if forecast.fits else 'DOES NOT FIT'})",
         f"about {duration_text(forecast.seconds)}; nothing was written",
@@ -59,12 +60,16 @@ def worth_lines(found: worth.Worth, size_bytes: int) -> list[str]:
     """What a cache saves of a training run, judged by the cheaper way to ask a live teacher; narrow enough for 80 columns."""
     whole, crops = (found.steps * seconds for seconds in (found.online_step_seconds, found.crops_step_seconds))
     share = 1 - found.step_seconds / found.cheapest_step_seconds
+    if found.teacher_view == "tile":
+        teacher = f"teacher {found.tile_seconds:.3g} s a tile, {found.crop_seconds:.3g} s a crop"
+        without = f"{duration_text(whole)} (--kd online: whole tiles), {duration_text(crops)} (crops alone)"
+    else:
+        teacher, without = f"teacher {found.crop_seconds:.3g} s a crop", f"{duration_text(crops)} (--kd online)"
     return [
         "",
-        f"student {found.step_seconds:.3g} s a step of {found.samples_per_step} samples; teacher {found.tile_seconds:.3g} s a tile, "
-        f"{found.crop_seconds:.3g} s a crop",
+        f"student {found.step_seconds:.3g} s a step of {found.samples_per_step} samples; {teacher}",
         f"{found.steps} steps ({found.epochs:.3g} epochs): {duration_text(found.cached_seconds)} with the cache, stage one included;",
-        f"without it {duration_text(whole)} (--kd online: whole tiles), {duration_text(crops)} (crops alone)",
+        f"without it {without}",
         f"worth it? {found.verdict}: a live teacher is {_percent(share)} of a step at least; the cache has paid",
         f"for itself after {found.paid_after_epochs:.2g} epochs, {_saved_text(found.saved_share)} of the time, and takes "
         f"{size_text(size_bytes)}",
@@ -79,14 +84,16 @@ def precompute_text(summary: precompute.Summary) -> str:
     """What stage one did."""
     if not summary.computed:
         return (
-            f"nothing to do: {summary.kept} tiles, fingerprint {summary.fingerprint}"
+            f"nothing to do: {summary.kept} {summary.noun}, fingerprint {summary.fingerprint}"
             if summary.fingerprint
             else "nothing computed"
         )
-    rate = f"{summary.computed / summary.seconds:.2f} tiles/s, {summary.pixels / summary.seconds / 1e6:.2f} MP/s"
+    rate = (
+        f"{summary.computed / summary.seconds:.2f} {summary.noun}/s, {summary.pixels / summary.seconds / 1e6:.2f} MP/s"
+    )
     size = f"{size_text(summary.bytes_written)}, {summary.bytes_written / summary.pixels:.2f} bytes a pixel"
     state = f"complete, fingerprint {summary.fingerprint}" if summary.fingerprint else "not complete"
-    lines = [f"{summary.computed} tiles in {duration_text(summary.seconds)} ({rate}), {size}"]
+    lines = [f"{summary.computed} {summary.noun} in {duration_text(summary.seconds)} ({rate}), {size}"]
     if summary.paid_after_epochs is not None:
         per_epoch = summary.teacher_seconds / summary.computed * summary.views_per_epoch
         lines.append(
@@ -112,7 +119,9 @@ def verify_tables(report: verify.Report) -> Iterator[Table | str]:
             )  # fmt: skip
         yield table
     if report.labels:
-        table = Table(title=f"Cached targets against the labels of {report.label_tiles} tiles", title_justify="left")
+        table = Table(
+            title=f"Cached targets against the labels of {report.label_tiles} {report.noun}", title_justify="left"
+        )
         table.add_column("class")
         table.add_column("IoU", justify="right")
         table.add_column("F1", justify="right")
@@ -129,7 +138,7 @@ def verify_tables(report: verify.Report) -> Iterator[Table | str]:
             yield f"  and {len(report.findings) - SHOWN_FINDINGS} more; all of them with --json FILE"
     else:
         bound = f", |Δp| at most {report.error_bound:.5f} by encoding" if report.error_bound else ""
-        yield f"PASS ({report.level}): {report.tiles} tiles, fingerprint {(report.fingerprint or '')[:16]}{bound}"
+        yield f"PASS ({report.level}): {report.tiles} {report.noun}, fingerprint {(report.fingerprint or '')[:16]}{bound}"
 
 
 def suggestion_tables(result: suggestion.Suggestion) -> Iterator[Table | str]:
@@ -227,7 +236,7 @@ def _parity_table(rows: list[TileParity]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "tile" else "right")
     for row in rows:
-        table.add_row(row.tile, *_parity_figures(row.max_abs.value, row.mean_abs.value, row.kl.value, row.argmax_agreement,
+        table.add_row(_end_of(row.tile), *_parity_figures(row.max_abs.value, row.mean_abs.value, row.kl.value, row.argmax_agreement,
                                                  row.loss_difference.value, row.gradient_cosine.value))  # fmt: skip
     table.add_section()
     mean_agreement = sum(row.argmax_agreement for row in rows) / len(rows)
@@ -246,6 +255,11 @@ def _parity_table(rows: list[TileParity]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _end_of(tile_id: str) -> str:
+    """An id as far as the narrow table has room for it: its end tells tiles and views apart."""
+    return tile_id if len(tile_id) <= TILE_COLUMN else f"…{tile_id[1 - TILE_COLUMN :]}"
 
 
 def _parity_figures(
@@ -298,6 +312,12 @@ def cache_tables(found: cache_inspection.CacheInspection) -> Iterator[Table | st
         "size": f"{size_text(found.size_bytes)}, {found.size_bytes / found.pixels:.2f} bytes a pixel",
         "values": f"{recipe.kind}, {recipe.bits} bits, {_bound_text(manifest)}",
     }
+    if recipe.views is not None:
+        scales = ", ".join(f"{scale:g}" for scale in recipe.views.scales)
+        rows["views"] = (
+            f"augmented crops, scales {scales}, mosaic {recipe.views.mosaic:g}, photometric {recipe.views.photometric:g}, "
+            f"max_class_share {recipe.views.max_class_share:g}"
+        )
     for i, teacher in enumerate(recipe.teachers):
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
         rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.label_check import MIN_SHARE, count_answers
@@ -30,6 +29,7 @@ from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe
+from kdpipe.pipeline.subjects import WholeTile
 
 MIN_ENTRY = 0.05  # of a row: less is hardly more than mistakes along borders
 HUNDREDTHS = 100  # rows are written to two decimals
@@ -110,11 +110,12 @@ def suggest_map(
     counts_ST = np.zeros((len(config.classes.names), len(config.teacher_classes)), dtype=np.int64)
     with progress.bar("teacher", len(tiles), "tiles") as advance:
         for tile in tiles:
-            image_HWC = read_image(tile.image, config.data.bands, stretch)
+            whole = WholeTile(tile, config, stretch)
+            image_HWC = whole.image()
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while the teacher answered {sized('tile', 1, *image_HWC.shape[:2])}", advice):
                 answers_HW = teacher.logits(image_HWC[None])[0].argmax(dim=0).cpu().numpy()
-            counts_ST += count_answers(answers_HW, tile, config)
+            counts_ST += count_answers(answers_HW, whole.labels(), config)
             advance()
     if not counts_ST.any():
         raise DataError(

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import check_quick
 from kdpipe.cache.manifest import summarise
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.sources import digest_pixels
 from kdpipe.cache.storage import open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import TargetSource
+from kdpipe.data.dataset import TrainTiles
+from kdpipe.data.recorded_views import RecordedViews
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.loaders import OnlineTargets
@@ -25,6 +29,7 @@ from kdpipe.pipeline.recipe import (
     library_note,
     refuse_unexpected,
 )
+from kdpipe.pipeline.subjects import subjects
 
 Stretch = Sequence[tuple[float, float]] | None
 
@@ -36,7 +41,7 @@ class Targets:
     libraries that have another version now.
     """
 
-    source: TargetSource | None
+    source: SoftTargetCache | CachedViews | OnlineTargets | None
     fingerprint: str | None = None
     note: str | None = None
 
@@ -55,7 +60,51 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
         teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)
-    return Targets(cache, cache.manifest.fingerprint, library_note(cache.manifest.libraries))
+    source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
+    return Targets(source, cache.manifest.fingerprint, library_note(cache.manifest.libraries))
+
+
+def training_samples(
+    config: Config,
+    tiles: Sequence[Tile],
+    stretch: Stretch,
+    source: SoftTargetCache | CachedViews | OnlineTargets | None,
+) -> TrainTiles:
+    """
+    The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or their recorded views.
+
+    The latter in every mode, so that runs with and without teacher see the same crops.
+    """
+    if config.distill.teacher_view == "tile":
+        assert not isinstance(source, CachedViews)
+        return TrainTiles(tiles, config, stretch, source)
+    assert not isinstance(source, SoftTargetCache)
+    return RecordedViews(tiles, config, stretch, source)
+
+
+class CachedViews:
+    """The soft targets of recorded views out of a cache, each for the very crop that the teacher saw and no other."""
+
+    def __init__(self, cache: SoftTargetCache) -> None:
+        self._cache = cache
+
+    def answer(
+        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], float]:
+        """
+        The soft target of a view, float32 `(C, H, W)`, and what rounding took from its entropy, mean over the pixels inside.
+
+        Raises `StaleCache` where the crop is not, to the last bit, the one that was answered.
+        """
+        if digest_pixels(image_3HW) != self._cache.image_sha256(view_id):
+            note = library_note(self._cache.manifest.libraries)
+            raise StaleCache(
+                f"the crop that view {view_id} shows now is not the one that the teacher answered: an image or a mask has changed, or "
+                "this machine or its libraries resample or change colours otherwise"
+                + (f" ({note.removeprefix('note: ').partition(';')[0]})" if note else "")
+                + "; run `kdpipe precompute-teacher --repair`, which computes just such views again"
+            )
+        return self._cache.read(view_id), self._cache.entropy_error_over(view_id, inside_HW)
 
 
 def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> SoftTargetCache:
@@ -63,7 +112,9 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
     storage = open_storage(config.cache.path)
     manifest = read_manifest(storage)
     refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
-    findings = check_quick(storage, manifest, {tile.id: tile.image for tile in tiles})
+    findings = check_quick(
+        storage, manifest, {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
+    )
     edited = [finding.message for finding in findings if finding.code == "damaged-manifest"]
     if edited:
         raise CorruptCache(

@@ -24,7 +24,7 @@ from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, DataError, Interrupted
 from kdpipe.configs.outputs import output_path
 from kdpipe.configs.schema import Config, DistillMode
-from kdpipe.data.dataset import TrainTiles, ValTiles
+from kdpipe.data.dataset import ValTiles
 from kdpipe.data.rasters import image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
@@ -42,7 +42,7 @@ from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.runs import CacheUsed, Run, Validation, paces_of_other_modes, write_run
-from kdpipe.pipeline.targets import open_targets
+from kdpipe.pipeline.targets import open_targets, training_samples
 from kdpipe.pipeline.validation import batch_size_text, validate
 
 WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
@@ -184,7 +184,7 @@ class _Run:
             progress.say(f"resuming after step {self.position.steps}")
         self.model, self._fabric_optimizer = self.fabric.setup(self.student, self.optimizer)
 
-        dataset = TrainTiles(tiles, config, self.stretch, targets.source)
+        dataset = training_samples(config, tiles, self.stretch, targets.source)
         self.per_epoch = batches_per_epoch(config, len(dataset))
         self.total_steps = steps_in(config, self.per_epoch)
         self.loader = self.fabric.setup_dataloaders(

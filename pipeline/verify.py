@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ import torch
 from kdpipe.cache.integrity import Finding, check_full, check_quick
 from kdpipe.cache.manifest import Manifest, differences
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.sources import Source
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.values import probability_bound
-from kdpipe.configs.errors import CorruptCache, DataError, IncompleteCache
+from kdpipe.configs.errors import CorruptCache, IncompleteCache
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.label_check import TeacherClass, check_class_map, count_answers
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
@@ -28,9 +28,18 @@ from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.parity import PRECISION_SLACK, TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import configured_softening, expected_fields, library_note, other_libraries
+from kdpipe.pipeline.subjects import Subject, subject_noun, subjects
 
 Level = Literal["quick", "full", "parity"]
 DEFAULT_SAMPLE = 12  # tiles on which the teacher is run again
+
+
+class _Labelled(Protocol):
+    @property
+    def mask(self) -> Path | None: ...
+
+
+T = TypeVar("T", bound=_Labelled)
 
 
 @dataclass
@@ -39,6 +48,7 @@ class Report:
 
     cache: str
     level: Level
+    noun: str = "tiles"
     tiles: int = 0
     fingerprint: str | None = None
     error_bound: float | None = None
@@ -93,10 +103,11 @@ def verify(
     """
     progress = progress or Silent()
     tiles = list_tiles(config.data, "train")
-    images = {tile.id: tile.image for tile in tiles}
     stretch = resolve_stretch(config.data, tiles)
+    asked = subjects(config, tiles, stretch)
+    images = {subject.id: subject.source for subject in asked}
     storage = open_storage(config.cache.path)
-    report = Report(cache=storage.url, level=level, tiles=len(tiles))
+    report = Report(cache=storage.url, level=level, noun=subject_noun(config), tiles=len(asked))
     try:
         manifest = read_manifest(storage)
     except (IncompleteCache, CorruptCache) as err:
@@ -112,27 +123,27 @@ def verify(
     report.findings += [
         Finding("stale-recipe", None, line) for line in differences(manifest.recipe, expected_fields(config, stretch))
     ]
-    report.findings += _check_files(storage, manifest, images, level, progress)
+    report.findings += _check_files(storage, manifest, images, report, progress)
     if level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
-        _check_parity(config, cache, tiles, stretch, device, sample, student, report, progress)
-        _check_labels(config, cache, tiles, report, progress)
+        _check_parity(config, cache, asked, device, sample, student, report, progress)
+        _check_labels(config, cache, asked, report, progress)
     elif level == "parity":
         progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")
     return report
 
 
 def _check_files(
-    storage: Storage, manifest: Manifest, images: Mapping[str, Path], level: Level, progress: Progress
+    storage: Storage, manifest: Manifest, images: Mapping[str, Source], report: Report, progress: Progress
 ) -> list[Finding]:
-    if level == "quick":
+    if report.level == "quick":
         return check_quick(storage, manifest, images)
-    with progress.bar("every byte", len(manifest.tiles), "tiles") as advance:
+    with progress.bar("every byte", len(manifest.tiles), report.noun) as advance:
         return check_full(storage, manifest, images, advance)
 
 
 def _check_parity(
-    config: Config, cache: SoftTargetCache, tiles: list[Tile], stretch: Any, device: torch.device,
+    config: Config, cache: SoftTargetCache, tiles: list[Subject], device: torch.device,
     sample: int, checkpoint: str | None, report: Report, progress: Progress,
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
@@ -150,9 +161,9 @@ def _check_parity(
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
-    with progress.bar("parity", len(chosen), "tiles") as advance:
+    with progress.bar("parity", len(chosen), report.noun) as advance:
         for tile in chosen:
-            image_HWC = read_image(tile.image, config.data.bands, stretch)
+            image_HWC = tile.image()
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while {size} was compared with the teacher", advice):
@@ -172,7 +183,8 @@ def _check_parity(
                 for name, m in result.measures().items() if not m.passes
             ]  # fmt: skip
             if tile.mask is not None:
-                counts.append(count_answers(logits_NTHW[0].argmax(dim=0).cpu().numpy(), tile, config))
+                answers_HW = logits_NTHW[0].argmax(dim=0).cpu().numpy()
+                counts.append(count_answers(answers_HW, tile.labels(), config))
             advance()
     if counts:
         report.teacher_classes = check_class_map(np.stack(counts), config)
@@ -188,7 +200,7 @@ def _check_parity(
 
 
 def _check_labels(
-    config: Config, cache: SoftTargetCache, tiles: list[Tile], report: Report, progress: Progress
+    config: Config, cache: SoftTargetCache, tiles: list[Subject], report: Report, progress: Progress
 ) -> None:
     """The confusion of the cached targets' argmax with the masks, over every labelled tile."""
     labelled = [tile for tile in tiles if tile.mask is not None]
@@ -197,21 +209,17 @@ def _check_labels(
         return
     num_classes = len(config.classes.names)
     total = np.zeros((num_classes, num_classes), dtype=np.int64)
-    with progress.bar("labels", len(labelled), "tiles") as advance:
+    with progress.bar("labels", len(labelled), report.noun) as advance:
         for tile in labelled:
-            assert tile.mask is not None
-            mask = read_mask(tile.mask, num_classes, config.classes.ignore_index)
-            if mask.shape != cache.size(tile.id):
-                raise DataError(f"{tile.mask} is {mask.shape} px, its image {cache.size(tile.id)}")
             answers = cache.read(tile.id).argmax(axis=0)
-            total += count_pairs(mask, answers, num_classes, num_classes, config.classes.ignore_index)
+            total += count_pairs(tile.labels(), answers, num_classes, num_classes, config.classes.ignore_index)
             advance()
     report.label_tiles = len(labelled)
     report.confusion = total.tolist()
     report.labels = scores(total, config.classes.names, config.classes.not_scored)
 
 
-def sampled_tiles(tiles: list[Tile], sample: int, seed: int) -> list[Tile]:
+def sampled_tiles(tiles: Sequence[T], sample: int, seed: int) -> list[T]:
     """A seeded sample, labelled and unlabelled tiles in turn while there are both, so that the class map can be judged."""
     order = [tiles[i] for i in np.random.default_rng(seed).permutation(len(tiles))]
     labelled = [tile for tile in order if tile.mask is not None]

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import ConfigError, OutOfMemory
-from kdpipe.configs.schema import Config
-from kdpipe.data.augment import views_per_sample
+from kdpipe.configs.schema import Config, TeacherView
 from kdpipe.pipeline.batch_size import resolve_batch_size, take_steps
 from kdpipe.pipeline.fabric import computed_precision
 from kdpipe.pipeline.loaders import batches_per_epoch, steps_in
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher
 from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.subjects import asked_per_sample
 
 TIMED_STEPS = 3  # of which the first, with its allocations, is left out
 HARDLY = 0.1  # of a run's time: less is not worth a second command and the disk
@@ -30,7 +30,8 @@ class Worth:
     Seconds of the trials, and how often a run repeats them.
 
     `step_seconds` is a step of the student on a batch that is there already; `tile_seconds` the teacher's answer to a whole
-    tile of the mean size, which `--kd online` asks for; `crop_seconds` to `train.crop`, all that an online script must ask.
+    tile of the mean size, which `--kd online` asks for; `crop_seconds` to `train.crop`, all that an online script must ask. Where
+    `teacher_view` is `crop`, both are to a crop.
     """
 
     precompute_seconds: float
@@ -41,6 +42,7 @@ class Worth:
     views_per_sample: float
     steps: int
     epochs: float
+    teacher_view: TeacherView = "tile"
 
     @property
     def cached_seconds(self) -> float:
@@ -123,7 +125,8 @@ def measure(
         tile_seconds=tile_seconds,
         crop_seconds=crop_seconds,
         samples_per_step=config.train.samples_per_step,
-        views_per_sample=views_per_sample(config.train),
+        views_per_sample=asked_per_sample(config),
         steps=steps,
         epochs=steps * accumulate / per_epoch,
+        teacher_view=config.distill.teacher_view,
     )

@@ -230,7 +230,7 @@ def test_added_fields_belong_to_the_checksum(altered, place):
 
 
 def test_what_a_newer_recipe_adds_is_named_as_a_difference_from_any_configuration(altered):
-    recipe = read_manifest(open_storage(altered(lambda m: (add_fields(m), m.update(format_version="1.1"))))).recipe
+    recipe = read_manifest(open_storage(altered(lambda m: (add_fields(m), m.update(format_version="1.4"))))).recipe
     assert differences(recipe, golden_cache.recipe(8).model_dump()) == [
         f"{field}: the cache has 2.5, and this kdpipe does not know that field: install the one that wrote the cache"
         for field in ("teacher.sharpness", "sharpness")
@@ -244,14 +244,19 @@ def test_the_same_fields_in_a_known_version_are_damage(altered):
         SoftTargetCache.open(altered(lambda m: m.update(colour="red")))
 
 
+def test_a_version_of_recorded_views_that_holds_none_is_damage(altered):
+    with pytest.raises(CorruptCache, match=r"format version 1\.1 does not hold whole tiles"):
+        SoftTargetCache.open(altered(lambda m: m.update(format_version="1.1")))
+
+
 def test_nobody_writes_into_a_cache_of_another_version(altered):
-    path = altered(lambda m: m.update(format_version="1.1"))
+    path = altered(lambda m: m.update(format_version="1.4"))
     storage = open_storage(path)
-    message = r"has format version 1\.1, which this kdpipe reads, but it writes 1\.0 and 2\.0"
+    message = r"has format version 1\.4, which this kdpipe reads, but it writes 1\.0, 1\.1, 2\.0, 2\.1"
     with pytest.raises(UnknownFormat, match=rf"manifest\.json {message}"):
         whole_manifest(storage)
     root = Path(path, "zarr.json")
-    root.write_text(root.read_text().replace('"format_version": "1.0"', '"format_version": "1.1"'))
+    root.write_text(root.read_text().replace('"format_version": "1.0"', '"format_version": "1.4"'))
     for write in (
         lambda: read_recipe(storage),
         lambda: open_writer(storage, golden_cache.recipe(8), device="cpu", libraries={}).__enter__(),

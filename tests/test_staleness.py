@@ -15,13 +15,13 @@ from pydantic import BaseModel
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, StaleCache
 from kdpipe.cache.manifest import fingerprint
-from kdpipe.cache.sources import digest_image
 from kdpipe.configs import Config, parse_config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import recipe as recipes
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.recipe import complete_recipe
+from kdpipe.pipeline.subjects import subjects
 from kdpipe.pipeline.targets import open_fresh_cache
 from kdpipe.pipeline.training import train
 from kdpipe.pipeline.verify import verify
@@ -65,7 +65,9 @@ CHANGES = {
     "cache.path": ("elsewhere.zarr", "nothing"),
     "cache.kind": ("logits", "recipe"),
     "cache.bits": (16, "recipe"),
+    "cache.views": (2, "recipe"),
     "distill.mode": ("none", "nothing"),
+    "distill.teacher_view": ("crop", "recipe"),
     "distill.temperature": (1.0, "recipe"),
     "distill.alpha": (0.1, "nothing"),
     "student.architecture": ("linknet", "nothing"),
@@ -103,6 +105,17 @@ CHANGES = {
     "train.checkpoint_every_steps": (9, "nothing"),
 }  # fmt: skip
 
+
+# Of recorded views, what makes a crop matters as well; how many of them there are decides only which are there.
+WITH_VIEWS = {
+    "cache.views": (3, "tiles"),
+    "distill.teacher_view": ("tile", "recipe"),
+    "train.crop": (96, "recipe"),
+    "train.scales": ([1.0], "recipe"),
+    "train.max_class_share": (1.0, "recipe"),
+    "train.mosaic": (0.0, "recipe"),
+    "train.photometric": (0.0, "recipe"),
+}
 
 # What a cache of logits does not hold: they come when it is read.
 FREE_WITH_LOGITS = {"classes.names", "class_map", "distill.temperature"}
@@ -148,7 +161,7 @@ def data(landscape, teacher_file, tmp_path_factory):
         shutil.copytree(folder / root / "masks", folder / root / "edited masks")
     image = sorted((folder / "Train/edited").iterdir())[0]
     pixels = np.asarray(Image.open(image)).copy()
-    pixels[0, 0] ^= 1
+    pixels ^= 1
     Image.fromarray(pixels).save(image)
     shutil.copy(teacher_file, folder / "same.pth")
     (folder / "other.pth").write_bytes(b"other weights")
@@ -187,6 +200,14 @@ def changed(raw, key, value, data):
         for parent in parents:
             section = section[parent]
         section[last] = place(value)
+    if raw["cache"]["views"] is not None and raw["distill"]["teacher_view"] == "tile":
+        # Neither key of recorded views goes without the other.
+        if key == "cache.views":
+            raw["distill"]["teacher_view"] = "crop"
+        else:
+            raw["cache"]["views"] = None
+    if raw["cache"]["views"] is None and raw["distill"]["teacher_view"] == "crop":
+        raw["cache"]["views"] = 2
     if key == "teacher.drop_channels":
         del raw["class_map"]["Tree"]
     return parse_config(raw, "test")
@@ -196,15 +217,19 @@ def digests(config):
     """The digest of the recipe, and the fingerprint."""
     tiles = list_tiles(config.data, "train")
     recipe = complete_recipe(config, resolve_stretch(config.data, tiles), None)
-    return recipe.digest(), fingerprint(recipe, {tile.id: digest_image(tile.image) for tile in tiles})
+    images = {subject.id: subject.load()[1] for subject in subjects(config, tiles, resolve_stretch(config.data, tiles))}
+    return recipe.digest(), fingerprint(recipe, images)
 
 
-@pytest.mark.parametrize("kind", ["soft", "logits"])
-def test_each_key_changes_the_recipe_the_tiles_or_nothing(raw, data, kind):
-    raw["cache"]["kind"] = kind
+@pytest.mark.parametrize(("kind", "views"), [("soft", None), ("logits", None), ("soft", 2)])
+def test_each_key_changes_the_recipe_the_tiles_or_nothing(raw, data, kind, views):
+    raw["cache"] |= {"kind": kind, "views": views}
+    raw["distill"]["teacher_view"] = "tile" if views is None else "crop"
     before = digests(parse_config(raw, "test"))
     two = digests(changed(raw, "teachers.1.weight", 1.0, data))
-    for key, (value, side) in CHANGES.items():
+    for key, (value, side) in (CHANGES if views is None else CHANGES | WITH_VIEWS).items():
+        if views is not None and key == "classes.ignore_index":
+            continue  # masks that hold 255 cannot be read by another; see test_recorded_views
         if kind == "logits" and key in FREE_WITH_LOGITS:
             side = "nothing"
         if kind == "logits" and key == "cache.kind":
