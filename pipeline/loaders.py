@@ -18,6 +18,7 @@ from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.teacher import FrozenTeacher
+from kdpipe.pipeline.packing import collate_packed
 
 Stretch = Sequence[tuple[float, float]] | None
 
@@ -115,12 +116,18 @@ def steps_in(config: Config, per_epoch: int) -> int:
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
-def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int) -> DataLoader[Any]:
-    """Collated batches of `dataset` from batch number `start` to the last epoch's end."""
+def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int, *, pin: bool) -> DataLoader[Any]:
+    """
+    Collated batches of `dataset` from batch number `start` to the last epoch's end, their targets packed.
+
+    With `pin` they lie in page-locked memory, from which CUDA copies while it computes.
+    """
     train = config.train
     assert train.batch_size != "auto"  # training has resolved it
     stream = BatchStream(len(dataset), train.batch_size, train.epochs, config.seed, start, train.accumulate)
-    return DataLoader(cast(Any, dataset), batch_sampler=stream, **_worker_options(workers))
+    return DataLoader(
+        cast(Any, dataset), batch_sampler=stream, collate_fn=collate_packed, pin_memory=pin, **_worker_options(workers)
+    )
 
 
 def val_loader(config: Config, dataset: ValTiles, sizes: list[tuple[int, int]], workers: int) -> DataLoader[Any]:

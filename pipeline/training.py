@@ -39,6 +39,7 @@ from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.optimizer import make_optimizer
+from kdpipe.pipeline.packing import unpacked
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.runs import CacheUsed, Run, Validation, paces_of_other_modes, write_run
@@ -188,7 +189,8 @@ class _Run:
         self.per_epoch = batches_per_epoch(config, len(dataset))
         self.total_steps = steps_in(config, self.per_epoch)
         self.loader = self.fabric.setup_dataloaders(
-            train_loader(config, dataset, self.position.batches, workers), use_distributed_sampler=False
+            train_loader(config, dataset, self.position.batches, workers, pin=self.fabric.device.type == "cuda"),
+            use_distributed_sampler=False,
         )
         self.val_loader = self.fabric.setup_dataloaders(
             val_loader(config, ValTiles(self.val_tiles, config, self.stretch), self._sizes_HW, workers),
@@ -252,11 +254,12 @@ class _Run:
         self.student.train()
         answer = self.model(normalized(batch["image"], config.student.normalize))
         logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
+        target = unpacked(batch["target"], batch["inside"]) if "target" in batch else None
         terms = distillation_loss(
             logits,
             batch["mask"],
             batch["inside"],
-            batch.get("target"),
+            target,
             batch.get("entropy_error"),
             alpha=config.distill.alpha,
             temperature=config.distill.temperature,
@@ -264,7 +267,7 @@ class _Run:
             auxiliary_NCHW=auxiliary,
         )
         step = self.position.steps + 1
-        refuse_divergence(terms, batch.get("target"), step, config, self.precision, self.folder)
+        refuse_divergence(terms, target, step, config, self.precision, self.folder)
         self.fabric.backward(terms.total / window)
         self.position = replace(self.position, batches=self.position.batches + 1)
         self._window_terms.append(terms)
