@@ -18,8 +18,8 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed
-	test -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
-	$(BIN)/python tests/benchmarks/steps.py demo --json demo_output/bench.json
+	test -e ../shared/data/dubai -o -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
+	$(BIN)/python tests/benchmarks/run.py --out demo_output/bench
 
 .venv/dependencies: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

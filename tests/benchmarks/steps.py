@@ -1,9 +1,10 @@
 """
 What a training step costs with the cache, with the live teacher and without one: ratios, measured side by side in one run.
 
-    python tests/benchmarks/steps.py [CONFIG] [--steps 12] [--json FILE] [--set KEY=VALUE …]
+    python tests/benchmarks/steps.py [CONFIG] [--steps 12] [--rounds 2] [--d4] [--json FILE] [--set KEY=VALUE …]
 
-The cache must be complete. The three modes take turns, a few steps each, so that a busy machine slows all of them alike.
+The cache must be complete. The modes take turns, a few steps each, so that a busy machine slows all of them alike; `--d4` adds
+the live teacher asked from all eight sides. Reading and augmenting the samples is part of every step.
 """
 
 import argparse
@@ -14,16 +15,19 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdpipe.configs import load_config
 from kdpipe.pipeline import training
-from kdpipe.pipeline.models.teacher import resolve_device
+from kdpipe.pipeline.malloc import keep_freed_memory
+from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.teacher import load_teacher, resolve_device
 from kdpipe.pipeline.training import train, with_mode
 
-ROUNDS = 2
-MODES = ("none", "cached", "online")
+FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
 
 
 class Quiet:
@@ -34,31 +38,42 @@ class Quiet:
         return nullcontext(lambda steps=1, **figures: None)
 
 
+def gflop_of(model: torch.nn.Module) -> float:
+    """Of one forward pass; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.eval()(torch.zeros(1, 3, FLOP_SIDE, FLOP_SIDE))
+    return counter.get_total_flops() / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="demo")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--d4", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
+    keep_freed_memory()  # as the command does
     config = load_config(
         options.config, [*options.overrides, f"train.max_steps={options.steps}", "train.epochs=1000", "data.val=[]"]
     )
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    arms = {mode: with_mode(config, mode) for mode in ("none", "cached", "online")}
+    if options.d4:
+        asked = config.teacher.model_copy(update={"tta": "d4"})
+        arms["online, d4"] = with_mode(config.model_copy(update={"teacher": asked}), "online")
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
     with tempfile.TemporaryDirectory() as folder:
         training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
-        for _ in range(ROUNDS):
-            for mode in MODES:
-                run = train(
-                    with_mode(config, mode),
-                    resolve_device(None),
-                    overwrite=True,
-                    progress=Quiet(),
-                    stop=threading.Event(),
-                )
-                if run.seconds_per_step is not None:
-                    seconds[mode].append(run.seconds_per_step)
+        for _ in range(options.rounds):
+            for name, arm in arms.items():
+                run = train(arm, resolve_device(None), overwrite=True, progress=Quiet(), stop=threading.Event())
+                assert run.seconds_per_step is not None, "too few steps to time"
+                seconds[name].append(run.seconds_per_step)
     medians = {mode: statistics.median(values) for mode, values in seconds.items()}
+    gflop = {"student": gflop_of(build_student(config.student.architecture, 6, encoder=config.student.encoder))}
+    gflop["teacher"] = gflop_of(load_teacher(config.teacher))
+    print(f"GFLOP on {FLOP_SIDE} x {FLOP_SIDE} px: student {gflop['student']:.1f}, teacher {gflop['teacher']:.1f}")
     table = Table(title=f"Seconds a step, {options.config}", title_justify="left")
     for column in ("mode", "seconds", "of a step without teacher", "of a cached step"):
         table.add_column(column, justify="left" if column == "mode" else "right")
@@ -66,7 +81,9 @@ def main() -> None:
         table.add_row(mode, f"{value:.3f}", f"{value / medians['none']:.2f} ×", f"{value / medians['cached']:.2f} ×")
     Console().print(table)
     if options.json:
-        Path(options.json).write_text(json.dumps(medians, indent=1) + "\n")
+        Path(options.json).write_text(
+            json.dumps({"seconds": medians, "gflop": gflop, "runs": seconds}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""
+All benchmarks one after the other, and one table of what was reached: `make bench`.
+
+    python tests/benchmarks/run.py [CONFIG] [--out FOLDER] [--only NAME …]
+
+Every figure is a ratio of things that were measured side by side in one run, or a number of bytes. CONFIG is the Dubai tiles
+with their real teacher where `../shared` has them, else the demo, whose tiles and teacher `kdpipe demo` has made.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+REAL = Path("../shared/data/dubai")
+HEAVY_STUDENT = ["student.architecture=unet", "student.encoder=resnet18", "train.crop=512", "train.batch_size=2"]
+
+
+def settings(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def benchmarks(config: str, folder: Path) -> dict[str, list[str]]:
+    """Script and arguments of each, by name; each writes NAME.json."""
+    cache = [f"cache.path={folder}/cache.zarr"]
+    crop = [] if config.startswith("dubai") else ["train.crop=128"]  # the demo's tiles are small
+    return {
+        "stage_one": ["stage_one.py", config, "--tiles", "36", "--rounds", "3"],
+        "size": ["size.py", config, "--plot", f"{folder}/size.png"],
+        "steps": ["steps.py", config, "--d4", "--steps", "6", *settings([*cache, *HEAVY_STUDENT, *crop])],
+        "memory": ["memory.py"],
+        "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
+        "views": ["views.py", config],
+    }
+
+
+def rows(found: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """What, reached, to reach."""
+    table = []
+    if "stage_one" in found:
+        table += [
+            (
+                "stage one against a bare loop of the same network, tiles/s",
+                f"{found['stage_one']['of_bare']:.3f}",
+                ">= 0.95",
+            ),
+            ("stage one against the naive script, tiles/s", f"{found['stage_one']['of_naive']:.2f} x", ">= 1.5 x"),
+        ]
+    if "steps" in found:
+        seconds, gflop = found["steps"]["seconds"], found["steps"]["gflop"]
+        table += [
+            (
+                "cached step against one without distillation",
+                f"{seconds['cached'] / seconds['none']:.3f} x",
+                "<= 1.03 x",
+            ),
+            (
+                f"online step against cached, student of {gflop['student']:.0f} GFLOP",
+                f"{seconds['online'] / seconds['cached']:.2f} x",
+                ">= 1.5 x",
+            ),
+            (
+                "the same, teacher asked from eight sides",
+                f"{seconds['online, d4'] / seconds['cached']:.2f} x",
+                ">= 4 x",
+            ),
+        ]
+    if "many_tiles" in found:
+        commands = found["many_tiles"]["commands"]
+        done = commands["precompute-teacher, nothing to do"]
+        table.append(
+            (
+                "nothing to do, 10,000 tiles against 100",
+                f"{done['10000']['seconds'] - done['100']['seconds']:.1f} s more",
+                "<= 3 s",
+            )
+        )
+    if "memory" in found:
+        memory = found["memory"]
+        tiles = list(memory["tiles_mb"].values())
+        table += [
+            ("peak memory of 128 tiles against 8", f"{tiles[-1] / tiles[0]:.2f} x", "flat"),
+            ("memory of a scene asked in windows", f"{memory['bytes_per_scene_px']:.1f} B a pixel", "flat"),
+        ]
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="dubai/linknet_kd" if REAL.is_dir() else "demo")
+    parser.add_argument("--out", type=Path, help="keep the JSON files and plots here")
+    parser.add_argument("--only", nargs="+", default=[])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.out or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = {
+            name: b
+            for name, b in benchmarks(options.config, folder).items()
+            if not options.only or name in options.only
+        }
+        if "steps" in chosen:
+            precompute = [sys.executable, "-m", "kdpipe.pipeline", "precompute-teacher", "-c", options.config]
+            subprocess.run([*precompute, *settings([f"cache.path={folder}/cache.zarr"])], check=True)
+        found = {}
+        for name, (script, *arguments) in chosen.items():
+            print(f"--- {name}", flush=True)
+            subprocess.run([sys.executable, HERE / script, *arguments, "--json", f"{folder}/{name}.json"], check=True)
+            found[name] = json.loads((folder / f"{name}.json").read_text())
+    table = Table(title=f"Benchmarks, {options.config}", title_justify="left")
+    for column in ("what", "reached", "to reach"):
+        table.add_column(column)
+    for row in rows(found):
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
