@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.cli_options import (
+    EXIT_FINDINGS,
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    complain,
+    file_option,
+    json_option,
+    load,
+    open_console,
+    with_config,
+    write_json,
+)
 from kdpipe.pipeline.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from kdpipe.configs import Config
     from kdpipe.pipeline.cache_statistics import CacheStatistics
     from kdpipe.pipeline.console import ConsoleProgress
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-EXIT_FINDINGS, EXIT_USAGE, EXIT_REFUSED = 1, 2, 3
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -32,50 +34,8 @@ def cli() -> None:
     """Distil a large land-cover teacher into a student one can deploy, and pay for the teacher once."""
 
 
-def _writable(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
-    """The path, if a file can be written there: said before hours of work, not after them."""
-    if path is None:
-        return None
-    from kdpipe.configs.errors import ConfigError
-    from kdpipe.configs.outputs import output_path
-
-    file = output_path(path, option.opts[0])
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ConfigError(f"{option.opts[0]} {path}: its folder cannot be made: {err.strerror}") from err
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"{option.opts[0]} {path}: there is no permission to write it")
-    return path
-
-
-def _file_option(name: str, variable: str, help_text: str) -> Callable[[Command], Command]:
-    kind = click.Path(dir_okay=False)
-    return click.option(name, variable, metavar="FILE", type=kind, callback=_writable, help=help_text)
-
-
-_json_option = _file_option("--json", "json_path", "Write the result as JSON.")
-
-
-def _with_config(command: Command) -> Command:
-    """The options that every command on a configuration has."""
-    for option in (
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default."),
-        _json_option,
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set train.epochs=2."
-        ),
-        click.option(
-            "-c", "--config", "source", required=True, metavar="CONFIG", help="A YAML file, or a shipped config's name."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command("precompute-teacher")
-@_with_config
+@with_config
 @click.option("--dry-run", is_flag=True, help="Say what it will cost in bytes and time, and whether the disk holds it.")
 @click.option("--repair", is_flag=True, help="Read every byte first, and compute damaged tiles again.")
 def precompute_teacher(
@@ -94,24 +54,24 @@ def precompute_teacher(
     from kdpipe.pipeline.precompute import failure_report, precompute
     from kdpipe.pipeline.progress import stop_on_signal
 
-    console, progress = _open_console()
-    config = _load(source, overrides)
+    console, progress = open_console()
+    config = load(source, overrides)
     if dry_run:
         forecast = estimate(config, resolve_device(device), progress)
         console.print(reports.estimate_text(forecast), highlight=False, soft_wrap=True)
-        _write_json(json_path, forecast.as_dict())
+        write_json(json_path, forecast.as_dict())
         sys.exit(0 if forecast.fits else EXIT_REFUSED)
     with stop_on_signal() as stop:
         summary = precompute(config, resolve_device(device), progress, stop, repair=repair)
-    _write_json(json_path, summary.as_dict())
+    write_json(json_path, summary.as_dict())
     console.print(reports.precompute_text(summary), highlight=False, soft_wrap=True)
     if summary.failed:
-        _complain(failure_report(summary))
+        complain(failure_report(summary))
         sys.exit(EXIT_FINDINGS)
 
 
 @cli.command("verify-cache")
-@_with_config
+@with_config
 @click.option("--level", type=click.Choice(["quick", "full", "parity"]), default="full", show_default=True,
               help="quick: complete and fresh? full: every byte. parity: the teacher again, and the labels.")  # fmt: skip
 @click.option(
@@ -131,18 +91,18 @@ def verify_cache(
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.verify import verify
 
-    console, progress = _open_console()
+    console, progress = open_console()
     report = verify(
-        _load(source, overrides), level, resolve_device(device), sample=sample, student=student, progress=progress
+        load(source, overrides), level, resolve_device(device), sample=sample, student=student, progress=progress
     )
-    _write_json(json_path, report.as_dict())
+    write_json(json_path, report.as_dict())
     for table in reports.verify_tables(report):
         console.print(table, highlight=False, soft_wrap=True)
     sys.exit(0 if report.passes else EXIT_FINDINGS)
 
 
 @cli.command("train-student")
-@_with_config
+@with_config
 @click.option(
     "--kd", type=click.Choice(["cached", "online", "none"]), help="Another source of soft targets than the config's."
 )
@@ -162,19 +122,19 @@ def train_student(
     from kdpipe.pipeline.progress import stop_on_signal
     from kdpipe.pipeline.training import train, with_mode
 
-    console, progress = _open_console()
-    config = with_mode(_load(source, overrides), kd)
+    console, progress = open_console()
+    config = with_mode(load(source, overrides), kd)
     with stop_on_signal() as stop:
         summary = train(
             config, resolve_device(device), resume=resume, overwrite=overwrite, progress=progress, stop=stop
         )
-    _write_json(json_path, summary.as_dict())
+    write_json(json_path, summary.as_dict())
     for table in reports.training_tables(summary):
         console.print(table, highlight=False, soft_wrap=True)
 
 
 @cli.command("suggest-map")
-@_with_config
+@with_config
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Ask about N labelled tiles; about all by default.")
 def suggest_map(
     source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool, sample: int | None
@@ -187,9 +147,9 @@ def suggest_map(
     from kdpipe.pipeline import reports, suggestion
     from kdpipe.pipeline.models.teacher import resolve_device
 
-    console, progress = _open_console()
-    result = suggestion.suggest_map(_load(source, overrides), resolve_device(device), sample=sample, progress=progress)
-    _write_json(json_path, result.as_dict())
+    console, progress = open_console()
+    result = suggestion.suggest_map(load(source, overrides), resolve_device(device), sample=sample, progress=progress)
+    write_json(json_path, result.as_dict())
     for part in reports.suggestion_tables(result):
         # The table fits the terminal; what is pasted must not be broken.
         console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
@@ -201,7 +161,7 @@ def suggest_map(
 @click.option(
     "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
 )
-@_json_option
+@json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: str | None, debug: bool) -> None:
     """
@@ -216,10 +176,10 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
     from kdpipe.pipeline.comparison_page import write_comparison
     from kdpipe.pipeline.runs import read_run
 
-    console, _ = _open_console()
+    console, _ = open_console()
     comparison = compare_runs([read_run(run) for run in runs], baseline)
     page = write_comparison(comparison, output_path(out, key="--out"))
-    _write_json(json_path, comparison.as_dict())
+    write_json(json_path, comparison.as_dict())
     for table in reports.comparison_tables(comparison):
         console.print(table, highlight=False, soft_wrap=True)
     console.print(f"page and plots: {page}", highlight=False, soft_wrap=True)
@@ -232,9 +192,9 @@ def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: st
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG.")
 @click.option("--stats", is_flag=True, help="Of a cache: read all of it; class shares, entropy, confidence, outliers.")
-@_file_option("--table", "table_path", "With --stats: one row a tile, as .csv or .parquet.")
-@_file_option("--plot", "plot_path", "With --stats: draw it as a PNG.")
-@_json_option
+@file_option("--table", "table_path", "With --stats: one row a tile, as .csv or .parquet.")
+@file_option("--plot", "plot_path", "With --stats: draw it as a PNG.")
+@json_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def inspect(
     path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None, plot_path: str | None,
@@ -251,7 +211,7 @@ def inspect(
     from kdpipe.pipeline.cache_inspection import inspect_cache, is_cache
     from kdpipe.pipeline.inspection import inspect_checkpoint
 
-    console, progress = _open_console()
+    console, progress = open_console()
     if (table_path or plot_path) and not stats:
         raise click.UsageError("--table and --plot go with --stats")
     if not is_cache(path):
@@ -260,10 +220,10 @@ def inspect(
         if source is not None:
             raise click.UsageError(f"--diff compares a cache with CONFIG, and {path} is not a folder or URL")
         found = inspect_checkpoint(path)
-        _write_json(json_path, found.as_dict())
+        write_json(json_path, found.as_dict())
         console.print(reports.inspection_table(found), highlight=False, soft_wrap=True)
         return
-    cache = inspect_cache(path, _load(source, overrides) if source is not None else None)
+    cache = inspect_cache(path, load(source, overrides) if source is not None else None)
     content = cache.as_dict()
     for table in reports.cache_tables(cache):
         console.print(table, highlight=False, soft_wrap=True)
@@ -272,7 +232,7 @@ def inspect(
         content["statistics"] = statistics.as_dict()
         for table in reports.statistics_tables(statistics):
             console.print(table, highlight=False, soft_wrap=True)
-    _write_json(json_path, content)
+    write_json(json_path, content)
     sys.exit(EXIT_FINDINGS if cache.differences else 0)
 
 
@@ -289,8 +249,8 @@ def inspect(
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views whose logits are averaged.")
 @click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
               help="How far apart boundaries may lie.")  # fmt: skip
-@_json_option
-@_file_option("--png", "png_path", "Draw the confusion matrices.")
+@json_option
+@file_option("--png", "png_path", "Draw the confusion matrices.")
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate_model(
@@ -311,14 +271,14 @@ def evaluate_model(
     from kdpipe.pipeline import evaluation, evaluation_report
     from kdpipe.pipeline.models.teacher import resolve_device
 
-    console, progress = _open_console()
+    console, progress = open_console()
     where = resolve_device(device)
     if source is not None:
-        roots, model = paths, evaluation.teacher_model(_load(source, ()), where, tta=tta, window=window)
+        roots, model = paths, evaluation.teacher_model(load(source, ()), where, tta=tta, window=window)
     else:
         roots, model = paths[1:], evaluation.student_model(paths[0], where, tta=tta, window=window)
     result = evaluation.evaluate(model, roots, boundary_width_px=boundary_width, progress=progress)
-    _write_json(json_path, result.as_dict())
+    write_json(json_path, result.as_dict())
     if png_path is not None:
         from kdpipe.pipeline.confusion_picture import draw_confusion
 
@@ -336,7 +296,7 @@ def sample_data(folder: str, seed: int, debug: bool) -> None:
     from kdpipe.data.landscape import write_sample_data
     from kdpipe.pipeline import reports
 
-    console, _ = _open_console()
+    console, _ = open_console()
     summary = write_sample_data(Path(folder), seed=seed)
     console.print(reports.sample_data_text(summary), highlight=False, soft_wrap=True)
 
@@ -350,7 +310,7 @@ def demo(out: str, debug: bool) -> None:
     """The whole pipeline on a generated landscape: a teacher, its cache, the proof, and two students."""
     from kdpipe.pipeline.demo import run_demo
 
-    console, progress = _open_console()
+    console, progress = open_console()
     for table in run_demo(Path(out), progress):
         console.print(table, highlight=False, soft_wrap=True)
 
@@ -361,13 +321,13 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
-        _complain("aborted")
+        complain("aborted")
         sys.exit(130)
     except click.ClickException as err:
         err.show()
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
-        _complain("stopped at once; finished tiles and saved checkpoints are kept")
+        complain("stopped at once; finished tiles and saved checkpoints are kept")
         sys.exit(130)
     except Exception as err:
         # Imported here, not above: it brings pydantic along, and --help must be instant.
@@ -377,28 +337,8 @@ def main() -> None:
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _complain(str(err))
+        complain(str(err))
         sys.exit(err.exit_code)
-
-
-def _load(source: str, overrides: tuple[str, ...]) -> Config:
-    from kdpipe.configs import load_config
-
-    return load_config(source, overrides)
-
-
-def _open_console() -> tuple[Console, ConsoleProgress]:
-    from rich.console import Console
-
-    from kdpipe.pipeline.console import ConsoleProgress
-
-    console = Console()
-    return console, ConsoleProgress(console)
-
-
-def _write_json(path: str | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _statistics(path: str, table: str | None, plot: str | None, progress: ConsoleProgress) -> CacheStatistics:
@@ -416,7 +356,3 @@ def _statistics(path: str, table: str | None, plot: str | None, progress: Consol
 
         draw_statistics(statistics, cache, Path(plot))
     return statistics
-
-
-def _complain(message: str) -> None:
-    click.echo(f"kdpipe: {message}", err=True)
