@@ -2,7 +2,8 @@
 Pixels out of image and mask files, whole or not at all: a damaged file is an error, never a picture with a grey half.
 
 PNG, JPEG, TIFF and GeoTIFF through rasterio. Every function opens the file anew and may be called from any thread.
-Georeferencing is not read here. Not covered: writing, and reading part of an image (a JPEG cannot be decoded in part).
+Georeferencing is not read here. Not covered: scenes that are read in parts and keep their place on earth (`scenes.py`), and
+writing (`maps.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kdpipe.configs.errors import DataError
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
+    from rasterio.windows import Window
 
 # 32768 x 32768. An RGB image of that size takes 3 GiB and its float32 soft target of 6 classes 24 GiB, so that a larger
 # one is a mosaic still to be cut into tiles, or a header that lies: it is refused before anything is allocated.
@@ -63,13 +65,29 @@ def read_image(
     """
     with _opened(path) as raster:
         if stretch is None:
-            _require_8_bit(path, raster, bands)
+            require_8_bit(path, raster, bands)
             return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0))
-        values_BHW, nodata_BHW = _bands_and_nodata(path, raster, bands)
+        values_BHW, nodata_BHW = bands_and_nodata(path, raster, bands)
+    return stretched(path, bands, values_BHW, nodata_BHW, stretch)
+
+
+def stretched(
+    path: Path | str,
+    bands: Sequence[int],
+    values_BHW: NDArray[Any],
+    nodata_BHW: NDArray[np.bool_],
+    stretch: Sequence[tuple[float, float]],
+    first_row: int = 0,
+) -> NDArray[np.uint8]:
+    """
+    Values in a file's own units as uint8 `(H, W, 3)`, as `read_image` describes; `first_row` is where they lie in the file.
+
+    Raises `DataError` where they hold NaN or infinity that is not nodata.
+    """
     image_HWB = np.empty((*values_BHW.shape[1:], len(bands)), dtype=np.uint8)
     for i, (band, (low, high)) in enumerate(zip(bands, stretch, strict=True)):
         values_HW, nodata_HW = values_BHW[i], nodata_BHW[i]
-        _require_finite(path, band, values_HW, nodata_HW)
+        _require_finite(path, band, values_HW, nodata_HW, first_row)
         # float32 holds every 16-bit integer; wider ones are computed in float64.
         values_HW = np.where(nodata_HW, np.zeros((), values_HW.dtype), values_HW)
         values_HW = values_HW.astype(np.result_type(values_HW.dtype, np.float32), copy=False)
@@ -113,7 +131,7 @@ def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[
     Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
     with _opened(path) as raster:
-        return _bands_and_nodata(path, raster, bands)
+        return bands_and_nodata(path, raster, bands)
 
 
 @contextmanager
@@ -153,18 +171,21 @@ def _pixel_reader() -> Any:
     return PixelReader
 
 
-def _pixels(path: Path, raster: DatasetReader, bands: Sequence[int]) -> NDArray[Any]:
+def _pixels(
+    path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None
+) -> NDArray[Any]:
     missing = [band for band in bands if band > raster.count]
     if missing:
         raise DataError(f"{path} has {raster.count} bands, and data.bands asks for {list(bands)}")
-    pixels: NDArray[Any] = raster.read(list(bands))
+    pixels: NDArray[Any] = raster.read(list(bands), window=window)
     return pixels
 
 
-def _bands_and_nodata(
-    path: Path, raster: DatasetReader, bands: Sequence[int]
+def bands_and_nodata(
+    path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    values_BHW = _pixels(path, raster, bands)
+    """What `read_bands` returns, of an open file, within `window` if there is one; raises as it does."""
+    values_BHW = _pixels(path, raster, bands, window)
     if values_BHW.dtype.kind not in "iuf":
         raise DataError(f"{path} holds {values_BHW.dtype} values; an image should hold integers or floats")
     nodata_BHW = np.zeros(values_BHW.shape, dtype=np.bool_)
@@ -177,7 +198,8 @@ def _bands_and_nodata(
     return values_BHW, nodata_BHW
 
 
-def _require_8_bit(path: Path, raster: DatasetReader, bands: Sequence[int]) -> None:
+def require_8_bit(path: Path | str, raster: DatasetReader, bands: Sequence[int]) -> None:
+    """Raise `DataError` where `bands` of an open file are not uint8, and so would need a stretch."""
     dtypes = {raster.dtypes[band - 1] for band in bands if band <= raster.count}
     wider = sorted(dtypes - {"uint8"})
     if wider:
@@ -187,11 +209,13 @@ def _require_8_bit(path: Path, raster: DatasetReader, bands: Sequence[int]) -> N
         )
 
 
-def _require_finite(path: Path, band: int, values_HW: NDArray[Any], nodata_HW: NDArray[np.bool_]) -> None:
+def _require_finite(
+    path: Path | str, band: int, values_HW: NDArray[Any], nodata_HW: NDArray[np.bool_], first_row: int
+) -> None:
     strange_HW = ~np.isfinite(values_HW) & ~nodata_HW
     if strange_HW.any():
         row, column = np.argwhere(strange_HW)[0].tolist()
         raise DataError(
-            f"{path} holds NaN or infinity in band {band} at {np.count_nonzero(strange_HW)} pixels, the first at row {row}, "
+            f"{path} holds NaN or infinity in band {band} at {np.count_nonzero(strange_HW)} pixels, the first at row {first_row + row}, "
             f"column {column}: fill them, or declare them as the file's nodata"
         )

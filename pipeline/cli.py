@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.cli_maps import predict
 from kdpipe.pipeline.cli_options import (
     EXIT_FINDINGS,
     EXIT_REFUSED,
@@ -313,6 +314,9 @@ def demo(out: str, debug: bool) -> None:
     console, progress = open_console()
     for table in run_demo(Path(out), progress):
         console.print(table, highlight=False, soft_wrap=True)
+
+
+cli.add_command(predict)
 
 
 def main() -> None:

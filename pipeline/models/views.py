@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 STRIDE = 32  # encoders of five stages halve the image five times
@@ -24,7 +24,9 @@ TTA_VIEWS: dict[str, list[tuple[int, bool]]] = {
 }
 
 
-def averaged_logits(model: nn.Module, inputs_NCHW: Tensor, *, tta: str, scales: Sequence[float]) -> Tensor:
+def averaged_logits(
+    model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor, *, tta: str, scales: Sequence[float]
+) -> Tensor:
     """Logits `(N, C, H, W)`, float32, averaged over the views of `tta` at each of `scales`; the mean is taken before softmax."""
     height, width = inputs_NCHW.shape[-2:]
     total: Tensor | None = None

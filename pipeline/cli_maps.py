@@ -1,0 +1,64 @@
+"""The commands that take a trained student out to use: maps of scenes."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from kdpipe.pipeline.cli_options import (
+    EXIT_FINDINGS,
+    complain,
+    debug_option,
+    device_option,
+    json_option,
+    open_console,
+    write_json,
+)
+
+@click.command("predict")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--checkpoint", required=True, metavar="FILE", help="A student's, or an ONNX file of `kdpipe export`.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(file_okay=False), help="Where the maps go.")
+@click.option("--confidence", is_flag=True, help="Write the largest class probability too, as NAME.confidence.tif.")
+@click.option("--probabilities", is_flag=True, help="Write a band for each class too, as NAME.probabilities.tif.")
+@click.option("--window", type=int, default=1024, show_default=True, metavar="PX", help="Side of a window.")
+@click.option("--overlap", type=int, default=128, show_default=True, metavar="PX", help="What neighbours share of it.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), metavar="N", help="Windows at once: 1 on a CPU, else 4 by default."
+)
+@click.option("--tta", type=click.Choice(["none", "flips", "d4"]), default="none", show_default=True,
+              help="Views whose logits are averaged.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace maps that are there already.")
+@json_option
+@device_option
+@debug_option
+def predict(
+    inputs: tuple[str, ...], checkpoint: str, out: str, confidence: bool, probabilities: bool, window: int, overlap: int,
+    batch_size: int | None, tta: str, overwrite: bool, json_path: str | None, device: str | None, debug: bool,
+) -> None:  # fmt: skip
+    """
+    Maps of scenes of any size, as GeoTIFF.
+
+    INPUT is a raster that rasterio opens, a folder of them, a pattern ('scenes/*/rgb.tif') or a URL. Exit codes: 0 done, 1 some
+    scenes could not be read (named), or a map could not be written, 2 usage, data or checkpoint.
+    """
+    from kdpipe.pipeline.prediction import predict as draw_maps
+    from kdpipe.pipeline.prediction_report import map_tables
+    from kdpipe.pipeline.predictors import open_predictor
+    from kdpipe.pipeline.progress import stop_on_signal
+
+    console, progress = open_console()
+    predictor = open_predictor(checkpoint, device, tta=tta)
+    with stop_on_signal() as stop:
+        summary = draw_maps(
+            predictor, inputs, out, window=window, overlap=overlap, batch_size=batch_size, confidence=confidence,
+            probabilities=probabilities, overwrite=overwrite, progress=progress, stop=stop,
+        )  # fmt: skip
+    write_json(json_path, summary.as_dict())
+    for table in map_tables(summary):
+        console.print(table, highlight=False, soft_wrap=True)
+    if summary.failed:
+        for reason in summary.failed.values():
+            complain(reason)
+        sys.exit(EXIT_FINDINGS)
