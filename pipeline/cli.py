@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdpipe.pipeline.cli_maps import predict
+from kdpipe.pipeline.cli_maps import export, predict
 from kdpipe.pipeline.cli_options import (
     EXIT_FINDINGS,
     EXIT_REFUSED,
@@ -317,6 +317,7 @@ def demo(out: str, debug: bool) -> None:
 
 
 cli.add_command(predict)
+cli.add_command(export)
 
 
 def main() -> None:

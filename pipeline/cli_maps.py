@@ -1,8 +1,9 @@
-"""The commands that take a trained student out to use: maps of scenes."""
+"""The commands that take a trained student out to use: maps, and files for other programs."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -15,6 +16,11 @@ from kdpipe.pipeline.cli_options import (
     open_console,
     write_json,
 )
+
+checkpoint_option = click.option(
+    "--checkpoint", required=True, metavar="FILE", help="A student's, such as model_weights/<group>/<name>/best.ckpt."
+)
+
 
 @click.command("predict")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
@@ -62,3 +68,33 @@ def predict(
         for reason in summary.failed.values():
             complain(reason)
         sys.exit(EXIT_FINDINGS)
+
+
+@click.command("export")
+@checkpoint_option
+@click.option("--format", "format_", required=True, type=click.Choice(["onnx", "torchscript", "pt2"]),
+              help="pt2 is torch.export's.")  # fmt: skip
+@click.option("--out", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Beside the checkpoint, under its name, by default.")  # fmt: skip
+@click.option("--tiles", "tiles", multiple=True, metavar="PATH",
+              help="Images, or folders of them, to verify the file with; the config's data.val by default.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there already.")
+@json_option
+@debug_option
+def export(
+    checkpoint: str, format_: Any, out: str | None, tiles: tuple[str, ...], overwrite: bool, json_path: str | None,
+    debug: bool,
+) -> None:  # fmt: skip
+    """
+    Write a student as a file for other programs, and verify it.
+
+    The file takes images of any size (pt2: of multiples of 32 px) and says its classes, colours and normalisation itself. It is
+    kept if its answers on real tiles are those of the checkpoint. Exit codes: 0 done, 1 its answers differ, 2 usage, data or checkpoint.
+    """
+    from kdpipe.pipeline.export import export_student
+    from kdpipe.pipeline.prediction_report import export_table
+
+    console, progress = open_console()
+    result = export_student(checkpoint, format_, out, tiles=tiles, overwrite=overwrite, progress=progress)
+    write_json(json_path, result.as_dict())
+    console.print(export_table(result), highlight=False, soft_wrap=True)

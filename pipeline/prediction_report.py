@@ -1,15 +1,17 @@
-"""What `kdpipe predict` prints."""
+"""What `kdpipe predict` and `kdpipe export` print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.pipeline.console import duration_text
+from kdpipe.pipeline.console import duration_text, size_text
 
 if TYPE_CHECKING:
+    from kdpipe.pipeline.export import Exported
     from kdpipe.pipeline.prediction import MapSummary
 
 SHOWN_MAPS = 20  # the rest is in --json
@@ -42,3 +44,13 @@ def map_tables(summary: MapSummary) -> Iterator[Table | str]:
         table.add_section()
         table.add_row("no data", f"{empty / 1e6:.3f}", "")
     yield table
+
+
+def export_table(result: Exported) -> str:
+    """The file, and how far its answers are from the checkpoint's."""
+    return (
+        f"{result.file}: {result.network}, {len(result.classes)} classes, {size_text(Path(result.file).stat().st_size)}, images of "
+        f"{result.sizes}\n"
+        f"verified on {result.images} images of {result.tiles} tiles: largest difference of a probability {result.largest_difference:.1e}, "
+        f"same class at {100 * result.same_class:.4f} % of {result.pixels / 1e6:.2f} MP"
+    )
