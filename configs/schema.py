@@ -133,7 +133,7 @@ class Teacher(Section):
     precision: Precision = "auto"
     tta: Literal["none", "flips", "d4"] = "none"
     scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
-    window: Annotated[int, Field(ge=64)] | None = None
+    window: Annotated[int, Field(ge=64, multiple_of=32)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
     drop_channels: list[Annotated[int, Field(ge=0)]] = []
     weight: float = Field(1.0, gt=0)

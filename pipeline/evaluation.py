@@ -30,7 +30,7 @@ from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.teacher import open_teacher
-from kdpipe.pipeline.models.views import averaged_logits, blended_logits
+from kdpipe.pipeline.models.views import STRIDE, averaged_logits, blended_logits
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe
 
@@ -50,6 +50,12 @@ class Network:
     window: int | None
     tta: str
     scales: list[float]
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window % STRIDE:
+            raise ConfigError(
+                f"--window must be a multiple of {STRIDE} px, so that windows meet in a network's grid; found {self.window}"
+            )
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles, monkeypatch)
     monkeypatch.setattr("kdpipe.pipeline.models.views._taper", torch.ones)
     cut = targets()
     monkeypatch.undo()
-    lines_y, lines_x = [95, 191, 255, 351], [111, 223, 255, 367]  # windows start at 0, 96, 192 and at 0, 112, 224
+    lines_y, lines_x = [95, 191, 255, 351], [95, 223, 255, 351]  # windows start at 0, 96, 192 and at 0, 96, 224
 
     def change(probs_CHW):
         across_y = np.abs(np.diff(probs_CHW, axis=1)).sum(axis=0)[lines_y].mean()

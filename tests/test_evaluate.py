@@ -195,6 +195,8 @@ def test_a_window_that_holds_the_tile_changes_nothing_and_a_smaller_one_does(tra
     assert small.shape == whole.shape
     assert np.abs(small - whole).max() > 1e-4
     np.testing.assert_allclose(small.sum(axis=0), 1, atol=1e-5)
+    with pytest.raises(ConfigError, match="--window must be a multiple of 32 px, .* found 100"):
+        student_model(BEST, CPU, tta=None, window=100)
 
 
 def test_a_teacher_is_asked_as_its_config_says_unless_told_otherwise(make_config):

@@ -18,7 +18,7 @@ from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.teacher import load_teacher, open_teacher, resolve_device, soft_targets
-from kdpipe.pipeline.models.views import averaged_logits, blended_logits, padded_logits
+from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits, padded_logits
 from kdpipe.pipeline.recipe import complete_recipe
 
 CPU = torch.device("cpu")
@@ -281,7 +281,7 @@ def test_scales_are_averaged_at_the_images_size():
     torch.testing.assert_close(found, (x + back) / 2)
 
 
-@pytest.mark.parametrize("size", [(64, 200), (150, 64), (201, 133)])
+@pytest.mark.parametrize("size", [(64, 200), (150, 64), (201, 133), (97, 65), (40, 300)])
 def test_windows_of_a_local_network_blend_to_the_whole_image(size):
     """A network that sees one pixel answers the same in every window, so that any seam is the blending's fault."""
     x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(2))
@@ -315,9 +315,9 @@ def test_no_window_is_larger_than_asked_for():
 
     scene = torch.randint(0, 256, (1, 3, 300, 50), dtype=torch.uint8)
     torch.testing.assert_close(blended_logits(ask, scene, 64), scene.float())
-    assert seen == {(64, 50)}
+    assert seen == {(64, 50), (44, 50)}, "the last one ends with the image"
     blended_logits(ask, scene[..., :40], 300)
-    assert seen == {(64, 50), (300, 40)}
+    assert seen == {(64, 50), (44, 50), (300, 40)}
 
 
 def test_teacher_of_another_number_of_channels_is_refused_in_the_users_words(make_config):
@@ -549,3 +549,37 @@ def test_unknown_networks_are_refused_with_the_nearest(architecture, encoder, me
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="--device nonsense"):
         resolve_device("nonsense")
+
+
+@pytest.mark.parametrize("size", [(200, 330), (321, 96)])
+def test_windows_start_on_the_networks_own_grid(size):
+    """A network that looks at its place in squares of 32 px and at nothing else: windows that start elsewhere answer otherwise."""
+
+    def ask(part):
+        means = nn.functional.avg_pool2d(padded_to_grid(part), 32)
+        return nn.functional.interpolate(means, scale_factor=32)[..., : part.shape[-2], : part.shape[-1]]
+
+    def padded_to_grid(part):
+        bottom, right = (-side % 32 for side in part.shape[-2:])
+        return nn.functional.pad(part, (0, right, 0, bottom), mode="replicate")
+
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(blended_logits(ask, x, 96), ask(x))
+
+
+def test_a_band_is_given_out_before_the_windows_below_it_are_asked():
+    """What is held of a scene does not grow with its height."""
+    asked_tops = []
+
+    def ask(part):
+        asked_tops.append(part.storage_offset() // 64)
+        return part.float()
+
+    scene = torch.randint(0, 256, (1, 1, 640, 64), dtype=torch.uint8)
+    rows = 0
+    for band in blended_bands(ask, scene, 128):
+        rows += band.shape[-2]
+        assert rows <= asked_tops[-1] + 128
+        assert rows >= asked_tops[-1] + 1
+    assert rows == 640
+    assert len(asked_tops) > 5

@@ -6,7 +6,7 @@ Shapes: N images, C classes, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,22 +45,36 @@ def blended_logits(ask: Callable[[Tensor], Tensor], images_NCHW: Tensor, window:
     """
     What `ask` answers, float32 `(N, C, H, W)` in main memory, asked in overlapping windows of `window` px and blended.
 
-    At every pixel the windows' weights sum to one and change smoothly, so that no seam shows. An image that is no
-    larger than a window is asked as a whole.
+    Windows start at multiples of `STRIDE`, where the network's own grid lies, and the last ones end where the image does, padded as
+    the whole would be; `window` is such a multiple. At every pixel the windows' weights sum to one and change smoothly, so
+    that no seam shows. An image that is no larger than a window is asked as a whole.
     """
+    bands = list(blended_bands(ask, images_NCHW, window))
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=-2)
+
+
+def blended_bands(ask: Callable[[Tensor], Tensor], images_NCHW: Tensor, window: int) -> Iterator[Tensor]:
+    """As `blended_logits`, in bands of rows `(N, C, h, W)` from the top, each once no further window adds to it."""
     height, width = images_NCHW.shape[-2:]
     if height <= window and width <= window:
-        return ask(images_NCHW)
-    total: Tensor | None = None
-    for top, shares_H in _shares(height, min(window, height)):
-        for left, shares_W in _shares(width, min(window, width)):
-            rows, columns = slice(top, top + len(shares_H)), slice(left, left + len(shares_W))
-            logits = ask(images_NCHW[..., rows, columns]).cpu()
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[..., rows, columns].addcmul_(logits, torch.outer(shares_H, shares_W))
-    assert total is not None
-    return total
+        yield ask(images_NCHW)
+        return
+    rows, columns = _shares(height, window), _shares(width, window)
+    ends = [top for top, _ in rows[1:]] + [height]
+    below: Tensor | None = None  # what the windows so far say of rows that later ones have a share of, too
+    for (top, shares_H), end in zip(rows, ends, strict=True):
+        strip: Tensor | None = None
+        for left, shares_W in columns:
+            window_NCHW = images_NCHW[..., top : top + len(shares_H), left : left + len(shares_W)]
+            logits = ask(window_NCHW).cpu()
+            if strip is None:
+                strip = logits.new_zeros(*logits.shape[:3], width)
+            strip[..., left : left + len(shares_W)].addcmul_(logits, torch.outer(shares_H, shares_W))
+        assert strip is not None
+        if below is not None:
+            strip[..., : below.shape[-2], :] += below
+        yield strip[..., : end - top, :]
+        below = strip[..., end - top :, :]
 
 
 def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
@@ -75,19 +89,25 @@ def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Ten
     return logits[..., :height, :width].float()
 
 
-def _shares(size: int, side: int) -> list[tuple[int, Tensor]]:
-    """The start of each window of `side` px over `size` px, and its share of each of its pixels: at a pixel they sum to one."""
-    starts = _starts(size, side)
-    taper, total = _taper(side), torch.zeros(size)
+def _shares(size: int, window: int) -> list[tuple[int, Tensor]]:
+    """The start of each window over `size` px, and its share of each of its pixels: at a pixel they sum to one."""
+    padded = -(-size // STRIDE) * STRIDE
+    side = min(window, padded)
+    starts = aligned_starts(padded, side, -(-round(side * OVERLAP) // STRIDE) * STRIDE)
+    taper, total = _taper(side), torch.zeros(padded)
     for start in starts:
         total[start : start + side] += taper
-    return [(start, taper / total[start : start + side]) for start in starts]
+    return [(start, (taper / total[start : start + side])[: size - start]) for start in starts]
 
 
-def _starts(size: int, side: int) -> list[int]:
-    """Evenly spread starts of windows of `side` px over `size` px, neighbours sharing at least `OVERLAP` of a side."""
-    steps = -(-(size - side) // max(1, round(side * (1 - OVERLAP))))
-    return [round(i * (size - side) / steps) for i in range(steps + 1)] if steps else [0]
+def aligned_starts(padded: int, side: int, overlap: int) -> list[int]:
+    """Evenly spread starts, multiples of `STRIDE` as all arguments are, of windows of `side` px that share `overlap` px or more."""
+    if side == padded:
+        return [0]
+    last, step = (padded - side) // STRIDE, max(1, (side - overlap) // STRIDE)
+    count = -(-last // step)
+    # Rounded down: no two are farther apart than a step, as a step is a whole number of strides.
+    return [i * last // count * STRIDE for i in range(count + 1)]
 
 
 def _taper(side: int) -> Tensor:
