@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kdpipe.cache import layout, values
-from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, Manifest, Recipe, differences
+from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, LogitsRecipe, Manifest, differences
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.sources import Source, is_unchanged
@@ -59,7 +59,7 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     try:
         # The topmost group of another version may say more; one that is damaged itself is a finding of its own.
         if manifest.format_version == manifest.recipe.format_version and _is_intact(storage, manifest, ""):
-            found = read_recipe(storage)
+            found = read_recipe(storage, to_write=False)
             if found is not None and found != manifest.recipe:
                 fields = differences(manifest.recipe, found.model_dump())
                 wrong.append(f"its recipe is not that of {layout.METADATA_NAME}: {fields[0].partition(':')[0]} differs")
@@ -182,13 +182,15 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
         ]
     try:
         shard = open_tile(recipe, record, metadata, in_memory(file))
-        if isinstance(recipe, Recipe):
+        if not isinstance(recipe, LogitsRecipe):
             layout.read_entropy_error(shard.attributes, record)
         if layout.SEAL in shard.attributes[layout.ATTRIBUTE] and not layout.is_sealed(metadata):
             raise ValueError(f"its metadata ({layout.METADATA_NAME}) was changed and vouched for again")
-        flaw = values.flaw(shard.read((0, 0, record.height, record.width), in_memory(file)), recipe)
-        if flaw:
-            raise ValueError(f"a chunk is missing, or {flaw}")
+        stored = shard.read((0, 0, record.height, record.width), in_memory(file))
+        try:
+            values.units(stored, recipe)
+        except ValueError as err:
+            raise ValueError(f"a chunk is missing, or {err}") from err
     except (ValueError, KeyError, TypeError, OverflowError) as err:
         return [Finding("damaged-tile", record.id, str(err))]
     return []

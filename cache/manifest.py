@@ -11,16 +11,29 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, node_path, parse_record
+from kdpipe.cache.simplex import levels_of, storage_type, total
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-# By kind, of whole tiles and of recorded views: a reader of 1.x cannot read logits, one of 1.0 can read views.
-FORMAT_VERSIONS = {"soft": ("1.0", "1.1"), "logits": ("2.0", "2.1")}
-KNOWN_VERSIONS = [version for versions in FORMAT_VERSIONS.values() for version in versions]
+# Of soft targets as they were, of logits, of soft targets; by major version of whole tiles and of recorded views: another major
+# version cannot be read, recorded views can by a reader of whole tiles.
+READ_VERSIONS = ("1.0", "1.1", "2.0", "2.1", "3.0", "3.1")
+WRITTEN_VERSIONS = READ_VERSIONS[2:]
 MANIFEST_NAME = "manifest.json"
 
 
@@ -71,10 +84,11 @@ class _Recipe(_Record):
     bands: list[int]
     stretch: list[list[float]] | None
     kind: Literal["soft", "logits"]
-    bits: Literal[8, 16]
+    bits: int
     chunk_px: int
-    # Left out where the teacher saw whole tiles: format 1.0 does not know it, and its digests must stay what they are.
+    # Left out where the teacher saw whole tiles: minor version 0 does not know it, and its digests must stay what they are.
     views: Annotated[ViewsRecord | None, Field(exclude_if=lambda views: views is None)] = None
+    major_version: ClassVar[int]
 
     @property
     def teacher_classes(self) -> list[str]:
@@ -85,14 +99,19 @@ class _Recipe(_Record):
     @property
     def format_version(self) -> str:
         """Of a cache with this recipe."""
-        return FORMAT_VERSIONS[self.kind][self.views is not None]
+        return f"{self.major_version}.{int(self.views is not None)}"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored integers."""
+        return storage_type(self.bits)
 
     def digest(self) -> str:
         """The sha256 of the recipe alone, which every tile carries."""
         return digest_of(self.model_dump())
 
 
-class Recipe(_Recipe):
+class _SoftRecipe(_Recipe):
     """Everything that determines soft targets; class map rows are of the first teacher's kept classes."""
 
     classes: Annotated[list[str], Field(min_length=2)]
@@ -106,10 +125,39 @@ class Recipe(_Recipe):
         return self.classes
 
 
+class Recipe(_SoftRecipe):
+    """Of soft targets whose integers sum to `levels`, one of them left unsaid (see `rest.py`)."""
+
+    bits: Literal[4, 6, 8, 16]
+    levels: int
+    major_version = 3
+
+    @model_validator(mode="after")
+    def _refuse_other_levels(self) -> Self:
+        fewest = levels_of(self.bits, len(self.classes))
+        if self.levels != fewest:
+            raise ValueError(f"{self.bits} bits of {len(self.classes)} classes have {fewest} levels, not {self.levels}")
+        return self
+
+
+class FirstRecipe(_SoftRecipe):
+    """Of soft targets as format 1 has them, all of whose integers are stored; only read."""
+
+    bits: Literal[8, 16]
+    major_version = 1
+
+    @property
+    def levels(self) -> int:
+        """What the integers of a pixel sum to."""
+        return total(self.bits)
+
+
 class LogitsRecipe(_Recipe):
     """Everything that determines logits: temperature, class map and the student's classes come when they are read."""
 
     kind: Literal["logits"]
+    bits: Literal[8, 16]
+    major_version = 2
 
     @property
     def channels(self) -> list[str]:
@@ -117,13 +165,27 @@ class LogitsRecipe(_Recipe):
         return self.teacher_classes
 
 
-CacheRecipe = Recipe | LogitsRecipe
-_BY_KIND: TypeAdapter[CacheRecipe] = TypeAdapter(Annotated[CacheRecipe, Field(discriminator="kind")])
+def _major_version(fields: Any) -> str | None:
+    """Which format's recipe it is: soft targets have `levels` since format 3."""
+    if isinstance(fields, _Recipe):
+        return str(fields.major_version)
+    kind = fields.get("kind") if isinstance(fields, Mapping) else None
+    if kind == "soft":
+        return "3" if "levels" in fields else "1"
+    return "2" if kind == "logits" else None
+
+
+CacheRecipe = Recipe | FirstRecipe | LogitsRecipe
+_Tagged = Annotated[
+    Annotated[Recipe, Tag("3")] | Annotated[FirstRecipe, Tag("1")] | Annotated[LogitsRecipe, Tag("2")],
+    Discriminator(_major_version),
+]
+_ANY_RECIPE: TypeAdapter[CacheRecipe] = TypeAdapter(_Tagged)
 
 
 def parse_recipe(fields: Any) -> CacheRecipe:
     """The recipe of its kind; `ValidationError` for what is none."""
-    return _BY_KIND.validate_python(fields)
+    return _ANY_RECIPE.validate_python(fields)
 
 
 class Manifest(_Record):
@@ -131,7 +193,7 @@ class Manifest(_Record):
 
     format_version: str
     fingerprint: str
-    recipe: Annotated[CacheRecipe, Field(discriminator="kind")]
+    recipe: _Tagged
     error_bound: float
     device: str
     libraries: dict[str, str]
@@ -143,7 +205,7 @@ class Manifest(_Record):
         wanted = self.recipe.format_version
         if self.format_version.split(".")[0] != wanted.split(".")[0]:
             raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
-        if self.format_version in KNOWN_VERSIONS and self.format_version != wanted:
+        if self.format_version in READ_VERSIONS and self.format_version != wanted:
             what = "whole tiles" if self.recipe.views is None else "recorded views"
             raise ValueError(f"format version {self.format_version} does not hold {what}")
         return self
@@ -272,7 +334,7 @@ def is_newer_minor(version: Any, origin: str) -> bool:
     for what is no version.
     """
     # The last of a major version stays: the newest.
-    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in KNOWN_VERSIONS}
+    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in READ_VERSIONS}
     match = re.fullmatch(r"([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version) if isinstance(version, str) else None
     if match is None:
         raise ValueError(f"its format_version is {str(version)[:40]!r}, not MAJOR.MINOR")
@@ -288,9 +350,9 @@ def is_newer_minor(version: Any, origin: str) -> bool:
 def refuse_to_write(version: Any, origin: str) -> None:
     """Raise `UnknownFormat` unless a cache has one of the very versions that this program writes: others may be read, never added to."""
     is_newer_minor(version, origin)
-    if version not in KNOWN_VERSIONS:
+    if version not in WRITTEN_VERSIONS:
         raise UnknownFormat(
-            f"{origin} has format version {version}, which this kdpipe reads, but it writes {', '.join(KNOWN_VERSIONS)}: "
+            f"{origin} has format version {version}, which this kdpipe reads, but it writes {', '.join(WRITTEN_VERSIONS)}: "
             "install the kdpipe that made it, or choose another cache.path"
         )
 
@@ -299,9 +361,7 @@ def reason_of(err: Exception, inside: str = "") -> str:
     """What is wrong with a file, in one short line, from the error of parsing it or what lies `inside` it."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
-        where = ".".join(
-            str(part) for part in first["loc"] if part not in ("soft", "logits")
-        )  # which pydantic puts there
+        where = ".".join(str(part) for part in first["loc"] if part not in READ_VERSIONS)  # which pydantic puts there
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):

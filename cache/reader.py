@@ -134,18 +134,21 @@ class SoftTargetCache:
         return logits.decode(self.read_units(tile_id, window), recipe.bits)
 
     def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
-        """As `read`, but the stored integers, uint8 or uint16, which sum to `2**bits - 1`, or of logits have it as largest."""
+        """
+        As `read`, but integers, uint8 or uint16: of soft targets, which sum to the recipe's `levels`, or of logits, whose
+        largest is `2**bits - 1`.
+        """
         record = self._record(tile_id)
         window = _checked(record, window)
         shard = self._shard(record)
         try:
-            units = shard.read(window, self._range_reader(record), self._checksums[tile_id])
+            stored = shard.read(window, self._range_reader(record), self._checksums[tile_id])
         except (ValueError, RuntimeError, OSError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
-        flaw = values.flaw(units, self.manifest.recipe)
-        if flaw:
-            raise self._unusable(tile_id, f"a chunk is missing, or {flaw}")
-        return units
+        try:
+            return values.units(stored, self.manifest.recipe, window[:2])
+        except ValueError as err:
+            raise self._unusable(tile_id, f"a chunk is missing, or {err}") from err
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files: the process that unpickles opens its own."""
@@ -273,7 +276,7 @@ def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
 def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_range: ReadRange) -> Shard:
     """A tile's shard; `ValueError` where it is damaged, or has not the shape and type that recipe and record give it."""
     shard = open_shard(metadata, read_range)
-    wanted = (len(recipe.channels), record.height, record.width), np.dtype(f"<u{recipe.bits // 8}")
+    wanted = (len(recipe.channels), record.height, record.width), recipe.dtype
     if (shard.shape, shard.dtype) != wanted:
         raise ValueError(f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}")
     return shard
@@ -301,11 +304,12 @@ def read_manifest(storage: Storage) -> Manifest:
     return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}")
 
 
-def read_recipe(storage: Storage) -> CacheRecipe | None:
+def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | None:
     """
-    The recipe in the topmost group's attributes, for whoever goes on to write; None where there is no group.
+    The recipe in the topmost group's attributes; None where there is no group.
 
-    Raises `CorruptCache` if it is unreadable, `UnknownFormat` if the cache is of another version than is written.
+    Raises `CorruptCache` if it is unreadable, and for whoever goes on to write `UnknownFormat` if the cache is of another
+    version than is written.
     """
     origin = f"{storage.url}/{layout.METADATA_NAME}"
     advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"
@@ -317,7 +321,8 @@ def read_recipe(storage: Storage) -> CacheRecipe | None:
         raise CorruptCache(f"{origin} is a folder, and not that of a cache of soft targets; {advice}") from err
     try:
         content = json.loads(data)["attributes"][layout.ATTRIBUTE]
-        refuse_to_write(content["format_version"], origin)
+        if to_write:
+            refuse_to_write(content["format_version"], origin)
         return parse_recipe(content["recipe"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise CorruptCache(f"{origin} is not that of a cache of soft targets ({reason_of(err)}); {advice}") from err

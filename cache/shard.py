@@ -26,9 +26,8 @@ MAX_CHUNKS = 2**20  # more than 2**30 px have in chunks of 256 px, even where th
 MAX_CHUNK_VALUES = 2**28  # 256 x 256 px of 4,096 classes
 ABSENT = 2**64 - 1  # what an index says of a chunk that was not written
 BYTES = {"uint8": {"name": "bytes"}, "uint16": {"name": "bytes", "configuration": {"endian": "little"}}}
-COMPRESSORS = [
-    {"name": "zstd", "configuration": {"level": 3, "checksum": False}},
-    {"name": "crc32c"},
+COMPRESSORS = [  # which the formats write
+    [{"name": "zstd", "configuration": {"level": level, "checksum": False}}, {"name": "crc32c"}] for level in (3, 7)
 ]
 
 ReadRange = Callable[[int, int], bytes]
@@ -119,8 +118,8 @@ def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
         num_classes, height, width = content["shape"]
         (sharding,) = content["codecs"]
         inner = sharding["configuration"]
-        codecs = [BYTES[content["data_type"]], *COMPRESSORS]
-        if sharding["name"] != "sharding_indexed" or inner["index_location"] != "end" or inner["codecs"] != codecs:
+        known = [[BYTES[content["data_type"]], *compressors] for compressors in COMPRESSORS]
+        if sharding["name"] != "sharding_indexed" or inner["index_location"] != "end" or inner["codecs"] not in known:
             raise ValueError(f"its codecs are not those of the format: {json.dumps(content['codecs'])[:300]}")
         num_channels, chunk_h, chunk_w = inner["chunk_shape"]
         numbers = (num_classes, height, width, num_channels, chunk_h, chunk_w)

@@ -1,7 +1,7 @@
 """
-Probabilities as integers that sum exactly to `2**bits - 1`, so that a decoded target sums to one.
+Probabilities as integers that sum exactly to a number of levels, so that a decoded target sums to one.
 
-Not covered: where the integers are stored (see `layout.py`).
+Not covered: which of the integers are stored (see `rest.py`), and where (see `layout.py`).
 """
 
 from __future__ import annotations
@@ -23,56 +23,70 @@ BAND_PX = 2**20
 
 
 def total(bits: int) -> int:
-    """What the integers of a pixel sum to."""
+    """The largest integer of so many bits."""
     return (1 << bits) - 1
 
 
-def error_bound(bits: int, num_classes: int) -> float:
+def levels_of(bits: int, num_classes: int) -> int:
+    """
+    N, what the integers of a pixel sum to: the fewest levels that keep every entry within `1 / (2**bits - 1)` (see `error_bound`).
+
+    Fewer levels are fewer bytes: 213 instead of 255 for six classes and 8 bits. The largest value of the data type stands for
+    something else (see `rest.py`), which only 256 classes and more come to.
+    """
+    fewest = -(-(num_classes - 1) * total(bits) // num_classes)
+    return min(fewest, np.iinfo(storage_type(bits)).max - 1)
+
+
+def storage_type(bits: int) -> np.dtype[Any]:
+    """The data type that holds integers of so many bits: uint8 or uint16."""
+    return np.dtype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def error_bound(levels: int, num_classes: int) -> float:
     """
     The largest possible `|decoded - p|` of any entry.
 
     Largest-remainder rounding hands the `r` missing units to the `r` largest fractional parts. The worst case is that all
     are equal to `r / C`, and then the error is at most `1 - 1 / C` units.
     """
-    return (1 - 1 / num_classes) / total(bits) + FLOAT32_SLACK
+    return (1 - 1 / num_classes) / levels + FLOAT32_SLACK
 
 
-def encode(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
+def encode(probs_CHW: NDArray[np.float32], levels: int) -> NDArray[Any]:
     """
-    Fixed-point integers `(C, H, W)`, uint8 or uint16, that sum to `2**bits - 1` over axis 0.
+    Fixed-point integers `(C, H, W)`, uint8 or uint16, that sum to `levels` over axis 0.
 
     `probs_CHW` is float32 in 0..1 and sums to one over axis 0. Rounded by largest remainder (Hamilton's method); of equal
     remainders the lower class index wins, so that the result is deterministic.
 
     Raises `ValueError` for entries that are not a distribution.
     """
-    stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.uint8 if bits <= 8 else np.uint16)
+    stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.min_scalar_type(levels))
     for rows in bands(*probs_CHW.shape[1:]):
-        stored_CHW[:, rows] = _encode_band(probs_CHW[:, rows], bits)
+        _encode_band(probs_CHW[:, rows], levels, out_CHW=stored_CHW[:, rows])
     return stored_CHW
 
 
-def _encode_band(probs_CHW: NDArray[np.float32], bits: int) -> NDArray[np.int32]:
+def _encode_band(probs_CHW: NDArray[np.float32], levels: int, out_CHW: NDArray[Any]) -> None:
     num_classes = probs_CHW.shape[0]
     sums_HW = probs_CHW.sum(axis=0)
     # Negated, so that NaN is refused as well.
     if not (np.abs(sums_HW - 1).max(initial=0) <= SUM_TOLERANCE and probs_CHW.min(initial=0) >= -SUM_TOLERANCE):
         raise ValueError("soft targets must be distributions over axis 0: finite, not negative, summing to one")
-    scaled_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(total(bits))
-    floors_CHW = np.floor(scaled_CHW)
-    remainders_CHW = scaled_CHW - floors_CHW
-    units_CHW: NDArray[np.int32] = floors_CHW.astype(np.int32)
-    missing_HW = total(bits) - units_CHW.sum(axis=0)
-    rank_HW = np.empty(missing_HW.shape, dtype=np.int32)
+    remainders_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(levels)
+    floors_CHW = np.floor(remainders_CHW)
+    remainders_CHW -= floors_CHW
+    out_CHW[:] = floors_CHW
+    # Both are small: what flooring takes is less than a unit a class. Small integers are fast.
+    missing_HW = (levels - floors_CHW.sum(axis=0)).astype(np.int16)
+    rank_CHW = np.zeros(probs_CHW.shape, dtype=np.int16)  # how many classes come before
     for i in range(num_classes):
-        rank_HW[:] = 0
-        for j in range(num_classes):
-            if j < i:
-                rank_HW += remainders_CHW[j] >= remainders_CHW[i]
-            elif j > i:
-                rank_HW += remainders_CHW[j] > remainders_CHW[i]
-        units_CHW[i] += rank_HW < missing_HW
-    return units_CHW
+        for j in range(i):
+            lower_first_HW = remainders_CHW[j] >= remainders_CHW[i]
+            rank_CHW[i] += lower_first_HW
+            rank_CHW[j] += ~lower_first_HW
+    out_CHW += rank_CHW < missing_HW
 
 
 def bands(height: int, width: int) -> list[slice]:
@@ -81,12 +95,13 @@ def bands(height: int, width: int) -> list[slice]:
     return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
-def decode(units_CHW: NDArray[Any], bits: int) -> NDArray[np.float32]:
-    """Probabilities `(C, H, W)`, float32: each integer divided by `2**bits - 1`."""
-    return units_CHW.astype(np.float32) / np.float32(total(bits))
+def decode(units_CHW: NDArray[Any], levels: int) -> NDArray[np.float32]:
+    """Probabilities `(C, H, W)`, float32: each integer divided by `levels`."""
+    probs_CHW: NDArray[np.float32] = np.divide(units_CHW, np.float32(levels), dtype=np.float32)
+    return probs_CHW
 
 
-def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits: int) -> NDArray[np.float64]:
+def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
     """
     `H(p) - H(decoded)` in nats, the mean over each block of `ENTROPY_BLOCK_PX`: what rounding takes from the entropy.
 
@@ -95,12 +110,14 @@ def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits:
     The entropy is a constant to the student, so that no gradient suffers; the loss's value is off by this much.
     """
     size = probs_CHW.shape[1:]
-    return np.concatenate([_entropy_error_band(probs_CHW[:, rows], units_CHW[:, rows], bits) for rows in bands(*size)])
+    return np.concatenate(
+        [_entropy_error_band(probs_CHW[:, rows], units_CHW[:, rows], levels) for rows in bands(*size)]
+    )
 
 
-def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], bits: int) -> NDArray[np.float64]:
-    levels = np.arange(total(bits) + 1, dtype=np.float64) / total(bits)
-    stored = (levels * np.log(np.where(levels > 0, levels, 1))).astype(np.float32)
+def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
+    probs = np.arange(levels + 1, dtype=np.float64) / levels
+    stored = (probs * np.log(np.where(probs > 0, probs, 1))).astype(np.float32)
     exact_HW = (probs_CHW * np.log(np.maximum(probs_CHW, np.float32(1e-30)))).sum(axis=0)
     lost_HW = stored[units_CHW].sum(axis=0) - exact_HW
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in lost_HW.shape)
@@ -133,6 +150,6 @@ def mean_over_pixels(blocks: NDArray[np.float64], pixels_HW: NDArray[np.bool_]) 
     return float((counts * blocks).sum() / counts.sum())
 
 
-def is_simplex(units_CHW: NDArray[Any], bits: int) -> bool:
-    """Whether every pixel sums to `2**bits - 1`: zeros read in the place of missing data do not."""
-    return bool((units_CHW.sum(axis=0, dtype=np.uint32) == total(bits)).all())
+def is_simplex(units_CHW: NDArray[Any], levels: int) -> bool:
+    """Whether every pixel sums to `levels`: zeros read in the place of missing data do not."""
+    return bool((units_CHW.sum(axis=0, dtype=np.uint32) == levels).all())

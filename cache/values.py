@@ -7,22 +7,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import logits, simplex
+from kdpipe.cache import logits, rest, simplex
 from kdpipe.cache.logits import DEPTH, Softening
-from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe, Manifest
+from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe, Manifest, Recipe
 
 
 def encode(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
     """
-    The integers of a tile, and what rounding took from the entropy (None where that depends on a temperature to come).
+    The integers of a tile to store, and what rounding took from the entropy (None where that depends on a temperature to come).
 
     `values_CHW` is float32: soft targets, or logits if that is the recipe's kind. Raises `ValueError` where they are not.
     """
     assert values_CHW.shape[0] == len(recipe.channels), f"{values_CHW.shape} for {recipe.channels}"
     if isinstance(recipe, LogitsRecipe):
         return logits.encode(values_CHW, recipe.bits), None
-    units_CHW = simplex.encode(values_CHW, recipe.bits)
-    return units_CHW, simplex.entropy_error(values_CHW, units_CHW, recipe.bits)
+    units_CHW = simplex.encode(values_CHW, recipe.levels)
+    lost = simplex.entropy_error(values_CHW, units_CHW, recipe.levels)
+    if isinstance(recipe, Recipe):
+        rest.leave_out(units_CHW, recipe.chunk_px)
+    return units_CHW, lost
+
+
+def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:
+    """
+    The integers of all classes, of those that are stored, which are overwritten; `corner` is where in the tile the first pixel lies.
+
+    Raises `ValueError`, saying what is wrong, for what no tile can have, such as the zeros of a missing chunk.
+    """
+    if isinstance(recipe, Recipe):
+        rest.fill_in(stored_CHW, recipe.levels, recipe.chunk_px, corner)
+    elif isinstance(recipe, LogitsRecipe):
+        if not logits.has_largest(stored_CHW, recipe.bits):
+            raise ValueError("pixels have no class of the largest logit")
+    elif not simplex.is_simplex(stored_CHW, recipe.levels):
+        raise ValueError("its values do not sum to one")
+    return stored_CHW
 
 
 def soft_targets(units_CHW: NDArray[Any], recipe: CacheRecipe, softening: Softening | None) -> NDArray[np.float32]:
@@ -30,21 +49,14 @@ def soft_targets(units_CHW: NDArray[Any], recipe: CacheRecipe, softening: Soften
     if isinstance(recipe, LogitsRecipe):
         assert softening is not None
         return logits.soft_targets(units_CHW, recipe.bits, softening)
-    return simplex.decode(units_CHW, recipe.bits)
-
-
-def flaw(units_CHW: NDArray[Any], recipe: CacheRecipe) -> str | None:
-    """What is wrong with integers that no tile can have, such as the zeros of a missing chunk; None if nothing is."""
-    if isinstance(recipe, LogitsRecipe):
-        return None if logits.has_largest(units_CHW, recipe.bits) else "pixels have no class of the largest logit"
-    return None if simplex.is_simplex(units_CHW, recipe.bits) else "its values do not sum to one"
+    return simplex.decode(units_CHW, recipe.levels)
 
 
 def error_bound(recipe: CacheRecipe) -> float:
     """What the manifest states: the largest possible error of a stored probability, or of a stored logit."""
     if isinstance(recipe, LogitsRecipe):
         return logits.logit_bound(recipe.bits)
-    return simplex.error_bound(recipe.bits, len(recipe.classes))
+    return simplex.error_bound(recipe.levels, len(recipe.classes))
 
 
 def probability_bound(manifest: Manifest, temperature: float) -> float:
@@ -57,7 +69,11 @@ def probability_bound(manifest: Manifest, temperature: float) -> float:
 
 def decoding(recipe: CacheRecipe) -> str:
     """For whoever opens the cache with another program: how a value is read."""
-    top = simplex.total(recipe.bits)
     if isinstance(recipe, LogitsRecipe):
+        top = simplex.total(recipe.bits)
         return f"z = -{DEPTH[recipe.bits]:g} * (({top} - value) / {top})**2; p = softmax(z / T); axes: teacher class, row, column"
-    return f"p = value / {top}; axes: class, row, column"
+    scale = f"p = value / {recipe.levels}; "
+    if isinstance(recipe, Recipe):
+        mark = np.iinfo(recipe.dtype).max
+        scale += f"{mark} is what the pixel's other values leave of {recipe.levels}; "
+    return f"{scale}axes: class, row, column"

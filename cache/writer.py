@@ -155,7 +155,6 @@ class CacheWriter:
         self.recipe = recipe
         self._device = device
         self._libraries = dict(libraries)
-        self._recipe_digest = recipe.digest()
         found = read_recipe(storage)
         if found is None:
             self._write_groups([])
@@ -174,7 +173,7 @@ class CacheWriter:
         is the content it was computed from.
         """
         units_CHW, entropy_error = encode(values_CHW, self.recipe)
-        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self._recipe_digest, entropy_error)
+        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self.recipe, entropy_error)
         path = layout.tile_path(tile_id)
         # The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well.
         if self.storage.children(path):

@@ -161,13 +161,22 @@ class Cache(Section):
     """
     The teacher's answers on disk: soft targets, or the logits from which any temperature and class map make some.
 
-    `views` is how many augmented crops of each tile are recorded; only with `distill.teacher_view: crop`.
+    A stored soft target is off by at most `1 / (2**bits - 1)`. `views` is how many augmented crops of each tile are recorded; only
+    with `distill.teacher_view: crop`.
     """
 
     path: str
     kind: Literal["soft", "logits"] = "soft"
-    bits: Literal[8, 16] = 8
+    bits: Literal[4, 6, 8, 16] = 8
     views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Cache:
+        if self.kind == "logits" and self.bits < 8:
+            raise ValueError(
+                f"bits is {self.bits}, but logits are stored with 8 or 16: set one of these, or kind: soft"
+            )
+        return self
 
 
 class Distill(Section):

@@ -23,7 +23,6 @@ from kdpipe.cache.logits import Softening
 from kdpipe.cache.manifest import LogitsRecipe
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
 from kdpipe.cache.records import TileRecord
-from kdpipe.cache.simplex import total
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.values import probability_bound
 from kdpipe.configs.errors import ConfigError, IncompleteCache
@@ -228,7 +227,7 @@ def _blocks(cache: SoftTargetCache, record: TileRecord) -> da.Array:
         window = (top, left, bottom - top, right - left)
         return cache.read(record.id, window) if logits else cache.read_units(record.id, window)
 
-    dtype = np.dtype("float32" if logits else f"uint{recipe.bits}")
+    dtype = np.dtype("float32") if logits else recipe.dtype
     sides = (da.core.normalize_chunks(BLOCK_PX, shape=(side,))[0] for side in (record.height, record.width))
     chunks = ((len(recipe.channels),), *sides)
     return da.map_blocks(read, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
@@ -245,7 +244,7 @@ def _reductions(cache: SoftTargetCache, record: TileRecord) -> tuple[Any, ...]:
         terms_CHW = blocks_CHW.map_blocks(lambda p: -p * np.log(np.maximum(p, 1e-30)), dtype=np.float32)
         sums_C = blocks_CHW.sum(axis=(1, 2), dtype=np.float64)
     else:
-        scale = total(recipe.bits)
+        scale = recipe.levels
         levels = np.arange(scale + 1, dtype=np.float64) / scale
         terms = -levels * np.log(np.where(levels > 0, levels, 1))
         terms_CHW = blocks_CHW.map_blocks(lambda units: terms[units], dtype=np.float64)

@@ -10,6 +10,7 @@ from typing import Any
 from kdpipe.cache.layout import CHUNK_PX
 from kdpipe.cache.logits import Softening
 from kdpipe.cache.manifest import CacheRecipe, differences, parse_recipe
+from kdpipe.cache.simplex import levels_of
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
@@ -39,6 +40,7 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
         "classes": config.classes.names,
         "class_map": config.class_map_matrix().tolist(),
         "temperature": config.distill.temperature,
+        "levels": levels_of(config.cache.bits, len(config.classes.names)),
     }
     return {
         "teachers": [_teacher_fields(member) for member in config.members.values()],

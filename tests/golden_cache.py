@@ -7,13 +7,20 @@ import plain_reader
 
 from kdpipe.cache.manifest import LogitsRecipe, Manifest, Recipe, TeacherRecord
 from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.simplex import levels_of
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 
 GOLDEN = Path(__file__).parent / "golden" / "cache-1.0"
 GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
+GOLDEN_REST = GOLDEN.with_name("cache-3.0")
 SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
-CLASSES = {8: ["water", "forest", "meadow"], 16: ["water", "forest", "meadow", "field", "town"]}
+CLASSES = {
+    6: ["water", "forest", "meadow", "field"],
+    8: ["water", "forest", "meadow"],
+    16: ["water", "forest", "meadow", "field", "town"],
+}
+BITS = {"first": (8, 16), "logits": (8, 16), "soft": (6, 8, 16)}  # "first": soft targets of format 1
 
 
 def probs(bits: int, height: int, width: int) -> np.ndarray:
@@ -30,7 +37,7 @@ def probs(bits: int, height: int, width: int) -> np.ndarray:
 
 
 def recipe(bits: int) -> Recipe:
-    """One teacher at 8 bits; two of them, a stretch and a window at 16."""
+    """One teacher up to 8 bits; two of them, a stretch and a window at 16."""
     classes = CLASSES[bits]
     first = TeacherRecord(
         checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
@@ -41,9 +48,9 @@ def recipe(bits: int) -> Recipe:
     rows = [[0.0] * len(classes) for _ in range(3)]
     rows[0][0], rows[1][1], rows[1][2], rows[2][-1] = 1.0, np.float32(0.7).item(), np.float32(0.3).item(), 1.0
     return Recipe(
-        teachers=[first] if bits == 8 else [first, second], bands=[4, 3, 2],
-        stretch=None if bits == 8 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
-        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, chunk_px=256,
+        teachers=[first, second] if bits == 16 else [first], bands=[4, 3, 2],
+        stretch=None if bits < 16 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
+        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, levels=levels_of(bits, len(classes)), chunk_px=256,
     )  # fmt: skip
 
 
@@ -57,7 +64,7 @@ def logits(bits: int, height: int, width: int) -> np.ndarray:
 
 def logits_recipe(bits: int) -> LogitsRecipe:
     """That of the soft targets, without what logits do not know."""
-    free = {"classes", "class_map", "temperature"}
+    free = {"classes", "class_map", "temperature", "levels"}
     return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
 
 
@@ -74,13 +81,13 @@ def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
 
 def write_golden(folder: Path, kind: str = "soft") -> None:
     """
-    How `cache-1.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
+    How `cache-3.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
 
     Raises `FileExistsError` where there is one: it is never regenerated.
     """
     folder.mkdir(parents=True)
     expected = {}
-    for bits in CLASSES:
+    for bits in BITS[kind]:
         write(folder / f"{bits}-bits.zarr", bits, kind)
         cache = plain_reader.Cache(folder / f"{bits}-bits.zarr")
         expected |= {f"{bits}-{number}": cache.read(tile) for number, tile in enumerate(SIZES)}

@@ -59,10 +59,8 @@ class Cache:
         self.folder = folder
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
-        kind = manifest["recipe"]["kind"]
-        assert manifest["format_version"].split(".")[0] == {"soft": "1", "logits": "2"}[kind], manifest[
-            "format_version"
-        ]
+        self.major, kind = int(manifest["format_version"].split(".")[0]), manifest["recipe"]["kind"]
+        assert kind == {1: "soft", 2: "logits", 3: "soft"}[self.major], kind
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
@@ -99,21 +97,21 @@ class Cache:
             channels = [name for i, name in enumerate(teacher["classes"]) if i not in teacher["drop_channels"]]
         shape = len(channels), record["height"], record["width"]
         assert tuple(array["shape"]) == shape
-        bits = recipe["bits"]
-        assert array["data_type"] == f"uint{bits}"
+        width = 8 if recipe["bits"] <= 8 else 16
+        assert array["data_type"] == f"uint{width}"
         (sharding,) = array["codecs"]
         assert sharding["name"] == "sharding_indexed"
         inner = sharding["configuration"]
-        bytes_codec = {"name": "bytes"} if bits == 8 else {"name": "bytes", "configuration": {"endian": "little"}}
+        bytes_codec = {"name": "bytes"} if width == 8 else {"name": "bytes", "configuration": {"endian": "little"}}
         assert inner["index_location"] == "end" and inner["codecs"] == [
-            bytes_codec, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}, {"name": "crc32c"},
+            bytes_codec, {"name": "zstd", "configuration": {"level": 7 if self.major == 3 else 3, "checksum": False}}, {"name": "crc32c"},
         ]  # fmt: skip
         _, chunk_h, chunk_w = inner["chunk_shape"]
         rows, columns = -(-shape[1] // chunk_h), -(-shape[2] // chunk_w)
         index = shard[-16 * rows * columns - 4 :]
         assert crc32c(index[:-4]) == int.from_bytes(index[-4:], "little"), "index"
         places = np.frombuffer(index[:-4], "<u8").reshape(rows, columns, 2)
-        values = np.empty((shape[0], rows * chunk_h, columns * chunk_w), f"<u{bits // 8}")
+        values = np.empty((shape[0], rows * chunk_h, columns * chunk_w), f"<u{width // 8}")
         for row in range(rows):
             for column in range(columns):
                 start, size = map(int, places[row, column])
@@ -123,12 +121,31 @@ class Cache:
                 values[:, row * chunk_h :][:, :chunk_h, column * chunk_w :][:, :, :chunk_w] = into
         assert not values[:, shape[1] :].any() and not values[:, :, shape[2] :].any()
         values = values[:, : shape[1], : shape[2]]
-        whole = values.sum(axis=0, dtype=np.int64) if recipe["kind"] == "soft" else values.max(axis=0)
-        assert (whole == 2**bits - 1).all()
+        if recipe["kind"] == "logits":
+            assert (values.max(axis=0) == 2**width - 1).all()
+            return values
+        if self.major == 3:
+            unsaid = values == 2**width - 1
+            assert (unsaid.sum(axis=0) == 1).all()
+            others = np.where(unsaid, 0, values).sum(axis=0, dtype=np.int64)
+            assert (others <= self.levels).all()
+            values = np.where(unsaid, self.levels - others, values).astype(values.dtype)
+        assert (values.sum(axis=0, dtype=np.int64) == self.levels).all()
         return values
 
+    @property
+    def levels(self) -> int:
+        recipe = self.manifest["recipe"]
+        if self.major == 1:
+            return 2 ** recipe["bits"] - 1
+        mark = 2 ** (8 if recipe["bits"] <= 8 else 16) - 1
+        count, share = len(recipe["classes"]), 2 ** recipe["bits"] - 1
+        fewest = min(n for n in range(1, share + 1) if (count - 1) * share <= count * n)
+        assert recipe["levels"] == min(fewest, mark - 1)
+        return recipe["levels"]
+
     def probabilities(self, tile_id: str) -> np.ndarray:
-        return self.read(tile_id) / (2 ** self.manifest["recipe"]["bits"] - 1)
+        return self.read(tile_id) / self.levels
 
     def logits(self, tile_id: str) -> np.ndarray:
         bits = self.manifest["recipe"]["bits"]

@@ -24,7 +24,15 @@ from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetC
 from kdpipe.cache import storage as storage_module
 from kdpipe.cache.integrity import check_full
 from kdpipe.cache.manifest import Recipe, TeacherRecord
-from kdpipe.cache.simplex import decode, encode, entropy_error, error_bound
+from kdpipe.cache.simplex import (
+    FLOAT32_SLACK,
+    decode,
+    encode,
+    entropy_error,
+    error_bound,
+    levels_of,
+    storage_type,
+)
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import LocalStorage, open_storage
 from kdpipe.cache.writer import finished_tiles, open_writer, whole_manifest
@@ -36,7 +44,8 @@ RECIPE = Recipe(
         normalize_mean=[0, 0, 0], normalize_std=[1, 1, 1], precision="fp32", tta="none", scales=[1.0], window=None,
     )],
     bands=[1, 2, 3],
-    stretch=None, classes=["x", "y", "z"], class_map=[[1, 0, 0], [0, 0.5, 0.5]], temperature=2.0, kind="soft", bits=8, chunk_px=256,
+    stretch=None, classes=["x", "y", "z"], class_map=[[1, 0, 0], [0, 0.5, 0.5]], temperature=2.0, kind="soft",
+    bits=8, levels=170, chunk_px=256,
 )  # fmt: skip
 
 
@@ -47,13 +56,16 @@ def distributions(num_classes, height, width, seed=0, sharpness=3.0):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=9), st.sampled_from([8, 16]))
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=9), st.sampled_from([4, 6, 8, 16]))
 def test_integers_sum_exactly_and_stay_within_the_bound(weights, bits):
     weights = np.array(weights, dtype=np.float64) + 1e-6
     probs = (weights / weights.sum()).astype(np.float32)[:, None, None]
-    units = encode(probs, bits)
-    assert int(units.sum(dtype=np.int64)) == 2**bits - 1
-    assert np.abs(decode(units, bits) - probs).max() <= error_bound(bits, len(weights))
+    levels = levels_of(bits, len(weights))
+    units = encode(probs, levels)
+    assert units.dtype == storage_type(bits)
+    assert int(units.sum(dtype=np.int64)) == levels < np.iinfo(units.dtype).max
+    largest = np.abs(decode(units, levels) - probs).max()
+    assert largest <= error_bound(levels, len(weights)) <= 1 / (2**bits - 1) + 2 * FLOAT32_SLACK
 
 
 def largest_remainder(probs, total):
@@ -66,22 +78,34 @@ def largest_remainder(probs, total):
     return units
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_rounding_is_by_largest_remainder_ties_to_the_lower_class(bits):
+@pytest.mark.parametrize("levels", [213, 255, 65535])
+def test_rounding_is_by_largest_remainder_ties_to_the_lower_class(levels):
     probs = distributions(5, 6, 7)
     probs[:, 0, 0] = 0.2
     probs[:, 0, 1] = [0.5, 0.5, 0, 0, 0]
-    units = encode(probs, bits)
+    units = encode(probs, levels)
     for y, x in itertools.product(range(6), range(7)):
-        assert units[:, y, x].tolist() == largest_remainder(probs[:, y, x], 2**bits - 1)
-    assert units[:, 0, 1].tolist() == [2 ** (bits - 1), 2 ** (bits - 1) - 1, 0, 0, 0]
+        assert units[:, y, x].tolist() == largest_remainder(probs[:, y, x], levels)
+    assert units[:, 0, 1].tolist() == [levels // 2 + 1, levels // 2, 0, 0, 0]
 
 
 def test_the_bound_is_reached_so_that_it_could_not_be_smaller():
     probs = np.full((6, 1, 1), 1 / 6, dtype=np.float32)
     probs[:, 0, 0] = (np.array([42, 42, 42, 42, 43, 43]) + np.array([1, 1, 1, 1, 1, 1]) / 6 * 1) / 255
-    error = np.abs(decode(encode(probs, 8), 8) - probs).max()
-    assert 0.99 * error_bound(8, 6) < error <= error_bound(8, 6)
+    error = np.abs(decode(encode(probs, 255), 255) - probs).max()
+    assert 0.99 * error_bound(255, 6) < error <= error_bound(255, 6)
+
+
+@pytest.mark.parametrize(
+    ("bits", "num_classes", "levels"),
+    [(8, 2, 128), (8, 3, 170), (8, 6, 213), (6, 6, 53), (4, 6, 13), (16, 6, 54613), (8, 255, 254), (8, 256, 254)],
+)
+def test_no_fewer_levels_keep_the_bound_that_the_bits_promise(bits, num_classes, levels):
+    assert levels_of(bits, num_classes) == levels
+    promised = 1 / (2**bits - 1)
+    assert error_bound(levels - 1, num_classes) - FLOAT32_SLACK > promised
+    if num_classes < 256:  # more classes than a byte has values: 255 is taken, and the bound as stated a little larger
+        assert error_bound(levels, num_classes) - FLOAT32_SLACK <= promised * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -0.5, 0.9])
@@ -89,21 +113,21 @@ def test_what_is_no_distribution_is_refused(bad):
     probs = distributions(3, 4, 5)
     probs[1, 2, 3] = bad
     with pytest.raises(ValueError, match="must be distributions over axis 0"):
-        encode(probs, 8)
+        encode(probs, 255)
 
 
-def entropy_lost(probs, bits):
+def entropy_lost(probs, levels):
     """H(p) - H(decoded) of every pixel, by the textbook."""
-    stored = decode(encode(probs, bits), bits).astype(float)
+    stored = decode(encode(probs, levels), levels).astype(float)
     exact, rounded = (-(p * np.log(np.where(p > 0, p, 1))).sum(axis=0) for p in (probs.astype(float), stored))
     return exact - rounded
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_entropy_error_is_the_mean_difference_of_entropies_block_by_block(bits):
+@pytest.mark.parametrize("levels", [192, 65535])
+def test_entropy_error_is_the_mean_difference_of_entropies_block_by_block(levels):
     probs = distributions(4, 70, 131, sharpness=6.0)
-    lost = entropy_lost(probs, bits)
-    blocks = entropy_error(probs, encode(probs, bits), bits)
+    lost = entropy_lost(probs, levels)
+    blocks = entropy_error(probs, encode(probs, levels), levels)
     assert blocks.shape == (2, 3)
     for row, column in itertools.product(range(2), range(3)):
         expected = lost[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64].mean()
@@ -112,10 +136,10 @@ def test_entropy_error_is_the_mean_difference_of_entropies_block_by_block(bits):
 
 def test_a_scene_encoded_band_by_band_has_the_same_values(monkeypatch):
     probs = distributions(5, 300, 70)
-    units, lost = encode(probs, 8), entropy_error(probs, encode(probs, 8), 8)
+    units, lost = encode(probs, 255), entropy_error(probs, encode(probs, 255), 255)
     monkeypatch.setattr("kdpipe.cache.simplex.BAND_PX", 64 * 70 * 2)  # bands of two blocks: 128, 128 and 44 rows
-    np.testing.assert_array_equal(encode(probs, 8), units)
-    np.testing.assert_array_equal(entropy_error(probs, units, 8), lost)
+    np.testing.assert_array_equal(encode(probs, 255), units)
+    np.testing.assert_array_equal(entropy_error(probs, units, 255), lost)
 
 
 @pytest.mark.parametrize("window", [(0, 0, 70, 131), (64, 64, 6, 64), (10, 100, 57, 31), (69, 130, 1, 1)])
@@ -127,7 +151,7 @@ def test_a_windows_entropy_error_weighs_each_block_by_the_pixels_it_has_there(wi
     by_pixel = np.zeros((70, 131))
     for row, column in itertools.product(range(2), range(3)):
         block = np.s_[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
-        by_pixel[block] = entropy_lost(probs, 8)[block].mean()
+        by_pixel[block] = entropy_lost(probs, RECIPE.levels)[block].mean()
     y, x, h, w = window
     assert cache.entropy_error("Train/a", window) == pytest.approx(by_pixel[y : y + h, x : x + w].mean(), abs=1e-6)
     with pytest.raises(ValueError, match="is not within tile Train/a of 70 × 131 px"):
@@ -188,9 +212,12 @@ def test_what_is_written_is_read_within_the_bound_whole_and_by_window(url, tmp_p
 
 def test_plain_zarr_reads_the_documented_rule(cache, tmp_path):
     group = zarr.open_group(tmp_path / "c.zarr", mode="r")
-    assert group.attrs["kdpipe"]["decoding"] == "p = value / 255; axes: class, row, column"
+    decoding = "p = value / 170; 255 is what the pixel's other values leave of 170; axes: class, row, column"
+    assert group.attrs["kdpipe"]["decoding"] == decoding
     array = group["tiles/Other/d"]
-    np.testing.assert_array_equal(array[:].astype(np.float32) / np.float32(255), cache.read("Other/d"))
+    value = array[:].astype(np.float32)
+    value = np.where(value == 255, 170 - np.where(value == 255, 0, value).sum(axis=0), value)
+    np.testing.assert_array_equal(value / np.float32(170), cache.read("Other/d"))
     assert array.shards == (3, 512, 512)
     assert [type(codec).__name__ for codec in array.compressors] == ["ZstdCodec", "Crc32cCodec"]
     assert sorted(p.name for p in (tmp_path / "c.zarr/tiles/Other/d").iterdir()) == ["0.0.0", "zarr.json"]

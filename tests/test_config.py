@@ -31,6 +31,10 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
         ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1, found 0"),
         ("distill.alpha=1.5", r"distill\.alpha: .* found 1\.5"),
         ("cache.bits=9", r"cache\.bits: .* found 9"),
+        (
+            "cache={path: c, kind: logits, bits: 6}",
+            r"cache: bits is 6, but logits are stored with 8 or 16: set one of these, or kind: soft",
+        ),
         ("class_map.Tree={Forest: 0.5}", r"class_map\.Tree must sum to 1, found 0\.5"),
         ("class_map.Tree={Woods: 1}", r"class_map\.Tree names \['Woods'\], not among classes\.names"),
         ("class_map.Tree={Forest: 1.5, Grassland: -0.5}", r"class_map\.Tree has a negative share"),

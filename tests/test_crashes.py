@@ -43,7 +43,7 @@ def make(make_config, tmp_path, monkeypatch):
     encode, made = layout.encode_tile, {}
 
     def encode_once(units, tile, image, recipe, lost):
-        key = (tile, units.tobytes(), image.sha256, recipe)
+        key = (tile, units.tobytes(), image.sha256, recipe.digest())
         if key not in made:
             made[key] = encode(units, tile, image, recipe, lost)
         return made[key]

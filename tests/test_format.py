@@ -11,7 +11,7 @@ import golden_cache
 import numpy as np
 import plain_reader
 import pytest
-from golden_cache import GOLDEN, GOLDEN_LOGITS, SIZES
+from golden_cache import BITS, GOLDEN, GOLDEN_LOGITS, GOLDEN_REST, SIZES
 
 from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
 from kdpipe.cache.integrity import check_full
@@ -22,7 +22,7 @@ from kdpipe.cache.simplex import error_bound
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer, whole_manifest
 
-BITS = [8, 16]
+SOFT = [*((GOLDEN, bits) for bits in BITS["first"]), *((GOLDEN_REST, bits) for bits in BITS["soft"])]
 
 PLAIN = """
 import sys
@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 import plain_reader
 
-golden, kind = Path(sys.argv[1]), sys.argv[2]
+golden, kind, all_bits = Path(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
 with np.load(golden / "expected.npz") as expected:
-    for bits in (8, 16):
+    for bits in all_bits:
         cache = plain_reader.Cache(golden / f"{bits}-bits.zarr")
         for number, tile in enumerate(cache.manifest["tiles"]):
             assert np.array_equal(cache.read(tile["id"]), expected[f"{bits}-{number}"]), tile
-            if kind == "soft":
+            if kind != "logits":
                 assert np.abs(cache.probabilities(tile["id"]).sum(axis=0) - 1).max() < 1e-12
             else:
                 assert (cache.logits(tile["id"]).max(axis=0) == 0).all()
@@ -44,10 +44,13 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("kdpipe", "z
 """
 
 
-@pytest.mark.parametrize(("golden", "kind"), [(GOLDEN, "soft"), (GOLDEN_LOGITS, "logits")])
+@pytest.mark.parametrize(("golden", "kind"), [(GOLDEN, "first"), (GOLDEN_LOGITS, "logits"), (GOLDEN_REST, "soft")])
 def test_a_reader_written_from_the_page_alone_reads_and_checks_the_golden_cache(golden, kind):
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(golden), kind], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", PLAIN, str(golden), kind, *map(str, BITS[kind])],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -63,14 +66,14 @@ def test_that_reader_notices_a_changed_byte(file, tmp_path):
         plain_reader.Cache(tmp_path / "c").read("Other/deep/c")
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_todays_reader_reads_the_golden_cache_and_finds_it_whole(bits):
-    path = GOLDEN / f"{bits}-bits.zarr"
+@pytest.mark.parametrize(("golden", "bits"), SOFT)
+def test_todays_reader_reads_the_golden_cache_and_finds_it_whole(golden, bits):
+    path = golden / f"{bits}-bits.zarr"
     cache = SoftTargetCache.open(str(path))
-    with np.load(GOLDEN / "expected.npz") as expected:
+    with np.load(golden / "expected.npz") as expected:
         for number, tile in enumerate(SIZES):
             units = cache.read_units(tile)
-            assert units.dtype == np.dtype(f"uint{bits}")
+            assert units.dtype == np.dtype("uint16" if bits == 16 else "uint8")
             np.testing.assert_array_equal(units, expected[f"{bits}-{number}"])
             probs = golden_cache.probs(bits, *SIZES[tile])
             assert np.abs(cache.read(tile) - probs).max() <= cache.manifest.error_bound
@@ -78,7 +81,7 @@ def test_todays_reader_reads_the_golden_cache_and_finds_it_whole(bits):
     assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]  # there are no images
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", BITS["logits"])
 def test_todays_reader_reads_the_golden_logits_and_finds_them_whole(bits):
     path = GOLDEN_LOGITS / f"{bits}-bits.zarr"
     cache = SoftTargetCache.open(str(path))
@@ -92,13 +95,35 @@ def test_todays_reader_reads_the_golden_logits_and_finds_them_whole(bits):
     assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]
 
 
+@pytest.mark.parametrize("bits", BITS["first"])
+def test_a_student_may_learn_from_a_cache_of_format_1(bits):
+    """What a configuration asks for today, such a cache says of itself as far as it can: its levels are its bits'."""
+    recipe = read_manifest(open_storage(str(GOLDEN / f"{bits}-bits.zarr"))).recipe
+    assert recipe.levels == 2**bits - 1 > golden_cache.recipe(bits).levels
+    assert differences(recipe, golden_cache.recipe(bits).model_dump()) == []
+
+
+def test_levels_that_are_not_those_of_the_bits_are_damage(tmp_path):
+    shutil.copytree(GOLDEN_REST / "8-bits.zarr", tmp_path / "c")
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    manifest["recipe"]["levels"] = 171
+    (tmp_path / "c/manifest.json").write_bytes(sign(manifest))
+    with pytest.raises(CorruptCache, match="8 bits of 3 classes have 170 levels, not 171"):
+        SoftTargetCache.open(str(tmp_path / "c"))
+
+
 def lines_of(content, but=()):
     return {key: value for key, value in content.items() if key not in but}
 
 
-@pytest.mark.parametrize(("folder", "kind"), [(GOLDEN, "soft"), (GOLDEN_LOGITS, "logits")])
-@pytest.mark.parametrize("bits", BITS)
-def test_todays_writer_writes_what_the_golden_cache_holds(bits, folder, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "kind", "bits"),
+    [
+        *((GOLDEN_REST, "soft", bits) for bits in BITS["soft"]),
+        *((GOLDEN_LOGITS, "logits", bits) for bits in BITS["logits"]),
+    ],
+)
+def test_todays_writer_writes_what_the_golden_cache_holds(folder, kind, bits, tmp_path):
     """Values and metadata are compared, not bytes: another release of zstd may compress otherwise, and is free to."""
     golden_cache.write(tmp_path / "c", bits, kind)
     golden = folder / f"{bits}-bits.zarr"
@@ -118,9 +143,7 @@ def test_todays_writer_writes_what_the_golden_cache_holds(bits, folder, kind, tm
             if kind == "soft":
                 lost = [np.array(receipt.pop("entropy_error")) for receipt in receipts]
                 np.testing.assert_allclose(lost[0], lost[1], atol=1, rtol=0)
-            seals = [receipt.pop("receipt_sha256", None) for receipt in receipts]
-            assert len(seals[1]) == 64
-            assert (seals[0] is None) == (kind == "soft")  # the golden soft targets are older than that
+            assert all(len(receipt.pop("receipt_sha256")) == 64 for receipt in receipts)
             assert lines_of(receipts[0], compressed) == lines_of(receipts[1], compressed)
         assert now == then, file
     assert sorted(p.relative_to(golden) for p in golden.rglob("*")) == sorted(
@@ -128,10 +151,13 @@ def test_todays_writer_writes_what_the_golden_cache_holds(bits, folder, kind, tm
     )
 
 
-def test_the_golden_cache_states_the_bound_of_the_page():
-    for bits, num_classes in ((8, 3), (16, 5)):
-        manifest = json.loads((GOLDEN / f"{bits}-bits.zarr/manifest.json").read_text())
-        assert manifest["error_bound"] == (1 - 1 / num_classes) / (2**bits - 1) + 1e-6 == error_bound(bits, num_classes)
+def test_the_golden_caches_state_the_bound_of_the_page():
+    for golden, bits, num_classes, levels in (
+        (GOLDEN, 8, 3, 255), (GOLDEN, 16, 5, 65535),
+        (GOLDEN_REST, 6, 4, 48), (GOLDEN_REST, 8, 3, 170), (GOLDEN_REST, 16, 5, 52428),
+    ):  # fmt: skip
+        manifest = json.loads((golden / f"{bits}-bits.zarr/manifest.json").read_text())
+        assert manifest["error_bound"] == (1 - 1 / num_classes) / levels + 1e-6 == error_bound(levels, num_classes)
 
 
 def sign(content):
@@ -169,10 +195,8 @@ def test_signing_again_what_did_not_change_gives_the_same_bytes(altered):
 
 
 def test_an_unknown_major_version_is_refused_before_anything_else_is_believed(altered, tmp_path):
-    path = altered(lambda m: m.update(format_version="3.0"))
-    message = (
-        r"manifest\.json has format version 3\.0, and this kdpipe reads 1\.x and 2\.x: install a kdpipe that reads it"
-    )
+    path = altered(lambda m: m.update(format_version="4.0"))
+    message = r"manifest\.json has format version 4\.0, and this kdpipe reads 1\.x and 2\.x and 3\.x: install a kdpipe that reads it"
     with pytest.raises(UnknownFormat, match=message):
         SoftTargetCache.open(path)
     (tmp_path / "c/manifest.json").write_text('{"format_version": "7.3", "all": "else", "may": "differ"}')
@@ -252,7 +276,7 @@ def test_a_version_of_recorded_views_that_holds_none_is_damage(altered):
 def test_nobody_writes_into_a_cache_of_another_version(altered):
     path = altered(lambda m: m.update(format_version="1.4"))
     storage = open_storage(path)
-    message = r"has format version 1\.4, which this kdpipe reads, but it writes 1\.0, 1\.1, 2\.0, 2\.1"
+    message = r"has format version 1\.4, which this kdpipe reads, but it writes 2\.0, 2\.1, 3\.0, 3\.1"
     with pytest.raises(UnknownFormat, match=rf"manifest\.json {message}"):
         whole_manifest(storage)
     root = Path(path, "zarr.json")

@@ -3,6 +3,7 @@
 import json
 import os
 
+import golden_cache
 import numpy as np
 import pytest
 import zarr
@@ -19,9 +20,10 @@ SIZES = [(1, 1), (64, 700), (256, 256), (257, 511), (600, 300)]
 def encoded(height, width, bits=8, num_classes=3):
     rng = np.random.default_rng([height, width, bits])
     probs = rng.dirichlet(np.ones(num_classes), size=(height, width)).transpose(2, 0, 1).astype(np.float32)
-    units = encode(probs, bits)
+    recipe = golden_cache.recipe(bits)
+    units = encode(probs, recipe.levels)
     image = ImageDigest(size_bytes=1, sha256="0" * 64)
-    return *layout.encode_tile(units, "T/a", image, "0" * 64, entropy_error(probs, units, bits))[:2], units
+    return *layout.encode_tile(units, "T/a", image, recipe, entropy_error(probs, units, recipe.levels))[:2], units
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def write(path: str, images: dict[str, Path]) -> None:
     """The finished cache of these images, all of one content, without a sync and without the teacher."""
     import numpy as np
 
-    from kdpipe.cache import layout, simplex
+    from kdpipe.cache import layout, values
     from kdpipe.cache.sources import digest_image
     from kdpipe.cache.storage import open_storage
     from kdpipe.cache.writer import open_writer
@@ -76,10 +76,10 @@ def write(path: str, images: dict[str, Path]) -> None:
     probs_CHW = np.full((2, SIDE, SIDE), 0.5, dtype=np.float32)
     fsync, encode = os.fsync, layout.encode_tile
     digest = digest_image(next(iter(images.values())))
-    shard, template, one = encode(simplex.encode(probs_CHW, 8), "ID", digest, recipe.digest(), np.zeros((1, 1)))
+    shard, template, one = encode(values.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
     seal = json.loads(template)["attributes"]["kdpipe"][layout.SEAL].encode()
 
-    def copy(units, tile_id, image, recipe_digest, lost):
+    def copy(units, tile_id, image, recipe, lost):
         blank = template.replace(seal, b"").replace(b'"ID"', json.dumps(tile_id).encode())
         sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % layout.sha256(blank).encode())
         return shard, sealed, replace(one, id=tile_id, metadata_sha256=layout.sha256(sealed))

@@ -1,0 +1,390 @@
+"""
+How few bytes hold a real teacher's soft targets, at which error, and how fast a crop of them is read: all ways side by side.
+
+    python tests/benchmarks/size.py [CONFIG] [--tiles 12] [--temperature 1 2] [--json FILE] [--plot FILE] [--set KEY=VALUE …]
+
+Asks the configuration's teacher about tiles spread over its training set, encodes its answers in every way of `WAYS`, and prints
+bytes a pixel, errors and times; then writes the same answers once as kdpipe does and once as zarr-python does by default
+(float16, one chunk a tile) into a temporary folder, and reads the same random crops from both in turns.
+
+Shapes: C classes, H W a tile's pixels, h w a chunk's.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from numcodecs.abc import Codec
+from numcodecs.blosc import Blosc
+from numcodecs.gzip import GZip
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from kdpipe.cache import SoftTargetCache, rest, simplex
+from kdpipe.cache.layout import CHUNK_PX, ZSTD_LEVEL
+from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.storage import open_storage
+from kdpipe.cache.writer import open_writer
+from kdpipe.configs import load_config
+from kdpipe.data.rasters import read_image
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.models.teacher import open_teacher, resolve_device, soft_targets
+from kdpipe.pipeline.recipe import complete_recipe
+
+CROP_PX = 512
+READS = 100
+LEAST_RUN = 6  # px: what a match in Zstandard costs, about three bytes, pays off from here
+Tiles = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    One way to store: bits that promise the bound, levels (the fewest for it if None), and what happens before the codec.
+
+    `held` takes over the integers of the row above where the bound permits; `differences` are along x and y, modulo 256.
+    """
+
+    bits: int
+    codec: Codec
+    levels: int | None = None
+    leaves_out: bool = True
+    held: bool = False
+    differences: bool = False
+    chunk_px: int = CHUNK_PX
+    axes: tuple[int, int, int] = (0, 1, 2)
+
+
+DEFAULT, TINY = "8 bits: cache.bits 8", "6 bits: cache.bits 6"
+LEVEL = ZSTD_LEVEL["soft"]
+WAYS = {
+    "8 bits, 255 levels, all classes, zstd 3 (format 1)": Way(8, Zstd(3), levels=255, leaves_out=False),
+    "8 bits, 255 levels, zstd 3": Way(8, Zstd(3), levels=255),
+    "8 bits, all classes, zstd 3": Way(8, Zstd(3), leaves_out=False),
+    "8 bits, zstd 3": Way(8, Zstd(3)),
+    DEFAULT: Way(8, Zstd(LEVEL)),
+    "8 bits, zstd 9": Way(8, Zstd(9)),
+    "8 bits, zstd 16": Way(8, Zstd(16)),
+    "8 bits, gzip 6": Way(8, GZip(6)),
+    "8 bits, blosc zstd 5": Way(8, Blosc("zstd", 5, Blosc.NOSHUFFLE)),
+    "8 bits, blosc zstd 5, bitshuffle": Way(8, Blosc("zstd", 5, Blosc.BITSHUFFLE)),
+    "8 bits, chunks of 128 px": Way(8, Zstd(LEVEL), chunk_px=128),
+    "8 bits, chunks of 512 px": Way(8, Zstd(LEVEL), chunk_px=512),
+    "8 bits, classes of a pixel together": Way(8, Zstd(LEVEL), axes=(1, 2, 0)),
+    "8 bits, held": Way(8, Zstd(LEVEL), held=True),
+    "8 bits, 254 levels, held": Way(8, Zstd(LEVEL), levels=254, held=True),
+    "8 bits, differences": Way(8, Zstd(LEVEL), differences=True),
+    "8 bits, held, differences": Way(8, Zstd(LEVEL), held=True, differences=True),
+    "7 bits": Way(7, Zstd(LEVEL)),
+    TINY: Way(6, Zstd(LEVEL)),
+    "6 bits, 63 levels, all classes, zstd 3": Way(6, Zstd(3), levels=63, leaves_out=False),
+    "6 bits, held": Way(6, Zstd(LEVEL), held=True),
+    "6 bits, differences": Way(6, Zstd(LEVEL), differences=True),
+    "5 bits": Way(5, Zstd(LEVEL)),
+    "4 bits: cache.bits 4": Way(4, Zstd(LEVEL)),
+    "4 bits, held": Way(4, Zstd(LEVEL), held=True),
+}
+
+
+@dataclass
+class Outcome:
+    """Bytes and milliseconds a square of `CROP_PX`, and errors of probabilities; gradient's as a share of a fresh student's."""
+
+    bytes_per_pixel: float
+    bound: float
+    max_error: float
+    mean_error: float
+    largest_class_bias: float
+    gradient_error: float
+    encode_ms: float  # of processor time
+    decode_ms: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="demo")
+    parser.add_argument("--tiles", type=int, default=12)
+    parser.add_argument("--temperature", type=float, nargs="+", help="the configuration's, if not given")
+    parser.add_argument("--json")
+    parser.add_argument("--plot")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    found, reads = {}, {}
+    logits = list(teacher_logits(config, options.tiles))
+    class_map = torch.from_numpy(config.class_map_matrix())
+    for temperature in options.temperature or [config.distill.temperature]:
+        tiles = [soft_targets(logits_CHW[None], class_map, temperature)[0].numpy() for logits_CHW in logits]
+        found[temperature] = {name: measure(tiles, way) for name, way in WAYS.items()}
+        reads[temperature] = {bits: compare_reads(config, tiles, bits) for bits in (8, 6)}
+        show(f"{options.config}, {len(tiles)} tiles, T {temperature:g}", found[temperature], reads[temperature])
+    if options.json:
+        content = {
+            f"{temperature:g}": {
+                "ways": {name: vars(outcome) for name, outcome in found[temperature].items()},
+                "reads": reads[temperature],
+            }
+            for temperature in found
+        }
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        draw(found, Path(options.plot))
+
+
+def teacher_logits(config, count: int) -> Iterator[torch.Tensor]:
+    """The teacher's answers, float32 `(C_t, H, W)`, on tiles spread evenly over the training set."""
+    tiles = list_tiles(config.data, "train")
+    stretch = resolve_stretch(config.data, tiles)
+    teacher = open_teacher(config, complete_recipe(config, stretch, None), resolve_device(None))
+    for tile in tiles[:: max(1, len(tiles) // count)][:count]:
+        image_HWC = read_image(tile.image, config.data.bands, stretch)
+        yield teacher.logits(image_HWC[None])[0].float().cpu()
+
+
+def measure(tiles: Tiles, way: Way) -> Outcome:
+    """What a way costs and loses over all pixels of all tiles."""
+    num_classes, pixels = tiles[0].shape[0], sum(tile[0].size for tile in tiles)
+    levels = way.levels or simplex.levels_of(way.bits, num_classes)
+    # Held integers may be off by whatever the bits promise, others by what largest-remainder rounding gives.
+    tolerance = 1 / simplex.total(way.bits)
+    size, encoding, decoding = 0, 0.0, 0.0
+    largest, total, squares, gradient, signed = 0.0, 0.0, 0.0, 0.0, np.zeros(num_classes)
+    for probs_CHW in tiles:
+        start = time.thread_time()
+        units_CHW = simplex.encode(probs_CHW, levels)
+        if way.held:
+            units_CHW = hold(probs_CHW, units_CHW, levels, tolerance, way.chunk_px)
+        chunks = [encoded(units_Chw.copy(), way) for units_Chw in split(units_CHW, way.chunk_px)]
+        encoding += time.thread_time() - start
+        size += sum(len(frame) + 4 for frame, _ in chunks)
+        start = time.thread_time()
+        decoded = [simplex.decode(decode(*chunk, way, levels), levels) for chunk in chunks]
+        decoding += time.thread_time() - start
+        for exact_Chw, found_Chw in zip(split(probs_CHW, way.chunk_px), decoded, strict=True):
+            errors = found_Chw.astype(np.float64) - exact_Chw
+            largest = max(largest, np.abs(errors).max())
+            total += np.abs(errors).sum()
+            squares += (errors**2).sum()
+            gradient += ((exact_Chw - 1 / num_classes) ** 2).sum()
+            signed += errors.sum(axis=(1, 2))
+    squares_of_crops = pixels / CROP_PX**2
+    return Outcome(
+        bytes_per_pixel=size / pixels,
+        bound=tolerance if way.held else simplex.error_bound(levels, num_classes),
+        max_error=float(largest),
+        mean_error=total / pixels / num_classes,
+        largest_class_bias=float(np.abs(signed).max() / pixels),
+        gradient_error=float(np.sqrt(squares / gradient)),
+        encode_ms=1e3 * encoding / squares_of_crops,
+        decode_ms=1e3 * decoding / squares_of_crops,
+    )
+
+
+def split(tile_CHW: NDArray, chunk_px: int) -> list[NDArray]:
+    """The chunks of a tile; those at its borders are smaller here, as padding costs next to nothing."""
+    _, height, width = tile_CHW.shape
+    return [
+        tile_CHW[:, top : top + chunk_px, left : left + chunk_px]
+        for top in range(0, height, chunk_px)
+        for left in range(0, width, chunk_px)
+    ]
+
+
+def encoded(units_Chw: NDArray[np.uint8], way: Way) -> tuple[bytes, tuple[int, ...]]:
+    """A chunk's bytes, and its shape."""
+    if way.leaves_out:
+        rest.leave_out(units_Chw, way.chunk_px)
+    if way.differences:
+        units_Chw[:, :, 1:] -= units_Chw[:, :, :-1].copy()
+        units_Chw[:, 1:] -= units_Chw[:, :-1].copy()
+    return bytes(way.codec.encode(np.ascontiguousarray(units_Chw.transpose(way.axes)))), units_Chw.shape
+
+
+def decode(frame: bytes, shape: tuple[int, ...], way: Way, levels: int) -> NDArray[np.uint8]:
+    """The integers of a chunk, all classes, as a reader restores and checks them."""
+    units = np.frombuffer(way.codec.decode(frame), np.uint8).reshape([shape[axis] for axis in way.axes])
+    units_Chw = np.ascontiguousarray(units.transpose(np.argsort(way.axes)))
+    if way.differences:
+        units_Chw = units_Chw.cumsum(axis=1, dtype=np.uint8).cumsum(axis=2, dtype=np.uint8)
+    if not way.leaves_out:
+        assert simplex.is_simplex(units_Chw, levels)
+        return units_Chw
+    units_Chw = units_Chw if units_Chw.flags.writeable else units_Chw.copy()
+    rest.fill_in(units_Chw, levels, way.chunk_px)
+    return units_Chw
+
+
+def hold(probs_CHW: NDArray, units_CHW: NDArray, levels: int, tolerance: float, chunk_px: int) -> NDArray[np.uint8]:
+    """
+    Near-lossless rounding: each class takes over the row above where that is within the tolerance for `LEAST_RUN` px and more.
+
+    The class that is left out takes what the others leave, and where that would be off by more, one of the others goes back to
+    its own rounding, the one that helps most first.
+    """
+    changes_C = np.count_nonzero(units_CHW[:, :, 1:] != units_CHW[:, :, :-1], axis=(1, 2))
+    last = int(changes_C.argmax())
+    room = np.float32((tolerance - simplex.FLOAT32_SLACK) * levels)
+    scaled_CHW = probs_CHW * np.float32(levels)
+    lowest_CHW = np.maximum(np.ceil(scaled_CHW - room), 0).astype(np.int16)
+    highest_CHW = np.floor(scaled_CHW + room).astype(np.int16)
+    own_KHW = np.delete(units_CHW, last, axis=0).astype(np.int16)
+    lowest_KHW, highest_KHW = (np.delete(bound_CHW, last, axis=0) for bound_CHW in (lowest_CHW, highest_CHW))
+    least_HW, most_HW = levels - highest_CHW[last], levels - lowest_CHW[last]
+    for row in range(1, own_KHW.shape[1]):
+        if row % chunk_px == 0:
+            continue
+        above_KW, own_KW = own_KHW[:, row - 1], own_KHW[:, row]
+        taken_KW = runs((above_KW >= lowest_KHW[:, row]) & (above_KW <= highest_KHW[:, row]))
+        for _ in range(len(own_KW)):
+            sums_W = np.where(taken_KW, above_KW, own_KW).sum(axis=0)
+            excess_W = (sums_W > most_HW[row]).astype(np.int16) - (sums_W < least_HW[row])
+            wrong = np.flatnonzero(excess_W)
+            if not len(wrong):
+                break
+            help_KW = np.where(taken_KW, above_KW - own_KW, 0) * excess_W
+            taken_KW[help_KW.argmax(axis=0)[wrong], wrong] = False
+        own_KHW[:, row] = np.where(taken_KW, above_KW, own_KW)
+    return np.insert(own_KHW, last, levels - own_KHW.sum(axis=0), axis=0).astype(np.uint8)
+
+
+def runs(true_KW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Those that stand in `LEAST_RUN` or more in a row."""
+    starts_KW = true_KW.copy()
+    for shift in range(1, LEAST_RUN):
+        starts_KW[:, :-shift] &= true_KW[:, shift:]
+        starts_KW[:, -shift:] = False
+    kept_KW = starts_KW.copy()
+    for shift in range(1, LEAST_RUN):
+        kept_KW[:, shift:] |= starts_KW[:, :-shift]
+    return kept_KW
+
+
+def compare_reads(config, tiles: Tiles, bits: int) -> dict[str, float]:
+    """Milliseconds of the same random crops as float32, and bytes a pixel on disk: kdpipe's cache, and zarr's defaults."""
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"kind": "soft", "bits": bits})})
+    recipe = complete_recipe(config, None, None)
+    names, pixels = [f"Tiles/{i:03d}" for i in range(len(tiles))], sum(tile[0].size for tile in tiles)
+    with tempfile.TemporaryDirectory() as folder:
+        with open_writer(open_storage(f"{folder}/kdpipe.zarr"), recipe, device="cpu", libraries={}) as writer:
+            image = ImageDigest(size_bytes=0, sha256="0" * 64)
+            writer.finish([writer.write(name, tile, image) for name, tile in zip(names, tiles, strict=True)])
+        for name, tile in zip(names, tiles, strict=True):
+            plain = zarr.create_array(
+                f"{folder}/zarr.zarr/{name}", shape=tile.shape, chunks=tile.shape, dtype="float16"
+            )
+            plain[:] = tile
+        cache = SoftTargetCache.open(f"{folder}/kdpipe.zarr")
+        arrays = {name: zarr.open_array(f"{folder}/zarr.zarr/{name}", mode="r") for name in names}
+        for name in names:  # the first touch, which compares a tile's digest and opens it, is once a process
+            cache.read(name), arrays[name][:]
+        rng = np.random.default_rng(0)
+        seconds: dict[str, list[float]] = {"kdpipe": [], "zarr": []}
+        processor: dict[str, list[float]] = {"kdpipe": [], "zarr": []}
+        for _ in range(READS):
+            name = names[rng.integers(len(names))]
+            sides = [min(CROP_PX, side) for side in cache.size(name)]
+            top, left = (
+                int(rng.integers(whole - side + 1)) for whole, side in zip(cache.size(name), sides, strict=True)
+            )
+            times = [(time.perf_counter(), time.process_time())]
+            cache.read(name, (top, left, *sides))
+            times.append((time.perf_counter(), time.process_time()))
+            arrays[name][:, top : top + sides[0], left : left + sides[1]].astype(np.float32)
+            times.append((time.perf_counter(), time.process_time()))
+            for reader, before, after in zip(seconds, times[:-1], times[1:], strict=True):
+                seconds[reader].append(after[0] - before[0])
+                processor[reader].append(after[1] - before[1])
+        sizes = {
+            reader: sum(file.stat().st_size for file in Path(folder, f"{reader}.zarr").rglob("*") if file.is_file())
+            for reader in seconds
+        }
+    found: dict[str, float] = {}
+    for reader in seconds:
+        found |= {
+            f"{reader}_median_ms": 1e3 * statistics.median(seconds[reader]),
+            f"{reader}_processor_ms": 1e3 * statistics.mean(processor[reader]),
+            f"{reader}_bytes_per_pixel": sizes[reader] / pixels,
+        }
+    return found
+
+
+def show(title: str, outcomes: dict[str, Outcome], reads: dict[int, dict[str, float]]) -> None:
+    console = Console()
+    table = Table(title=f"{title}: bytes a pixel, |Δp| in 255ths, ms a {CROP_PX} px square", title_justify="left")
+    table.add_column("way")
+    for column in ("B/px", "max", "mean", "bias", "grad %", "enc", "dec"):
+        table.add_column(column, justify="right")
+    for name, found in outcomes.items():
+        table.add_row(
+            name, f"{found.bytes_per_pixel:.3f}", f"{255 * found.max_error:.2f}", f"{255 * found.mean_error:.2f}",
+            f"{255 * found.largest_class_bias:.2f}", f"{100 * found.gradient_error:.2f}", f"{found.encode_ms:.0f}",
+            f"{found.decode_ms:.1f}", style="bold" if name in (DEFAULT, TINY) else "",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title=f"Random crops of up to {CROP_PX} px, on disk, whole files", title_justify="left")
+    table.add_column("")
+    for column in ("kdpipe", "zarr's defaults", "ratio"):
+        table.add_column(column, justify="right")
+    for bits, found_reads in reads.items():
+        for label, key in (
+            ("median ms", "median_ms"), ("mean ms of processor time", "processor_ms"), ("bytes a pixel", "bytes_per_pixel"),
+        ):  # fmt: skip
+            ours, theirs = (found_reads[f"{reader}_{key}"] for reader in ("kdpipe", "zarr"))
+            table.add_row(f"{bits} bits: {label}", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f} ×")
+    console.print(table)
+
+
+def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
+    """Bytes a pixel against the largest error, one panel a temperature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5), squeeze=False, layout="constrained")
+    for panel, (temperature, outcomes) in zip(panels[0], found.items(), strict=True):
+        for name, outcome in outcomes.items():
+            way = WAYS[name]
+            colour = "tab:red" if name in (DEFAULT, TINY) else "tab:orange" if way.held else "tab:blue"
+            panel.scatter(
+                255 * outcome.max_error, outcome.bytes_per_pixel, s=30, color=colour,
+                marker="v" if way.differences else "o", zorder=4 if name in (DEFAULT, TINY) else 3,
+            )  # fmt: skip
+        for bits, limit in ((8, 1.0), (6, 0.5)):
+            panel.plot(255 / simplex.total(bits), limit, "k_", markersize=18)
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="largest |Δp| in 255ths",
+            ylabel="bytes a pixel",
+            title=f"T {temperature:g}",
+        )
+        panel.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        panel.set_yticks([0.25, 0.5, 1, 2], ["0.25", "0.5", "1", "2"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    handles = [
+        pyplot.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
+        for colour, marker, label in (
+            ("tab:red", "o", "cache.bits 8 and 6"), ("tab:blue", "o", "other codecs, levels, chunks"),
+            ("tab:orange", "o", "held by the row above"), ("tab:blue", "v", "differences (no plain values)"),
+            ("black", "_", "promised"),
+        )
+    ]  # fmt: skip
+    panels[0][-1].legend(handles=handles, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
