@@ -81,6 +81,16 @@ def rows(found: dict[str, dict]) -> list[tuple[str, str, str]]:
                 "<= 3 s",
             )
         )
+    if "size" in found:
+        for temperature, content in found["size"].items():
+            for bits, limit in ((8, 1.0), (6, 0.5)):
+                reached = content["ways"][f"{bits} bits: cache.bits {bits}"]["bytes_per_pixel"]
+                table.append(
+                    (f"bytes a pixel, |Δp| <= 1/{2**bits - 1}, T {temperature}", f"{reached:.2f}", f"<= {limit:g}")
+                )
+            reads = content["reads"]["8"]
+            faster = reads["zarr_median_ms"] / reads["kdpipe_median_ms"]
+            table.append(("random 512 px crop against zarr-python's defaults", f"{faster:.1f} x faster", ">= 4 x"))
     if "memory" in found:
         memory = found["memory"]
         tiles = list(memory["tiles_mb"].values())
