@@ -16,6 +16,7 @@ from kdpipe.cache.writer import CacheWriter
 from kdpipe.configs.errors import DiskFull
 from kdpipe.data.rasters import read_image
 from kdpipe.pipeline import precompute as stage
+from kdpipe.pipeline import subjects
 from kdpipe.pipeline.precompute import precompute
 
 CPU = torch.device("cpu")
@@ -178,7 +179,7 @@ def test_an_exception_in_any_thread_ends_the_run_and_the_next_one_goes_on(scene,
     disk = shutil.copytree(before, tmp_path / "disk")
     at = 0 if (before / "c.zarr").exists() else 1
     broken = {
-        "reader": (stage, "read_image", read_image),
+        "reader": (subjects, "read_image", read_image),
         "teacher": (Teacher, "cached_values", Teacher.cached_values),
         "writer": (layout, "encode_tile", layout.encode_tile),
     }[where]
@@ -226,7 +227,7 @@ def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(make, tmp_path
         if moment == "listing":
             image.rename(away)
         else:
-            patch.setattr(stage, name, vanishing(getattr(stage, name), when))
+            patch.setattr(subjects, name, vanishing(getattr(subjects, name), when))
         summary = precompute(make(tmp_path / "c.zarr"), CPU)
     assert list(summary.failed) == ["Mine/t1"]
     assert "t1.png" in summary.failed["Mine/t1"]
@@ -246,7 +247,7 @@ def test_an_image_that_is_rewritten_while_it_is_read_is_not_cached_under_the_new
         return pixels
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "read_image", rewriting)
+        patch.setattr(subjects, "read_image", rewriting)
         summary = precompute(make(tmp_path / "c.zarr"), CPU)
     assert list(summary.failed) == ["Mine/t1"]
     assert "t1.png changed while it was read" in summary.failed["Mine/t1"]

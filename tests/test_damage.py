@@ -18,6 +18,7 @@ from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
+from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import precompute as stage
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.targets import open_fresh_cache
@@ -445,12 +446,11 @@ def test_an_edited_manifest_is_not_trained_from(cached):
     make, _ = cached
     folder = Path(make().cache.path)
     resigned(folder, lambda m: m.update(error_bound=0.5))
-    plan = stage.make_plan(make(), CPU)
     with pytest.raises(
         CorruptCache,
         match=r"manifest.json was changed and signed again: error_bound is 0\.5, and .*; restore it, or delete it",
     ):
-        open_fresh_cache(make(), plan.tiles, plan.stretch)
+        open_fresh_cache(make(), list_tiles(make().data, "train"), None)
 
 
 def test_a_manifest_of_another_cache_is_found_and_costs_no_tile(cached, tmp_path):

@@ -17,7 +17,7 @@ from torch._utils import ExceptionWrapper
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import CorruptCache, DataError, KdpipeError, OutOfMemory
 from kdpipe.pipeline import precompute as stage_one
-from kdpipe.pipeline import training, verify
+from kdpipe.pipeline import subjects, training, verify
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.loaders import _worker_options
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice, training_advice, validation_advice
@@ -175,7 +175,7 @@ def test_precompute_says_the_tiles_and_the_teachers_keys(make_config, exhausted_
 
 
 def test_precompute_explains_memory_that_a_reader_lacks(make_config, monkeypatch):
-    monkeypatch.setattr(stage_one, "read_image", lambda *args: np.empty((10**6, 10**6, 10**6)))
+    monkeypatch.setattr(subjects, "read_image", lambda *args: np.empty((10**6, 10**6, 10**6)))
     with pytest.raises(OutOfMemory, match=r"while precomputing .* teacher\.window: 512"):
         precompute(make_config(), CPU)
 
