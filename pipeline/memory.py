@@ -51,7 +51,9 @@ def fits_in_memory(stage: str, advice: Sequence[str], *, workers: int | None = N
     try:
         yield
     except KdpipeError as err:
-        raise _as_raised(err) from err
+        if (as_raised := _as_raised(err)) is err:
+            raise  # not from itself: who follows the causes, as dask does, would never come to an end
+        raise as_raised from err
     except Exception as err:
         if is_out_of_memory(err):
             raise OutOfMemory(f"out of memory {stage}{_figures(str(err))}. To fit: {'; '.join(advice)}") from err
@@ -80,12 +82,13 @@ def training_advice(config: Config, precision: Precision) -> list[str]:
     advice = []
     if train.batch_size != "auto" and train.batch_size > 1:
         # A size that was found by auto did fit: on this device as it is now, a smaller one must be named.
-        smaller = max(size for size in range(1, train.batch_size) if train.samples_per_step % size == 0)
+        samples = train.batch_size * train.accumulate
+        smaller = max(size for size in range(1, train.batch_size) if samples % size == 0)
         advice.append(
             f"train.batch_size: auto with train.effective_batch_size: {train.samples_per_step} (now {train.batch_size}; the "
             "largest batch that fits, accumulated)"
-            if train.effective_batch_size is None
-            else f"train.batch_size: {smaller} with train.accumulate: {train.samples_per_step // smaller} (now "
+            if train.effective_batch_size is None and train.devices == 1
+            else f"train.batch_size: {smaller} with train.accumulate: {samples // smaller} (now "
             f"{train.batch_size} and {train.accumulate})"
         )
     if train.crop >= 64:
