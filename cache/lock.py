@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from kdpipe.cache.fence import shut_out_workers
 from kdpipe.cache.remote import RemoteStorage
 from kdpipe.cache.storage import FULL, LocalStorage, Storage
 from kdpipe.configs.errors import CacheLocked, CacheUnreachable, DiskFull
@@ -28,13 +29,15 @@ def writer_lock(storage: Storage) -> Iterator[None]:
     Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object beside
     it names the writer, created only if there is none. It outlives a killed writer; the next one on the same host takes
     it over. Two that take over the same dead lock within the same moment may both believe to hold it.
+    What a killed holder's workers still compute is not stored any more (see `fence`).
     """
     if isinstance(storage, LocalStorage):
-        with _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url):
-            yield
+        lock = _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url)
     else:
-        with _object_lock(storage.url):
-            yield
+        lock = _object_lock(storage.url)
+    with lock:
+        shut_out_workers(storage)
+        yield
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -129,7 +130,7 @@ class LocalStorage:
         """
         path = self._path(name)
         # All in one folder, so that one listing finds what a killed run left, however many tiles there are.
-        partial = self.folder / f".{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}"
+        partial = self.folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"  # processes of several machines have one number
         try:
             self._make_way(path)
             _make_folders(path.parent)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,12 @@ def finished_tiles(
                 continue
         finished[tile_id] = record
     return finished
+
+
+def finished_tile(storage: Storage, tile_id: str, image: Source, recipe_digest: str) -> TileRecord | None:
+    """The record of one tile if it is finished, as in `finished_tiles`, without a look at any other."""
+    record = read_receipt(storage, tile_id, recipe_digest)
+    return record if record is not None and _is_finished(storage.info, record, image) else None
 
 
 def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Source) -> bool:
@@ -147,6 +154,25 @@ def open_writer(
         yield CacheWriter(storage, recipe, device=device, libraries=libraries)
 
 
+def store_tile(
+    storage: Storage,
+    tile_id: str,
+    encoded: tuple[NDArray[Any], NDArray[np.float64] | None],
+    image: ImageDigest,
+    recipe: CacheRecipe,
+) -> TileRecord:
+    """
+    Put one tile in an empty place, `encoded` as `values.encode` gives it, and return its record: first the shard, then the receipt.
+
+    Once this returns, the tile survives a power cut.
+    """
+    shard, metadata, record = layout.encode_tile(encoded[0], tile_id, image, recipe, encoded[1])
+    path = layout.tile_path(tile_id)
+    storage.write(f"{path}/{layout.SHARD_NAME}", shard)
+    storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
+    return record
+
+
 class CacheWriter:
     """Writes tiles; get one from `open_writer`."""
 
@@ -172,16 +198,32 @@ class CacheWriter:
         `values_CHW` is float32 `(C, H, W)`: logits, or soft targets, which sum to one over axis 0, by the recipe's kind. `image`
         is the content it was computed from.
         """
-        units_CHW, entropy_error = encode(values_CHW, self.recipe)
-        shard, metadata, record = layout.encode_tile(units_CHW, tile_id, image, self.recipe, entropy_error)
+        encoded = encode(values_CHW, self.recipe)
+        if self.storage.children(layout.tile_path(tile_id)):
+            self._clear(tile_id)
+        return store_tile(self.storage, tile_id, encoded, image, self.recipe)
+
+    def prepare(self, missing: Collection[str], tile_ids: list[str]) -> None:
+        """
+        Make the place ready for workers that store the `missing` ones of `tile_ids` with `store_tile` alone.
+
+        They only ever add: two that compute the same tile, as when one was thought dead, put the same bytes in its place, and
+        neither takes anything away from the other.
+        """
+        self._write_groups(tile_ids)
+        by_folder: dict[str, set[str]] = {}
+        for tile_id in missing:
+            folder, _, name = layout.tile_path(tile_id).rpartition("/")
+            by_folder.setdefault(folder, set()).add(name)
+        for folder, names in by_folder.items():
+            for name in names.intersection(self.storage.children(folder)):
+                self._clear(f"{folder}/{name}".removeprefix(f"{layout.TILES}/"))
+
+    def _clear(self, tile_id: str) -> None:
+        """The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well."""
         path = layout.tile_path(tile_id)
-        # The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well.
-        if self.storage.children(path):
-            self.storage.remove(f"{path}/{layout.METADATA_NAME}")
-            self.storage.remove(path)
-        self.storage.write(f"{path}/{layout.SHARD_NAME}", shard)
-        self.storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
-        return record
+        self.storage.remove(f"{path}/{layout.METADATA_NAME}")
+        self.storage.remove(path)
 
     def finish(self, records: list[TileRecord]) -> Manifest:
         """Declare the cache complete with these tiles, in this order: everything else first, the manifest last."""

@@ -8,12 +8,14 @@ Every error that a user can cause or meet. The command line prints them as one p
     ├── TrainingDiverged            1   a loss that is no longer a number
     ├── OutOfMemory                 1   the device, the machine or its shared memory cannot hold what a stage needs
     ├── Interrupted               130   the user pressed Ctrl-C, and the work stopped at a safe point
+    ├── ClusterUnreachable          3   the dask scheduler does not answer, or has no workers
     └── CacheError                  3   a cache that must not be used as it is
         ├── IncompleteCache             not there, or not finished
         ├── StaleCache                  made from another teacher, class map, temperature, image, …
         ├── UnknownFormat               of a version of the format that this program does not read, or not write
         ├── CorruptCache                its bytes are not the ones that were written
         ├── CacheLocked                 another process is writing it
+        ├── ShutOut                     the run that a worker computes for writes it no longer
         ├── CacheUnreachable            the server it lies on does not answer, or refuses
         └── DiskFull                    the disk cannot hold what is to be written
 """
@@ -57,6 +59,12 @@ class Interrupted(KdpipeError):
     exit_code = 130
 
 
+class ClusterUnreachable(KdpipeError):
+    """The dask scheduler did not answer in time, or no worker came; the message says how long was waited."""
+
+    exit_code = 3
+
+
 class CacheError(KdpipeError):
     """A cache that must not be used as it is."""
 
@@ -81,6 +89,10 @@ class CorruptCache(CacheError):
 
 class CacheLocked(CacheError):
     """Another process is writing this cache; the message says which."""
+
+
+class ShutOut(CacheError):
+    """A worker's run has ended or was taken over by another, so that the worker must not store anything."""
 
 
 class CacheUnreachable(CacheError):

@@ -26,6 +26,7 @@ from kdpipe.pipeline.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.cache_statistics import CacheStatistics
+    from kdpipe.pipeline.cluster import Cluster
     from kdpipe.pipeline.console import ConsoleProgress
 
 
@@ -39,9 +40,13 @@ def cli() -> None:
 @with_config
 @click.option("--dry-run", is_flag=True, help="Say what it will cost in bytes and time, and whether the disk holds it.")
 @click.option("--repair", is_flag=True, help="Read every byte first, and compute damaged tiles again.")
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Compute in N processes of this machine, one a GPU."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Compute on the workers of a dask cluster: tcp://host:8786.")
 def precompute_teacher(
     source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
-    dry_run: bool, repair: bool,
+    dry_run: bool, repair: bool, workers: int | None, scheduler: str | None,
 ) -> None:  # fmt: skip
     """
     Stage one: store the teacher's soft targets of every training tile.
@@ -49,12 +54,16 @@ def precompute_teacher(
     Goes on where an earlier run stopped. Exit codes: 0 done, 1 some tiles failed (named), 2 usage or config, 3 refused
     (stale cache, locked, no disk).
     """
+    import torch
+
     from kdpipe.pipeline import reports
     from kdpipe.pipeline.estimate import estimate
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.precompute import failure_report, precompute
     from kdpipe.pipeline.progress import stop_on_signal
 
+    if sum(map(bool, (dry_run, workers, scheduler))) > 1:
+        raise click.UsageError("--dry-run, --workers and --scheduler exclude each other")
     console, progress = open_console()
     config = load(source, overrides)
     if dry_run:
@@ -63,7 +72,11 @@ def precompute_teacher(
         write_json(json_path, forecast.as_dict())
         sys.exit(0 if forecast.fits else EXIT_REFUSED)
     with stop_on_signal() as stop:
-        summary = precompute(config, resolve_device(device), progress, stop, repair=repair)
+        if workers or scheduler:
+            with _cluster(progress, device, scheduler, workers) as cluster:
+                summary = precompute(config, torch.device("cpu"), progress, stop, repair=repair, workers=cluster)
+        else:
+            summary = precompute(config, resolve_device(device), progress, stop, repair=repair)
     write_json(json_path, summary.as_dict())
     console.print(reports.precompute_text(summary), highlight=False, soft_wrap=True)
     if summary.failed:
@@ -109,26 +122,43 @@ def verify_cache(
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Start anew where a run of this name exists.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train on N GPUs, or in N processes on the CPU (train.devices).",
+)
 def train_student(
     source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
-    kd: Any, resume: bool, overwrite: bool,
+    kd: Any, resume: bool, overwrite: bool, devices: int | None,
 ) -> None:  # fmt: skip
     """
     Stage two: train the student from the cache.
 
     Exit codes: 0 done, 1 the loss diverged, 2 usage or config, 3 refused (incomplete, stale or damaged cache).
     """
+    from kdpipe.configs.errors import Interrupted, TrainingDiverged
     from kdpipe.pipeline import reports
+    from kdpipe.pipeline.fabric import is_further_process
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.progress import stop_on_signal
     from kdpipe.pipeline.training import train, with_mode
 
     console, progress = open_console()
+    if devices is not None:
+        overrides = (*overrides, f"train.devices={devices}")
     config = with_mode(load(source, overrides), kd)
-    with stop_on_signal() as stop:
-        summary = train(
-            config, resolve_device(device), resume=resume, overwrite=overwrite, progress=progress, stop=stop
-        )
+    try:
+        with stop_on_signal() as stop:
+            summary = train(
+                config, resolve_device(device), resume=resume, overwrite=overwrite, progress=progress, stop=stop
+            )
+    except (Interrupted, TrainingDiverged):
+        if is_further_process(config):
+            sys.exit(0)  # all end alike, and the first one says so; another code would have Lightning kill that one
+        raise
+    if is_further_process(config):
+        return
     write_json(json_path, summary.as_dict())
     for table in reports.training_tables(summary):
         console.print(table, highlight=False, soft_wrap=True)
@@ -344,6 +374,18 @@ def main() -> None:
             traceback.print_exc()
         complain(str(err))
         sys.exit(err.exit_code)
+
+
+def _cluster(progress: ConsoleProgress, device: str | None, address: str | None, local: int | None) -> Cluster:
+    try:
+        from kdpipe.pipeline.cluster import Cluster
+    except ModuleNotFoundError as err:
+        if err.name != "distributed":
+            raise
+        from kdpipe.configs.errors import ConfigError
+
+        raise ConfigError("--workers and --scheduler need dask.distributed: pip install 'kdpipe[cluster]'") from err
+    return Cluster(progress, device, address=address, local=local or 0)
 
 
 def _statistics(path: str, table: str | None, plot: str | None, progress: ConsoleProgress) -> CacheStatistics:

@@ -1,7 +1,8 @@
 """
 Stage one: the teacher's answer to every training tile, as soft targets or as logits, computed once and stored.
 
-Threads read and decode ahead, the device computes, other threads encode and write; each waits for nobody but its input.
+Threads read and decode ahead, the device computes, other threads encode and write; each waits for nobody but its input. Where
+there are other processes to do it (`Workers`), they are given the batches, and this one keeps the lock, the order and the end.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,17 +36,17 @@ from kdpipe.cache.writer import (
     sweep,
     whole_manifest,
 )
-from kdpipe.configs.errors import DataError, DiskFull, Interrupted
+from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import list_tiles
+from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
-from kdpipe.pipeline.subjects import Subject, asked_per_sample, subject_noun, subjects
+from kdpipe.pipeline.subjects import Stretch, Subject, asked_per_sample, subject_noun, subjects
 
 READ_AHEAD = 3  # batches decoded before the device asks for them
 WRITERS = 2  # threads that encode and write; zstd and NumPy release the GIL
@@ -61,7 +63,7 @@ class Summary:
     What a run of stage one did; sizes in bytes, time in seconds, tiles by id.
 
     `teacher_seconds` are those in which the teacher answered, `views_per_epoch` how often a live one would be asked in an
-    epoch of `train-student --kd online`.
+    epoch of `train-student --kd online`, `workers` how many tiles each of several processes stored, by its address.
     """
 
     cache: str
@@ -77,6 +79,7 @@ class Summary:
     views_per_epoch: float = 0.0
     noun: str = "tiles"
     fingerprint: str | None = None
+    workers: dict[str, int] = field(default_factory=dict)
 
     @property
     def paid_after_epochs(self) -> float | None:
@@ -120,7 +123,27 @@ class Plan:
         )
 
 
-def make_plan(config: Config, device: torch.device) -> Plan:
+class Workers(Protocol):
+    """Other processes that compute tiles: see `cluster.Cluster`."""
+
+    def start(self, stop: threading.Event) -> torch.device:
+        """Bring them up, and return the device that they all compute on; raises `ConfigError` where they differ."""
+
+    def resolved(
+        self, config: Config, recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch, stop: threading.Event
+    ) -> CacheRecipe:
+        """The recipe of a new cache as `precision.resolved` has it on their device; starts them if need be."""
+
+    def compute(
+        self, config: Config, plan: Plan, writer: CacheWriter, batches: list[list[Subject]], summary: Summary,
+        stop: threading.Event,
+    ) -> Generator[TileRecord, None, None]:  # fmt: skip
+        """Have the missing tiles of `batches` stored, yielding each one's record; raises `Interrupted` once `stop` is set."""
+
+
+def make_plan(
+    config: Config, device: torch.device, workers: Workers | None = None, stop: threading.Event | None = None
+) -> Plan:
     """
     The tiles of the configuration, and which of them the cache holds already.
 
@@ -133,7 +156,9 @@ def make_plan(config: Config, device: torch.device) -> Plan:
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
     recipe = complete_recipe(config, stretch, recorded)
-    if recorded is None:
+    if recorded is None and workers is not None:
+        recipe = workers.resolved(config, recipe, tiles, stretch, stop or threading.Event())
+    elif recorded is None:
         recipe = precision.resolved(config, recipe, tiles, stretch, device)
     manifest = whole_manifest(storage)
     finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in asked}, manifest)
@@ -148,20 +173,27 @@ def precompute(
     stop: threading.Event | None = None,
     *,
     repair: bool = False,
+    workers: Workers | None = None,
 ) -> Summary:
     """
     Bring the cache to completion and say what was done; does nothing where nothing is missing.
 
     With `repair` every byte of the finished tiles is read first, and tiles that are damaged (in the summary's `damaged`) are
-    computed again. Images that cannot be read are in the summary's `failed`, and the cache stays unfinished. Raises what `make_plan`
-    raises, `CacheLocked`, `DiskFull`, and `Interrupted` once `stop` is set: finished tiles are kept in every case.
+    computed again. `workers` compute in the place of this process, on their own device, to the same bytes. Images that
+    cannot be read are in the summary's `failed`, and the cache stays unfinished. Raises what `make_plan` raises, `CacheLocked`,
+    `DiskFull`, and `Interrupted` once `stop` is set: finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
+    if workers is not None and config.distill.teacher_view != "tile":
+        raise ConfigError(
+            f"distill.teacher_view: {config.distill.teacher_view}: recorded views are computed in one process; leave out --workers "
+            "and --scheduler"
+        )
     start = time.perf_counter()
     if repair:
         _restore_root(config, progress)
     written = open_storage(config.cache.path).last_write()
-    plan = make_plan(config, device)
+    plan = make_plan(config, device, workers, stop)
     summary = Summary(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
@@ -177,6 +209,8 @@ def precompute(
         assert plan.manifest is not None
         summary.fingerprint = plan.manifest.fingerprint
         return summary
+    if workers is not None:
+        device = workers.start(stop)
     batch_size = _batch_size(config, device)
     advice = partial(teacher_advice, config, batch_size, device)
     with (
@@ -184,7 +218,9 @@ def precompute(
         open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
     ):
         if written is None or plan.storage.last_write() != written:
-            plan = make_plan(config, device)  # another process may have finished tiles before the lock was ours
+            plan = make_plan(
+                config, device, workers, stop
+            )  # another process may have finished tiles before the lock was ours
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
@@ -193,9 +229,18 @@ def precompute(
             progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")
         records = dict(plan.finished)
         if plan.missing:
-            teacher = open_teacher(config, plan.recipe, device)
-            with progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished)) as advance:
-                for record in _compute(plan, teacher, writer, batch_size, advice, summary, stop):
+            missing = {tile.id for tile in plan.missing}
+            batches = [
+                batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch)
+            ]
+            if workers is None:
+                teacher = open_teacher(config, plan.recipe, device)
+                computed = _compute(plan, teacher, writer, batches, advice, summary, stop)
+            else:
+                computed = workers.compute(config, plan, writer, batches, summary, stop)
+            bar = progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished))
+            with bar as advance, closing(computed):
+                for record in computed:
                     records[record.id] = record
                     summary.computed += 1
                     summary.pixels += record.height * record.width
@@ -231,7 +276,7 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class LoadedBatch:
     """One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read."""
 
     tiles: list[Subject]
@@ -241,19 +286,19 @@ class _Loaded:
 
 
 def _compute(
-    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batch_size: int, advice: Callable[[int], list[str]], summary: Summary,
-    stop: threading.Event,
-) -> Iterator[TileRecord]:  # fmt: skip
+    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: list[list[Subject]], advice: Callable[[int], list[str]],
+    summary: Summary, stop: threading.Event,
+) -> Generator[TileRecord, None, None]:  # fmt: skip
     """Compute the missing tiles, yielding each one's record once it is on disk."""
     missing = {tile.id for tile in plan.missing}
-    batches = deque(batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch))
-    loading: deque[Future[_Loaded]] = deque()
+    ahead = deque(batches)
+    loading: deque[Future[LoadedBatch]] = deque()
     writing: deque[tuple[int, Future[TileRecord]]] = deque()  # with the tile's pixels
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(WRITERS) as writers:
         try:
-            while (batches or loading) and not stop.is_set():
-                while batches and len(loading) < READ_AHEAD:
-                    loading.append(readers.submit(_load, batches.popleft()))
+            while (ahead or loading) and not stop.is_set():
+                while ahead and len(loading) < READ_AHEAD:
+                    loading.append(readers.submit(load_batch, ahead.popleft()))
                 loaded = loading.popleft().result()
                 summary.failed |= loaded.failed
                 if loaded.images_NHWC is None:
@@ -277,11 +322,16 @@ def _compute(
             for _, write in writing:
                 write.cancel()
     if stop.is_set():
-        kept = summary.kept + summary.computed
-        raise Interrupted(
-            f"stopped; {kept} of {summary.tiles} {summary.noun} are finished and kept in {summary.cache}. "
-            "Run the same command again to go on"
-        )
+        raise Interrupted(stopped_text(summary))
+
+
+def stopped_text(summary: Summary) -> str:
+    """What is said when a run was asked to stop."""
+    kept = summary.kept + summary.computed
+    return (
+        f"stopped; {kept} of {summary.tiles} {summary.noun} are finished and kept in {summary.cache}. "
+        "Run the same command again to go on"
+    )
 
 
 def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject]]:
@@ -305,7 +355,7 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject
     return [[plan.tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)]
 
 
-def _load(batch: list[Subject]) -> _Loaded:
+def load_batch(batch: list[Subject]) -> LoadedBatch:
     """
     The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
     would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
@@ -323,9 +373,9 @@ def _load(batch: list[Subject]) -> _Loaded:
         images.append(image_HWC)
     whole = next((image for image in images if image is not None), None)
     if whole is None:
-        return _Loaded(batch, digests, None, failed)
+        return LoadedBatch(batch, digests, None, failed)
     images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
-    return _Loaded(batch, digests, images_NHWC, failed)
+    return LoadedBatch(batch, digests, images_NHWC, failed)
 
 
 def _batch_size(config: Config, device: torch.device) -> int:

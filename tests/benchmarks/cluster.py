@@ -1,0 +1,77 @@
+"""
+What a dask cluster costs stage one beside computing: `python tests/benchmarks/cluster.py [TILES]`.
+
+Small tiles and a small teacher, one process, then one worker, then two, of one thread each; CPU seconds of each process are its own,
+however loaded the machine is.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import tree, write_image
+from dask_processes import DaskProcesses
+
+from kdpipe.configs import load_config
+from kdpipe.pipeline.cluster import Cluster
+from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.progress import Silent
+
+
+def cpu_seconds(pid):
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def main(tiles, side=64):
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="kdpipe-cluster-"))
+    os.chdir(folder)
+    for i in range(tiles):
+        write_image(folder / f"T/images/t{i:05d}.png", side, side, seed=i)
+    torch.save(create_smp_model("unet", "mobilenet_v2", 8, key="teacher").state_dict(), folder / "teacher.pth")
+    config = load_config(
+        "demo",
+        ["data.train=[T]", "data.val=[]", "data.allow_missing_masks=true", "teacher.encoder=mobilenet_v2",
+         "teacher.checkpoint=teacher.pth"],
+    )  # fmt: skip
+
+    def run(name, **options):
+        cache = config.cache.model_copy(update={"path": f"{name}.zarr"})
+        start = time.perf_counter()
+        summary = precompute(config.model_copy(update={"cache": cache}), torch.device("cpu"), **options)
+        assert summary.computed == tiles
+        return time.perf_counter() - start
+
+    run("warm")
+    before = cpu_seconds(os.getpid())
+    wall = run("single")
+    single = cpu_seconds(os.getpid()) - before
+    print(f"one process: {1e3 * wall / tiles:.1f} ms a tile, {1e3 * single / tiles:.1f} ms of CPU")
+    dask = DaskProcesses(folder)
+    try:
+        dask.start_scheduler()
+        for count in (1, 2):
+            dask.start_worker(f"w{count}")
+            with Cluster(Silent(), "cpu", address=dask.address) as cluster:
+                run(f"warm{count}", workers=cluster)
+                pids = {"client": [os.getpid()], "scheduler": [dask.scheduler], "workers": dask.workers}
+                before = {name: sum(map(cpu_seconds, group)) for name, group in pids.items()}
+                wall = run(f"dask{count}", workers=cluster)
+                used = {name: sum(map(cpu_seconds, group)) - before[name] for name, group in pids.items()}
+            assert tree(folder / f"dask{count}.zarr") == tree(folder / "single.zarr")
+            cpu = ", ".join(f"{name} {1e3 * seconds / tiles:.1f}" for name, seconds in used.items())
+            print(f"{count} workers: {1e3 * wall / tiles:.1f} ms a tile; ms of CPU a tile: {cpu}")
+    finally:
+        dask.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
