@@ -229,6 +229,7 @@ class Train(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     precision: Precision = "auto"
     workers: int = Field(4, ge=0)
+    devices: int = Field(1, ge=1)
     val_every_epochs: int = Field(1, ge=1)
     checkpoint_every_steps: int = Field(200, ge=1)
 
@@ -241,10 +242,10 @@ class Train(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """How many samples an optimizer step sees: `batch_size * accumulate`, which `auto` keeps while it divides it."""
+        """How many samples an optimizer step sees: `batch_size * accumulate` of each device; `auto` keeps it while it divides it."""
         if self.batch_size == "auto":
             return self.effective_batch_size or DEFAULT_BATCH_SIZE
-        return self.batch_size * self.accumulate
+        return self.batch_size * self.accumulate * self.devices
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -253,10 +254,15 @@ class Train(Section):
                 f"accumulate is {self.accumulate}, but batch_size: auto computes it: leave it out, and say in "
                 "effective_batch_size how many samples an optimizer step sees"
             )
+        if self.batch_size == "auto" and self.devices > 1:
+            raise ValueError(
+                f"batch_size: auto measures one device, and devices is {self.devices}: say how many samples each of them takes at a time"
+            )
         if self.effective_batch_size not in (None, self.samples_per_step):
+            on_devices = f" x devices {self.devices}" if self.devices > 1 else ""
             raise ValueError(
                 f"effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x accumulate "
-                f"{self.accumulate} is {self.samples_per_step}: leave it out, or set batch_size: auto"
+                f"{self.accumulate}{on_devices} is {self.samples_per_step}: leave it out, or set batch_size: auto"
             )
         return self
 

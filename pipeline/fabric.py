@@ -1,11 +1,13 @@
-"""Lightning Fabric as stage two uses it: one device, and the precision that the config asks for."""
+"""Lightning Fabric as stage two uses it: one device or several of a kind, and the precision that the config asks for."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config, Precision
@@ -26,10 +28,26 @@ def computed_precision(config: Config, device: torch.device) -> Precision:
     return precision
 
 
-def open_fabric(config: Config, device: torch.device) -> Fabric:
-    """A Fabric of its own state (loss scaling in fp16) on one device."""
-    return Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision=LIGHTNING_NAMES[computed_precision(config, device)],
-    )
+def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabric:
+    """
+    A Fabric of its own state (loss scaling in fp16) on one device, or with one process on each of several (DDP).
+
+    Raises `ConfigError` where there are fewer.
+    """
+    if devices > 1 and str(device) not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"train.devices {devices} takes the first ones of a kind, found --device {device}; say cuda or cpu"
+        )
+    if devices > 1 and device.type == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(f"train.devices is {devices}, and there are {torch.cuda.device_count()} GPUs")
+    precision = LIGHTNING_NAMES[computed_precision(config, device)]
+    if devices == 1:
+        own = [device.index or 0] if device.type == "cuda" else 1
+        return Fabric(accelerator=device.type, devices=own, precision=precision)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # six lines on how processes found each other
+    return Fabric(accelerator=device.type, devices=devices, strategy="ddp", precision=precision)
+
+
+def is_further_process(config: Config) -> bool:
+    """Whether this process is one of those that Lightning started beside the first one, which alone speaks and writes."""
+    return config.train.devices > 1 and vars(rank_zero_only)["rank"] != 0

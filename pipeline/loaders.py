@@ -74,12 +74,18 @@ class BatchStream:
     `accumulate` batches are one optimizer step, and only whole steps are made: accumulated or not, a step of so many
     samples is made of the same ones, and an epoch has as many.
 
+    Of a run on several devices, each `rank` of `ranks` has its own part of every step: together they take the samples that one process
+    with a batch of `ranks * batch_size` would take.
+
     The stream runs over all epochs at once, so that workers neither stop nor wait between them, and starts at any batch,
     so that a resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, samples: int, batch_size: int, epochs: int, seed: int, start: int, accumulate: int = 1) -> None:
-        self.per_epoch = samples // (batch_size * accumulate) * accumulate
+    def __init__(
+        self, samples: int, batch_size: int, epochs: int, seed: int, start: int, accumulate: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:  # fmt: skip
+        self.per_epoch = samples // (batch_size * ranks * accumulate) * accumulate
+        self._rank, self._ranks = rank, ranks
         self._samples, self._batch_size, self._epochs, self._seed, self._start = (
             samples,
             batch_size,
@@ -95,7 +101,8 @@ class BatchStream:
         for epoch in range(self._start // self.per_epoch, self._epochs):
             order = epoch_order(self._samples, self._seed, epoch) + epoch * self._samples
             for batch in range(max(0, self._start - epoch * self.per_epoch), self.per_epoch):
-                yield order[batch * self._batch_size : (batch + 1) * self._batch_size].tolist()
+                first = (batch * self._ranks + self._rank) * self._batch_size
+                yield order[first : first + self._batch_size].tolist()
 
 
 def batches_per_epoch(config: Config, samples: int) -> int:
@@ -103,8 +110,9 @@ def batches_per_epoch(config: Config, samples: int) -> int:
     per_step, accumulate = config.train.samples_per_step, config.train.accumulate
     if samples < per_step:
         accumulated = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
+        on_devices = f" x train.devices {config.train.devices}" if config.train.devices > 1 else ""
         raise ConfigError(
-            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}{accumulated}; "
+            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}{accumulated}{on_devices}; "
             "raise train.crops_per_tile or lower the batch size"
         )
     return samples // per_step * accumulate
@@ -116,23 +124,29 @@ def steps_in(config: Config, per_epoch: int) -> int:
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
-def train_loader(config: Config, dataset: TrainTiles, start: int, workers: int, *, pin: bool) -> DataLoader[Any]:
+def train_loader(
+    config: Config, dataset: TrainTiles, start: int, workers: int, rank: int = 0, ranks: int = 1, *, pin: bool
+) -> DataLoader[Any]:
     """
-    Collated batches of `dataset` from batch number `start` to the last epoch's end, their targets packed.
+    Collated batches of `dataset` from batch number `start` to the last epoch's end, a rank's own, their targets packed.
 
     With `pin` they lie in page-locked memory, from which CUDA copies while it computes.
     """
     train = config.train
     assert train.batch_size != "auto"  # training has resolved it
-    stream = BatchStream(len(dataset), train.batch_size, train.epochs, config.seed, start, train.accumulate)
+    stream = BatchStream(
+        len(dataset), train.batch_size, train.epochs, config.seed, start, train.accumulate, rank, ranks
+    )
     return DataLoader(
         cast(Any, dataset), batch_sampler=stream, collate_fn=collate_packed, pin_memory=pin, **_worker_options(workers)
     )
 
 
-def val_loader(config: Config, dataset: ValTiles, sizes: list[tuple[int, int]], workers: int) -> DataLoader[Any]:
-    """Whole tiles, those of equal size together, at most `train.val_batch_size` in a batch."""
-    batches = batches_of_equal_size(sizes, config.train.val_batch_size)
+def val_loader(
+    config: Config, dataset: ValTiles, sizes: list[tuple[int, int]], workers: int, rank: int = 0, ranks: int = 1
+) -> DataLoader[Any]:
+    """Whole tiles, those of equal size together, at most `train.val_batch_size` in a batch; every `ranks`-th batch."""
+    batches = batches_of_equal_size(sizes, config.train.val_batch_size)[rank::ranks]
     return DataLoader(cast(Any, dataset), batch_sampler=batches, **_worker_options(min(workers, len(batches))))
 
 

@@ -1,7 +1,8 @@
 """
 The distillation loss.
 
-Shapes: N batch, C student classes, H W pixels.
+Shapes: N batch, C student classes, H W pixels. Every mean is taken over the batch of all ranks of a distributed run: the parts of a
+loss are sums, which go through `sums_over_ranks` before they are divided.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kdpipe.pipeline.ranks import sums_over_ranks
 
 AUXILIARY_WEIGHT = 0.4  # UNetFormer, Wang et al. 2022, section 4
 SMOOTH = 0.05  # label smoothing of the cross entropy and smoothing of Dice, from the recipe (GeoSeg's configs)
@@ -83,20 +85,31 @@ def soft_loss(
     total = (kl_NHW * inside_NHW).sum()
     if entropy_error_N is not None:
         total = total - (entropy_error_N * pixels_N).sum()
-    return total / pixels_N.sum().clamp(min=1)
+    total, pixels = sums_over_ranks(total, pixels_N.sum())
+    return (total / pixels.clamp(min=1)).float()
 
 
 def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tensor:
     """
-    Smoothed cross entropy plus smp's soft Dice, over the labelled pixels; a scalar, in float32.
+    Smoothed cross entropy plus soft Dice, over the labelled pixels; a scalar, in float32.
 
-    The cross entropy is torch's, which divides by the labelled pixels where smp's divides by all. Zero, with a gradient of
-    zero, if no pixel is labelled.
+    The cross entropy is divided by the labelled pixels, where smp's divides by all. Dice is smp's: the mean over classes of
+    `1 - (Σ q y + s) / ((Σ q + Σ y) / 2 + s)`, s being `SMOOTH`, zero for a class that no pixel has; q are the probabilities, y the
+    one-hot labels, the sums over the batch. Zero, with a gradient of zero, if no pixel is labelled.
     """
     logits_NCHW = logits_NCHW.float()
-    if not (mask_NHW != ignore_index).any():
-        return logits_NCHW.sum() * 0
-    cross_entropy = F.cross_entropy(logits_NCHW, mask_NHW, ignore_index=ignore_index, label_smoothing=SMOOTH)
-    dice = smp.losses.DiceLoss(mode="multiclass", smooth=SMOOTH, ignore_index=ignore_index)
-    total: Tensor = cross_entropy + dice(logits_NCHW, mask_NHW)
-    return total
+    num_classes = logits_NCHW.shape[1]
+    known_NHW = mask_NHW != ignore_index
+    entropy = F.cross_entropy(logits_NCHW, mask_NHW, ignore_index=ignore_index, label_smoothing=SMOOTH, reduction="sum")
+    probs_NCHW = logits_NCHW.softmax(dim=1) * known_NHW[:, None]
+    labels_NCHW = F.one_hot(mask_NHW * known_NHW, num_classes).movedim(-1, 1) * known_NHW[:, None]
+    over = (0, 2, 3)
+    entropy, pixels, both_C, probs_C, labels_C = sums_over_ranks(
+        entropy,
+        known_NHW.sum(),
+        (probs_NCHW * labels_NCHW).sum(over),
+        probs_NCHW.sum(over),
+        labels_NCHW.sum(over),
+    )
+    dice_C = 1 - (both_C + SMOOTH) / ((probs_C + labels_C) / 2 + SMOOTH)
+    return (entropy / pixels.clamp(min=1) + (dice_C * (labels_C > 0)).mean()).float()

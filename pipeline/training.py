@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, DataError, Interrupted
@@ -32,7 +33,7 @@ from kdpipe.pipeline import checkpoints
 from kdpipe.pipeline.batch_size import resolve_batch_size
 from kdpipe.pipeline.checkpoints import Position
 from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
-from kdpipe.pipeline.fabric import computed_precision, open_fabric
+from kdpipe.pipeline.fabric import computed_precision, is_further_process, open_fabric
 from kdpipe.pipeline.loaders import OnlineTargets, batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
@@ -41,6 +42,7 @@ from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.packing import unpacked
 from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.ranks import any_rank
 from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.runs import CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.targets import open_targets, training_samples
@@ -80,6 +82,11 @@ class Summary:
         return asdict(self)
 
 
+def has_batch_norm(student: nn.Module) -> bool:
+    """Whether samples of a batch meet in a student."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
+
+
 def with_mode(config: Config, mode: DistillMode | None) -> Config:
     """
     The configuration with another `distill.mode`, as `--kd` asks.
@@ -108,8 +115,9 @@ def train(
     Raises `CacheError`s before the first step, `TrainingDiverged`, and `Interrupted` once `stop` is set, after a checkpoint.
     """
     advice = training_advice(config, computed_precision(config, device))
+    told = Silent() if progress is None or is_further_process(config) else progress
     with fits_in_memory("while training", advice, workers=config.train.workers):
-        run = _Run(config, device, progress or Silent(), stop or threading.Event(), resume=resume, overwrite=overwrite)
+        run = _Run(config, device, told, stop or threading.Event(), resume=resume, overwrite=overwrite)
         try:
             summary = run.fit()
         except BaseException:
@@ -118,6 +126,19 @@ def train(
             raise
         run.close_logs()
         return summary
+
+
+class _Alone(nn.Module):
+    """A student asked in the run's precision, and in this process only."""
+
+    def __init__(self, student: nn.Module, fabric: Fabric) -> None:
+        super().__init__()
+        self._student, self._fabric = student, fabric
+
+    def forward(self, images_NCHW: Tensor) -> Any:
+        with self._fabric.autocast():
+            answer = self._student(images_NCHW)
+        return answer[0].float() if isinstance(answer, tuple) else answer.float()
 
 
 class _Run:
@@ -137,6 +158,11 @@ class _Run:
         self.folder = output_path(WEIGHTS_DIR / config.group / config.name, key="model_weights")
         resume = self._check_folder(resume, overwrite)
 
+        if config.train.devices > 1 and config.distill.mode == "online":
+            raise ConfigError(
+                f"distill.mode: online trains on one device, and train.devices is {config.train.devices}; its teacher would be asked "
+                "in every process"
+            )
         tiles = list_tiles(config.data, "train", labelled_only=config.distill.mode == "none")
         self.val_tiles = list_tiles(config.data, "val") if config.data.val else []
         self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
@@ -155,11 +181,19 @@ class _Run:
             progress.say("online: the teacher answers in the main process, so that train.workers is 0")
         self._sizes_HW = self._val_sizes()
 
+        ranks = config.train.devices
+        if ranks > 1:
+            # From here on as many processes, each from its start to this line: all see the same run to go on with, or none.
+            self.fabric = open_fabric(config, device, ranks)
+            self.fabric.launch()
+            self.device = device = self.fabric.device
         recorded = checkpoints.recorded_config(self.folder / checkpoints.LAST) if resume else None
         self.config = config = resolve_batch_size(config, device, progress, recorded)
         self.precision = computed_precision(config, device)
         self._advice = training_advice(config, self.precision)
-        self.fabric = open_fabric(config, device)
+        if ranks == 1:
+            self.fabric = open_fabric(config, device)
+        rank = self.fabric.global_rank
         torch.manual_seed(config.seed)
         self.student = build_student(
             config.student.architecture,
@@ -170,6 +204,13 @@ class _Run:
             replace_head=config.student.replace_head,
             say=progress.say,
         ).to(memory_format=torch.channels_last)  # a fifth to two fifths faster on CPUs, and the layout of tensor cores
+        if ranks > 1 and has_batch_norm(self.student):
+            if device.type == "cuda":
+                self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)  # type: ignore[no-untyped-call]
+            else:
+                progress.say(
+                    "note: on the CPU the batch norms of each process see its own samples, and the first one's statistics count"
+                )
         self.optimizer = make_optimizer(self.student, config.train)
         train_config = config.train
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
@@ -189,11 +230,13 @@ class _Run:
         self.per_epoch = batches_per_epoch(config, len(dataset))
         self.total_steps = steps_in(config, self.per_epoch)
         self.loader = self.fabric.setup_dataloaders(
-            train_loader(config, dataset, self.position.batches, workers, pin=self.fabric.device.type == "cuda"),
+            train_loader(
+                config, dataset, self.position.batches, workers, rank, ranks, pin=self.fabric.device.type == "cuda"
+            ),
             use_distributed_sampler=False,
         )
         self.val_loader = self.fabric.setup_dataloaders(
-            val_loader(config, ValTiles(self.val_tiles, config, self.stretch), self._sizes_HW, workers),
+            val_loader(config, ValTiles(self.val_tiles, config, self.stretch), self._sizes_HW, workers, rank, ranks),
             use_distributed_sampler=False,
         )
         self.csv = CSVLogger(LOGS_DIR, name=f"{config.group}/{config.name}")
@@ -209,8 +252,9 @@ class _Run:
     def fit(self) -> Summary:
         """Train to the last step, validating and saving on the way."""
         config, start = self.config, time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / checkpoints.CONFIG).write_text(dump_config(config), encoding="utf-8")
+        if self.fabric.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / checkpoints.CONFIG).write_text(dump_config(config), encoding="utf-8")
         step_seconds: list[float] = []
         with self.progress.bar(
             f"student ({config.distill.mode})", self.total_steps, "steps", self.position.steps
@@ -218,7 +262,10 @@ class _Run:
             clock = time.perf_counter()
             batches: Any = iter(self.loader) if self.position.steps < self.total_steps else iter(())
             for batch in batches:
-                with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice):
+                # The ranks' gradients are added up once a step, in its last batch.
+                more = len(self._window_terms) + 1 < config.train.accumulate
+                apart = self.fabric.no_backward_sync(self.model, enabled=more and config.train.devices > 1)
+                with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice), apart:
                     terms = self._train_batch(batch)
                 if terms is None:
                     continue
@@ -250,7 +297,7 @@ class _Run:
         """One batch forward and backward; its step's mean loss terms where it completes one, None where it does not."""
         config, window = self.config, self.config.train.accumulate
         # Dropout draws from a state of its own in every batch: the same with and without teacher, resumed or not.
-        torch.manual_seed(config.seed * 1_000_003 + self.position.batches)
+        torch.manual_seed(config.seed * 1_000_003 + self.position.batches + self.fabric.global_rank * 7_368_787)
         self.student.train()
         answer = self.model(normalized(batch["image"], config.student.normalize))
         logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
@@ -287,14 +334,15 @@ class _Run:
     def _validate_and_save(self) -> None:
         """Validate and save where it is due, and stop where it was asked for; only ever between two steps."""
         train_config = self.config.train
+        stopping = any_rank(self.stop.is_set(), self.device)  # the ranks stop after one and the same step
         ended = self.position.steps >= self.total_steps
         epoch_ended = self._at_end_of_epoch()
         if ended or (epoch_ended and (self.position.batches // self.per_epoch) % train_config.val_every_epochs == 0):
             self._validate()
-        if ended or epoch_ended or self.stop.is_set() or self.position.steps % train_config.checkpoint_every_steps == 0:
+        if ended or epoch_ended or stopping or self.position.steps % train_config.checkpoint_every_steps == 0:
             self._save(checkpoints.LAST)
             self.csv.save()
-        if self.stop.is_set() and not ended:
+        if stopping and not ended:
             raise Interrupted(
                 f"stopped after step {self.position.steps} of {self.total_steps}; the run is saved in {self.folder}. "
                 "Run the same command with --resume to go on"
@@ -303,7 +351,9 @@ class _Run:
     def _validate(self) -> None:
         if not self.val_tiles:
             return
-        result = validate(self.model, self.val_loader, self.config, self.device)
+        # Not through DDP, which would have all ranks validate as many batches as each other.
+        model = self.model if self.config.train.devices == 1 else _Alone(self.student, self.fabric)
+        result = validate(model, self.val_loader, self.config, self.device)
         figures = {"miou": result.miou, "overall_accuracy": result.overall_accuracy}
         found = Validation(
             steps=self.position.steps,
@@ -325,6 +375,8 @@ class _Run:
         self.progress.say(f"step {self.position.steps}: val mIoU {100 * result.miou:.2f}{left_out}")
 
     def _write_run(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
         run = Run(
             name=self.config.name,
             seed=self.config.seed,
@@ -339,17 +391,19 @@ class _Run:
         write_run(self.folder, run)
 
     def _save(self, name: str) -> None:
-        record = {
-            "config": dump_config(self.config),
-            "mode": self.config.distill.mode,
-            "fingerprint": self.fingerprint,
-            "stretch": [list(pair) for pair in self.stretch] if self.stretch else None,
-            "libraries": library_versions(),
-        }
-        precision_state = self.fabric.strategy.precision.state_dict()
-        checkpoints.save(
-            self.folder / name, self.student, self.optimizer, self.scheduler, precision_state, self.position, record
-        )
+        if self.fabric.is_global_zero:
+            record = {
+                "config": dump_config(self.config),
+                "mode": self.config.distill.mode,
+                "fingerprint": self.fingerprint,
+                "stretch": [list(pair) for pair in self.stretch] if self.stretch else None,
+                "libraries": library_versions(),
+            }
+            precision_state = self.fabric.strategy.precision.state_dict()
+            checkpoints.save(
+                self.folder / name, self.student, self.optimizer, self.scheduler, precision_state, self.position, record
+            )
+        self.fabric.barrier()  # no rank looks for a checkpoint that the first one is still writing
 
     def _log_step(self, terms: LossTerms, seconds: float) -> None:
         self.summary.losses.append(terms.total.item())

@@ -14,11 +14,16 @@ from kdpipe.pipeline.memory import fits_in_memory, sized, validation_advice
 from kdpipe.pipeline.metrics import Scores, scores
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import padded_logits
+from kdpipe.pipeline.ranks import sums_over_ranks
 
 
 @torch.inference_mode()
 def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
-    """Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode."""
+    """
+    Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode.
+
+    Of several ranks, each brings the tiles of its own loader, and all have the scores of all tiles.
+    """
     num_classes = len(config.classes.names)
     counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
     model.eval()
@@ -27,7 +32,9 @@ def validate(model: nn.Module, loader: Any, config: Config, device: torch.device
         with fits_in_memory(f"while validating {batch_size_text(batch, 'tile')}", advice):
             logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
         counts.update(logits.argmax(dim=1), batch["mask"])
-    return scores(counts.compute().cpu().numpy(), config.classes.names, config.classes.not_scored)
+    confusion: Any = counts.confmat  # and not compute(), which would warn of a rank without a tile
+    (whole,) = sums_over_ranks(confusion)
+    return scores(whole.to(confusion.dtype).cpu().numpy(), config.classes.names, config.classes.not_scored)
 
 
 def batch_size_text(batch: dict[str, Tensor], noun: str) -> str:
