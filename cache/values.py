@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,44 @@ def encode(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArra
     `values_CHW` is float32: soft targets, or logits if that is the recipe's kind. Raises `ValueError` where they are not.
     """
     assert values_CHW.shape[0] == len(recipe.channels), f"{values_CHW.shape} for {recipe.channels}"
+    units_CHW, lost = _units_of(values_CHW, recipe)
+    return _left_out(units_CHW, recipe), None if isinstance(recipe, LogitsRecipe) else lost
+
+
+def _units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The integers of all classes, and what rounding took from the entropy, nothing of logits."""
     if isinstance(recipe, LogitsRecipe):
-        return logits.encode(values_CHW, recipe.bits), None
+        return logits.encode(values_CHW, recipe.bits), np.empty((0, 0))
     units_CHW = simplex.encode(values_CHW, recipe.levels)
-    lost = simplex.entropy_error(values_CHW, units_CHW, recipe.levels)
+    return units_CHW, simplex.entropy_error(values_CHW, units_CHW, recipe.levels)
+
+
+def _left_out(units_CHW: NDArray[Any], recipe: CacheRecipe) -> NDArray[Any]:
+    """The integers to store, for which the given ones are overwritten."""
     if isinstance(recipe, Recipe):
         rest.leave_out(units_CHW, recipe.chunk_px)
-    return units_CHW, lost
+    return units_CHW
+
+
+def encode_bands(
+    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int
+) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+    """As `encode`, of a tile that comes in bands of rows `(C, h, width)` from the top: of the floats no more than two are held."""
+    stored_CHW = np.empty((len(recipe.channels), height, width), dtype=simplex.storage_type(recipe.bits))
+    waiting = np.empty((len(recipe.channels), 0, width), dtype=np.float32)
+    top, lost = 0, []
+    for band_ChW in bands:
+        waiting = np.concatenate([waiting, band_ChW], axis=1)
+        # Whole blocks of what rounding took, but for the last one.
+        ends = top + waiting.shape[1] == height
+        rows = waiting.shape[1] if ends else waiting.shape[1] // simplex.ENTROPY_BLOCK_PX * simplex.ENTROPY_BLOCK_PX
+        if rows:
+            units_ChW, of_band = _units_of(waiting[:, :rows], recipe)
+            stored_CHW[:, top : top + rows] = units_ChW
+            lost.append(of_band)
+        top, waiting = top + rows, waiting[:, rows:]
+    assert top == height, f"{top} of {height} rows came"
+    return _left_out(stored_CHW, recipe), None if isinstance(recipe, LogitsRecipe) else np.concatenate(lost)
 
 
 def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:

@@ -198,7 +198,12 @@ class CacheWriter:
         `values_CHW` is float32 `(C, H, W)`: logits, or soft targets, which sum to one over axis 0, by the recipe's kind. `image`
         is the content it was computed from.
         """
-        encoded = encode(values_CHW, self.recipe)
+        return self.write_encoded(tile_id, encode(values_CHW, self.recipe), image)
+
+    def write_encoded(
+        self, tile_id: str, encoded: tuple[NDArray[Any], NDArray[np.float64] | None], image: ImageDigest
+    ) -> TileRecord:
+        """As `write`, of what `values.encode` or `values.encode_bands` made."""
         if self.storage.children(layout.tile_path(tile_id)):
             self._clear(tile_id)
         return store_tile(self.storage, tile_id, encoded, image, self.recipe)

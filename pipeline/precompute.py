@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +27,7 @@ from kdpipe.cache.manifest import CacheRecipe, Manifest, summarise
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.cache.values import encode_bands
 from kdpipe.cache.writer import (
     CacheWriter,
     finished_tiles,
@@ -43,7 +44,7 @@ from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
+from kdpipe.pipeline.models.teacher import FrozenTeacher, answers_in_bands, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 from kdpipe.pipeline.subjects import Stretch, Subject, asked_per_sample, subject_noun, subjects
@@ -306,12 +307,12 @@ def _compute(
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
                     start = time.perf_counter()
-                    values_NCHW = teacher.cached_values(loaded.images_NHWC)
+                    answers, store = _answers(teacher, loaded.images_NHWC, writer)
                     summary.teacher_seconds += time.perf_counter() - start
-                for tile, values_CHW in zip(loaded.tiles, values_NCHW, strict=True):
+                pixels = loaded.images_NHWC[0, ..., 0].size
+                for tile, answer in zip(loaded.tiles, answers, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
-                        write = writers.submit(writer.write, tile.id, values_CHW, loaded.digests[tile.id])
-                        writing.append((values_CHW[0].size, write))
+                        writing.append((pixels, writers.submit(store, tile.id, answer, loaded.digests[tile.id])))
                 while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > PENDING_PX):
                     yield writing.popleft()[1].result()
             while writing:
@@ -323,6 +324,16 @@ def _compute(
                 write.cancel()
     if stop.is_set():
         raise Interrupted(stopped_text(summary))
+
+
+def _answers(
+    teacher: FrozenTeacher, images_NHWC: NDArray[np.uint8], writer: CacheWriter
+) -> tuple[Sequence[Any], Callable[[str, Any, ImageDigest], TileRecord]]:
+    """What the teacher says of each image, and what stores it: of a scene too large for memory encoded band by band already."""
+    if not answers_in_bands(writer.recipe, images_NHWC.shape):
+        return list(teacher.cached_values(images_NHWC)), writer.write
+    bands = teacher.cached_bands(images_NHWC[0])
+    return [encode_bands(bands, writer.recipe, *images_NHWC.shape[1:3])], writer.write_encoded
 
 
 def stopped_text(summary: Summary) -> str:

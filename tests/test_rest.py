@@ -1,5 +1,6 @@
 """One class of a pixel is not stored: nothing is lost by it, and nothing that is missing is taken for it."""
 
+import golden_cache
 import numpy as np
 import pytest
 import zarr
@@ -111,3 +112,19 @@ def test_a_chunk_that_zarr_reads_as_missing_is_refused(tmp_path, monkeypatch):
     assert not zarr.open_group(tmp_path / "c", mode="r")["tiles/Train/a"][:].any()
     with pytest.raises(CorruptCache, match="a chunk is missing, or its values do not sum to one"):
         SoftTargetCache.open(str(tmp_path / "c")).read("Train/a")
+
+
+@pytest.mark.parametrize("heights", [[300], [64, 200, 36], [1, 1, 298], [130, 170]])
+@pytest.mark.parametrize("kind", ["soft", "logits"])
+def test_a_tile_that_comes_in_bands_is_stored_as_one_that_comes_whole(kind, heights):
+    recipe = golden_cache.recipe(8) if kind == "soft" else golden_cache.logits_recipe(8)
+    scores = np.random.default_rng(0).normal(0, 3, (len(recipe.channels), 300, 90)).astype(np.float32)
+    tile = scores if kind == "logits" else np.exp(scores) / np.exp(scores).sum(axis=0)
+    bands = np.split(tile, np.cumsum(heights)[:-1], axis=1)
+    stored, lost = values.encode_bands(iter(bands), recipe, 300, 90)
+    expected, expected_lost = values.encode(tile, recipe)
+    np.testing.assert_array_equal(stored, expected)
+    if kind == "soft":
+        np.testing.assert_array_equal(lost, expected_lost)
+    else:
+        assert lost is expected_lost is None

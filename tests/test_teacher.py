@@ -583,3 +583,15 @@ def test_a_band_is_given_out_before_the_windows_below_it_are_asked():
         assert rows >= asked_tops[-1] + 1
     assert rows == 640
     assert len(asked_tops) > 5
+
+
+@pytest.mark.parametrize("kind", ["soft", "logits"])
+def test_a_scenes_bands_are_what_its_windows_blend_to(make_config, kind):
+    config = make_config(teacher__window=64, cache__kind=kind)
+    teacher, picture = asked(config), images(200, 130)
+    bands = list(teacher.cached_bands(picture[0]))
+    assert len(bands) > 2
+    logits = teacher.logits(picture)
+    expected = logits.numpy() if kind == "logits" else teacher.targets_of(logits)
+    np.testing.assert_allclose(np.concatenate(bands, axis=1), expected[0], atol=1e-5)
+    np.testing.assert_array_equal(teacher.cached_values(picture)[0], np.concatenate(bands, axis=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from kdpipe.pipeline.models.fold import folded
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.models.views import averaged_logits, blended_logits
+from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits
 from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
 
 # The orders that teachers with these numbers of channels most often have: the lines for it, and the shipped config with its
@@ -77,17 +77,15 @@ class FrozenTeacher:
     kept: those that are dropped take no part in the softmax. The logits of different networks are on different scales; their
     mean is the logarithm of the geometric mean of their answers (but for a constant, which softmax does not see).
 
-    With a `window`, what is held of a scene is 3 bytes a pixel of the image and, in main memory, 4 of each teacher class and
-    4 of each student class; the device holds one window at a time.
+    With a `window` the device holds one window of a scene at a time. Asked for whole scenes, main memory holds 4 bytes of each class
+    and pixel; `cached_bands` holds those of one row of windows.
     """
 
     def __init__(
         self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
     ) -> None:
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
-        self._folded: set[int] = (
-            set()
-        )  # the numbers of those whose batch norms have been folded away, at the first image
+        self._folded: set[int] = set()  # those whose batch norms have been folded away, at the first image
         self._recipe = recipe
         self._device = device
         self._temperature = softening.temperature
@@ -114,6 +112,13 @@ class FrozenTeacher:
 
     def _answer(self, number: int, images_NHWC: NDArray[np.uint8]) -> Tensor:
         """One network's logits in the order of the class map's rows."""
+        ask, window = self._asker(number), self._recipe.teachers[number].window
+        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
+        answer_NTHW = ask(images_NCHW) if window is None else blended_logits(ask, images_NCHW, window)
+        return answer_NTHW.to(self._home)
+
+    def _asker(self, number: int) -> Callable[[Tensor], Tensor]:
+        """One network as a function of uint8 images `(N, 3, H, W)`."""
         record = self._recipe.teachers[number]
         normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
         channels = [record.classes.index(name) for name in self._recipe.teacher_classes]
@@ -135,9 +140,7 @@ class FrozenTeacher:
                 )
             return logits_NTHW
 
-        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        answer_NTHW = ask(images_NCHW) if record.window is None else blended_logits(ask, images_NCHW, record.window)
-        return answer_NTHW.to(self._home)
+        return ask
 
     def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The soft targets, float32 `(N, C_s, H, W)`, that sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
@@ -145,7 +148,23 @@ class FrozenTeacher:
 
     def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What a cache of the recipe's kind stores: the soft targets, or the logits, float32 `(N, C_t, H, W)`."""
-        logits_NTHW = self.logits(images_NHWC)
+        if answers_in_bands(self._recipe, images_NHWC.shape):
+            return np.concatenate(list(self.cached_bands(images_NHWC[0])), axis=1)[None]
+        return self._values_of(self.logits(images_NHWC))
+
+    @torch.inference_mode()
+    def cached_bands(self, image_HWC: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+        """`cached_values` of one image, uint8 `(H, W, 3)`, in bands of rows `(C, h, W)` from the top, each as soon as it is final."""
+        image_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
+        streams = []
+        for number, record in enumerate(self._recipe.teachers):
+            assert record.window is not None
+            streams.append(blended_bands(self._asker(number), image_1CHW, record.window))
+        for bands in zip(*streams, strict=True):
+            logits_1ThW = sum(band * share for band, share in zip(bands, self._shares, strict=True))
+            yield self._values_of(logits_1ThW)[0]
+
+    def _values_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
         if isinstance(self._recipe, LogitsRecipe):
             values_NTHW: NDArray[np.float32] = logits_NTHW.cpu().numpy()
             return values_NTHW
@@ -162,6 +181,14 @@ class FrozenTeacher:
             band_NShW = soft_targets(band_NThW, self._class_map_TS, self._temperature)
             targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
         return targets_NSHW
+
+
+def answers_in_bands(recipe: CacheRecipe, shape_NHWC: tuple[int, ...]) -> bool:
+    """Whether images of this shape are one that is asked in windows, the same for all networks, so that `cached_bands` can be had."""
+    count, height, width, _ = shape_NHWC
+    windows = {record.window for record in recipe.teachers}
+    window = windows.pop()
+    return count == 1 and not windows and window is not None and max(height, width) > window
 
 
 def soft_targets(logits_NTHW: Tensor, class_map_TS: Tensor, temperature: float) -> Tensor:
