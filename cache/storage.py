@@ -115,8 +115,13 @@ class LocalStorage:
         return self._path(name).read_bytes()
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
-        with self._path(name).open("rb", buffering=0) as file:
+        """
+        `length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends.
+
+        Links are followed wherever they lead, unlike in `read`, by which the same file has been read whole and compared: the
+        check would take a tenth of a crop's time, and no byte is believed that is not of that file.
+        """
+        with open(f"{self.url}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
             if start < 0:
                 start = max(0, start + os.fstat(file.fileno()).st_size)
             return os.pread(file.fileno(), length, start)
