@@ -361,7 +361,9 @@ def reason_of(err: Exception, inside: str = "") -> str:
     """What is wrong with a file, in one short line, from the error of parsing it or what lies `inside` it."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in READ_VERSIONS)  # which pydantic puts there
+        where = ".".join(
+            str(part) for part in first["loc"] if part not in ("1", "2", "3")
+        )  # tags that pydantic puts there
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):

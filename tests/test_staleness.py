@@ -82,6 +82,7 @@ CHANGES = {
     "train.epochs": (3, "nothing"),
     "train.max_steps": (5, "nothing"),
     "train.batch_size": (3, "nothing"),
+    "train.devices": (2, "nothing"),
     "train.effective_batch_size": (2, "nothing"),
     "train.val_batch_size": (2, "nothing"),
     "train.crops_per_tile": (2, "nothing"),
