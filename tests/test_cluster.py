@@ -1,5 +1,6 @@
 """Stage one on the workers of a dask cluster: real processes, killed, stopped, slow, started again and of other kinds."""
 
+import fcntl
 import json
 import signal
 import socket
@@ -230,12 +231,25 @@ def command(config, tmp_path, *options):
     return ["precompute-teacher", "-c", str(tmp_path / "config.yaml"), "--device", "cpu", *options]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=200):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return found
+
+
+def stop_between_stores(dask, worker, fence):
+    """Stop a worker that asks or encodes: one that is stopped while it stores holds the fence, and whoever comes next waits for it."""
+    while True:
+        dask.kill(worker, signal.SIGSTOP)
+        with fence.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                dask.kill(worker, signal.SIGCONT)
+        time.sleep(0.05)
 
 
 def test_workers_of_a_killed_command_store_nothing_beside_the_next_one(dask, config, whole, tmp_path):
@@ -246,7 +260,7 @@ def test_workers_of_a_killed_command_store_nothing_beside_the_next_one(dask, con
     client = dask.start_command(*command(config, tmp_path, "--scheduler", dask.address), output=tmp_path / "said")
     wait_for(lambda: len(dask.asked()) >= 3)
     dask.kill(client)
-    dask.kill(worker, signal.SIGSTOP)  # while it has a tile in hand
+    stop_between_stores(dask, worker, tmp_path / "cache.zarr.workers")  # while it has a tile in hand
     asked = len(dask.asked())
     assert (tmp_path / "cache.zarr.workers").exists()
     summary = precompute(config, CPU)
