@@ -7,6 +7,7 @@ there are other processes to do it (`Workers`), they are given the batches, and 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -49,11 +50,8 @@ from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 from kdpipe.pipeline.subjects import Stretch, Subject, asked_per_sample, subject_noun, subjects
 
-READ_AHEAD = 3  # batches decoded before the device asks for them
-WRITERS = 2  # threads that encode and write; zstd and NumPy release the GIL
-PENDING_PX = (
-    2**23
-)  # of computed tiles that may wait to be written, else the device waits: bounds memory where the disk is slow
+CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network which takes the cores itself
+PENDING_PX = 2**23  # of computed tiles that may wait for each two that write, else the device waits: bounds memory
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
 
@@ -236,7 +234,7 @@ def precompute(
             ]
             if workers is None:
                 teacher = open_teacher(config, plan.recipe, device)
-                computed = _compute(plan, teacher, writer, batches, advice, summary, stop)
+                computed = _compute(plan, teacher, writer, batches, _threads(device), advice, summary, stop)
             else:
                 computed = workers.compute(config, plan, writer, batches, summary, stop)
             bar = progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished))
@@ -287,18 +285,20 @@ class LoadedBatch:
 
 
 def _compute(
-    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: list[list[Subject]], advice: Callable[[int], list[str]],
-    summary: Summary, stop: threading.Event,
+    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: list[list[Subject]], threads: tuple[int, int],
+    advice: Callable[[int], list[str]], summary: Summary, stop: threading.Event,
 ) -> Generator[TileRecord, None, None]:  # fmt: skip
     """Compute the missing tiles, yielding each one's record once it is on disk."""
     missing = {tile.id for tile in plan.missing}
     ahead = deque(batches)
     loading: deque[Future[LoadedBatch]] = deque()
     writing: deque[tuple[int, Future[TileRecord]]] = deque()  # with the tile's pixels
-    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(WRITERS) as writers:
+    num_readers, num_writers = threads
+    pending_px = PENDING_PX * num_writers // 2
+    with ThreadPoolExecutor(num_readers) as readers, ThreadPoolExecutor(num_writers) as writers:
         try:
             while (ahead or loading) and not stop.is_set():
-                while ahead and len(loading) < READ_AHEAD:
+                while ahead and len(loading) <= num_readers:
                     loading.append(readers.submit(load_batch, ahead.popleft()))
                 loaded = loading.popleft().result()
                 summary.failed |= loaded.failed
@@ -313,7 +313,7 @@ def _compute(
                 for tile, answer in zip(loaded.tiles, answers, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
                         writing.append((pixels, writers.submit(store, tile.id, answer, loaded.digests[tile.id])))
-                while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > PENDING_PX):
+                while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > pending_px):
                     yield writing.popleft()[1].result()
             while writing:
                 yield writing.popleft()[1].result()
@@ -387,6 +387,19 @@ def load_batch(batch: list[Subject]) -> LoadedBatch:
         return LoadedBatch(batch, digests, None, failed)
     images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
     return LoadedBatch(batch, digests, images_NHWC, failed)
+
+
+def _threads(device: torch.device) -> tuple[int, int]:
+    """
+    Threads that read, and threads that encode and write; decoders, NumPy and zstd release the GIL.
+
+    Encoding takes a core longer than a GPU takes to answer, and five times as long as reading: beside a GPU all cores do it.
+    """
+    if device.type == "cpu":
+        return CPU_THREADS
+    cores = os.cpu_count() or 2
+    readers = max(2, cores // 6)
+    return readers, max(2, cores - readers)
 
 
 def _batch_size(config: Config, device: torch.device) -> int:

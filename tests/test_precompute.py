@@ -374,3 +374,17 @@ def test_a_stale_cache_names_the_teacher_that_changed(two_teachers):
         changed = make([first] if change is None else [first, {**second, **change}])
         with pytest.raises(StaleCache, match=message):
             precompute(changed, CPU)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, (2, 2)), (8, (2, 6)), (64, (10, 54)), (None, (2, 2))])
+def test_all_cores_encode_beside_a_gpu_and_few_beside_a_network_that_takes_them(monkeypatch, cores, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert stage._threads(torch.device("cuda")) == expected
+    assert stage._threads(CPU) == (2, 2)
+
+
+def test_many_threads_write_the_bytes_of_few(make_config, tmp_path, monkeypatch):
+    precompute(make_config(cache__path=str(tmp_path / "few.zarr")), CPU)
+    monkeypatch.setattr(stage, "CPU_THREADS", (5, 7))
+    precompute(make_config(), CPU)
+    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "few.zarr")
