@@ -52,6 +52,10 @@ from kdpipe.pipeline.subjects import Stretch, Subject, asked_per_sample, subject
 
 CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network which takes the cores itself
 PENDING_PX = 2**23  # of computed tiles that may wait for each two that write, else the device waits: bounds memory
+HEADER_READERS, HEADERS_AT_ONCE = (
+    16,
+    4096,
+)  # threads that ask images for their size, which wait on a network's file system
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
 
@@ -354,14 +358,24 @@ def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject
     """
     if batch_size == 1:
         return [[tile] for tile in plan.tiles]
-    sizes: list[tuple[int, int] | None] = []
-    for tile in plan.tiles:
+
+    def size_of(tile: Subject) -> tuple[int, int] | DataError:
         record = plan.finished.get(tile.id)
         try:
-            sizes.append((record.height, record.width) if record else tile.size())
+            return (record.height, record.width) if record else tile.size()
         except DataError as err:
-            summary.failed[tile.id] = str(err)
-            sizes.append(sizes[-1] if sizes else None)
+            return err
+
+    sizes: list[tuple[int, int] | None] = []
+    with ThreadPoolExecutor(HEADER_READERS) as threads:
+        for start in range(0, len(plan.tiles), HEADERS_AT_ONCE):
+            block = plan.tiles[start : start + HEADERS_AT_ONCE]
+            for tile, found in zip(block, threads.map(size_of, block), strict=True):
+                if isinstance(found, DataError):
+                    summary.failed[tile.id] = str(found)
+                    sizes.append(sizes[-1] if sizes else None)
+                else:
+                    sizes.append(found)
     first = next((size for size in sizes if size), (0, 0))  # of tiles before any that is readable
     return [[plan.tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)]
 

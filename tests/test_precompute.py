@@ -217,7 +217,10 @@ def test_other_weights_are_another_teacher(make_config, tmp_path):
         precompute(make_config(teacher__checkpoint=str(tmp_path / "other.pth")), CPU)
 
 
-def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(make_config, tmp_path):
+def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(
+    make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stage, "HEADERS_AT_ONCE", 3)
     for i in range(5):
         write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
     (tmp_path / "Even" / "masks").mkdir()

@@ -13,15 +13,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import rasterio
 import torch
 import yaml
+from rasterio.errors import NotGeoreferencedWarning
 
 from kdpipe.pipeline.models.smp_models import create_smp_model
 
+warnings.simplefilter("ignore", NotGeoreferencedWarning)
 TILES, TILE_PX = (8, 32, 128), 256
 SCENES_PX = (1024, 2048, 4096, 8192)
 CONFIG = {

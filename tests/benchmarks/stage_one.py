@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ARMS = ("bare", "kdpipe", "naive")
@@ -38,9 +39,11 @@ def naive(config, tiles, teacher, device, folder):
     import numpy as np
     import rasterio
     import torch
+    from rasterio.errors import NotGeoreferencedWarning
 
     from kdpipe.pipeline.models.teacher import load_teacher
 
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
     model = load_teacher(config.teacher).to(device)
     class_map = torch.tensor(config.class_map_matrix(), dtype=torch.float32, device=device)
     start = time.perf_counter()
