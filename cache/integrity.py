@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kdpipe.cache import layout, values
-from kdpipe.cache.manifest import MANIFEST_NAME, CacheRecipe, LogitsRecipe, Manifest, differences
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import Storage

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.manifest import CacheRecipe
+from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
 from kdpipe.cache.values import decoding

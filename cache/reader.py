@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import layout, logits, values
 from kdpipe.cache.logits import Softening
-from kdpipe.cache.manifest import (
-    MANIFEST_NAME,
-    CacheRecipe,
-    LogitsRecipe,
-    Manifest,
-    parse_manifest,
-    parse_recipe,
-    reason_of,
-    refuse_to_write,
-)
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, parse_manifest, reason_of, refuse_to_write
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRange, Shard, open_shard
 from kdpipe.cache.simplex import mean_over_pixels, mean_over_window

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import logits, rest, simplex
 from kdpipe.cache.logits import DEPTH, Softening
-from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe, Manifest, Recipe
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, Recipe
 
 
 def encode(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64] | None]:

@@ -11,17 +11,9 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import layout
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import (
-    MANIFEST_NAME,
-    CacheRecipe,
-    Manifest,
-    differences,
-    dump_manifest,
-    fingerprint,
-    parse_manifest,
-    refuse_to_write,
-)
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
 from kdpipe.cache.reader import read_receipt, read_recipe
+from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage

@@ -20,6 +20,8 @@ Every error that a user can cause or meet. The command line prints them as one p
         └── DiskFull                    the disk cannot hold what is to be written
 """
 
+from collections.abc import Iterable
+
 
 class KdpipeError(Exception):
     """A user's mistake or a fault outside the program: one paragraph that says what was expected, found, and what to do."""
@@ -101,3 +103,10 @@ class CacheUnreachable(CacheError):
 
 class DiskFull(CacheError):
     """There is no room for what is to be written."""
+
+
+def summarise(names: Iterable[str], shown: int = 5) -> str:
+    """`a, b, c and 7 more`: names for an error that must stay short."""
+    listed = list(names)
+    rest = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.integrity import check_tiles_listed
-from kdpipe.cache.manifest import Manifest, differences
+from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import read_manifest
+from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage import open_storage
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch

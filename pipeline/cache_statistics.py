@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache.logits import Softening
-from kdpipe.cache.manifest import LogitsRecipe
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.values import probability_bound

@@ -16,9 +16,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from kdpipe.cache.manifest import summarise
 from kdpipe.configs import dump_config, parse_config
-from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache
+from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint

@@ -25,10 +25,10 @@ import torch
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster
 
 from kdpipe.cache.fence import open_fence
-from kdpipe.cache.manifest import CacheRecipe, summarise
+from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.writer import CacheWriter, sweep
-from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory
+from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.memory import teacher_advice

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from kdpipe.cache.manifest import summarise
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, summarise
 from kdpipe.pipeline.checkpoints import flat_keys
 from kdpipe.pipeline.runs import Run, Validation
 

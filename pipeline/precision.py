@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kdpipe.cache.manifest import CacheRecipe
+from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.configs.errors import DataError, KdpipeError
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import read_image

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import CacheRecipe, Manifest, summarise
+from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.values import encode_bands
@@ -38,7 +39,7 @@ from kdpipe.cache.writer import (
     sweep,
     whole_manifest,
 )
-from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted
+from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
 from kdpipe.data.stretch import resolve_stretch

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdpipe.cache.layout import CHUNK_PX
 from kdpipe.cache.logits import Softening
-from kdpipe.cache.manifest import CacheRecipe, differences, parse_recipe
+from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
 from kdpipe.cache.simplex import levels_of
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.schema import Config, Teacher

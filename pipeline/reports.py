@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.cache.manifest import LogitsRecipe, Manifest, summarise
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.values import probability_bound
+from kdpipe.configs.errors import summarise
 from kdpipe.pipeline.cache_statistics import MIN_TILES
 from kdpipe.pipeline.comparison import MEAN
 from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text

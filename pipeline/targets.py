@@ -10,11 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import check_quick
-from kdpipe.cache.manifest import summarise
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
 from kdpipe.cache.sources import digest_pixels
 from kdpipe.cache.storage import open_storage
-from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache
+from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.recorded_views import RecordedViews

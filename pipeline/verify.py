@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from kdpipe.cache.integrity import Finding, check_full, check_quick
-from kdpipe.cache.manifest import Manifest, differences
+from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.recipe import differences
 from kdpipe.cache.sources import Source
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.values import probability_bound

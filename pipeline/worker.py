@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Worker, WorkerPlugin, get_worker
 
 from kdpipe.cache.fence import within_fence
-from kdpipe.cache.manifest import CacheRecipe
+from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.values import encode

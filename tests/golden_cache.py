@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import plain_reader
 
-from kdpipe.cache.manifest import LogitsRecipe, Manifest, Recipe, TeacherRecord
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.recipe import LogitsRecipe, Recipe, TeacherRecord
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.simplex import levels_of
 from kdpipe.cache.storage import open_storage

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetCache, StaleCache
 from kdpipe.cache import storage as storage_module
 from kdpipe.cache.integrity import check_full
-from kdpipe.cache.manifest import Recipe, TeacherRecord
+from kdpipe.cache.recipe import Recipe, TeacherRecord
 from kdpipe.cache.simplex import (
     FLOAT32_SLACK,
     decode,

@@ -16,8 +16,8 @@ from golden_cache import BITS, GOLDEN, GOLDEN_LOGITS, GOLDEN_REST, SIZES
 from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
 from kdpipe.cache.integrity import check_full
 from kdpipe.cache.logits import DEPTH
-from kdpipe.cache.manifest import differences
 from kdpipe.cache.reader import read_manifest, read_recipe
+from kdpipe.cache.recipe import differences
 from kdpipe.cache.simplex import error_bound
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer, whole_manifest

@@ -11,7 +11,7 @@ from test_cache import RECIPE, distributions
 from kdpipe.cache import CorruptCache, SoftTargetCache, values
 from kdpipe.cache import writer as writer_module
 from kdpipe.cache.layout import encode_tile
-from kdpipe.cache.manifest import Recipe
+from kdpipe.cache.recipe import Recipe
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.rest import fill_in, leave_out
 from kdpipe.cache.simplex import encode, levels_of

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdpipe.cache.manifest import summarise
-from kdpipe.configs.errors import CheckpointError
+from kdpipe.configs.errors import CheckpointError, summarise
 from kdpipe.pipeline.models.weights import CLASSES_HINT, bare_state, load_strictly
 
 ENCODER = "backbone."

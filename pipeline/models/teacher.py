@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.cache.logits import Softening
-from kdpipe.cache.manifest import CacheRecipe, LogitsRecipe
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.fold import folded

@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kdpipe.cache.manifest import summarise
-from kdpipe.configs.errors import CheckpointError
+from kdpipe.configs.errors import CheckpointError, summarise
 
 CLASSES_HINT = "The student answers in classes.names alone: class_map takes the teacher's classes to them"
 NESTS = ("state_dict", "model")  # under which trainers save the weights
