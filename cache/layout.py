@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.shard import encode_shard
 from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
 from kdpipe.cache.values import decoding
 
@@ -73,41 +75,21 @@ def encode_tile(
     The bytes of a tile's shard, those of its metadata, and its record.
 
     `units_CHW` and `entropy_error` are what `values.encode` makes of a tile: uint8 or uint16 `(C, H, W)`, and
-    nats a block, or None. The shard is what zarr-python itself writes; it is made in memory, so that it reaches the disk whole and
-    its digest is that of what was meant to be written.
+    nats a block, or None. The shard is made in memory, so that it reaches the disk whole and its digest is that of what was meant to
+    be written.
     """
-    import zarr
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-    from zarr.storage import MemoryStore
-
     num_classes, height, width = units_CHW.shape
-    chunk_h, chunk_w = min(CHUNK_PX, height), min(CHUNK_PX, width)
-    buffers: dict[str, Any] = {}
-    array = zarr.create_array(
-        MemoryStore(buffers),
-        shape=units_CHW.shape,
-        dtype=units_CHW.dtype,
-        chunks=(num_classes, chunk_h, chunk_w),
-        shards=(num_classes, _round_up(height, chunk_h), _round_up(width, chunk_w)),
-        compressors=[ZstdCodec(level=ZSTD_LEVEL[recipe.kind]), Crc32cCodec()],
-        filters=(),
-        fill_value=0,
-        dimension_names=("class", "row", "column"),
-        chunk_key_encoding={"name": "v2", "separator": "."},
-        # Without it a chunk of zeros is left out, and a lost chunk could not be told from one that was never there.
-        config={"write_empty_chunks": True},
-    )
-    array[:] = units_CHW
-    files = {name: buffer.to_bytes() for name, buffer in buffers.items()}
-    shard = files.pop(SHARD_NAME)
-    metadata = json.loads(files.pop(METADATA_NAME))
-    assert not files, f"zarr wrote more than a shard and its metadata: {list(files)}"
+    chunk_px = min(CHUNK_PX, height), min(CHUNK_PX, width)
+    level = ZSTD_LEVEL[recipe.kind]
+    shard = encode_shard(units_CHW, chunk_px, level)
+    shard_sha256 = sha256(shard)
+    metadata = json.loads(_array_metadata(units_CHW.shape, units_CHW.dtype.str, chunk_px, level))
     receipt = {
         "tile": tile_id,
         "recipe_sha256": recipe.digest(),
         "image": asdict(image),
         "shard_bytes": len(shard),
-        "shard_sha256": sha256(shard),
+        "shard_sha256": shard_sha256,
         SEAL: "",
     }
     if entropy_error is not None:
@@ -121,7 +103,7 @@ def encode_tile(
         width=width,
         image=image,
         shard_bytes=len(shard),
-        shard_sha256=sha256(shard),
+        shard_sha256=shard_sha256,
         metadata_sha256=sha256(metadata_bytes),
     )
     return shard, metadata_bytes, record
@@ -166,6 +148,31 @@ def read_entropy_error(attributes: Mapping[str, Any], tile: TileRecord) -> NDArr
 def sha256(data: bytes) -> str:
     """The sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int, int], level: int) -> bytes:
+    """The `zarr.json` that zarr-python writes of such a tile: what any Zarr reader takes `encode_shard`'s bytes for."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    num_classes, height, width = shape
+    files: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        dtype=dtype,
+        chunks=(num_classes, *chunk_px),
+        shards=(num_classes, _round_up(height, chunk_px[0]), _round_up(width, chunk_px[1])),
+        compressors=[ZstdCodec(level=level), Crc32cCodec()],
+        filters=(),
+        fill_value=0,
+        dimension_names=("class", "row", "column"),
+        chunk_key_encoding={"name": "v2", "separator": "."},
+    )
+    metadata: bytes = files[METADATA_NAME].to_bytes()
+    return metadata
 
 
 def _round_up(size: int, multiple: int) -> int:

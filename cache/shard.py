@@ -1,8 +1,9 @@
 """
-Windows out of a shard, without zarr-python: its event loop takes ten times as long as the decoding, and hangs after a fork.
+A tile's shard as bytes, and windows out of it, without zarr-python: its event loop takes ten times as long as the decoding, and
+hangs after a fork; around the compression it takes longer than that itself.
 
-Reads what `layout.encode_tile` has zarr-python write, and nothing else: Zarr v3 `sharding_indexed` with the index at the end,
-inner codecs `bytes`, `zstd`, `crc32c` (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html).
+Knows one kind of shard, which zarr-python reads, and writes with the same bytes: Zarr v3 `sharding_indexed` with the index at the
+end, inner codecs `bytes`, `zstd`, `crc32c` (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html).
 
 Shapes: C classes, H W the tile's pixels, h w a window's.
 """
@@ -102,6 +103,33 @@ class Shard:
         except RuntimeError as err:
             raise ValueError(f"chunk {row}, {column} does not decode ({err})") from err
         return chunk_Chw
+
+
+def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> bytes:
+    """
+    The bytes of a shard with all its chunks, those of zeros as well: a lost one could not be told from one that was never there.
+
+    `units_CHW` is uint8 or uint16, `chunk_px` the height and width of a chunk, `level` Zstandard's.
+    """
+    num_classes, height, width = units_CHW.shape
+    chunk_h, chunk_w = chunk_px
+    grid = -(-height // chunk_h), -(-width // chunk_w)
+    index = np.empty((*grid, 2), dtype="<u8")
+    zstd, crc32c = Zstd(level=level), CRC32C(location="end")
+    parts, offset = [], 0
+    for row, column in sorted(np.ndindex(*grid), key=_morton_code):
+        values_Chw = units_CHW[:, row * chunk_h : (row + 1) * chunk_h, column * chunk_w : (column + 1) * chunk_w]
+        chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_CHW.dtype.newbyteorder("<"))
+        chunk_Chw[:, : values_Chw.shape[1], : values_Chw.shape[2]] = values_Chw
+        parts.append(crc32c.encode(zstd.encode(chunk_Chw)))
+        index[row, column] = offset, len(parts[-1])
+        offset += len(parts[-1])
+    return b"".join([*parts, crc32c.encode(index.tobytes())])
+
+
+def _morton_code(place: tuple[int, int]) -> int:
+    """The bits of row and column in turn: zarr-python's order of chunks in a shard, in which neighbours lie near one another."""
+    return sum((place[axis] >> bit & 1) << (2 * bit + axis) for axis in (0, 1) for bit in range(max(place).bit_length()))
 
 
 def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:

@@ -59,6 +59,33 @@ def test_every_window_is_what_zarr_reads(tiles, size, bits):
         np.testing.assert_array_equal(units, expected)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("size", [(1, 1), (64, 700), (256, 256), (257, 511), (1300, 700), (300, 2100)])
+def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dtype):
+    """Chunks of zeros and of noise, grids of 1 x 1 to 6 x 3 chunks and 2 x 9, whose order in the file is zarr's as well."""
+    units = np.random.default_rng(size).integers(0, 200, (3, *size)).astype(dtype)
+    units[:, : size[0] // 2, : size[1] // 2] = 0
+    chunk = min(256, size[0]), min(256, size[1])
+    array = zarr.create_array(
+        tmp_path,
+        shape=units.shape,
+        dtype=dtype,
+        chunks=(3, *chunk),
+        shards=(3, -(-size[0] // chunk[0]) * chunk[0], -(-size[1] // chunk[1]) * chunk[1]),
+        compressors=[zarr.codecs.ZstdCodec(level=7), zarr.codecs.Crc32cCodec()],
+        filters=(),
+        fill_value=0,
+        dimension_names=("class", "row", "column"),
+        chunk_key_encoding={"name": "v2", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[:] = units
+    image = ImageDigest(size_bytes=1, sha256="0" * 64)
+    shard, metadata, _ = layout.encode_tile(units, "T/a", image, golden_cache.recipe(8), None)
+    assert shard == (tmp_path / "0.0.0").read_bytes()
+    assert {**json.loads(metadata), "attributes": {}} == json.loads((tmp_path / "zarr.json").read_bytes())
+
+
 def in_memory(shard):
     return lambda start, length: shard[start:][:length]
 
