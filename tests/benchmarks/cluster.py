@@ -1,10 +1,14 @@
 """
-What a dask cluster costs stage one beside computing: `python tests/benchmarks/cluster.py [TILES]`.
+What a dask cluster costs stage one beside computing, and how its speed grows with its workers.
 
-Small tiles and a small teacher, one process, then one worker, then two, of one thread each; CPU seconds of each process are its own,
-however loaded the machine is.
+    python tests/benchmarks/cluster.py [TILES] [--pause SECONDS]
+
+Small tiles and a small teacher, one process, then workers of one thread each; CPU seconds of each process are its own, however loaded
+the machine is. With `--pause` every answer of a worker's teacher takes so many seconds more, in which it needs no core, as on an
+accelerator of its own: workers then do not share what they wait for, and one machine stands for several.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -30,7 +34,7 @@ def cpu_seconds(pid):
     return times.user + times.system
 
 
-def main(tiles, side=64):
+def main(tiles, pause, side=64):
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="kdpipe-cluster-"))
     os.chdir(folder)
@@ -58,8 +62,9 @@ def main(tiles, side=64):
     dask = DaskProcesses(folder)
     try:
         dask.start_scheduler()
-        for count in (1, 2):
-            dask.start_worker(f"w{count}")
+        for count in (1, 2, 4, 8) if pause else (1, 2):
+            while len(dask.workers) < count:
+                dask.start_worker(f"w{len(dask.workers)}", slow=pause)
             with Cluster(Silent(), "cpu", address=dask.address) as cluster:
                 run(f"warm{count}", workers=cluster)
                 pids = {"client": [os.getpid()], "scheduler": [dask.scheduler], "workers": dask.workers}
@@ -68,10 +73,14 @@ def main(tiles, side=64):
                 used = {name: sum(map(cpu_seconds, group)) - before[name] for name, group in pids.items()}
             assert tree(folder / f"dask{count}.zarr") == tree(folder / "single.zarr")
             cpu = ", ".join(f"{name} {1e3 * seconds / tiles:.1f}" for name, seconds in used.items())
-            print(f"{count} workers: {1e3 * wall / tiles:.1f} ms a tile; ms of CPU a tile: {cpu}")
+            print(f"{count} workers: {1e3 * wall / tiles:.1f} ms, {tiles / wall:.2f} tiles/s; ms of CPU a tile: {cpu}")
     finally:
         dask.close()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tiles", nargs="?", type=int, default=200)
+    parser.add_argument("--pause", type=float, default=0.0)
+    options = parser.parse_args()
+    main(options.tiles, options.pause)
