@@ -98,6 +98,14 @@ def rows(found: dict[str, dict]) -> list[tuple[str, str, str]]:
             ("peak memory of 128 tiles against 8", f"{tiles[-1] / tiles[0]:.2f} x", "flat"),
             ("memory of a scene asked in windows", f"{memory['bytes_per_scene_px']:.1f} B a pixel", "flat"),
         ]
+    if "views" in found:
+        figures, views = found["views"]["figures"], found["views"]["options"]["views"]
+        tile, crop = figures["tile"], figures["crop"]
+        table += [
+            (f"stage one of {views} recorded crops a tile against whole tiles", f"{crop['seconds'] / tile['seconds']:.2f} x", ""),
+            ("bytes of these crops against whole tiles", f"{crop['bytes'] / tile['bytes']:.2f} x", ""),
+            ("a step from recorded crops against one from whole tiles", f"{crop['step_seconds'] / tile['step_seconds']:.2f} x", ""),
+        ]  # fmt: skip
     return table
 
 
