@@ -78,7 +78,7 @@ def encode_tile(
     nats a block, or None. The shard is made in memory, so that it reaches the disk whole and its digest is that of what was meant to
     be written.
     """
-    num_classes, height, width = units_CHW.shape
+    height, width = units_CHW.shape[1:]
     chunk_px = min(CHUNK_PX, height), min(CHUNK_PX, width)
     level = ZSTD_LEVEL[recipe.kind]
     shard = encode_shard(units_CHW, chunk_px, level)

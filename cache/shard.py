@@ -115,21 +115,23 @@ def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int)
     chunk_h, chunk_w = chunk_px
     grid = -(-height // chunk_h), -(-width // chunk_w)
     index = np.empty((*grid, 2), dtype="<u8")
-    zstd, crc32c = Zstd(level=level), CRC32C(location="end")
+    zstd = Zstd(level=level)
     parts, offset = [], 0
     for row, column in sorted(np.ndindex(*grid), key=_morton_code):
         values_Chw = units_CHW[:, row * chunk_h : (row + 1) * chunk_h, column * chunk_w : (column + 1) * chunk_w]
         chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_CHW.dtype.newbyteorder("<"))
         chunk_Chw[:, : values_Chw.shape[1], : values_Chw.shape[2]] = values_Chw
-        parts.append(crc32c.encode(zstd.encode(chunk_Chw)))
+        parts.append(_with_checksum(zstd.encode(chunk_Chw)))
         index[row, column] = offset, len(parts[-1])
         offset += len(parts[-1])
-    return b"".join([*parts, crc32c.encode(index.tobytes())])
+    return b"".join([*parts, _with_checksum(index.tobytes())])
 
 
 def _morton_code(place: tuple[int, int]) -> int:
     """The bits of row and column in turn: zarr-python's order of chunks in a shard, in which neighbours lie near one another."""
-    return sum((place[axis] >> bit & 1) << (2 * bit + axis) for axis in (0, 1) for bit in range(max(place).bit_length()))
+    return sum(
+        (place[axis] >> bit & 1) << (2 * bit + axis) for axis in (0, 1) for bit in range(max(place).bit_length())
+    )
 
 
 def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
@@ -167,6 +169,10 @@ def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
     index_bytes = grid[0] * grid[1] * INDEX_ENTRY_BYTES + CRC_BYTES
     index = np.frombuffer(_checked(read_range(-index_bytes, index_bytes), "the index"), dtype="<u8")
     return Shard((num_classes, height, width), (chunk_h, chunk_w), dtype, index.reshape(*grid, 2), attributes)
+
+
+def _with_checksum(data: bytes) -> bytes:
+    return bytes(CRC32C(location="end").encode(data))  # type: ignore[no-untyped-call]
 
 
 def _checked(data: bytes, what: str) -> Any:
