@@ -22,6 +22,7 @@ from kdpipe.pipeline.cli_options import (
     with_config,
     write_json,
 )
+from kdpipe.pipeline.cli_report import report
 from kdpipe.pipeline.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -348,6 +349,7 @@ def demo(out: str, debug: bool) -> None:
 
 cli.add_command(predict)
 cli.add_command(export)
+cli.add_command(report)
 
 
 def main() -> None:

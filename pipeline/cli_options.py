@@ -38,10 +38,19 @@ def _writable(context: click.Context, option: click.Parameter, path: str | None)
     return path
 
 
-def file_option(name: str, variable: str, help_text: str) -> Callable[[Command], Command]:
+def file_option(name: str, variable: str, help_text: str, default: str | None = None) -> Callable[[Command], Command]:
     """An option that names a file to write."""
     kind = click.Path(dir_okay=False)
-    return click.option(name, variable, metavar="FILE", type=kind, callback=_writable, help=help_text)
+    return click.option(
+        name,
+        variable,
+        metavar="FILE",
+        type=kind,
+        default=default,
+        show_default=True,
+        callback=_writable,
+        help=help_text,
+    )
 
 
 json_option = file_option("--json", "json_path", "Write the result as JSON.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.comparison import MEAN, Arm, Comparison, Difference
+from kdpipe.pipeline.page import data_url, heading, page, paragraph, percent_text, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,17 +24,6 @@ PAGE, STEPS_PLOT, SECONDS_PLOT, CLASSES_PLOT = (
 # Okabe and Ito's, told apart with the usual colour blindness too; the baseline is the first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-caption { text-align: left; font-weight: 600; }
-img { max-width: 100%; background: #fff; border-radius: 4px; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-"""
-
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write the three plots and the page into `folder`; returns the page's path."""
@@ -46,9 +35,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     }
     for name, png in plots.items():
         (folder / name).write_bytes(png)
-    page = folder / PAGE
-    page.write_text(_page(comparison, plots), encoding="utf-8")
-    return page
+    file = folder / PAGE
+    file.write_text(_page(comparison, plots), encoding="utf-8")
+    return file
 
 
 def points_text(difference: Difference | None) -> str:
@@ -58,11 +47,6 @@ def points_text(difference: Difference | None) -> str:
     if difference.low is None or difference.high is None:
         return f"{100 * difference.mean:+.1f}"
     return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-
-
-def percent_text(value: float | None) -> str:
-    """A score in percent with one digit, a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def cache_text(arm: Arm) -> str:
@@ -145,33 +129,29 @@ def _colours(comparison: Comparison) -> list[str]:
 
 def _page(comparison: Comparison, plots: dict[str, bytes]) -> str:
     baseline = comparison.arms[0]
-    pictures = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{base64.b64encode(plots[name]).decode()}">'
-        for name, title in (
-            (STEPS_PLOT, "Validation mIoU against steps"),
-            (SECONDS_PLOT, "Validation mIoU against seconds of training"),
-            (CLASSES_PLOT, f"Difference to {html.escape(baseline.label)} by class, with 95 % intervals"),
-        )
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>kdpipe: comparison of {len(comparison.arms)} arms</title><style>{STYLE}</style></head><body>"
-        f"<h1>{len(comparison.arms)} arms after {comparison.steps} steps</h1>"
-        f"<p>Baseline: {html.escape(baseline.label)}. Differences are between runs of one seed, in points of IoU; the interval is the "
-        "95 % interval of their mean (Student's t). Scores are those of the last step, not of the best one.</p>"
-        f"{_table('Arms', list(_arm_rows(comparison)))}{_table('IoU by class, %', list(_class_rows(comparison)))}{pictures}"
-        f"{_table('What differs from the baseline', list(_setting_rows(comparison)))}"
-        f"{_table('Runs', list(_run_rows(comparison)))}</body></html>\n"
-    )
-
-
-def _table(caption: str, rows: list[list[str]]) -> str:
-    head, *body = rows
-    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return (
-        f"<table><caption>{html.escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
-    )
+    body = [
+        heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
+        paragraph(
+            f"Baseline: {baseline.label}. Differences are between runs of one seed, in points of IoU; the interval is the "
+            "95 % interval of their mean (Student's t). Scores are those of the last step, not of the best one."
+        ),
+        table("Arms", list(_arm_rows(comparison))),
+        table("IoU by class, %", list(_class_rows(comparison))),
+    ]
+    for name, title in (
+        (STEPS_PLOT, "Validation mIoU against steps"),
+        (SECONDS_PLOT, "Validation mIoU against seconds of training"),
+        (CLASSES_PLOT, f"Difference to {baseline.label} by class, with 95 % intervals"),
+    ):
+        body += [
+            heading(2, title),
+            f'<img class="plot" alt="{escape(title)}" src="{data_url(plots[name], "image/png")}">',
+        ]
+    body += [
+        table("What differs from the baseline", list(_setting_rows(comparison))),
+        table("Runs", list(_run_rows(comparison))),
+    ]
+    return page(f"kdpipe: comparison of {len(comparison.arms)} arms", f"<main>{''.join(body)}</main>")
 
 
 def _arm_rows(comparison: Comparison) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kdpipe.pipeline.charts import pixels_text
 from kdpipe.pipeline.evaluation import Evaluation, RootScores
 
 CELL_INCHES, LABELS_INCHES, DPI = 0.75, 2.6, 120
@@ -49,7 +50,7 @@ def _draw_panel(ax: Axes, root: RootScores, names: list[str]) -> None:
         for column in range(len(names)):
             share, count = shares_LP[row, column], int(counts_LP[row, column])
             colour = "white" if share > DARK else "0.15" if count else "0.6"
-            text = f"{100 * share:.1f}\n{_pixels(count)}" if count else "0"
+            text = f"{100 * share:.1f}\n{pixels_text(count)}" if count else "0"
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     notes = root.scores.left_out
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
@@ -58,10 +59,3 @@ def _draw_panel(ax: Axes, root: RootScores, names: list[str]) -> None:
     ax.set_xlabel("answered")
     ax.set_ylabel("labelled")
     ax.set_title(f"{root.root}: {root.tiles} tiles, mIoU {100 * root.scores.miou:.1f}", fontsize=10)
-
-
-def _pixels(count: int) -> str:
-    """A count in three digits: `812`, `4.1 k`, `1.32 M`."""
-    if count < 1000:
-        return str(count)
-    return f"{count / 1e3:.3g} k" if count < 999_500 else f"{count / 1e6:.3g} M"

@@ -15,8 +15,9 @@ from kdpipe.cache.values import probability_bound
 from kdpipe.configs.errors import summarise
 from kdpipe.pipeline.cache_statistics import MIN_TILES
 from kdpipe.pipeline.comparison import MEAN
-from kdpipe.pipeline.comparison_page import cache_text, percent_text, points_text, reached_text
+from kdpipe.pipeline.comparison_page import cache_text, points_text, reached_text
 from kdpipe.pipeline.console import duration_text, size_text
+from kdpipe.pipeline.page import percent_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData

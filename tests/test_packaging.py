@@ -33,13 +33,13 @@ def wheel(tmp_path_factory):
     return next(out.glob("*.whl"))
 
 
-def test_wheel_holds_all_modules_and_all_yaml_and_nothing_stray(wheel):
+def test_wheel_holds_all_modules_all_yaml_and_what_pages_are_made_of_and_nothing_stray(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("kdpipe-")}
     expected = {
         f"kdpipe/{path.relative_to(ROOT)}"
         for package in ("configs", "data", "cache", "pipeline")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and (path.suffix in (".py", ".yaml") or path.name == "py.typed")
+        if path.is_file() and (path.suffix in (".py", ".yaml", ".css", ".js") or path.name == "py.typed")
     }
     assert names == expected
 
