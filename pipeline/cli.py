@@ -22,7 +22,7 @@ from kdpipe.pipeline.cli_options import (
     with_config,
     write_json,
 )
-from kdpipe.pipeline.cli_report import report
+from kdpipe.pipeline.cli_report import compare, report, verify_cache
 from kdpipe.pipeline.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -83,37 +83,6 @@ def precompute_teacher(
     if summary.failed:
         complain(failure_report(summary))
         sys.exit(EXIT_FINDINGS)
-
-
-@cli.command("verify-cache")
-@with_config
-@click.option("--level", type=click.Choice(["quick", "full", "parity"]), default="full", show_default=True,
-              help="quick: complete and fresh? full: every byte. parity: the teacher again, and the labels.")  # fmt: skip
-@click.option(
-    "--sample", type=click.IntRange(1), default=12, show_default=True, help="Tiles on which parity runs the teacher."
-)
-@click.option("--student", metavar="CHECKPOINT", help="Whose gradients parity compares; a fresh student by default.")
-def verify_cache(
-    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
-    level: Any, sample: int, student: str | None,
-) -> None:  # fmt: skip
-    """
-    The gate: prove that the cache is whole, fresh, and what the teacher would have said.
-
-    Exit codes: 0 passes, 1 findings, 2 usage or config, 3 refused.
-    """
-    from kdpipe.pipeline import reports
-    from kdpipe.pipeline.models.teacher import resolve_device
-    from kdpipe.pipeline.verify import verify
-
-    console, progress = open_console()
-    report = verify(
-        load(source, overrides), level, resolve_device(device), sample=sample, student=student, progress=progress
-    )
-    write_json(json_path, report.as_dict())
-    for table in reports.verify_tables(report):
-        console.print(table, highlight=False, soft_wrap=True)
-    sys.exit(0 if report.passes else EXIT_FINDINGS)
 
 
 @cli.command("train-student")
@@ -185,36 +154,6 @@ def suggest_map(
     for part in reports.suggestion_tables(result):
         # The table fits the terminal; what is pasted must not be broken.
         console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
-
-
-@cli.command("compare")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …")
-@click.option("--baseline", metavar="NAME", help="The run or arm to compare with; the one without teacher by default.")
-@click.option(
-    "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
-)
-@json_option
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def compare(runs: tuple[str, ...], baseline: str | None, out: str, json_path: str | None, debug: bool) -> None:
-    """
-    Runs of equal length side by side, over seeds.
-
-    RUN is a folder of `train-student`, such as model_weights/dubai/NAME. Runs that differ in nothing but seed and name are
-    one arm. Writes a page and its plots. Exit codes: 0 done, 2 runs that cannot be compared.
-    """
-    from kdpipe.configs.outputs import output_path
-    from kdpipe.pipeline import reports
-    from kdpipe.pipeline.comparison import compare as compare_runs
-    from kdpipe.pipeline.comparison_page import write_comparison
-    from kdpipe.pipeline.runs import read_run
-
-    console, _ = open_console()
-    comparison = compare_runs([read_run(run) for run in runs], baseline)
-    page = write_comparison(comparison, output_path(out, key="--out"))
-    write_json(json_path, comparison.as_dict())
-    for table in reports.comparison_tables(comparison):
-        console.print(table, highlight=False, soft_wrap=True)
-    console.print(f"page and plots: {page}", highlight=False, soft_wrap=True)
 
 
 @cli.command("inspect")
@@ -347,9 +286,11 @@ def demo(out: str, debug: bool) -> None:
         console.print(table, highlight=False, soft_wrap=True)
 
 
+cli.add_command(verify_cache)
+cli.add_command(compare)
+cli.add_command(report)
 cli.add_command(predict)
 cli.add_command(export)
-cli.add_command(report)
 
 
 def main() -> None:

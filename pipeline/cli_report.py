@@ -1,27 +1,119 @@
-"""The command that shows runs on a page."""
+"""The commands that end in a page to look at: what a cache is, what runs came to, and how arms compare."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from kdpipe.pipeline.cli_options import debug_option, device_option, file_option, json_option, open_console, write_json
+from kdpipe.pipeline.cli_options import (
+    EXIT_FINDINGS,
+    debug_option,
+    device_option,
+    file_option,
+    json_option,
+    load,
+    open_console,
+    with_config,
+    write_json,
+)
+
+
+@click.command("verify-cache")
+@with_config
+@click.option("--level", type=click.Choice(["quick", "full", "parity"]), default="full", show_default=True,
+              help="quick: complete and fresh? full: every byte. parity: the teacher again, and the labels.")  # fmt: skip
+@click.option(
+    "--sample", type=click.IntRange(1), default=12, show_default=True, help="Tiles on which parity runs the teacher."
+)
+@click.option("--student", metavar="CHECKPOINT", help="Whose gradients parity compares; a fresh student by default.")
+@file_option("--report", "page", "Write a page with the findings, and tiles of the cache to look at.")
+def verify_cache(
+    source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
+    level: Any, sample: int, student: str | None, page: str | None,
+) -> None:  # fmt: skip
+    """
+    The gate: prove that the cache is whole, fresh, and what the teacher would have said.
+
+    Exit codes: 0 passes, 1 findings, 2 usage or config, 3 refused.
+    """
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.verify import verify
+
+    console, progress = open_console()
+    config, parity_tiles = load(source, overrides), None
+    if page is not None:
+        from kdpipe.pipeline.verify_tiles import ParityTiles, cached_tiles
+
+        parity_tiles = ParityTiles(config)
+    found = verify(
+        config, level, resolve_device(device), sample=sample, student=student, progress=progress, on_parity=parity_tiles
+    )
+    write_json(json_path, found.as_dict())
+    for table in reports.verify_tables(found):
+        console.print(table, highlight=False, soft_wrap=True)
+    if page is not None and parity_tiles is not None:
+        from kdpipe.pipeline.verify_page import write_verification
+
+        write_verification(found, config, parity_tiles.drawn or cached_tiles(config, found, sample), Path(page))
+        console.print(_page_text(page), highlight=False, soft_wrap=True, markup=False)
+    sys.exit(0 if found.passes else EXIT_FINDINGS)
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …")
+@click.option("--baseline", metavar="NAME", help="The run or arm to compare with; the one without teacher by default.")
+@click.option(
+    "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
+)
+@click.option("--tiles", type=click.IntRange(0), default=12, show_default=True, metavar="N",
+              help="Validation tiles with the answers of every arm.")  # fmt: skip
+@json_option
+@device_option
+@debug_option
+def compare(
+    runs: tuple[str, ...], baseline: str | None, out: str, tiles: int, json_path: str | None, device: str | None,
+    debug: bool,
+) -> None:  # fmt: skip
+    """
+    Runs of equal length side by side, over seeds.
+
+    RUN is a folder of `train-student`, such as model_weights/dubai/NAME. Runs that differ in nothing but seed and name are
+    one arm. Writes a page and its plots. Exit codes: 0 done, 2 runs that cannot be compared.
+    """
+    from kdpipe.configs.outputs import output_path
+    from kdpipe.pipeline import reports
+    from kdpipe.pipeline.comparison import compare as compare_runs
+    from kdpipe.pipeline.comparison_page import write_comparison
+    from kdpipe.pipeline.comparison_tiles import comparison_tiles
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.runs import read_run, run_folder
+
+    console, progress = open_console()
+    found = [read_run(run) for run in runs]
+    comparison = compare_runs(found, baseline)
+    folders = {id(run): run_folder(path) for run, path in zip(found, runs, strict=True)}
+    drawn, notes = comparison_tiles(comparison, folders, resolve_device(device), tiles, progress) if tiles else ([], [])
+    page = write_comparison(comparison, output_path(out, key="--out"), drawn, notes)
+    write_json(json_path, comparison.as_dict())
+    for table in reports.comparison_tables(comparison):
+        console.print(table, highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @file_option("--out", "out", "Where the page goes.", default="report.html")
-@click.option(
-    "--tiles", type=click.IntRange(0), default=24, show_default=True, metavar="N", help="Tiles to look at, of each run."
-)
+@click.option("--tiles", type=click.IntRange(0), default=24, show_default=True, metavar="N",
+              help="Tiles to look at, of each run.")  # fmt: skip
 @click.option("--teacher", is_flag=True, help="Ask the teacher about the validation tiles shown.")
-@click.option(
-    "--window",
-    type=click.IntRange(64),
-    metavar="PX",
-    help="Side of overlapping windows for tiles too large for memory.",
-)
+@click.option("--window", type=click.IntRange(64), metavar="PX",
+              help="Side of overlapping windows for tiles too large for memory.")  # fmt: skip
 @json_option
 @device_option
 @debug_option
@@ -35,7 +127,6 @@ def report(
     RUN is a folder of `train-student`, such as model_weights/dubai/NAME. Its best checkpoint is evaluated on its validation tiles.
     Exit codes: 0 done, 2 usage, data or checkpoint, 3 the cache is damaged.
     """
-    from kdpipe.pipeline.console import size_text
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.run_report import report_run
     from kdpipe.pipeline.run_report_page import write_report
@@ -46,8 +137,14 @@ def report(
     write_report(reports, Path(out))
     write_json(json_path, {"page": out, "runs": [each.as_dict() for each in reports]})
     for each in reports:
-        scores = each.evaluation.together.scores
-        console.print(f"{each.run.name}: mIoU {100 * scores.miou:.1f} %", highlight=False, soft_wrap=True)
+        miou = each.evaluation.together.scores.miou
+        console.print(f"{each.run.name}: mIoU {100 * miou:.1f} %", highlight=False, soft_wrap=True, markup=False)
         for note in each.notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"page: {out} ({size_text(Path(out).stat().st_size)})", highlight=False, soft_wrap=True)
+    console.print(_page_text(out), highlight=False, soft_wrap=True, markup=False)
+
+
+def _page_text(page: str) -> str:
+    from kdpipe.pipeline.console import size_text
+
+    return f"page: {page} ({size_text(Path(page).stat().st_size)})"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.comparison import MEAN, Arm, Comparison, Difference
 from kdpipe.pipeline.page import data_url, heading, page, paragraph, percent_text, table
+from kdpipe.pipeline.tile_browser import VIEWER, browser
+from kdpipe.pipeline.tile_pictures import TilePictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +27,10 @@ PAGE, STEPS_PLOT, SECONDS_PLOT, CLASSES_PLOT = (
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write the three plots and the page into `folder`; returns the page's path."""
+def write_comparison(
+    comparison: Comparison, folder: Path, tiles: Sequence[TilePictures] = (), notes: Sequence[str] = ()
+) -> Path:
+    """Write the three plots and the page into `folder`, with `tiles` to browse and what is not shown; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {
         STEPS_PLOT: _curves(comparison, "steps"),
@@ -36,7 +40,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     for name, png in plots.items():
         (folder / name).write_bytes(png)
     file = folder / PAGE
-    file.write_text(_page(comparison, plots), encoding="utf-8")
+    file.write_text(_page(comparison, plots, tiles, notes), encoding="utf-8")
     return file
 
 
@@ -127,7 +131,9 @@ def _colours(comparison: Comparison) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(comparison.arms))]
 
 
-def _page(comparison: Comparison, plots: dict[str, bytes]) -> str:
+def _page(
+    comparison: Comparison, plots: dict[str, bytes], tiles: Sequence[TilePictures], notes: Sequence[str]
+) -> str:
     baseline = comparison.arms[0]
     body = [
         heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
@@ -151,7 +157,13 @@ def _page(comparison: Comparison, plots: dict[str, bytes]) -> str:
         table("What differs from the baseline", list(_setting_rows(comparison))),
         table("Runs", list(_run_rows(comparison))),
     ]
-    return page(f"kdpipe: comparison of {len(comparison.arms)} arms", f"<main>{''.join(body)}</main>")
+    if tiles:
+        how = paragraph("Click a tile, or press Enter on it, to compare two of its layers: those of two arms, for instance.")
+        of_arms = paragraph("Answers are those of the first seed's run of every arm, after its last step.")
+        body += [heading(2, "Validation tiles"), how, of_arms, browser(tiles, comparison.classes), VIEWER]
+    body += [paragraph(note, "quiet") for note in notes]
+    title = f"kdpipe: comparison of {len(comparison.arms)} arms"
+    return page(title, f"<main>{''.join(body)}</main>", script=bool(tiles))
 
 
 def _arm_rows(comparison: Comparison) -> Iterator[list[str]]:

@@ -16,7 +16,7 @@ from kdpipe.pipeline.logged_curves import logged_curves
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe
-from kdpipe.pipeline.runs import RUN, Run, read_run
+from kdpipe.pipeline.runs import RUN, Run, read_run, run_folder
 from kdpipe.pipeline.shown_tiles import (
     Targets,
     draw_subject,
@@ -77,7 +77,7 @@ def report_run(
     """
     progress = progress or Silent()
     run = read_run(folder)
-    place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+    place = run_folder(folder)
     if not (place / BEST).is_file():
         raise CheckpointError(
             f"no {BEST} in {place.absolute()}, only {RUN}: expected the folder as `kdpipe train-student` left it, with the student's "

@@ -80,6 +80,11 @@ def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
     return paces
 
 
+def run_folder(path: str | Path) -> Path:
+    """The folder of a run that is named by its folder or by its `run.json`."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def read_run(path: str | Path) -> Run:
     """
     The run in a folder of `kdpipe train-student`, or in its `run.json`.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import Finding, check_full, check_quick
 from kdpipe.cache.manifest import Manifest
@@ -85,6 +86,16 @@ class Report:
         }
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A tile on which parity ran the teacher again: cached and live targets, float32 `(C, H, W)`, and what was measured."""
+
+    subject: Subject
+    cached_CHW: NDArray[np.float32]
+    live_CHW: NDArray[np.float32]
+    parity: TileParity
+
+
 def verify(
     config: Config,
     level: Level,
@@ -92,6 +103,7 @@ def verify(
     *,
     sample: int = DEFAULT_SAMPLE,
     student: str | None = None,
+    on_parity: Callable[[Compared], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """
@@ -99,8 +111,8 @@ def verify(
 
     `quick` reads names, sizes and times; `full` every byte; `parity` also runs the teacher again on `sample` tiles chosen
     by the seed, compares what a student (`student`: a checkpoint, or else a fresh one) would learn, and compares the class
-    map with the labels. Raises `DataError` or `ConfigError` where the data cannot be listed, `CheckpointError` for a
-    missing teacher at level parity.
+    map with the labels; `on_parity` is handed each tile of the sample. Raises `DataError` or `ConfigError` where the data
+    cannot be listed, `CheckpointError` for a missing teacher at level parity.
     """
     progress = progress or Silent()
     tiles = list_tiles(config.data, "train")
@@ -127,7 +139,7 @@ def verify(
     report.findings += _check_files(storage, manifest, images, report, progress)
     if level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
-        _check_parity(config, cache, asked, device, sample, student, report, progress)
+        _check_parity(config, cache, asked, device, sample, student, report, progress, on_parity or (lambda compared: None))
         _check_labels(config, cache, asked, report, progress)
     elif level == "parity":
         progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")
@@ -145,7 +157,7 @@ def _check_files(
 
 def _check_parity(
     config: Config, cache: SoftTargetCache, tiles: list[Subject], device: torch.device,
-    sample: int, checkpoint: str | None, report: Report, progress: Progress,
+    sample: int, checkpoint: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None],
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
     manifest = cache.manifest
@@ -171,11 +183,13 @@ def _check_parity(
                 logits_NTHW = teacher.logits(image_HWC[None])
                 live_CHW = teacher.targets_of(logits_NTHW)[0]
                 lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
+                cached_CHW = cache.read(tile.id)
                 result = compare(
-                    tile.id, cache.read(tile.id), live_CHW, image_HWC, student, config,
+                    tile.id, cached_CHW, live_CHW, image_HWC, student, config,
                     probability_bound(manifest, config.distill.temperature), lost, precision, device,
                 )  # fmt: skip
             report.parity.append(result)
+            on_parity(Compared(tile, cached_CHW, live_CHW, result))
             report.findings += [
                 Finding(
                     "parity", tile.id,
