@@ -131,9 +131,7 @@ def _colours(comparison: Comparison) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(comparison.arms))]
 
 
-def _page(
-    comparison: Comparison, plots: dict[str, bytes], tiles: Sequence[TilePictures], notes: Sequence[str]
-) -> str:
+def _page(comparison: Comparison, plots: dict[str, bytes], tiles: Sequence[TilePictures], notes: Sequence[str]) -> str:
     baseline = comparison.arms[0]
     body = [
         heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
@@ -158,7 +156,9 @@ def _page(
         table("Runs", list(_run_rows(comparison))),
     ]
     if tiles:
-        how = paragraph("Click a tile, or press Enter on it, to compare two of its layers: those of two arms, for instance.")
+        how = paragraph(
+            "Click a tile, or press Enter on it, to compare two of its layers: those of two arms, for instance."
+        )
         of_arms = paragraph("Answers are those of the first seed's run of every arm, after its last step.")
         body += [heading(2, "Validation tiles"), how, of_arms, browser(tiles, comparison.classes), VIEWER]
     body += [paragraph(note, "quiet") for note in notes]

@@ -47,7 +47,9 @@ def comparison_tiles(
     drawn = []
     with (progress or Silent()).bar("tiles to look at", len(shown), "tiles") as advance:
         for i in shown:
-            answers = {label: model.answer(subjects[label][i].image()).argmax(axis=0) for label, model in models.items()}
+            answers = {
+                label: model.answer(subjects[label][i].image()).argmax(axis=0) for label, model in models.items()
+            }
             subject = next(iter(subjects.values()))[i]
             drawn.append(
                 draw_tile(

@@ -19,6 +19,7 @@ from kdpipe.pipeline.recipe import complete_recipe
 from kdpipe.pipeline.runs import RUN, Run, read_run, run_folder
 from kdpipe.pipeline.shown_tiles import (
     Targets,
+    cached_targets,
     draw_subject,
     run_cache,
     spread,
@@ -89,7 +90,7 @@ def report_run(
     evaluation = evaluate(model, progress=progress)
     cache, why_not = run_cache(run, config)
     notes = [why_not] if why_not else []
-    if asked is None:
+    if asked is None and tiles:
         notes.append(
             "Validation tiles have no soft target here: a cache holds those of training tiles (--teacher asks for them)."
         )
@@ -97,17 +98,15 @@ def report_run(
     training = [] if cache is None else training_subjects(config, model.stretch, cache)
     of_training = spread(training, tiles // 2)
     of_validation = spread(validation_subjects(config, model.stretch), tiles - len(of_training))
+    shown = [(subject, "validation tile", asked) for subject in of_validation]
+    if cache is not None:
+        shown += [(subject, training_noun(config), cached_targets(cache)) for subject in of_training]
     drawn = []
-    with progress.bar("tiles to look at", len(of_validation) + len(of_training), "tiles") as advance:
-        for subject in of_validation:
-            drawn.append(draw_subject(subject, "validation tile", config, {"": model}, asked))
+    with progress.bar("tiles to look at", len(shown), "tiles") as advance:
+        for subject, group, targets in shown:
+            drawn.append(draw_subject(subject, group, config, {"": model}, targets))
             advance(1)
-        for subject in of_training:
-            assert cache is not None
-            read: Targets = lambda subject, image_HWC: cache.read(subject.id)  # noqa: E731
-            drawn.append(draw_subject(subject, training_noun(config), config, {"": model}, read))
-            advance(1)
-    logs = place.absolute().parents[2] / LOGS_DIR / config.group / config.name
+    logs = (place / "../../..").resolve() / LOGS_DIR / config.group / config.name
     logged = logged_curves(logs)
     if not logged:
         notes.append(f"No losses by step: there is no log in {logs}.")

@@ -56,6 +56,11 @@ def run_cache(run: Run, config: Config) -> tuple[SoftTargetCache | None, str]:
     return cache, ""
 
 
+def cached_targets(cache: SoftTargetCache) -> Targets:
+    """The soft targets of a cache."""
+    return lambda subject, image_HWC: cache.read(subject.id)
+
+
 def training_subjects(config: Config, stretch: Stretch, cache: SoftTargetCache) -> list[Subject]:
     """What the cache has soft targets of: training tiles, or recorded views of them."""
     there = set(cache.tile_ids)

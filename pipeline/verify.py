@@ -139,7 +139,9 @@ def verify(
     report.findings += _check_files(storage, manifest, images, report, progress)
     if level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
-        _check_parity(config, cache, asked, device, sample, student, report, progress, on_parity or (lambda compared: None))
+        _check_parity(
+            config, cache, asked, device, sample, student, report, progress, on_parity or (lambda compared: None)
+        )
         _check_labels(config, cache, asked, report, progress)
     elif level == "parity":
         progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")

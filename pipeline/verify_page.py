@@ -49,12 +49,23 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
         parts += [
             heading(2, "Cached targets against the labels"),
             table(f"Over {report.label_tiles} labelled {report.noun}", rows),
-            confusion_table("What the teacher took the labels' pixels for; percent of a row, and pixels", counts_LP, config.classes.names),
+            confusion_table(
+                "What the teacher took the labels' pixels for; percent of a row, and pixels",
+                counts_LP,
+                config.classes.names,
+            ),
         ]
     if report.teacher_classes:
         rows = [["teacher says", "configured", "agree, %", "labels fit best", "share, %", "gain of mIoU, points"]]
         rows += [
-            [row.name, row.configured, percent_text(row.configured_share), row.fitting, percent_text(row.fitting_share), f"{100 * row.gain:+.1f}"]
+            [
+                row.name,
+                row.configured,
+                percent_text(row.configured_share),
+                row.fitting,
+                percent_text(row.fitting_share),
+                f"{100 * row.gain:+.1f}",
+            ]
             for row in report.teacher_classes
         ]
         parts.append(table("Teacher classes against the labels", rows))
@@ -62,7 +73,9 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
     if tiles:
         how = paragraph("Click one, or press Enter on it, to compare two of its layers.")
         parts += [heading(2, report.noun.capitalize()), how, browser(tiles, config.classes.names), VIEWER]
-    path.write_text(page(f"kdpipe: {report.cache}", f"<main>{''.join(parts)}</main>", script=bool(tiles)), encoding="utf-8")
+    path.write_text(
+        page(f"kdpipe: {report.cache}", f"<main>{''.join(parts)}</main>", script=bool(tiles)), encoding="utf-8"
+    )
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -71,7 +84,9 @@ def _findings(findings: Sequence[Finding]) -> str:
         for finding in findings[:SHOWN_FINDINGS]
     )
     more = len(findings) - SHOWN_FINDINGS
-    return f'<ul class="findings">{items}</ul>' + (paragraph(f"and {more} more; all of them with --json") if more > 0 else "")
+    return f'<ul class="findings">{items}</ul>' + (
+        paragraph(f"and {more} more; all of them with --json") if more > 0 else ""
+    )
 
 
 def _parity_table(tiles: Sequence[TileParity]) -> str:

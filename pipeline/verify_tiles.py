@@ -7,7 +7,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.recipe import configured_softening
-from kdpipe.pipeline.shown_tiles import draw_subject, spread, training_noun, training_subjects
+from kdpipe.pipeline.shown_tiles import cached_targets, draw_subject, spread, training_noun, training_subjects
 from kdpipe.pipeline.tile_pictures import TilePictures
 from kdpipe.pipeline.verify import Compared, Report
 
@@ -44,7 +44,4 @@ def cached_tiles(config: Config, report: Report, count: int) -> list[TilePicture
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
     whole = [subject for subject in training_subjects(config, stretch, cache) if subject.id not in named]
     noun = training_noun(config)
-    return [
-        draw_subject(subject, noun, config, {}, lambda subject, _: cache.read(subject.id))
-        for subject in spread(whole, count)
-    ]
+    return [draw_subject(subject, noun, config, {}, cached_targets(cache)) for subject in spread(whole, count)]

@@ -30,7 +30,14 @@ def test_commands_of_the_page_run_and_write_what_it_says(make_config, tmp_path):
         done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
         # A teacher with random weights may find that the labels fit another map: a finding, and the page is written all the same.
         assert done.exit_code in ((0, 1) if "parity" in line else (0,)), (line, done.output)
-    for written in ("report.html", "both.html", "report.json", "cache.html", "parity.html", "comparison/comparison.html"):
+    for written in (
+        "report.html",
+        "both.html",
+        "report.json",
+        "cache.html",
+        "parity.html",
+        "comparison/comparison.html",
+    ):
         assert (tmp_path / written).stat().st_size > 10_000 or written.endswith("json"), written
     assert "|Δp|" in (tmp_path / "parity.html").read_text()
     assert {line.split()[0] for line in COMMANDS} == {"report", "verify-cache", "compare"}

@@ -20,8 +20,9 @@ from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.charts import MAX_POINTS, class_map_figure, confusion_table, line_chart, pixels_text
 from kdpipe.pipeline.cli import cli
-from kdpipe.pipeline.evaluation import evaluate, student_model, teacher_model
+from kdpipe.pipeline.evaluation import evaluate, student_model
 from kdpipe.pipeline.logged_curves import logged_curves
+from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.pictures import colours, paint_classes
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.run_report import report_run
@@ -107,12 +108,19 @@ def test_validation_tiles_have_a_target_where_the_teacher_is_asked(inside):
     assert "soft target" not in without.tiles[0].layers
     assert "Validation tiles have no soft target here" in without.notes[0]
     assert asked.notes == []
-    tile = list_tiles(inside.data, "val")[0]
-    cool = teacher_model(inside, CPU, tta=None, window=None).answer(read_image(tile.image))
-    # At T 1 teacher_model is asked; the run's own temperature is 2, where every target is softer.
+    teacher = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
+    teacher.load_state_dict(torch.load(inside.teacher.checkpoint, weights_only=True))
+    image = read_image(list_tiles(inside.data, "val")[0].image)
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
+    with torch.no_grad():
+        logits = teacher(torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255)[0, :, :height, :width]
     assert inside.distill.temperature == 2
-    cool_entropy = -(cool * np.log(np.maximum(cool, 1e-30))).sum(axis=0).mean()
-    assert asked.tiles[0].figures["nats of entropy"] > cool_entropy
+    target = torch.softmax(logits / 2, dim=0).permute(1, 2, 0).numpy() @ inside.class_map_matrix()
+    entropy = -(target * np.log(target)).sum(axis=2).mean()
+    assert asked.tiles[0].figures["nats of entropy"] == pytest.approx(entropy, abs=1e-5)
+    blended = target @ colours(6)
+    assert np.abs(pixels(asked.tiles[0].layers["soft target"]) - blended).mean() < 8
 
 
 def test_a_run_whose_cache_is_gone_or_another_shows_validation_tiles_and_says_so(inside, tmp_path):
@@ -205,7 +213,10 @@ def test_a_flat_line_and_a_single_point_can_be_drawn():
 
 def test_confusion_cells_are_shares_of_their_row():
     text = confusion_table("c", np.array([[3, 1], [0, 0]]), ["A", "B"])
-    assert '<td style="--share:0.7500">75.0<small>3</small></td><td style="--share:0.2500">25.0<small>1</small></td>' in text
+    assert (
+        '<td style="--share:0.7500">75.0<small>3</small></td><td style="--share:0.2500">25.0<small>1</small></td>'
+        in text
+    )
     assert '<th scope="row">B</th><td>–</td><td>–</td>' in text
     assert [pixels_text(n) for n in (0, 999, 4100, 1_320_000)] == ["0", "999", "4.1 k", "1.32 M"]
 
