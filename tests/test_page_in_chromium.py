@@ -9,19 +9,27 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from kdpipe.pipeline.comparison import compare
+from kdpipe.pipeline.comparison_page import write_comparison
+from kdpipe.pipeline.comparison_tiles import comparison_tiles
 from kdpipe.pipeline.page import heading, page, paragraph, table
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.run_report import report_run
 from kdpipe.pipeline.run_report_page import write_report
+from kdpipe.pipeline.runs import read_run
 from kdpipe.pipeline.tile_browser import VIEWER, browser
 from kdpipe.pipeline.tile_pictures import draw_tile
-from kdpipe.pipeline.training import train
+from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.verify import verify
+from kdpipe.pipeline.verify_page import write_verification
+from kdpipe.pipeline.verify_tiles import ParityTiles
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+CPU = torch.device("cpu")
 MODES = ("light", "dark")
 EVIL = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
 
@@ -39,15 +47,32 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def run_page(landscape, teacher_file, tmp_path_factory):
-    """The page of a run of a few steps on the small landscape, two validation and two training tiles."""
-    folder = tmp_path_factory.mktemp("page")
+def folder(landscape, teacher_file, tmp_path_factory):
+    """The pages of two runs of a few steps on the small landscape: a report, a verification and a comparison."""
+    folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = tiny_config(landscape, teacher_file, folder)
-        precompute(config, torch.device("cpu"))
-        train(config, torch.device("cpu"))
-        write_report([report_run("model_weights/tests/tiny", torch.device("cpu"), tiles=4)], folder / "report.html")
+        precompute(config, CPU)
+        train(config, CPU)
+        train(with_mode(config, "none"), CPU)
+        runs = [Path("model_weights/tests") / name for name in ("tiny", "tiny-none")]
+        write_report([report_run(runs[0], CPU, tiles=4)], folder / "report.html")
+        tiles = ParityTiles(config)
+        write_verification(
+            verify(config, "parity", CPU, sample=2, on_parity=tiles), config, tiles.drawn, folder / "parity.html"
+        )
+        read = [read_run(run) for run in runs]
+        comparison = compare(read)
+        drawn, notes = comparison_tiles(comparison, {id(r): run for r, run in zip(read, runs, strict=True)}, CPU, 2)
+        assert notes == []
+        write_comparison(comparison, folder, drawn, notes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_page(folder):
+    """The page of a run: two validation and two training tiles."""
     return folder / "report.html"
 
 
@@ -279,6 +304,26 @@ def test_nothing_moves_once_the_page_is_shown(chromium, run_page):
             ".observe({type: 'layout-shift', buffered: true}); setTimeout(() => done(sum), 300); })"
         )
         assert shift < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("parity.html", ["image", "label", "soft target", "entropy", "|Δp|"]),
+        ("comparison.html", ["image", "label", "student tiny-none", "student tiny", "errors tiny-none", "errors tiny"]),
+    ],
+)
+def test_pages_of_verification_and_comparison_browse_tiles_too(chromium, folder, name, layers):
+    with Opened(chromium, folder / name) as there:
+        assert there.tab.locator("[data-choose=layer] option").all_text_contents() == layers
+        there.open_tile(1)
+        there.tab.keyboard.press("Shift+5")
+        assert there.alt("right").endswith(layers[4])
+        there.tab.keyboard.press("End")
+        place, width = there.shown_left()
+        assert place == pytest.approx(width, abs=1)
+        assert there.complaints == []
+        assert [url for url in there.asked if not url.startswith("data:")] == [(folder / name).as_uri()]
 
 
 def test_markup_in_names_is_shown_and_not_run(chromium, tmp_path):
