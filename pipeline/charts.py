@@ -112,14 +112,18 @@ def class_colours(num_classes: int) -> list[str]:
 
 def class_map_figure(shares_TS: NDArray[np.float32], teacher_classes: Sequence[str], names: Sequence[str]) -> str:
     """The class map as ribbons: every teacher class as high as every other, split by its shares of the student's classes."""
-    row, gap, left, right, top = 26.0, 10.0, 190, 330, 6
+    row, gap, top = 26.0, 10.0, 6
+    left = 16 + round(DIGIT * max(map(len, teacher_classes)))
+    right = left + 140
+    width = right + 28 + round(DIGIT * max(map(len, names)))
     num_teacher, num_student = shares_TS.shape
     heights_S = row * shares_TS.sum(axis=0)
     space = num_teacher * (row + gap)
-    height = max(space, float(heights_S.sum()) + gap * num_student) + 2 * top
+
     # A student class to which nothing is mapped keeps a place for its name.
     shown_S = np.maximum(heights_S, row / 2)
-    spread = (height - 2 * top - shown_S.sum()) / max(num_student, 1)
+    height = max(space, float(shown_S.sum()) + gap * num_student) + 2 * top
+    spread = (height - 2 * top - shown_S.sum()) / num_student
     tops_S = top + np.concatenate([[0], np.cumsum(shown_S + spread)[:-1]]) + spread / 2
     filled_S = tops_S.copy()
     colour = class_colours(num_student)
@@ -129,9 +133,9 @@ def class_map_figure(shares_TS: NDArray[np.float32], teacher_classes: Sequence[s
         parts.append(
             f'<text class="name" x="{left - 8}" y="{y + row / 2 + 4:.1f}" text-anchor="end">{escape(teacher_class)}</text>'
         )
-        split = {names[s]: float(shares_TS[t, s]) for s in np.flatnonzero(shares_TS[t])}
+        split = {names[s]: float(shares_TS[t, s]) for s in np.flatnonzero(shares_TS[t]).tolist()}
         texts.append(f"{teacher_class}: " + ", ".join(f"{name} {share:g}" for name, share in split.items()))
-        for s in np.flatnonzero(shares_TS[t]):
+        for s in np.flatnonzero(shares_TS[t]).tolist():
             high = row * float(shares_TS[t, s])
             a, b, middle = y, float(filled_S[s]), (left + right) / 2
             above = f"M{left} {a:.1f}C{middle} {a:.1f} {middle} {b:.1f} {right} {b:.1f}"
@@ -145,7 +149,8 @@ def class_map_figure(shares_TS: NDArray[np.float32], teacher_classes: Sequence[s
             f'<text class="name" x="{right + 20}" y="{y + float(shown_S[s]) / 2 + 4:.1f}">{escape(name)}</text>'
         )
     label = f"Class map, teacher's classes left and student's right. {'; '.join(texts)}"
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    size = f'viewBox="0 0 {width} {height:.0f}" style="max-width:{width * 1.2:.0f}px"'
+    return f'<svg {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def _confusion_cell(count: int, total: int) -> str:

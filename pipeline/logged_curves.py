@@ -8,14 +8,14 @@ from pathlib import Path
 METRICS = "metrics.csv"
 
 
-def logged_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
+def logged_curves(logs: Path) -> dict[str, list[tuple[float, float]]]:
     """
     Every logged figure as `(step, value)`, in the order of steps; empty where nothing is logged below `logs`.
 
     A run that was resumed has one `version_*` folder a start. They are joined from the newest back to the one that begins at
     the first step; where two of them have a step, the newer one counts.
     """
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[float, float]] = {}
     known_from: int | None = None
     for version in sorted(logs.glob("version_*"), key=_number, reverse=True):
         rows = _rows(version / METRICS)

@@ -41,7 +41,7 @@ class RunReport:
     run: Run
     config: Config
     evaluation: Evaluation
-    logged: dict[str, list[tuple[int, float]]]
+    logged: dict[str, list[tuple[float, float]]]
     tiles: list[TilePictures]
     notes: list[str]
 

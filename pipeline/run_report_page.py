@@ -112,8 +112,12 @@ def class_map(config: Config) -> str:
 
 def _charts(report: RunReport) -> list[str]:
     history, logged, names = report.run.history, report.logged, report.config.classes.names
-    accuracy = [(p.steps, 100 * p.overall_accuracy) for p in history if p.overall_accuracy is not None]
-    by_class = {name: [(p.steps, 100 * v) for p in history if (v := p.iou[name]) is not None] for name in names}
+    accuracy: list[tuple[float, float]] = [
+        (p.steps, 100 * p.overall_accuracy) for p in history if p.overall_accuracy is not None
+    ]
+    by_class: dict[str, list[tuple[float, float]]] = {
+        name: [(p.steps, 100 * v) for p in history if (v := p.iou[name]) is not None] for name in names
+    }
     charts: list[tuple[str, dict[str, list[tuple[float, float]]], str]] = [
         ("Validation scores", {"mIoU": _miou(report), "overall accuracy": accuracy}, "%"),
         ("Validation IoU by class", by_class, "%"),

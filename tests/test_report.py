@@ -224,7 +224,7 @@ def test_confusion_cells_are_shares_of_their_row():
 def test_ribbons_of_the_class_map_have_the_classes_colours_and_are_as_high_as_their_shares():
     shares = np.array([[1, 0, 0], [0, 0.75, 0.25]], np.float32)
     text = class_map_figure(shares, ["Tree", "Range"], ["A", "B", "C"])
-    ribbons = re.findall(r'fill="(rgb[^"]+)" d="M190 ([\d.]+)C.*? 330 ([\d.]+)V([\d.]+)C', text)
+    ribbons = re.findall(r'fill="(rgb[^"]+)" d="M\d+ ([\d.]+)C[^V]*? \d+ ([\d.]+)V([\d.]+)C', text)
     heights = [(colour, round(float(bottom) - float(top), 1)) for colour, _, top, bottom in ribbons]
     expected = [f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in colours(3)]
     assert heights == list(zip(expected, [26.0, 19.5, 6.5], strict=True))
