@@ -31,7 +31,7 @@ FLAGS = [
 ]  # fmt: skip
 CPU = torch.device("cpu")
 MODES = ("light", "dark")
-EVIL = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+EVIL = "</title></script>'\"><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here (apt-get install chromium)")
 
@@ -235,6 +235,7 @@ def test_every_picture_has_an_alt_and_every_control_a_name(opened):
     named = [(role, name) for role, name in told if role in roles]
     assert {"button", "slider", "combobox", "dialog"} <= {role for role, _ in named}
     assert [role for role, name in named if not name] == []
+    assert {("button", "Close"), ("combobox", "Left"), ("combobox", "Right")} <= set(named)
 
 
 LUMINANCE = """element => {
