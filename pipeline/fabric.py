@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config, Precision
@@ -51,3 +52,17 @@ def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabri
 def is_further_process(config: Config) -> bool:
     """Whether this process is one of those that Lightning started beside the first one, which alone speaks and writes."""
     return config.train.devices > 1 and vars(rank_zero_only)["rank"] != 0
+
+
+class Alone(nn.Module):
+    """A student asked in the run's precision, and in this process only."""
+
+    def __init__(self, student: nn.Module, fabric: Fabric) -> None:
+        super().__init__()
+        self._student, self._fabric = student, fabric
+
+    def forward(self, images_NCHW: Tensor) -> Any:
+        """Logits `(N, C, H, W)`, float32; no other process takes part."""
+        with self._fabric.autocast():
+            answer = self._student(images_NCHW)
+        return answer[0].float() if isinstance(answer, tuple) else answer.float()

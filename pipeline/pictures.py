@@ -1,4 +1,4 @@
-"""Class maps and soft targets as pictures."""
+"""Class maps, soft targets and errors as pictures."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ PALETTE = np.array(
     dtype=np.float32,
 )
 UNLABELLED = (255, 255, 255)
+RIGHT, WRONG = (70, 70, 70), (255, 64, 64)  # of an answer, beside `UNLABELLED`
 
 
 def colours(num_classes: int) -> NDArray[np.float32]:
@@ -48,6 +49,32 @@ def paint_soft_target(probs_CHW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return painted
 
 
+def paint_entropy(probs_CHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A soft target's entropy as grey, uint8 `(H, W, 3)`: black is a certain answer, white `ln C`, all classes alike."""
+    entropy_HW = -np.sum(probs_CHW * np.log(np.maximum(probs_CHW, np.finfo(np.float32).tiny)), axis=0)
+    grey_HW = np.rint(255 * entropy_HW / np.log(len(probs_CHW))).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey_HW[..., None], 3, axis=2)
+
+
+def paint_errors(answer_HW: NDArray[Any], mask_HW: NDArray[Any], num_classes: int) -> NDArray[np.uint8]:
+    """Where class indices differ from a mask's, uint8 `(H, W, 3)`: grey is right, red wrong, white without a label."""
+    painted = np.where((answer_HW == mask_HW)[..., None], np.uint8(RIGHT), np.uint8(WRONG))
+    painted[(mask_HW < 0) | (mask_HW >= num_classes)] = UNLABELLED
+    return painted
+
+
+def legend(names: Sequence[str]) -> Image.Image:
+    """The classes' names beside their colours, in a row."""
+    font = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    places = np.cumsum([MARGIN] + [26 + int(font.textlength(name)) for name in names]).tolist()
+    strip = Image.new("RGB", (places[-1], LINE), UNLABELLED)
+    draw = ImageDraw.Draw(strip)
+    for name, colour, left in zip(names, colours(len(names)), places, strict=False):
+        draw.rectangle((left, 0, left + 10, 10), fill=tuple(int(v) for v in colour), outline=(0, 0, 0))
+        draw.text((left + 14, -1), name, fill=(0, 0, 0))
+    return strip
+
+
 def contact_sheet(
     rows: Sequence[Sequence[NDArray[np.uint8]]], titles: Sequence[str], names: Sequence[str]
 ) -> Image.Image:
@@ -65,9 +92,5 @@ def contact_sheet(
             sheet.paste(Image.fromarray(row[column]), (left, top))
             top += height + MARGIN
         left += widths[column] + MARGIN
-    left, top = MARGIN, sheet.height - LINE
-    for name, colour in zip(names, colours(len(names)), strict=True):
-        draw.rectangle((left, top, left + 10, top + 10), fill=tuple(int(v) for v in colour), outline=(0, 0, 0))
-        draw.text((left + 14, top - 1), name, fill=(0, 0, 0))
-        left += 26 + int(draw.textlength(name))
+    sheet.paste(legend(names), (0, sheet.height - LINE))
     return sheet

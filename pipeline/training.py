@@ -12,12 +12,12 @@ import statistics
 import threading
 import time
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
@@ -31,9 +31,10 @@ from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import checkpoints
 from kdpipe.pipeline.batch_size import resolve_batch_size
+from kdpipe.pipeline.board_pictures import BoardPictures
 from kdpipe.pipeline.checkpoints import Position
 from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
-from kdpipe.pipeline.fabric import computed_precision, is_further_process, open_fabric
+from kdpipe.pipeline.fabric import Alone, computed_precision, is_further_process, open_fabric
 from kdpipe.pipeline.loaders import OnlineTargets, batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
@@ -126,19 +127,6 @@ def train(
             raise
         run.close_logs()
         return summary
-
-
-class _Alone(nn.Module):
-    """A student asked in the run's precision, and in this process only."""
-
-    def __init__(self, student: nn.Module, fabric: Fabric) -> None:
-        super().__init__()
-        self._student, self._fabric = student, fabric
-
-    def forward(self, images_NCHW: Tensor) -> Any:
-        with self._fabric.autocast():
-            answer = self._student(images_NCHW)
-        return answer[0].float() if isinstance(answer, tuple) else answer.float()
 
 
 class _Run:
@@ -235,10 +223,13 @@ class _Run:
             ),
             use_distributed_sampler=False,
         )
+        validation = ValTiles(self.val_tiles, config, self.stretch)
         self.val_loader = self.fabric.setup_dataloaders(
-            val_loader(config, ValTiles(self.val_tiles, config, self.stretch), self._sizes_HW, workers, rank, ranks),
-            use_distributed_sampler=False,
+            val_loader(config, validation, self._sizes_HW, workers, rank, ranks), use_distributed_sampler=False
         )
+        # A source of their own: what a live teacher answers for pictures is no part of a step.
+        shown = training_samples(config, tiles, self.stretch, copy(targets.source))
+        self.pictures = BoardPictures(config, shown, validation, self.total_steps)
         self.csv = CSVLogger(LOGS_DIR, name=f"{config.group}/{config.name}")
         self.tensorboard = TensorBoardLogger(LOGS_DIR, name=f"{config.group}/{config.name}", version=self.csv.version)
         self.summary = Summary(
@@ -349,10 +340,12 @@ class _Run:
             )
 
     def _validate(self) -> None:
+        # Not through DDP, which would have all ranks validate as many batches as each other.
+        model = self.model if self.config.train.devices == 1 else Alone(self.student, self.fabric)
+        if self.fabric.is_global_zero:
+            self.pictures.show(self.tensorboard.experiment, model, self.device, self.position.steps)
         if not self.val_tiles:
             return
-        # Not through DDP, which would have all ranks validate as many batches as each other.
-        model = self.model if self.config.train.devices == 1 else _Alone(self.student, self.fabric)
         result = validate(model, self.val_loader, self.config, self.device)
         figures = {"miou": result.miou, "overall_accuracy": result.overall_accuracy}
         found = Validation(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Lines
 from ddp_rank import CASES, fresh, gradients
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_workers import free_port
 
 from kdpipe.configs import dump_config
@@ -104,6 +105,12 @@ def test_only_the_first_process_writes_and_speaks(two_ranks):
     column = steps[0].index("step")
     numbers = [int(row[column]) for row in steps[1:] if row[steps[0].index("train_loss")]]
     assert numbers == sorted(set(numbers)), "every step once"
+    for version in logs:
+        (events,) = version.glob("events.out.tfevents.*")
+        board = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+        pictures = [tag for tag in board.Tags()["images"] if tag.endswith("/5 student")]
+        assert len(pictures) == 5
+        assert all(len({image.step for image in board.Images(tag)}) == len(board.Images(tag)) for tag in pictures)
     assert not [line for line in two_ranks["said"][1][0].splitlines() if line.strip()]
 
 

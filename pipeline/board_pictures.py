@@ -1,0 +1,135 @@
+"""
+What a student learns from and what it answers, as pictures in TensorBoard: a few fixed samples, from the first validation on.
+
+A sample is asked as a training sample is, so that its crop is as large; shown is the middle of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import TrainTiles, ValTiles
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import padded_logits
+from kdpipe.pipeline.pictures import UNLABELLED, legend, paint_classes, paint_entropy, paint_errors, paint_soft_target
+
+TRAIN_SHOWN, VAL_SHOWN = 3, 2  # samples of each
+SIDE_PX = 256  # of a picture, at most: a step of all takes about a megabyte then
+# TensorBoard shows 10 pictures of a tag, taken at random from what there is (--samples_per_plugin), so that more would only fill disks.
+PICTURES_A_RUN = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A crop to show: image `(3, H, W)`, mask `(H, W)`, inside `(H, W)` and soft target `(C, H, W)`, where there is one."""
+
+    name: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.int64]
+    inside: NDArray[np.bool_]
+    target: NDArray[np.float32] | None
+
+
+class BoardPictures:
+    """
+    Pictures of up to five samples: image, label, soft target, its entropy, the student's class, its softened answer, its errors.
+
+    Args:
+        config: `classes`, `distill.temperature`, `student.normalize` and `train.crop` are used.
+        dataset: three samples of its first epoch are shown as the student sees them, of its first, its middle and its last tile.
+        val_tiles: of the first and the last, a crop from the middle is shown; they have no soft target.
+        total_steps: of the run, which is shown ten times.
+    """
+
+    def __init__(self, config: Config, dataset: TrainTiles, val_tiles: ValTiles, total_steps: int) -> None:
+        self._config, self._dataset, self._val_tiles = config, dataset, val_tiles
+        self._every, self._total = total_steps / PICTURES_A_RUN, total_steps
+        self._due = 0.0
+        self._samples: list[Sample] = []
+
+    @torch.inference_mode()
+    def show(self, writer: Any, model: nn.Module, device: torch.device, step: int) -> None:
+        """
+        Write the pictures after `step` steps to a `SummaryWriter`, if they are due; leaves `model` in eval mode.
+
+        No random number is drawn. What does not change is written once. Raises what reading a sample raises.
+        """
+        if step < self._due:
+            return
+        self._due = min((step // self._every + 1) * self._every, self._total) if step < self._total else math.inf
+        model.eval()
+        if not self._samples:
+            self._samples = self._read()
+            del self._dataset, self._val_tiles  # with the tiles that were decoded
+            writer.add_image("classes", np.asarray(legend(self._config.classes.names)), step, dataformats="HWC")
+            for sample in self._samples:
+                _add(writer, sample, self._given(sample), step)
+        for sample in self._samples:
+            inputs = normalized(torch.from_numpy(sample.image)[None].to(device), self._config.student.normalize)
+            _add(writer, sample, self._answered(sample, padded_logits(model, inputs)[0].float()), step)
+
+    def _read(self) -> list[Sample]:
+        samples = []
+        # The first samples of an epoch are one of each tile.
+        for number in _spread(len(self._dataset.tiles), TRAIN_SHOWN):
+            crop = self._dataset[number]
+            samples.append(
+                Sample(self._dataset.tiles[number].id, crop["image"], crop["mask"], crop["inside"], crop.get("target"))
+            )
+        for number in _spread(len(self._val_tiles), VAL_SHOWN):
+            whole = self._val_tiles[number]
+            image, mask = (_middle(array, self._config.train.crop) for array in (whole["image"], whole["mask"]))
+            samples.append(
+                Sample(self._val_tiles.tiles[number].id, image, mask, np.ones(mask.shape, dtype=np.bool_), None)
+            )
+        return samples
+
+    def _given(self, sample: Sample) -> dict[str, NDArray[np.uint8]]:
+        pictures = {"1 image": sample.image.transpose(1, 2, 0)}
+        if (sample.mask != self._config.classes.ignore_index).any():
+            pictures["2 label"] = paint_classes(sample.mask, len(self._config.classes.names))
+        if sample.target is not None:
+            pictures["3 soft target"] = paint_soft_target(sample.target)
+            pictures["4 entropy of the soft target"] = paint_entropy(sample.target)
+        return pictures
+
+    def _answered(self, sample: Sample, logits_CHW: Tensor) -> dict[str, NDArray[np.uint8]]:
+        classes = self._config.classes
+        answer_HW = logits_CHW.argmax(dim=0).cpu().numpy()
+        softened_CHW = torch.softmax(logits_CHW / self._config.distill.temperature, dim=0).cpu().numpy()
+        pictures = {
+            "5 student": paint_classes(answer_HW, len(classes.names)),
+            "6 student, soft": paint_soft_target(softened_CHW),
+        }
+        if (sample.mask != classes.ignore_index).any():
+            pictures["7 errors"] = paint_errors(answer_HW, sample.mask, len(classes.names))
+        return pictures
+
+
+def _add(writer: Any, sample: Sample, pictures: dict[str, NDArray[np.uint8]], step: int) -> None:
+    # TensorBoard groups tags by what stands before the first slash.
+    name = sample.name.replace("/", " ")
+    for title, painted_HW3 in pictures.items():
+        if title != "1 image":  # what lies outside of the tile has no answer
+            painted_HW3 = np.where(sample.inside[..., None], painted_HW3, np.uint8(UNLABELLED))
+        shown_3HW = _middle(painted_HW3.transpose(2, 0, 1), SIDE_PX)
+        writer.add_image(f"{name}/{title}", np.ascontiguousarray(shown_3HW), step)
+
+
+def _spread(count: int, shown: int) -> list[int]:
+    """At most `shown` of the numbers below `count`: the first, the last, and some between."""
+    return sorted({int(number) for number in np.linspace(0, count - 1, shown)}) if count else []
+
+
+def _middle(array: NDArray[Any], side: int) -> NDArray[Any]:
+    """The middle of the last two axes, at most `side` long."""
+    top, left = (max(0, length - side) // 2 for length in array.shape[-2:])
+    return array[..., top : top + side, left : left + side]
