@@ -110,6 +110,7 @@ def train_student(
     from kdpipe.configs.errors import Interrupted, TrainingDiverged
     from kdpipe.pipeline import reports
     from kdpipe.pipeline.fabric import is_further_process
+    from kdpipe.pipeline.learning_curves import curves_text, read_curves
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.progress import stop_on_signal
     from kdpipe.pipeline.training import train, with_mode
@@ -130,7 +131,8 @@ def train_student(
     if is_further_process(config):
         return
     write_json(json_path, summary.as_dict())
-    for table in reports.training_tables(summary):
+    curves = curves_text(read_curves(summary.logs), console.width, only_ascii=console.options.ascii_only)
+    for table in (curves, *reports.training_tables(summary)):
         console.print(table, highlight=False, soft_wrap=True)
 
 

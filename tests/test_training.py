@@ -28,6 +28,7 @@ from kdpipe.configs.errors import (
 )
 from kdpipe.pipeline import training
 from kdpipe.pipeline.checkpoints import changed_keys
+from kdpipe.pipeline.learning_curves import read_curves
 from kdpipe.pipeline.loaders import BatchStream
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.student import load_student_weights
@@ -130,8 +131,7 @@ def test_cached_and_online_are_the_same_run_to_the_encodings_bound(make_config):
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_config, stop_after):
     """Three steps an epoch: after step 1 and 4 in mid-epoch, after step 3 between epochs."""
-    whole = cached.model_copy(update={"name": "whole"})
-    train(whole, CPU)
+    whole = train(cached.model_copy(update={"name": "whole"}), CPU)
     stop = threading.Event()
 
     class StopThere:
@@ -155,6 +155,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_conf
         train(cached, CPU, progress=StopThere(), stop=stop)
     resumed = train(cached, CPU, resume=True)
     assert len(resumed.losses) == 6 - stop_after
+    curves = read_curves(resumed.logs)
+    assert list(curves["train_loss"]) == [1, 2, 3, 4, 5, 6]
+    assert curves == read_curves(whole.logs)
     run = read_run(resumed.weights)
     assert [found.steps for found in run.history] == [3, 6]
     assert [found.iou for found in run.history] == [
@@ -184,6 +187,8 @@ def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(make_config
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
+    assert "Learning curves, against steps" in done.stdout
+    assert "\x1b" not in done.stdout, "no colours in a file"
     assert_same_weights(weights(), weights("whole"))
 
 
