@@ -68,7 +68,7 @@ def test_a_curve_rises_where_its_figures_do_and_says_its_bounds():
     lines = text.splitlines()
     assert lines[1].strip() == "train loss"
     assert lines[3].endswith(" 2.99")
-    assert lines[2 + HEIGHT].endswith(" 2.01")
+    assert lines[2 + HEIGHT].endswith(" 2.02")
     assert lines[-1].split() == ["1", "1000"]
 
 
