@@ -89,7 +89,7 @@ class TrainTiles:
         self.tiles = list(tiles)
         self.targets = targets
         self._config = config
-        self._stretch = stretch
+        self.stretch = stretch
         self._sizes = dict(enumerate(sizes)) if sizes is not None else {}
         self._recent = Recent(KEPT_BYTES)
         self._drawn = _drawn_tiles(self.tiles, config)
@@ -161,7 +161,7 @@ class TrainTiles:
 
     def _image(self, tile: int) -> NDArray[np.uint8]:
         return self._recent.get(
-            ("image", tile), lambda: _read_image(self.tiles[tile], self._config, self._stretch, self._size(tile))
+            ("image", tile), lambda: _read_image(self.tiles[tile], self._config, self.stretch, self._size(tile))
         )
 
     def _mask(self, tile: int) -> NDArray[np.int32] | None:

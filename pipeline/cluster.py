@@ -12,17 +12,17 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-import dask
 import numpy as np
 import torch
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster
+from distributed import Client, Future, KilledWorker
 
 from kdpipe.cache.fence import open_fence
 from kdpipe.cache.recipe import CacheRecipe
@@ -31,11 +31,12 @@ from kdpipe.cache.writer import CacheWriter, sweep
 from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.local_cluster import local_cluster
 from kdpipe.pipeline.memory import teacher_advice
 from kdpipe.pipeline.precompute import Plan, Summary, stopped_text
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.recipe import library_versions
-from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile
+from kdpipe.pipeline.subjects import Sent, Stretch, Subject, ViewOfTile, WholeTile, absolute_tile, sent
 from kdpipe.pipeline.worker import (
     IN_HAND,
     Facts,
@@ -43,7 +44,7 @@ from kdpipe.pipeline.worker import (
     Receipts,
     Sampled,
     Station,
-    compute_batch,
+    compute_batches,
     look,
     resolve_precision,
     station_name,
@@ -120,7 +121,7 @@ class Cluster:
             return recipe
         assert self._client is not None
         looked_at = np.random.default_rng(config.seed).permutation(len(tiles))[:SAMPLED]
-        absolute = [_absolute_tile(tile) for tile in tiles]
+        absolute = [absolute_tile(tile) for tile in tiles]
         future = self._client.submit(
             resolve_precision, _with_absolute_checkpoints(config), recipe, Sampled(absolute, looked_at), stretch,
             str(self._device), pure=False,
@@ -140,14 +141,15 @@ class Cluster:
         """
         missing = frozenset(tile.id for tile in plan.missing)
         writer.prepare(missing, [tile.id for tile in plan.tiles])
-        pending = dict(enumerate([_tile(subject) for subject in batch] for batch in batches))
+        pending = dict(enumerate(_tasks(batches)))
         first = plan.tiles[0]
-        assert isinstance(first, WholeTile)
-        probe = _tile(first).image
+        assert isinstance(first, WholeTile | ViewOfTile)
+        probe = first.files[0].absolute()
         job = Job(
             config=_with_absolute_checkpoints(config),
             recipe=plan.recipe,
             stretch=first.stretch,
+            tiles=[absolute_tile(tile) for tile in first.view.views.tiles] if isinstance(first, ViewOfTile) else None,
             cache=plan.storage.url if "://" in plan.storage.url else str(Path(plan.storage.url).absolute()),
             token="",
             batch_size=max(map(len, batches)),
@@ -162,11 +164,12 @@ class Cluster:
             except _SchedulerLost as err:
                 done = summary.kept + summary.computed
                 self._progress.say(
-                    f"lost the scheduler at {self._address} ({err}) with {done} of {summary.tiles} tiles finished; waiting for it"
+                    f"lost the scheduler at {self._address} ({err}) with {done} of {summary.tiles} {summary.noun} finished; waiting for it"
                 )
                 self._disconnect()
                 agreed_device(
-                    self._connect(stop, f"; {done} of {summary.tiles} tiles are finished and kept"), job.libraries
+                    self._connect(stop, f"; {done} of {summary.tiles} {summary.noun} are finished and kept"),
+                    job.libraries,
                 )
                 self._progress.say("the scheduler is back")
         sweep(plan.storage)
@@ -174,7 +177,12 @@ class Cluster:
             raise Interrupted(stopped_text(summary))
 
     def _session(
-        self, job: Job, pending: dict[int, list[Tile]], missing: frozenset[str], summary: Summary, stop: threading.Event
+        self,
+        job: Job,
+        pending: dict[int, list[list[Sent]]],
+        missing: frozenset[str],
+        summary: Summary,
+        stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:
         """Work off `pending`, by number, as long as the scheduler stays; raises `_SchedulerLost` where it does not."""
         assert self._client is not None
@@ -199,9 +207,9 @@ class Cluster:
                         raise ClusterUnreachable(self._no_workers(summary))
                 while queue and len(outstanding) < room and not stop.is_set():
                     number = queue.popleft()
-                    wanted = missing.intersection(tile.id for tile in pending[number])
+                    wanted = missing.intersection(tile.id for batch in pending[number] for tile in batch)
                     future = _of_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
-                        compute_batch, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
+                        compute_batches, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
                     ))  # fmt: skip
                     outstanding[future.key] = number, future
                     future.add_done_callback(done.put)
@@ -213,9 +221,8 @@ class Cluster:
                     continue
                 number, _ = outstanding.pop(future.key)
                 receipts = self._receipts(client, future, pending[number], job)
-                if receipts.stopped:
-                    continue
-                del pending[number]
+                if not receipts.stopped:
+                    del pending[number]
                 summary.failed |= receipts.failed
                 summary.teacher_seconds += receipts.teacher_seconds
                 summary.workers[receipts.worker] = summary.workers.get(receipts.worker, 0) + len(receipts.records)
@@ -226,21 +233,22 @@ class Cluster:
                 client.run(stop_station, token, on_error="ignore")
                 client.unregister_worker_plugin(station_name(token))
 
-    def _receipts(self, client: Client, future: Future, batch: list[Tile], job: Job) -> Receipts:
+    def _receipts(self, client: Client, future: Future, batches: list[list[Sent]], job: Job) -> Receipts:
         """What a task returned; raises what it raised, with the worker's error as its cause where that is not the user's."""
         if future.status == "error":
             err = future.exception()
+            names = summarise(tile.id for batch in batches for tile in batch)
             if isinstance(err, KilledWorker):
                 advice = "; ".join(teacher_advice(job.config, job.batch_size, self._device))
                 raise OutOfMemory(
-                    f"{summarise(tile.id for tile in batch)}: {err.allowed_failures + 1} workers died one after another while they "
+                    f"{names}: {err.allowed_failures + 1} workers died one after another while they "
                     "computed this, most often because their machine ran out of memory and the system killed them; the other "
                     f"finished tiles are kept. To fit: {advice}"
                 ) from err
             if isinstance(err, KdpipeError):
                 raise err
             raise KdpipeError(
-                f"a worker failed at {summarise(tile.id for tile in batch)}: {type(err).__name__}: {err}; finished tiles are kept. "
+                f"a worker failed at {names}: {type(err).__name__}: {err}; finished tiles are kept. "
                 "Run the same command again to go on; --debug shows where it failed"
             ) from err
         if future.status != "finished":
@@ -295,7 +303,7 @@ class Cluster:
     def _no_workers(self, summary: Summary) -> str:
         return (
             f"the dask scheduler at {self._address} has no workers left, for {PATIENCE_SECONDS:.0f} s now; "
-            f"{summary.kept + summary.computed} of {summary.tiles} tiles are finished and kept. Start workers "
+            f"{summary.kept + summary.computed} of {summary.tiles} {summary.noun} are finished and kept. Start workers "
             f"(`dask worker {self._address}`; their logs say why they ended), and run the same command again"
         )
 
@@ -333,44 +341,6 @@ def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> s
     return first.device
 
 
-@contextmanager
-def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator[SpecCluster]:
-    """
-    A scheduler in this process and `count` worker processes, which end with it; each GPU has one of them.
-
-    Raises `ConfigError` where there are fewer GPUs than workers that would compute on them.
-    """
-    options = {
-        "nthreads": threads,
-        "memory_limit": 0,
-        "preload": ["kdpipe.pipeline.worker"],
-        "dashboard": False,
-        "silence_logs": logging.ERROR,
-    }
-    env: list[dict[str, str]] = [{} for _ in range(count)]
-    if device_name == "cuda" or (device_name is None and torch.cuda.is_available()):
-        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
-            ","
-        )
-        if count > len(gpus):
-            raise ConfigError(
-                f"--workers {count}: there are {len(gpus)} GPUs, and each worker needs one; say --workers {len(gpus)}, or --device cpu"
-            )
-        env = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
-    workers = {i: {"cls": Nanny, "options": {**options, "env": env[i]}} for i in range(count)}
-    scheduler = {
-        "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
-    }
-    # Not dask's own variables, which hold each worker to one thread and have it give freed memory back at once.
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-    ):
-        cluster.wait_for_workers(count)
-        yield cluster
-
-
 def _with_absolute_checkpoints(config: Config) -> Config:
     """The configuration as a process in another folder reads it: a worker needs nothing else of it from a disk."""
     teacher, teachers = config.teacher, config.teachers
@@ -382,10 +352,7 @@ def _with_absolute_checkpoints(config: Config) -> Config:
     )
 
 
-def _tile(subject: Subject) -> Tile:
-    assert isinstance(subject, WholeTile)  # precompute has refused views
-    return _absolute_tile(subject.tile)
-
-
-def _absolute_tile(tile: Tile) -> Tile:
-    return replace(tile, image=tile.image.absolute(), mask=tile.mask and tile.mask.absolute())
+def _tasks(batches: list[list[Subject]]) -> list[list[list[Sent]]]:
+    """The batches that a worker is given at a time: those that begin with views of one tile, so that it is decoded once."""
+    tasks = groupby(batches, key=lambda batch: batch[0].view.tile if isinstance(batch[0], ViewOfTile) else batch[0].id)
+    return [[[sent(subject) for subject in batch] for batch in task] for _, task in tasks]

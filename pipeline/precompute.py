@@ -39,7 +39,7 @@ from kdpipe.cache.writer import (
     sweep,
     whole_manifest,
 )
-from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, summarise
+from kdpipe.configs.errors import DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
 from kdpipe.data.stretch import resolve_stretch
@@ -188,11 +188,6 @@ def precompute(
     `DiskFull`, and `Interrupted` once `stop` is set: finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
-    if workers is not None and config.distill.teacher_view != "tile":
-        raise ConfigError(
-            f"distill.teacher_view: {config.distill.teacher_view}: recorded views are computed in one process; leave out --workers "
-            "and --scheduler"
-        )
     start = time.perf_counter()
     if repair:
         _restore_root(config, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +95,11 @@ class WholeTile:
         return self.tile.image
 
     @property
+    def files(self) -> list[Path]:
+        """The image's file, of which it is made."""
+        return [self.tile.image]
+
+    @property
     def mask(self) -> Path | None:
         """The file of labels."""
         return self.tile.mask
@@ -147,6 +152,16 @@ class ViewOfTile:
         return self.view
 
     @property
+    def files(self) -> list[Path]:
+        """The files that decide what it shows, the image of its own tile first."""
+        return self.view.files
+
+    @property
+    def stretch(self) -> Stretch:
+        """Of its tiles' images."""
+        return self.view.views.stretch
+
+    @property
     def mask(self) -> Path | None:
         """The file of labels of the view's own tile."""
         return self.view.mask
@@ -172,6 +187,53 @@ class ViewOfTile:
     def labels(self) -> NDArray[np.integer[Any]]:
         """Those of the view, `ignore_index` over padding."""
         return self.view.labels()
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSent:
+    """View `number` of tile number `tile`, as it goes to another process, which has the list of tiles."""
+
+    id: str
+    tile: int
+    number: int
+
+
+Sent = Tile | ViewSent
+"""What goes to another process for a subject: each has an `id`."""
+
+
+def sent(subject: Subject) -> Sent:
+    """What `Elsewhere` makes the subject from again; paths are absolute."""
+    if isinstance(subject, ViewOfTile):
+        return ViewSent(subject.id, subject.view.tile, subject.view.number)
+    assert isinstance(subject, WholeTile)
+    return absolute_tile(subject.tile)
+
+
+class Elsewhere:
+    """
+    The subjects of a run in another process: those of views share the tiles that are decoded, as in the first one.
+
+    `tiles` are all of the run, which decide what a mosaic shows; None where the teacher sees whole tiles.
+    """
+
+    def __init__(self, config: Config, stretch: Stretch, tiles: Sequence[Tile] | None) -> None:
+        self._config, self._stretch = config, stretch
+        self._views = RecordedViews(tiles, config, stretch) if tiles is not None else None
+        self._states: dict[Path, _State] = {}
+
+    def subject(self, found: Sent) -> Subject:
+        """The subject that `sent` was called with in the first process."""
+        if isinstance(found, Tile):
+            return WholeTile(found, self._config, self._stretch)
+        assert self._views is not None
+        view = RecordedView(self._views, found.tile, found.number)
+        return ViewOfTile(view, found.id, self._config.train.crop, self._states)
+
+
+def absolute_tile(tile: Tile) -> Tile:
+    """A tile as a process in another folder finds it."""
+    return replace(tile, image=tile.image.absolute(), mask=tile.mask and tile.mask.absolute())
 
 
 def _state(file: Path) -> _State:

@@ -29,6 +29,7 @@ from kdpipe.data.tiles import Tile
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.models.teacher import FrozenTeacher
+    from kdpipe.pipeline.subjects import Sent, Subject
 
 # Batches that a worker has in hand at once, if it has as many threads: one is asked about, the others are read, encoded and
 # stored. To encode takes a core longer than a GPU takes to answer; more would be held in memory, 4 bytes a pixel and class.
@@ -48,11 +49,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers of a run have in common; `probe` is an image that all must see, with its size in bytes."""
+    """
+    What the workers of a run have in common; `probe` is an image that all must see, with its size in bytes.
+
+    `tiles` are all of the run where it computes recorded views, which may show any of them; None where it computes tiles.
+    """
 
     config: Config
     recipe: CacheRecipe
     stretch: Sequence[tuple[float, float]] | None
+    tiles: Sequence[Tile] | None
     cache: str
     token: str
     batch_size: int
@@ -64,7 +70,7 @@ class Job:
 @dataclass
 class Receipts:
     """
-    What became of one batch: records of the tiles that were stored, causes for those whose image cannot be read.
+    What became of a task's batches: records of the tiles that were stored, causes for those whose image cannot be read.
 
     `teacher_seconds` are those in which the teacher answered; `stopped` says that it was not asked any more.
     """
@@ -74,6 +80,13 @@ class Receipts:
     failed: dict[str, str] = field(default_factory=dict)
     teacher_seconds: float = 0.0
     stopped: bool = False
+
+    def add(self, other: Receipts) -> None:
+        """Take in those of a further batch."""
+        self.records += other.records
+        self.failed |= other.failed
+        self.teacher_seconds += other.teacher_seconds
+        self.stopped |= other.stopped
 
 
 def look(device_name: str | None, dask_worker: Worker) -> Facts:
@@ -133,6 +146,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
     def setup(self, worker: Worker) -> None:
         """Raises `ConfigError` or `DataError` where this worker computes otherwise than the run, or sees other files."""
         from kdpipe.pipeline.malloc import keep_freed_memory
+        from kdpipe.pipeline.subjects import Elsewhere
 
         self._address: str = worker.address
         self._teacher: FrozenTeacher | None = None
@@ -140,6 +154,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._in_hand = threading.Semaphore(IN_HAND)
         self._stopped = threading.Event()
         self._check(worker)
+        self._subjects = Elsewhere(self._job.config, self._job.stretch, self._job.tiles)
         self._storage = open_storage(self._job.cache)
         self._recipe_digest = self._job.recipe.digest()
         keep_freed_memory()
@@ -154,14 +169,16 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         """Ask the teacher no more; what it has answered is stored."""
         self._stopped.set()
 
-    def compute(self, batch: list[Tile], wanted: frozenset[str]) -> Receipts:
-        """Store the `wanted` tiles of a batch; the others are computed beside them, as always, and thrown away."""
+    def compute(self, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
+        """Store the `wanted` tiles of batches; the others are computed beside them, as always, and thrown away."""
+        receipts = Receipts(self._address)
         with self._in_hand:
-            return self._compute(batch, wanted)
+            for batch in batches:
+                receipts.add(self._compute([self._subjects.subject(found) for found in batch], wanted))
+        return receipts
 
-    def _compute(self, batch: list[Tile], wanted: frozenset[str]) -> Receipts:
+    def _compute(self, batch: list[Subject], wanted: frozenset[str]) -> Receipts:
         from kdpipe.pipeline.precompute import load_batch
-        from kdpipe.pipeline.subjects import WholeTile
 
         receipts, job = Receipts(self._address), self._job
         if self._stopped.is_set():
@@ -169,15 +186,15 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
             return receipts
         # A batch comes again where the worker that had it is lost, or its answer was: what is stored is not computed again.
         stored = (
-            finished_tile(self._storage, tile.id, tile.image, self._recipe_digest)
+            finished_tile(self._storage, tile.id, tile.source, self._recipe_digest)
             for tile in batch
             if tile.id in wanted
         )
         receipts.records = [record for record in stored if record is not None]
-        wanted = wanted.difference(record.id for record in receipts.records)
+        wanted = wanted.intersection(tile.id for tile in batch).difference(record.id for record in receipts.records)
         if not wanted:
             return receipts
-        loaded = load_batch([WholeTile(tile, job.config, job.stretch) for tile in batch])
+        loaded = load_batch(batch)
         receipts.failed = loaded.failed
         if loaded.images_NHWC is None:
             return receipts
@@ -253,11 +270,11 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         _check_sees_cache(job, self._address)
 
 
-def compute_batch(token: str, batch: list[Tile], wanted: frozenset[str]) -> Receipts:
-    """The task: one batch of the plan, by the station of its run in this worker."""
+def compute_batches(token: str, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
+    """The task: one batch of the plan, or those of the views of one tile, by the station of its run in this worker."""
     station = get_worker().plugins[station_name(token)]
     assert isinstance(station, Station)
-    return station.compute(batch, wanted)
+    return station.compute(batches, wanted)
 
 
 def stop_station(token: str, dask_worker: Worker) -> None:

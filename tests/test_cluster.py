@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import pickle
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from kdpipe.pipeline import cluster as module
 from kdpipe.pipeline.cluster import Cluster, agreed_device
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
+from kdpipe.pipeline.subjects import Elsewhere, absolute_tile, subjects
 from kdpipe.pipeline.worker import Facts, Sampled
 
 CPU = torch.device("cpu")
@@ -455,9 +457,65 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config, monkeypatch)
     assert (len(sampled), sampled[np.int64(5)]) == (TILES, tiles[5])
 
 
-def test_recorded_views_are_left_to_one_process(config):
-    views = config.model_copy(update={"distill": config.distill.model_copy(update={"teacher_view": "crop"})})
-    with pytest.raises(
-        ConfigError, match="teacher_view: crop: recorded views are computed in one process; leave out --workers"
-    ):
-        precompute(views, CPU, workers=Cluster(Told(), None, local=2))
+@pytest.fixture
+def of_views(make_config):
+    """Six tiles with masks, of different sizes, four crops of each, half of them mosaics that show other tiles too."""
+    return make_config(
+        distill__teacher_view="crop", cache__views=4, train__crop=32, train__mosaic=0.5, train__max_class_share=0.6
+    )
+
+
+def single_process(config, tmp_path):
+    cache = config.cache.model_copy(update={"path": str(tmp_path / "whole.zarr")})
+    precompute(config.model_copy(update={"cache": cache}), CPU)
+    return tree(tmp_path / "whole.zarr")
+
+
+def test_recorded_views_on_two_workers_of_which_one_is_killed_are_those_of_one_process(two_workers, of_views, tmp_path):
+    whole = single_process(of_views, tmp_path)
+    killed = two_workers.first
+
+    def kill():
+        two_workers.kill(killed)
+        two_workers.start_worker("c")
+
+    summary = run(of_views, two_workers.address, Told(tile7=kill))
+    assert tree(tmp_path / "cache.zarr") == whole
+    assert (summary.computed, summary.noun) == (24, "views")
+    asked = two_workers.asked()
+    views = [view for _, view in asked]
+    assert len(set(views)) == 24
+    assert sum(len(view.rsplit("view-", 1)[1]) > 4 for view in set(views)) >= 6, "mosaics"
+    for pid, view in asked:
+        assert views.count(view) == 1 or pid == killed or asked.index((killed, view)) < asked.index((pid, view))
+    for tile in {view.rsplit("/", 1)[0] for view in views}:
+        workers = {pid for pid, view in asked if view.startswith(f"{tile}/")}
+        assert len(workers - {killed}) <= 1, "the views of a tile are computed where it is decoded already"
+
+
+def test_ctrl_c_within_the_views_of_a_tile_keeps_and_counts_those_that_are_stored(two_workers, of_views, tmp_path):
+    whole = single_process(of_views, tmp_path)
+    stop = threading.Event()
+    with pytest.raises(Interrupted, match=r"stopped; (\d+) of 24 views are finished and kept") as interrupted:
+        run(of_views, two_workers.address, Told(tile5=stop.set), stop)
+    kept = len(list((tmp_path / "cache.zarr").glob("tiles/Train/*/*/zarr.json")))
+    assert f"stopped; {kept} of 24" in str(interrupted.value)
+    assert 5 <= kept < 24
+    assert run(of_views, two_workers.address).kept == kept
+    assert tree(tmp_path / "cache.zarr") == whole
+    assert len(two_workers.asked()) == 24
+
+
+def test_what_goes_through_the_scheduler_for_views_is_names_and_numbers(of_views):
+    tiles = list_tiles(of_views.data, "train")
+    batches = [[subject] for subject in subjects(of_views, tiles, None)]
+    tasks = module._tasks(batches)
+    assert [len(task) for task in tasks] == [4] * len(tiles)
+    for task in tasks:
+        assert len(pickle.dumps(task)) < 1000
+    elsewhere = Elsewhere(of_views, None, [absolute_tile(tile) for tile in tiles])
+    for (subject,), found in zip(batches, [found for task in tasks for (found,) in task], strict=True):
+        image, digest = elsewhere.subject(found).load()
+        expected, expected_digest = subject.load()
+        np.testing.assert_array_equal(image, expected)
+        assert (found.id, digest) == (subject.id, expected_digest)
