@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdpipe.configs import dump_config
 from kdpipe.pipeline import board_pictures, checkpoints, learning_curves
+from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.precompute import precompute
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
 COMMANDS = re.search(r"```sh\n(.+?)```", PAGE, flags=re.DOTALL)[1].splitlines()
 
 
-def test_commands_of_the_page_run_in_their_order(make_config, tmp_path):
+def test_commands_of_the_page_run_in_their_order(make_config, tmp_path, capsys):
     config = make_config(train__max_steps=2)
     precompute(config, torch.device("cpu"))
     (tmp_path / "mine.yaml").write_text(dump_config(config))
@@ -29,11 +29,8 @@ def test_commands_of_the_page_run_in_their_order(make_config, tmp_path):
         if program == "tensorboard":
             assert arguments == ["--logdir", "lightning_logs"]
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        cli.main(arguments, standalone_mode=False)
+        said.append(capsys.readouterr().out)
     assert [text.count("Learning curves, against steps") for text in said] == [1, 1, 1]
     assert ["its part from soft targets" in text for text in said] == [True, True, False]
     assert "resuming after step 2" in said[1]
