@@ -38,6 +38,7 @@ from kdpipe.pipeline.fabric import Alone, computed_precision, is_further_process
 from kdpipe.pipeline.loaders import OnlineTargets, batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
+from kdpipe.pipeline.metrics import Scores
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.optimizer import make_optimizer
@@ -342,11 +343,14 @@ class _Run:
     def _validate(self) -> None:
         # Not through DDP, which would have all ranks validate as many batches as each other.
         model = self.model if self.config.train.devices == 1 else Alone(self.student, self.fabric)
-        if self.fabric.is_global_zero:
+        if self.val_tiles:
+            self._note(validate(model, self.val_loader, self.config, self.device))
+        if (
+            self.fabric.is_global_zero
+        ):  # after the scores: the CSV logger warns where TensorBoard's file is there before its own
             self.pictures.show(self.tensorboard.experiment, model, self.device, self.position.steps)
-        if not self.val_tiles:
-            return
-        result = validate(model, self.val_loader, self.config, self.device)
+
+    def _note(self, result: Scores) -> None:
         figures = {"miou": result.miou, "overall_accuracy": result.overall_accuracy}
         found = Validation(
             steps=self.position.steps,
