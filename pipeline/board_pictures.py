@@ -119,7 +119,7 @@ def _add(writer: Any, sample: Sample, pictures: dict[str, NDArray[np.uint8]], st
     name = sample.name.replace("/", " ")
     for title, painted_HW3 in pictures.items():
         if title != "1 image":  # what lies outside of the tile has no answer
-            painted_HW3 = np.where(sample.inside[..., None], painted_HW3, np.uint8(UNLABELLED))
+            painted_HW3 = np.where(sample.inside[..., None], painted_HW3, np.array(UNLABELLED, dtype=np.uint8))
         shown_3HW = _middle(painted_HW3.transpose(2, 0, 1), SIDE_PX)
         writer.add_image(f"{name}/{title}", np.ascontiguousarray(shown_3HW), step)
 

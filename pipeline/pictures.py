@@ -58,7 +58,9 @@ def paint_entropy(probs_CHW: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def paint_errors(answer_HW: NDArray[Any], mask_HW: NDArray[Any], num_classes: int) -> NDArray[np.uint8]:
     """Where class indices differ from a mask's, uint8 `(H, W, 3)`: grey is right, red wrong, white without a label."""
-    painted = np.where((answer_HW == mask_HW)[..., None], np.uint8(RIGHT), np.uint8(WRONG))
+    painted = np.where(
+        (answer_HW == mask_HW)[..., None], np.array(RIGHT, dtype=np.uint8), np.array(WRONG, dtype=np.uint8)
+    )
     painted[(mask_HW < 0) | (mask_HW >= num_classes)] = UNLABELLED
     return painted
 

@@ -24,7 +24,7 @@ def log(folder, version, train, val=()):
 
 
 def test_the_curves_of_a_resumed_run_are_of_all_its_versions_and_no_other_run(tmp_path):
-    log(tmp_path, 0, [(1, 90.0), (2, 91.0), (3, 92.0)], [(3, 0.9)])  # another run, overwritten since
+    log(tmp_path, 0, [(1, 90.0), (2, 91.0), (3, 92.0)], [(2, 0.9)])  # another run, overwritten since
     log(
         tmp_path, 1, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)], [(3, 0.3)]
     )  # killed after step 5, saved at 3
