@@ -1,6 +1,6 @@
 """The typed configuration and the errors: the bottom layer, which imports nothing else of kdpipe."""
 
-from kdpipe.configs.load import dump_config, find_config, load_config, parse_config, shipped_configs
+from kdpipe.configs.load import dump_config, find_config, load_config, load_open_config, parse_config, shipped_configs
 from kdpipe.configs.schema import Config
 
-__all__ = ["Config", "dump_config", "find_config", "load_config", "parse_config", "shipped_configs"]
+__all__ = ["Config", "dump_config", "find_config", "load_config", "load_open_config", "parse_config", "shipped_configs"]

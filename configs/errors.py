@@ -3,6 +3,7 @@ Every error that a user can cause or meet. The command line prints them as one p
 
     KdpipeError                     1
     ├── ConfigError                 2   a key, a value or a path in the configuration
+    │   └── UnfilledConfig              `kdpipe init` left values in it for the user to say
     ├── DataError                   2   an image, a mask or a folder of them
     ├── CheckpointError             2   a file of weights
     ├── TrainingDiverged            1   a loss that is no longer a number
@@ -33,6 +34,10 @@ class ConfigError(KdpipeError):
     """A configuration that cannot be used."""
 
     exit_code = 2
+
+
+class UnfilledConfig(ConfigError):
+    """A configuration that `kdpipe init` wrote and whose user has still to say what no file does; the message names keys and lines."""
 
 
 class DataError(KdpipeError):

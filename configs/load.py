@@ -11,7 +11,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, UnfilledConfig
+from kdpipe.configs.fill_in import FILL_IN, Unfilled, places_text, unfilled_places, with_open_rows_even
 from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
 MAX_CONFIG_BYTES = 2**20  # a thousand times a long one; PyYAML takes seconds for it
@@ -29,6 +30,34 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises `ConfigError` that names the file, the key, the value and, for an unknown key, the nearest known one.
     """
     path = find_config(source)
+    return _checked(_raw_config(path, overrides), str(path))
+
+
+def load_open_config(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, list[str]]:
+    """
+    As `load_config`, but rows of the class map may still be to be filled in: they are an even share of all student classes.
+
+    Returned are the config and the teacher classes of those rows: for `suggest-map`, which asks the labels what they are to be.
+    """
+    path = find_config(source)
+    raw, opened = with_open_rows_even(_raw_config(path, overrides))
+    return _checked(raw, str(path)), opened
+
+
+def unfilled_in(text: str, origin: str) -> dict[str, list[int]]:
+    """
+    The dotted keys in a config's text that are still to be filled in, with their lines; where there are none, it is checked.
+
+    Raises `ConfigError` as `load_config` does.
+    """
+    raw = _parse_yaml(text)
+    places = unfilled_places(raw)
+    if not places:
+        parse_config(raw, origin)
+    return places
+
+
+def _raw_config(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -44,7 +73,17 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} should hold a mapping of sections, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw, origin=str(path))
+    return raw
+
+
+def _checked(raw: dict[str, Any], origin: str) -> Config:
+    places = unfilled_places(raw)
+    if places:
+        raise UnfilledConfig(
+            f"{origin} is not filled in yet: {places_text(places)}. Put your own value in the place of each {FILL_IN}; the "
+            "comments beside them say what is asked, and no file tells it"
+        )
+    return parse_config(raw, origin)
 
 
 def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
@@ -103,8 +142,8 @@ def _parse_yaml(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """
-    Safe YAML that refuses a key given twice, which YAML itself forbids and PyYAML lets pass; NUL characters, which no path or
-    name may have; and aliases that stand for more than a config can hold ("billion laughs").
+    Safe YAML that tells the lines of `FILL_IN` and refuses a key given twice, which YAML itself forbids and PyYAML lets pass; NUL
+    characters, which no path or name may have; and aliases that stand for more than a config can hold ("billion laughs").
     """
 
     def get_single_node(self) -> Any:
@@ -116,6 +155,8 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
             raise yaml.YAMLError(f"a NUL character{node.start_mark}")
+        if isinstance(node, yaml.ScalarNode) and node.value == FILL_IN:
+            return Unfilled(node.start_mark.line + 1)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,44 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as raster:
         return raster.height, raster.width
+
+
+@dataclass(frozen=True)
+class Header:
+    """
+    What a file's header says: size in px, number of bands, their type, the declared nodata of the first band.
+
+    `rgb` are the numbers of the bands that it calls red, green and blue, None where it does not; `alpha` says whether it calls
+    one opacity.
+    """
+
+    height: int
+    width: int
+    bands: int
+    dtype: str
+    nodata: float | None
+    rgb: tuple[int, int, int] | None
+    alpha: bool
+
+
+def read_header(path: Path) -> Header:
+    """
+    The header of an image or a mask; no pixel is decoded. Bands of several types have the type that holds all of them.
+
+    Raises `DataError` as `image_size` does.
+    """
+    with _opened(path) as raster:
+        meanings = [meaning.name for meaning in raster.colorinterp]
+        colours = [meanings.index(colour) + 1 for colour in ("red", "green", "blue") if colour in meanings]
+        return Header(
+            height=raster.height,
+            width=raster.width,
+            bands=raster.count,
+            dtype=raster.dtypes[0] if len(set(raster.dtypes)) == 1 else str(np.result_type(*raster.dtypes)),
+            nodata=raster.nodatavals[0],
+            rgb=(colours[0], colours[1], colours[2]) if len(colours) == 3 else None,
+            alpha="alpha" in meanings,
+        )
 
 
 def read_image(
@@ -100,18 +139,9 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
     """
     The labels as int32 `(H, W)`: class indices 0..num_classes-1, or `ignore_index`. A palette's indices are the labels.
 
-    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters
-    indices), has more than one band or no integers, or holds a value that is neither a class nor `ignore_index`.
+    Raises `DataError` where `read_mask_values` does, and where the file holds a value that is neither a class nor `ignore_index`.
     """
-    with _opened(path) as raster:
-        if raster.driver == "JPEG":
-            raise DataError(f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF")
-        if raster.count != 1:
-            raise DataError(f"the mask {path} should have 1 band of class indices, found {raster.count} bands")
-        dtype = raster.dtypes[0]
-        if np.dtype(dtype).kind not in "iu":
-            raise DataError(f"the mask {path} should hold integers, class indices, found {dtype}")
-        values_HW = _pixels(path, raster, [1])[0]
+    values_HW = read_mask_values(path)
     foreign_HW = ((values_HW < 0) | (values_HW >= num_classes)) & (values_HW != ignore_index)
     if foreign_HW.any():
         found = np.unique(values_HW[foreign_HW]).tolist()
@@ -122,6 +152,24 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW
+
+
+def read_mask_values(path: Path) -> NDArray[Any]:
+    """
+    A mask's values as they are, `(H, W)` in the file's integer type, whether or not they are classes.
+
+    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters
+    indices), has more than one band or no integers.
+    """
+    with _opened(path) as raster:
+        if raster.driver == "JPEG":
+            raise DataError(f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF")
+        if raster.count != 1:
+            raise DataError(f"the mask {path} should have 1 band of class indices, found {raster.count} bands")
+        dtype = raster.dtypes[0]
+        if np.dtype(dtype).kind not in "iu":
+            raise DataError(f"the mask {path} should hold integers, class indices, found {dtype}")
+        return _pixels(path, raster, [1])[0]
 
 
 def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
