@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline.cli_init import init
 from kdpipe.pipeline.cli_maps import export, predict
 from kdpipe.pipeline.cli_options import (
     EXIT_FINDINGS,
@@ -145,13 +146,15 @@ def suggest_map(
     """
     The class map that the labels suggest, beside the configured one, ready to paste.
 
-    Exit codes: 0 done, 2 usage, configuration, data or checkpoint.
+    Its rows, or all of it, may still be FILL_IN in CONFIG. Exit codes: 0 done, 2 usage, configuration, data or checkpoint.
     """
+    from kdpipe.configs import load_open_config
     from kdpipe.pipeline import reports, suggestion
     from kdpipe.pipeline.models.teacher import resolve_device
 
     console, progress = open_console()
-    result = suggestion.suggest_map(load(source, overrides), resolve_device(device), sample=sample, progress=progress)
+    config, unfilled = load_open_config(source, overrides)
+    result = suggestion.suggest_map(config, resolve_device(device), sample=sample, unfilled=unfilled, progress=progress)
     write_json(json_path, result.as_dict())
     for part in reports.suggestion_tables(result):
         # The table fits the terminal; what is pasted must not be broken.
@@ -291,6 +294,7 @@ def demo(out: str, debug: bool) -> None:
 cli.add_command(verify_cache)
 cli.add_command(compare)
 cli.add_command(report)
+cli.add_command(init)
 cli.add_command(predict)
 cli.add_command(export)
 

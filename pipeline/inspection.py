@@ -17,13 +17,19 @@ from kdpipe.pipeline.models.weights import check_tensors, file_sha256, read_chec
 
 @dataclass(frozen=True)
 class StudentRun:
-    """The run of `kdpipe train-student` that a checkpoint was saved by; best mIoU in 0..1."""
+    """
+    The run of `kdpipe train-student` that a checkpoint was saved by; best mIoU in 0..1.
+
+    `classes` are those of its channels in their order, `normalize` is `student.normalize` of its configuration.
+    """
 
     name: str
     mode: str
     steps: int
     best_miou: float | None
     fingerprint: str | None
+    classes: list[str]
+    normalize: Any
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ def inspect_checkpoint(path: str) -> Inspection:
             position["steps"],
             position["best_miou"],
             recorded["fingerprint"],
+            config["classes"]["names"],
+            config["student"]["normalize"],
         )
     return Inspection(
         path=path,

@@ -157,7 +157,8 @@ def suggestion_tables(result: suggestion.Suggestion) -> Iterator[Table | str]:
         common = sorted(labels, key=labels.__getitem__, reverse=True)
         shown = {name: labels[name] for name in common if labels[name] >= SHOWN_SHARE}
         table.add_row(
-            row.teacher_class, f"{row.pixels:,}", _shares_text(shown) + (" !" if row.disagrees else ""), _shares_text(row.configured)
+            row.teacher_class, f"{row.pixels:,}", _shares_text(shown) + (" !" if row.disagrees else ""),
+            _shares_text(row.configured) or "to be filled in",
         )  # fmt: skip
     yield table
     if any(row.disagrees for row in result.rows):
@@ -166,6 +167,8 @@ def suggestion_tables(result: suggestion.Suggestion) -> Iterator[Table | str]:
     yield f"Shares below {result.min_entry} are dropped and the others scaled up."
     if any(row.kept for row in result.rows):
         yield f"Classes on less than {100 * result.min_share:g} % of the pixels keep their configured row."
+    if any(row.unfilled for row in result.rows):
+        yield "Is a class found where you expect it? If not, its channel is another one: see teacher.classes."
     yield "Shares hold the teacher's mistakes too: leave {Class: 1} where that is plain."
     yield ""
     yield result.as_yaml()

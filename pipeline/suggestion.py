@@ -12,6 +12,7 @@ Shapes: T teacher classes, S student classes (labels).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
@@ -45,11 +47,16 @@ class Row:
     configured: dict[str, float]
     suggested: dict[str, float]
     kept: bool  # too few pixels to judge by: the suggested row is the configured one
+    unfilled: bool = (
+        False  # the configuration has FILL_IN for it: `configured` is empty, and so is `suggested` where it is kept
+    )
 
     @property
     def disagrees(self) -> bool:
         """Whether most labels are of another class than the one with the largest configured share."""
-        return not self.kept and self.configured.get(max(self.suggested, key=self.suggested.__getitem__), 0) < max(
+        if self.kept or self.unfilled:
+            return False
+        return self.configured.get(max(self.suggested, key=self.suggested.__getitem__), 0) < max(
             self.configured.values()
         )
 
@@ -80,20 +87,31 @@ class Suggestion:
         for row in self.rows:
             shares = {name: int(share) if share == 1 else share for name, share in row.suggested.items()}
             text = yaml.safe_dump(
-                {row.teacher_class: shares}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**6
+                {row.teacher_class: shares or FILL_IN},
+                default_flow_style=None if shares else False,
+                sort_keys=False,
+                allow_unicode=True,
+                width=10**6,
             )
-            lines.append(f"  {text.strip()}" + ("  # as configured: too few pixels" if row.kept else ""))
+            kept = "  # too few pixels to say" if row.unfilled else "  # as configured: too few pixels"
+            lines.append(f"  {text.strip()}" + (kept if row.kept else ""))
         return "\n".join(lines)
 
 
 def suggest_map(
-    config: Config, device: torch.device, *, sample: int | None = None, progress: Progress | None = None
+    config: Config,
+    device: torch.device,
+    *,
+    sample: int | None = None,
+    unfilled: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> Suggestion:
     """
     Ask the teacher about the labelled training tiles, all or `sample` of them chosen by the seed, and count.
 
-    Validation tiles are not looked at: a map fitted to them would make their scores too good. Raises `DataError` where no
-    tile or no pixel has a label or a mask does not fit its image, `CheckpointError` where the teacher does not load.
+    `unfilled` are teacher classes whose configured row says nothing yet, as `load_open_config` returns them. Validation tiles are
+    not looked at: a map fitted to them would make their scores too good. Raises `DataError` where no tile or no pixel has a label
+    or a mask does not fit its image, `CheckpointError` where the teacher does not load.
     """
     progress = progress or Silent()
     tiles = list_tiles(config.data, "train", labelled_only=True)
@@ -121,21 +139,22 @@ def suggest_map(
         raise DataError(
             f"the masks of {len(tiles)} tiles hold nothing but classes.ignore_index ({config.classes.ignore_index})"
         )
-    return Suggestion(suggested_rows(counts_ST, config), tiles=len(tiles), pixels=int(counts_ST.sum()))
+    return Suggestion(suggested_rows(counts_ST, config, unfilled), tiles=len(tiles), pixels=int(counts_ST.sum()))
 
 
-def suggested_rows(counts_ST: NDArray[np.int64], config: Config) -> list[Row]:
+def suggested_rows(counts_ST: NDArray[np.int64], config: Config, unfilled: Collection[str] = ()) -> list[Row]:
     """
     The rows that pixel counts `(S, T)` of labels and teacher answers suggest.
 
     A row is the share of each label; shares below `MIN_ENTRY` are dropped and the others scaled up. A class that answers on
-    less than `MIN_SHARE` of the pixels keeps its configured row.
+    less than `MIN_SHARE` of the pixels keeps its configured row, and has none if it is `unfilled`.
     """
     rows = []
     for name, counts_S in zip(config.teacher_classes, counts_ST.T, strict=True):
         pixels = int(counts_S.sum())
         kept = pixels == 0 or pixels < MIN_SHARE * int(counts_ST.sum())
-        configured = {label: share for label, share in config.class_map[name].items() if share > 0}
+        said = {} if name in unfilled else config.class_map[name]
+        configured = {label: share for label, share in said.items() if share > 0}
         rows.append(
             Row(
                 teacher_class=name,
@@ -144,6 +163,7 @@ def suggested_rows(counts_ST: NDArray[np.int64], config: Config) -> list[Row]:
                 configured=configured,
                 suggested=dict(configured) if kept else _shares(counts_S, config.classes.names),
                 kept=kept,
+                unfilled=name in unfilled,
             )
         )
     return rows

@@ -1,0 +1,207 @@
+"""
+What lies in folders of tiles, counted: sizes, bands, types, values, and which indices the masks hold.
+
+Of many tiles some are looked at, evenly spread over the sorted names: `MAX_HEADERS` of a root by their headers, `MAX_READ` by
+their pixels. What is found wrong is kept as a text that names the file, not raised: the user gets all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.configs import schema
+from kdpipe.configs.errors import DataError
+from kdpipe.data.rasters import Header, read_bands, read_header, read_mask_values
+from kdpipe.data.stretch import sample_grid
+from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
+
+MAX_HEADERS = 1000  # of a root: opening an image and its mask takes some milliseconds, on a network's disk far more
+MAX_READ = 100  # of a root: decoding a tile of 1024 px and its mask takes about 50 ms
+SAMPLE_VALUES = 2**14  # of a band of an image: with 100 images the 2nd percentile's rank is known to 0.01 %
+PERCENTILES = (2.0, 98.0)
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Root:
+    """
+    One root of tiles, and what was found in it.
+
+    `sizes_HW`, `bands`, `dtypes` and `rgb` are of the `headers` images whose header was read; `values` are pixels by mask value in the
+    `masks_read` masks that were decoded. `ranges` are low and high percentile of each band over the `images_read` images, in the files'
+    own units; empty where all are 8-bit. `problems` are texts of what a run would stop at.
+    """
+
+    path: str
+    tiles: list[Tile] = field(repr=False)
+    sizes_HW: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    bands: Counter[int] = field(default_factory=Counter)
+    dtypes: Counter[str] = field(default_factory=Counter)
+    rgb: Counter[tuple[int, int, int] | None] = field(default_factory=Counter)
+    alpha: int = 0
+    images_read: int = 0
+    ranges: list[tuple[float, float]] = field(default_factory=list)
+    masks_read: int = 0
+    values: Counter[int] = field(default_factory=Counter)
+    mask_nodata: Counter[float | None] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def masks(self) -> int:
+        """How many tiles have a mask."""
+        return sum(tile.mask is not None for tile in self.tiles)
+
+    @property
+    def headers(self) -> int:
+        """How many images' headers were read."""
+        return len(self.sizes_HW)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; all sizes as counts."""
+        return {
+            "path": self.path,
+            "tiles": len(self.tiles),
+            "masks": self.masks,
+            "headers_read": self.headers,
+            "sizes": [[*size, count] for size, count in sorted(Counter(self.sizes_HW).items())],
+            "bands": dict(self.bands),
+            "dtypes": dict(self.dtypes),
+            "images_read": self.images_read,
+            "ranges": self.ranges,
+            "masks_read": self.masks_read,
+            "mask_values": dict(sorted(self.values.items())),
+            "problems": self.problems,
+        }
+
+
+def find_roots(folder: str, images: str = "images", masks: str = "masks") -> list[str]:
+    """
+    The roots that a folder means: itself if it holds a folder `images`, else those of its folders that do, by name.
+
+    Raises `DataError` where there is none, saying what lies there instead.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise DataError(f"there is no folder {path.absolute()}")
+    if not path.is_dir():
+        raise DataError(f"{path} is a file: name the folder that holds {images}/ and {masks}/, or several such folders")
+    if (path / images).is_dir():
+        return [folder]
+    inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    roots = [str(path / name) for name in inner if (path / name / images).is_dir()]
+    if not roots:
+        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir())
+        found = f"the folders {', '.join(inner[:5])}{', …' if len(inner) > 5 else ''}" if inner else "no folder"
+        raise DataError(
+            f"neither {path} nor a folder in it holds a folder {images!r}; found {found} and {loose} image files. Lay tiles out as "
+            f"ROOT/{images} and ROOT/{masks}, paired by stem, or say how yours are called with --images and --masks"
+        )
+    return roots
+
+
+def list_root(path: str, images: str = "images", masks: str = "masks") -> Root:
+    """
+    A root with its tiles, none of them opened yet.
+
+    Raises `DataError` as `list_tiles` does, but for images without a mask.
+    """
+    data = schema.Data(train=[path], images=images, masks=masks, allow_missing_masks=True)
+    return Root(path, list_tiles(data, "train"))
+
+
+def looked_at(root: Root) -> int:
+    """How many steps `survey_root` takes: images that it opens, and masks that it counts."""
+    return min(len(root.tiles), MAX_HEADERS) + min(root.masks, MAX_READ)
+
+
+def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
+    """Look into the files of a listed root and fill in what is found; `advance` is called after each step."""
+    opened = evenly(root.tiles, MAX_HEADERS)
+    with_pixels = {tile.id for tile in evenly(opened, MAX_READ)}
+    # Masks may be few among many images, so that they are chosen from the labelled tiles.
+    with_labels = {tile.id for tile in evenly([tile for tile in root.tiles if tile.mask is not None], MAX_READ)}
+    samples: list[list[NDArray[Any]]] = []
+    for tile in opened:
+        _tried(root, _look, root, tile)
+        if tile.id in with_pixels:
+            _tried(root, _read, root, tile, samples)
+        advance()
+    for tile in root.tiles:
+        if tile.id in with_labels:
+            _tried(root, _count, root, tile)
+            advance()
+    if root.dtypes.keys() - {"uint8"}:
+        joined = [np.concatenate(band) for band in samples]
+        root.ranges = [_range(values) for values in joined if values.size]
+
+
+def evenly(items: Sequence[Item], at_most: int) -> list[Item]:
+    """At most so many of the items, evenly spread, in their order."""
+    n = min(len(items), at_most)
+    return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
+
+
+def _tried(root: Root, step: Callable[..., None], *arguments: Any) -> None:
+    try:
+        step(*arguments)
+    except DataError as err:
+        if str(err) not in root.problems:
+            root.problems.append(str(err))
+
+
+def _look(root: Root, tile: Tile) -> None:
+    image = read_header(tile.image)
+    root.sizes_HW.append((image.height, image.width))
+    root.bands[image.bands] += 1
+    root.dtypes[image.dtype] += 1
+    root.rgb[image.rgb] += 1
+    root.alpha += image.alpha
+    if tile.mask is not None:
+        mask = read_header(tile.mask)
+        root.mask_nodata[mask.nodata] += 1
+        _require_same_size(tile, image, mask)
+
+
+def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
+    if (mask.height, mask.width) != (image.height, image.width):
+        raise DataError(
+            f"the mask {tile.mask} is {mask.height} x {mask.width} px, and its image {tile.image} {image.height} x {image.width}"
+        )
+
+
+def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
+    count = read_header(tile.image).bands
+    values_BHW, nodata_BHW = read_bands(tile.image, range(1, count + 1))
+    root.images_read += 1
+    rows, columns = sample_grid(*values_BHW.shape[1:], SAMPLE_VALUES)
+    for i in range(count):
+        if i == len(samples):
+            samples.append([])
+        values = values_BHW[i][rows][:, columns].astype(np.float64)
+        samples[i].append(values[np.isfinite(values) & ~nodata_BHW[i][rows][:, columns]])
+
+
+def _count(root: Root, tile: Tile) -> None:
+    assert tile.mask is not None
+    values_HW = read_mask_values(tile.mask)
+    root.masks_read += 1
+    if values_HW.dtype == np.uint8:  # ten times as fast as sorting
+        counts = np.bincount(values_HW.reshape(-1))
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(values_HW, return_counts=True)
+    root.values.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(values, PERCENTILES).tolist()
+    return low, high
