@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdpipe.pipeline import completion as complete
+from kdpipe.pipeline.cli_completion import completion
 from kdpipe.pipeline.cli_init import init
 from kdpipe.pipeline.cli_maps import export, predict
 from kdpipe.pipeline.cli_options import (
@@ -16,6 +18,7 @@ from kdpipe.pipeline.cli_options import (
     EXIT_REFUSED,
     EXIT_USAGE,
     complain,
+    device_option,
     file_option,
     json_option,
     load,
@@ -162,11 +165,11 @@ def suggest_map(
 
 
 @cli.command("inspect")
-@click.argument("path", metavar="CHECKPOINT|CACHE")
-@click.option(
-    "--diff", "source", metavar="CONFIG", help="Of a cache: say what this configuration would have otherwise."
-)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG.")
+@click.argument("path", metavar="CHECKPOINT|CACHE", shell_complete=complete.weights_or_cache)
+@click.option("--diff", "source", metavar="CONFIG", shell_complete=complete.configs,
+              help="Of a cache: say what this configuration would have otherwise.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=complete.overrides,
+              help="Override a key of CONFIG.")  # fmt: skip
 @click.option("--stats", is_flag=True, help="Of a cache: read all of it; class shares, entropy, confidence, outliers.")
 @file_option("--table", "table_path", "With --stats: one row a tile, as .csv or .parquet.")
 @file_option("--plot", "plot_path", "With --stats: draw it as a PNG.")
@@ -213,9 +216,10 @@ def inspect(
 
 
 @cli.command("evaluate")
-@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [ROOT]...")
+@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [ROOT]...", shell_complete=complete.checkpoint_then_roots)
 @click.option("--teacher", is_flag=True, help="Score the mapped teacher of a CONFIG instead of a CHECKPOINT.")
-@click.option("-c", "--config", "source", metavar="CONFIG", help="The teacher's; a CHECKPOINT carries its own.")
+@click.option("-c", "--config", "source", metavar="CONFIG", shell_complete=complete.configs,
+              help="The teacher's; a CHECKPOINT carries its own.")  # fmt: skip
 @click.option(
     "--window",
     type=click.IntRange(64),
@@ -227,7 +231,7 @@ def inspect(
               help="How far apart boundaries may lie.")  # fmt: skip
 @json_option
 @file_option("--png", "png_path", "Draw the confusion matrices.")
-@click.option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default.")
+@device_option
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate_model(
     paths: tuple[str, ...], teacher: bool, source: str | None, window: int | None, tta: str | None, boundary_width: int,
@@ -294,6 +298,7 @@ def demo(out: str, debug: bool) -> None:
 cli.add_command(verify_cache)
 cli.add_command(compare)
 cli.add_command(report)
+cli.add_command(completion)
 cli.add_command(init)
 cli.add_command(predict)
 cli.add_command(export)

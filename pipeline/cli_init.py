@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from kdpipe.pipeline import completion
 from kdpipe.pipeline.cli_options import EXIT_FINDINGS, debug_option, json_option, open_console, write_json
 
 
@@ -33,9 +34,12 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 
 
 @click.command("init")
-@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
-@click.option("--teacher", metavar="CHECKPOINT", help="The teacher's file of weights.")
-@click.option("--out", default="mine.yaml", show_default=True, metavar="FILE", help="The config to write.")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", shell_complete=completion.folders)
+@click.option(
+    "--teacher", metavar="CHECKPOINT", shell_complete=completion.weights, help="The teacher's file of weights."
+)
+@click.option("--out", default="mine.yaml", show_default=True, metavar="FILE", shell_complete=completion.configs,
+              help="The config to write.")  # fmt: skip
 @click.option("--classes", callback=_names, metavar="A,B,…", help="Names of the classes in the masks: of 0, of 1, …")
 @click.option(
     "--ignore-index", type=click.IntRange(0, 65535), metavar="N", help="The value in masks that means no label."
@@ -46,7 +50,13 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--teacher-normalize", type=click.Choice(["unit", "imagenet"]),
               help="How the teacher's input was normalised: unit is x / 255.")  # fmt: skip
 @click.option("--bands", callback=_bands, metavar="R,G,B", help="Which bands are red, green and blue, counted from 1.")
-@click.option("--val", multiple=True, metavar="FOLDER", help="Tiles to validate on; repeatable.")
+@click.option(
+    "--val",
+    multiple=True,
+    metavar="FOLDER",
+    shell_complete=completion.folders,
+    help="Tiles to validate on; repeatable.",
+)
 @click.option("--images", default="images", show_default=True, metavar="NAME", help="The folder of images in a root.")
 @click.option("--masks", default="masks", show_default=True, metavar="NAME", help="The folder of masks in a root.")
 @click.option("--overwrite", is_flag=True, help="Replace a config that is there already.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kdpipe.pipeline import completion
 from kdpipe.pipeline.cli_options import (
     EXIT_FINDINGS,
     complain,
@@ -18,13 +19,18 @@ from kdpipe.pipeline.cli_options import (
 )
 
 checkpoint_option = click.option(
-    "--checkpoint", required=True, metavar="FILE", help="A student's, such as model_weights/<group>/<name>/best.ckpt."
+    "--checkpoint",
+    required=True,
+    metavar="FILE",
+    shell_complete=completion.weights,
+    help="A student's, such as model_weights/<group>/<name>/best.ckpt.",
 )
 
 
 @click.command("predict")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--checkpoint", required=True, metavar="FILE", help="A student's, or an ONNX file of `kdpipe export`.")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", shell_complete=completion.files)
+@click.option("--checkpoint", required=True, metavar="FILE", shell_complete=completion.students,
+              help="A student's, or an ONNX file of `kdpipe export`.")  # fmt: skip
 @click.option("--out", required=True, metavar="DIR", type=click.Path(file_okay=False), help="Where the maps go.")
 @click.option("--confidence", is_flag=True, help="Write the largest class probability too, as NAME.confidence.tif.")
 @click.option("--probabilities", is_flag=True, help="Write a band for each class too, as NAME.probabilities.tif.")
@@ -76,7 +82,7 @@ def predict(
               help="pt2 is torch.export's.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=click.Path(dir_okay=False),
               help="Beside the checkpoint, under its name, by default.")  # fmt: skip
-@click.option("--tiles", "tiles", multiple=True, metavar="PATH",
+@click.option("--tiles", "tiles", multiple=True, metavar="PATH", shell_complete=completion.files,
               help="Images, or folders of them, to verify the file with; the config's data.val by default.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there already.")
 @json_option

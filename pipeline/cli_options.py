@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kdpipe.pipeline import completion
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,8 +25,8 @@ EXIT_FINDINGS, EXIT_USAGE, EXIT_REFUSED = 1, 2, 3
 
 def _writable(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """The path, if a file can be written there: said before hours of work, not after them."""
-    if path is None:
-        return None
+    if path is None or context.resilient_parsing:  # while a shell completes, nothing is checked or made
+        return path
     from kdpipe.configs.errors import ConfigError
     from kdpipe.configs.outputs import output_path
 
@@ -56,7 +58,10 @@ def file_option(name: str, variable: str, help_text: str, default: str | None = 
 json_option = file_option("--json", "json_path", "Write the result as JSON.")
 debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 device_option = click.option(
-    "--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; the best one there is by default."
+    "--device",
+    metavar="NAME",
+    shell_complete=completion.devices,
+    help="cuda, cuda:1, mps or cpu; the best one there is by default.",
 )
 
 
@@ -67,10 +72,21 @@ def with_config(command: Command) -> Command:
         device_option,
         json_option,
         click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set train.epochs=2."
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            shell_complete=completion.overrides,
+            help="Override a key: --set train.epochs=2.",
         ),
         click.option(
-            "-c", "--config", "source", required=True, metavar="CONFIG", help="A YAML file, or a shipped config's name."
+            "-c",
+            "--config",
+            "source",
+            required=True,
+            metavar="CONFIG",
+            shell_complete=completion.configs,
+            help="A YAML file, or a shipped config's name.",
         ),
     ):
         command = option(command)

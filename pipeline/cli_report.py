@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kdpipe.pipeline import completion as complete
 from kdpipe.pipeline.cli_options import (
     EXIT_FINDINGS,
     debug_option,
@@ -28,7 +29,8 @@ from kdpipe.pipeline.cli_options import (
 @click.option(
     "--sample", type=click.IntRange(1), default=12, show_default=True, help="Tiles on which parity runs the teacher."
 )
-@click.option("--student", metavar="CHECKPOINT", help="Whose gradients parity compares; a fresh student by default.")
+@click.option("--student", metavar="CHECKPOINT", shell_complete=complete.weights,
+              help="Whose gradients parity compares; a fresh student by default.")  # fmt: skip
 @file_option("--report", "page", "Write a page with the findings, and tiles of the cache to look at.")
 def verify_cache(
     source: str, overrides: tuple[str, ...], json_path: str | None, device: str | None, debug: bool,
@@ -64,7 +66,7 @@ def verify_cache(
 
 
 @click.command("compare")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN …", shell_complete=complete.runs)
 @click.option("--baseline", metavar="NAME", help="The run or arm to compare with; the one without teacher by default.")
 @click.option(
     "--out", default="comparison", show_default=True, type=click.Path(file_okay=False), help="Where page and plots go."
@@ -107,7 +109,7 @@ def compare(
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", shell_complete=complete.runs)
 @file_option("--out", "out", "Where the page goes.", default="report.html")
 @click.option("--tiles", type=click.IntRange(0), default=24, show_default=True, metavar="N",
               help="Tiles to look at, of each run.")  # fmt: skip
