@@ -84,7 +84,7 @@ class Root:
 
 def find_roots(folder: str, images: str = "images", masks: str = "masks") -> list[str]:
     """
-    The roots that a folder means: itself if it holds a folder `images`, else those of its folders that do, by name.
+    The roots that a folder means: itself if it holds a folder `images`, else those of its folders that have one with files, by name.
 
     Raises `DataError` where there is none, saying what lies there instead.
     """
@@ -96,7 +96,7 @@ def find_roots(folder: str, images: str = "images", masks: str = "masks") -> lis
     if (path / images).is_dir():
         return [folder]
     inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    roots = [str(path / name) for name in inner if (path / name / images).is_dir()]
+    roots = [str(path / name) for name in inner if _holds_a_file(path / name / images)]
     if not roots:
         loose = sum(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir())
         found = f"the folders {', '.join(inner[:5])}{', …' if len(inner) > 5 else ''}" if inner else "no folder"
@@ -147,6 +147,10 @@ def evenly(items: Sequence[Item], at_most: int) -> list[Item]:
     """At most so many of the items, evenly spread, in their order."""
     n = min(len(items), at_most)
     return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
+
+
+def _holds_a_file(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_file() for entry in folder.iterdir())
 
 
 def _tried(root: Root, step: Callable[..., None], *arguments: Any) -> None:

@@ -88,7 +88,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, said: Said) 
     teacher_classes = _teacher_classes(teacher, said)
     data, data_notes = _data(roots, roles, said)
     keys = [
-        Key("name", said.name, f"Of the run: its weights go to model_weights/default/{said.name}."),
+        Key("name", said.name, f"Said: by the name of this file. The run's weights go to model_weights/default/{said.name}."),
         Key("classes", labels.keys),
         Key("data", data),
         Key("teacher", _teacher(teacher, teacher_classes, train, said)),
@@ -98,7 +98,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, said: Said) 
         Key("student", [
             Key("architecture", "linknet", "Guess: a small one to begin with, 2.5 million parameters. "
                 "Any of smp's, unetformer or ftunetformer."),
-            Key("encoder", "tu-regnetx_002", "Any of smp's or timm's (tu-NAME). Its weights are random; encoder_weights: imagenet "
+            Key("encoder", "tu-regnetx_002", "Guess: any of smp's or timm's (tu-NAME). Its weights are random; encoder_weights: imagenet "
                 "downloads published ones."),
         ]),
         Key("train", train_keys(train)),
@@ -275,7 +275,8 @@ def _teacher(teacher: Inspection | None, names: list[str] | None, train: Sequenc
             f"{unknown} such as unet".replace(".; ", ": ")),
         Key("encoder", (network and network.encoder) or FILL_IN,
             "Measured: likewise." if network and network.encoder else "Asked: such as efficientnet-b4, or tu-NAME for one of timm's."),
-        Key("checkpoint", path, "" if teacher else "Asked: a file of weights (.pth, .ckpt, .safetensors)."),
+        Key("checkpoint", path, "Said: its file of weights." if teacher else
+            "Asked: its file of weights (.pth, .ckpt, .safetensors)."),
         _channels(teacher, names, said),
         _normalize(teacher, said),
     ]  # fmt: skip
