@@ -169,7 +169,8 @@ def read_mask_values(path: Path) -> NDArray[Any]:
         dtype = raster.dtypes[0]
         if np.dtype(dtype).kind not in "iu":
             raise DataError(f"the mask {path} should hold integers, class indices, found {dtype}")
-        return _pixels(path, raster, [1])[0]
+        values_HW: NDArray[Any] = _pixels(path, raster, [1])[0]
+        return values_HW
 
 
 def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:

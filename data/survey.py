@@ -2,7 +2,8 @@
 What lies in folders of tiles, counted: sizes, bands, types, values, and which indices the masks hold.
 
 Of many tiles some are looked at, evenly spread over the sorted names: `MAX_HEADERS` of a root by their headers, `MAX_READ` by
-their pixels. What is found wrong is kept as a text that names the file, not raised: the user gets all of it at once.
+their pixels, but no scene of more than `MAX_VALUES`. What is found wrong is kept as a text that names the file, not raised: the
+user gets all of it at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
 
 MAX_HEADERS = 1000  # of a root: opening an image and its mask takes some milliseconds, on a network's disk far more
 MAX_READ = 100  # of a root: decoding a tile of 1024 px and its mask takes about 50 ms
-SAMPLE_VALUES = 2**14  # of a band of an image: with 100 images the 2nd percentile's rank is known to 0.01 %
+MAX_VALUES = 2**28  # of an image, all bands together: 512 MB of 16 bits; larger ones are not decoded
+SAMPLE_VALUES = (
+    2**14
+)  # of a band of an image: of 100 images, were they independent, the 2nd percentile's rank is known to 0.01 %
 PERCENTILES = (2.0, 98.0)
 
 Item = TypeVar("Item")
@@ -182,10 +186,13 @@ def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
 
 
 def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
-    count = read_header(tile.image).bands
+    header = read_header(tile.image)
+    count = header.bands
+    if count * header.height * header.width > MAX_VALUES:
+        return
     values_BHW, nodata_BHW = read_bands(tile.image, range(1, count + 1))
     root.images_read += 1
-    rows, columns = sample_grid(*values_BHW.shape[1:], SAMPLE_VALUES)
+    rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], SAMPLE_VALUES)
     for i in range(count):
         if i == len(samples):
             samples.append([])

@@ -86,7 +86,9 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, said: Said) 
         raise DataError(f"none of the images that were opened can be read; the first: {train[0].problems[0]}")
     labels = read_labels(roots, roles, said.classes, said.ignore_index)
     teacher_classes = _teacher_classes(teacher, said)
-    data, data_notes = _data(roots, roles, said)
+    problems = [problem for root in roots for problem in root.problems] + labels.problems
+    notes = list(labels.notes)
+    data = _data(roots, roles, said, notes, problems)
     keys = [
         Key("name", said.name, f"Said: by the name of this file. The run's weights go to model_weights/default/{said.name}."),
         Key("classes", labels.keys),
@@ -106,8 +108,6 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, said: Said) 
     tiles = sum(len(root.tiles) for root in roots)
     found = "no teacher" if teacher is None else f"the teacher {teacher.path}"
     header = HEADER.format(fill_in=FILL_IN, tiles=tiles, roots=", ".join(root.path for root in roots), teacher=found)
-    problems = [problem for root in roots for problem in root.problems] + labels.problems
-    notes = [*labels.notes, *data_notes]
     if labelled and not any(role == "val" for role in roles.values()):
         notes.append(NO_VAL)
     return Draft(keys, header, roles, problems, notes)
@@ -140,10 +140,9 @@ def assign_roles(roots: Sequence[Root], val: Sequence[str] = ()) -> dict[str, st
     return roles
 
 
-def _data(roots: Sequence[Root], roles: dict[str, str], said: Said) -> tuple[list[Key], list[str]]:
+def _data(roots: Sequence[Root], roles: dict[str, str], said: Said, notes: list[str], problems: list[str]) -> list[Key]:
     paths = {role: [path for path, of in roles.items() if of == role] for role in roles.values()}
     train = [root for root in roots if roles[root.path] == "train"]
-    notes = []
     keys = [Key("train", paths["train"], "Roots of tiles to train on, " + _masks_text(train, said) + ".")]
     if "val" in paths:
         keys.append(Key("val", paths["val"], "Roots to validate on: by name, or as said with --val."))
@@ -182,8 +181,7 @@ def _data(roots: Sequence[Root], roles: dict[str, str], said: Said) -> tuple[lis
             )
         )
     used = [root for root in roots if roles[root.path] != "not used"]
-    keys += _bands_and_stretch(used, said.bands, notes)
-    return keys, notes  # fmt: skip
+    return keys + _bands_and_stretch(used, said.bands, notes, problems)  # fmt: skip
 
 
 def _masks_text(train: Sequence[Root], said: Said) -> str:
@@ -192,7 +190,9 @@ def _masks_text(train: Sequence[Root], said: Said) -> str:
     return f"each a folder with {said.images}/ and {said.masks}/ paired by stem; masks hold class indices"
 
 
-def _bands_and_stretch(roots: Sequence[Root], bands: tuple[int, ...] | None, notes: list[str]) -> list[Key]:
+def _bands_and_stretch(
+    roots: Sequence[Root], bands: tuple[int, ...] | None, notes: list[str], problems: list[str]
+) -> list[Key]:
     counts = sum((root.bands for root in roots), Counter())
     rgb: Counter[Any] = sum((root.rgb for root in roots), Counter())
     dtypes = sum((root.dtypes for root in roots), Counter())
@@ -203,8 +203,14 @@ def _bands_and_stretch(roots: Sequence[Root], bands: tuple[int, ...] | None, not
         notes.append(f"images differ in their type: {_counts_text(dtypes)}")
     least, most = min(counts), max(counts)
     keys = []
-    ranges = next((root.ranges for root in roots if root.ranges), [])
-    span = f"{PERCENTILES[0]:g} to {PERCENTILES[1]:g} % of the values of each band: {_ranges_text(ranges)}"
+    sampled = next((root for root in roots if root.ranges), None)
+    span = (f" In {sampled.images_read} images of {sampled.path}, {PERCENTILES[0]:g} to {PERCENTILES[1]:g} % of the values of each "
+            f"band are {_ranges_text(sampled.ranges)}." if sampled else "")  # fmt: skip
+    if bands is None and least < 3 <= most:
+        problems.append(
+            f"images have {_counts_text(counts)} bands: a run takes the same three of all of them, so give those with fewer a "
+            "folder of their own and leave it out, or convert them"
+        )
     if bands is not None:
         if max(bands) > least:
             raise ConfigError(f"--bands asks for {list(bands)}, and images have {_counts_text(counts)} bands")
@@ -218,9 +224,9 @@ def _bands_and_stretch(roots: Sequence[Root], bands: tuple[int, ...] | None, not
             )
         )
     elif least == 2 or (most - bool(alpha) > 3 and len(rgb) == 1 and None in rgb) or (len(rgb) > 1 and most > 3):
-        why = (f"Asked: which three bands are red, green and blue as the teacher knows them, counted from 1, such as [3, 2, 1]. "
-               f"Images have {_counts_text(counts)}, and do not say what they are.")  # fmt: skip
-        keys.append(Key("bands", FILL_IN, f"{why} {span}." if ranges else why))
+        why = ("Asked: which three bands are red, green and blue as the teacher knows them, counted from 1, such as [3, 2, 1]. Images do "
+               f"not say what theirs are, {_counts_text(counts)} in number.")  # fmt: skip
+        keys.append(Key("bands", FILL_IN, why + span))
     elif len(rgb) == 1 and next(iter(rgb)) not in (None, (1, 2, 3)):
         keys.append(Key("bands", list(next(iter(rgb))), "Measured: which bands the files call red, green and blue."))
     if dtypes.keys() - {"uint8"}:
@@ -229,7 +235,7 @@ def _bands_and_stretch(roots: Sequence[Root], bands: tuple[int, ...] | None, not
                 "stretch",
                 {"percentiles": list(PERCENTILES)},
                 f"Measured: images hold {_counts_text(dtypes)}, and networks see 0..255. These percentiles, a guess, over all training "
-                f"images become 0 and 255. In the images read, {span}. range: [low, high] fixes them.",
+                f"images become 0 and 255; range: [low, high] fixes them.{span}",
             )
         )
     return keys

@@ -104,6 +104,6 @@ def _values_text(root: Root) -> str:
     total = sum(root.values.values())
     if not total:
         return "–"
-    shown = [f"{value}: {100 * root.values[value] / total:.1f}" for value in sorted(root.values)[:SHOWN_VALUES]]
+    shown = [f"{value}:{100 * root.values[value] / total:.1f}" for value in sorted(root.values)[:SHOWN_VALUES]]
     more = len(root.values) - SHOWN_VALUES
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -235,7 +235,8 @@ def test_every_key_has_its_reason_and_none_repeats_a_default_without_one(odd_dra
         "data.val",
         "train.crop",
         "train.batch_size",
-    }  # said because they were looked at
+        "teacher.normalize",
+    }  # said because they were looked at, or by the user
     keys = dict(leaves(odd_draft.draft.keys))
     assert {"data.images", "data.masks", "data.allow_missing_masks", "data.bands", "data.stretch", "data.unlabelled", "data.val",
             "teacher.window", "classes.ignore_index"} <= keys.keys()  # fmt: skip
@@ -264,6 +265,14 @@ def test_bands_and_bits_become_keys_with_the_ranges_that_were_measured(odd_draft
     assert "1: %g to %g, 2:" % tuple(expected[0]) in Path("mine.yaml").read_text().replace("\n  # ", " ")
 
 
+def test_scenes_too_large_to_decode_here_are_not(tmp_path, monkeypatch):
+    write_tif(tmp_path / "tiles/images/0.tif", np.ones((3, 64, 64), dtype=np.uint16))
+    monkeypatch.setattr(survey, "MAX_VALUES", 3 * 64 * 64 - 1)
+    found = look(tmp_path / "tiles")
+    assert (found.roots[0].headers, found.roots[0].images_read, found.roots[0].ranges) == (1, 0, [])
+    assert as_plain(found.draft.keys)["data"]["stretch"] == {"percentiles": [2.0, 98.0]}
+
+
 def test_bands_that_no_file_names_are_asked_and_those_it_names_are_taken(tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (4, 64, 64), dtype=np.uint8)
     write_tif(tmp_path / "plain/images/0.tif", values, photometric="minisblack")
@@ -272,6 +281,9 @@ def test_bands_that_no_file_names_are_asked_and_those_it_names_are_taken(tmp_pat
     assert "bands" not in as_plain(look(tmp_path / "rgba", out="rgba.yaml").draft.keys)["data"]
     write_tif(tmp_path / "grey/images/0.tif", values[:1])
     assert as_plain(look(tmp_path / "grey", out="grey.yaml").draft.keys)["data"]["bands"] == [1, 1, 1]
+    write_tif(tmp_path / "grey/images/1.tif", values[:3])
+    problems = look(tmp_path / "grey", out="mixed.yaml").draft.problems
+    assert problems[0].startswith("images have 1 (1 image), 3 (1 image) bands: a run takes the same three")
     with pytest.raises(ConfigError, match=r"--bands asks for \[1, 2, 5\], and images have 4 bands"):
         look(tmp_path / "plain", out="other.yaml", bands=(1, 2, 5))
 
