@@ -274,13 +274,13 @@ def _teacher(teacher: Inspection | None, names: list[str] | None, train: Sequenc
             raise CheckpointError(
                 f"{path} is {network}, which kdpipe trains as a student; a teacher is a network of segmentation-models-pytorch"
             )
-    unknown = "Asked: one of segmentation-models-pytorch's; it was not recognised." if teacher else "Asked: "
+    asked = "Asked: it was not recognised in the file;" if teacher else "Asked:"
     keys = [
         Key("architecture", (network and network.architecture) or FILL_IN,
             "Measured: from the names and shapes of its tensors." if network and network.architecture else
-            f"{unknown} such as unet".replace(".; ", ": ")),
+            f"{asked} one of segmentation-models-pytorch's, such as unet."),
         Key("encoder", (network and network.encoder) or FILL_IN,
-            "Measured: likewise." if network and network.encoder else "Asked: such as efficientnet-b4, or tu-NAME for one of timm's."),
+            "Measured: likewise." if network and network.encoder else f"{asked} such as efficientnet-b4, or tu-NAME for one of timm's."),
         Key("checkpoint", path, "Said: its file of weights." if teacher else
             "Asked: its file of weights (.pth, .ckpt, .safetensors)."),
         _channels(teacher, names, said),

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,19 @@ def test_without_a_teacher_its_section_is_asked(tmp_path):
     answers = ["a", "b", "c", "unet", "resnet18", "t.pth", "[x, y]", "unit", "{x: {a: 1}, y: {b: 0.5, c: 0.5}}"]
     Path("mine.yaml").write_text(filled(Path("mine.yaml").read_text(), answers))
     assert load_config("mine.yaml").teacher.checkpoint == "t.pth"
+
+
+def test_a_network_that_is_not_recognised_is_asked_and_a_student_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("segmentation_models_pytorch.encoders.get_encoder_names", lambda: ["resnet18"])
+    torch.save({"encoder.conv.weight": torch.zeros(4, 3, 3, 3), "head.bias": torch.zeros(4)}, tmp_path / "odd.pth")
+    found = look(small(tmp_path / "tiles"), teacher="odd.pth")
+    assert {"teacher.architecture", "teacher.encoder", "teacher.classes"} <= found.unfilled.keys()
+    assert "Asked: it was not recognised in the file; one of" in Path("mine.yaml").read_text()
+    network = found.teacher.network
+    monkeypatch.setattr("kdpipe.pipeline.init.inspect_checkpoint", lambda path: replace(
+        found.teacher, network=replace(network, architecture="ftunetformer")))  # fmt: skip
+    with pytest.raises(CheckpointError, match="which kdpipe trains as a student; a teacher is"):
+        look(tmp_path / "tiles", teacher="odd.pth", overwrite=True)
 
 
 def test_a_student_of_kdpipe_as_teacher_says_its_channels_itself(make_config, landscape):
