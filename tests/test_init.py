@@ -499,7 +499,9 @@ def test_a_config_is_never_replaced_unasked(tmp_path):
         look(tmp_path / "tiles", out="tiles", overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["two\nlines # and", "colon: {x", "- dash", "'quote\"", "ümläut", "*anchor &x !tag"])
+@pytest.mark.parametrize(
+    "name", ["two\nlines # and", "colon: {x", "- dash", "'quote\"", "ümläut", "*anchor &x !tag", "bell\a"]
+)
 def test_folders_of_any_name_are_read_back_as_they_are(tmp_path, name):
     small(tmp_path / name / "Train")
     text = look(f"{name}", teacher=None).draft.text
