@@ -23,15 +23,20 @@ ROW_SUM_TOLERANCE = 1e-6  # class map rows are typed by hand as decimals such as
 class Section(BaseModel):
     """A mapping of the YAML file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Classes(Section):
     """The student's classes, in the order of the indices in the masks."""
 
     names: list[str] = Field(min_length=2)
+    """Names, in the order of the indices in the masks."""
     ignore_index: int = Field(255, ge=0, le=65535)
+    """The value in the masks that means no label. Maps hold it where a scene has no data."""
     not_scored: list[str] = []
+    """Names that are learnt, but left out of the mean scores."""
 
     @model_validator(mode="after")
     def _check(self) -> Classes:
@@ -52,6 +57,7 @@ class FixedRange(Section):
     """A linear stretch of `low..high` (in the file's own units, one pair for all bands or one a band) to 0..255."""
 
     range: tuple[float, float] | list[tuple[float, float]]
+    """`[low, high]`, or three such pairs, one for each of `data.bands`."""
 
     @model_validator(mode="after")
     def _check(self) -> FixedRange:
@@ -71,6 +77,7 @@ class Percentiles(Section):
     """A linear stretch between two percentiles per band, taken once over all training and unlabelled images."""
 
     percentiles: tuple[float, float]
+    """Two of 0..100, such as `[2, 98]`."""
 
     @model_validator(mode="after")
     def _check(self) -> Percentiles:
@@ -84,13 +91,21 @@ class Data(Section):
     """Where tiles lie: every root holds a folder of images and, if labelled, one of masks, paired by stem."""
 
     train: list[str] = Field(min_length=1)
+    """Roots of labelled tiles to train on."""
     val: list[str] = []
+    """Roots of labelled tiles to validate on, and what `evaluate` scores by default; may be empty."""
     unlabelled: list[str] = []
+    """Roots of tiles that train from their soft targets alone. A folder of masks there is not looked at."""
     images: str = "images"
+    """Name of the folder of images in every root."""
     masks: str = "masks"
+    """Name of the folder of masks in every root."""
     allow_missing_masks: bool = False
+    """Whether a tile of `train` or `val` may lack its mask; otherwise that is an error."""
     bands: tuple[int, int, int] = (1, 2, 3)
+    """Which three bands of the images the networks see, counted from 1."""
     stretch: FixedRange | Percentiles | None = None
+    """How other than 8-bit values become 0..255; images of 8 bits are taken as they are without it."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -109,7 +124,9 @@ class MeanStd(Section):
     """Per-channel normalisation of x / 255."""
 
     mean: tuple[float, float, float]
+    """Mean of each channel, of x / 255."""
     std: tuple[float, float, float]
+    """Standard deviation of each channel, of x / 255."""
 
     @field_validator("std")
     @classmethod
@@ -126,17 +143,29 @@ class Teacher(Section):
     """The frozen network, and how it is asked."""
 
     architecture: str
+    """An architecture of segmentation-models-pytorch, such as `unet`."""
     encoder: str
+    """An encoder of smp or, as `tu-NAME`, of timm, such as `efficientnet-b4`."""
     checkpoint: str
+    """File of weights: `.pth`, `.ckpt` or `.safetensors`."""
     classes: list[str] = Field(min_length=2)
+    """One name for each channel of the file, in the file's order."""
     normalize: Normalize = "unit"
+    """What the network's input is: `unit` (x / 255), `imagenet` (its mean and deviation), or a mean and a deviation."""
     precision: Precision = "auto"
+    """What it computes in. `auto`: bf16 where the device is made for it and three tiles say that it keeps the targets, else fp32."""
     tta: Literal["none", "flips", "d4"] = "none"
+    """Views whose logits are averaged: one, the four of two flips, or the eight of the square's symmetries."""
     scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Scales of the image at which each view is asked."""
     window: Annotated[int, Field(ge=64, multiple_of=32)] | None = None
+    """Side in px of overlapping windows for images larger than that; null asks for whole images."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images at a time, where several have one size; null: 1 on a CPU, more on a GPU. Changes no recorded value."""
     drop_channels: list[Annotated[int, Field(ge=0)]] = []
+    """Places in `classes`, counted from 0, left out before the softmax, such as OpenEarthMap's unknown."""
     weight: float = Field(1.0, gt=0)
+    """Weight of its logits among several `teachers`."""
 
     @model_validator(mode="after")
     def _check(self) -> Teacher:
@@ -166,9 +195,13 @@ class Cache(Section):
     """
 
     path: str
+    """A folder, or the URL of a file system that fsspec knows, such as `s3://bucket/mine.zarr`."""
     kind: Literal["soft", "logits"] = "soft"
+    """`soft`: targets of one temperature and class map. `logits`: both may change later, for 2.5 times the bytes."""
     bits: Literal[4, 6, 8, 16] = 8
+    """A stored soft target is off by at most `1 / (2**bits - 1)`. Logits have 8 or 16."""
     views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
+    """How many augmented crops of each tile are recorded; only with `distill.teacher_view: crop`."""
 
     @model_validator(mode="after")
     def _check(self) -> Cache:
@@ -187,51 +220,87 @@ class Distill(Section):
     """
 
     mode: DistillMode = "cached"
+    """Where soft targets come from: the cache, the live teacher (to compare with), or nowhere."""
     teacher_view: TeacherView = "tile"
+    """What the teacher sees: the whole clean `tile`, or the very augmented `crop` that the student sees."""
     temperature: float = Field(2.0, gt=0)
+    """T of the softmax of teacher and student."""
     alpha: float = Field(0.7, ge=0, le=1)
+    """Share of the teacher in the loss; the labels have the rest."""
 
 
 class Student(Section):
     """The network to train."""
 
     architecture: str
+    """`ftunetformer`, `unetformer`, or an architecture of segmentation-models-pytorch."""
     encoder: str | None = None
+    """An encoder of smp or timm; `ftunetformer` has its own."""
     encoder_weights: str | None = None
+    """A file, or a name that smp or timm knows, such as `imagenet`; null starts from random weights."""
     checkpoint: str | None = None
+    """File of weights of the whole student to start from."""
     replace_head: bool = False
+    """Whether a `checkpoint` of another number of classes gives all but its head (`ftunetformer`, `unetformer`)."""
     num_classes: int | FromClasses = "from classes"
+    """Leave it out: it is the number of `classes.names`, and another one is refused."""
     normalize: Normalize = "imagenet"
+    """As the teacher's."""
 
 
 class Train(Section):
     """The recipe of stage two."""
 
     epochs: int = Field(45, ge=1)
+    """How often every tile is seen."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps after which training ends, whatever `epochs` says."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = DEFAULT_BATCH_SIZE
+    """Crops at a time on each device; `auto` finds the largest number that fits."""
     effective_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Crops an optimizer step sees; with `batch_size: auto` the goal (4 if null), else only checked."""
     val_batch_size: int = Field(4, ge=1)
+    """Validation tiles at a time, where several have one size; changes no score."""
     crops_per_tile: int = Field(1, ge=1)
+    """Crops of each tile in an epoch."""
     unlabelled_crops_per_tile: Annotated[int, Field(ge=1)] | None = None
+    """The same for tiles without mask; null takes `crops_per_tile`."""
     lr: float = Field(6e-4, gt=0)
+    """Learning rate of all but the encoder."""
     backbone_lr: float = Field(6e-5, ge=0)
+    """Learning rate of the encoder."""
     weight_decay: float = Field(2.5e-4, ge=0)
+    """AdamW's; biases have none."""
     lookahead: bool = False
+    """Whether Lookahead (5 steps, share 0.5) goes around AdamW."""
     restart_epochs: int = Field(15, ge=1)
+    """Epochs of the first cycle of the cosine schedule with warm restarts."""
     restart_mult: int = Field(2, ge=1)
+    """How many times longer each cycle is than the one before."""
     crop: int = Field(512, ge=32)
+    """Side of a training crop in px."""
     scales: list[Annotated[float, Field(gt=0)]] = Field([0.5, 0.75, 1.0, 1.25, 1.5], min_length=1)
+    """Scales of which each crop draws one."""
     max_class_share: float = Field(0.75, gt=0, le=1)
+    """A crop is drawn again (ten times at most) while one class has more than this share of its labelled pixels; 1 never does."""
     mosaic: float = Field(0.25, ge=0, le=1)
+    """Probability that a crop is a mosaic of four tiles."""
     photometric: float = Field(0.25, ge=0, le=1)
+    """Probability that the colours of a crop are changed."""
     accumulate: int = Field(1, ge=1)
+    """Batches whose gradients make one optimizer step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; null does not clip."""
     precision: Precision = "auto"
+    """What the student computes in; `auto` is bf16 where a GPU computes it natively, else fp32."""
     workers: int = Field(4, ge=0)
+    """Processes that load data; 0 loads in the main process. Changes no result."""
     devices: int = Field(1, ge=1)
+    """GPUs of this machine, or processes on the CPU, that train together."""
     val_every_epochs: int = Field(1, ge=1)
+    """Epochs between validations; there is always one at the end."""
     checkpoint_every_steps: int = Field(200, ge=1)
+    """Steps between checkpoints; there is one after every epoch too."""
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -271,17 +340,29 @@ class Config(Section):
     """One experiment."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's folder, `model_weights/<group>/<name>`."""
     group: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder in which runs that belong together lie."""
     seed: int = Field(42, ge=0, lt=2**32)
+    """Of the student's random weights and of every crop that is drawn."""
     classes: Classes
+    """The student's classes."""
     data: Data
+    """Where tiles lie."""
     teacher: Teacher | None = None
+    """The frozen network; or several under `teachers`."""
     teachers: list[Teacher] = []
+    """Networks whose logits are averaged, each with the keys of `teacher`."""
     class_map: dict[str, dict[str, float]]
+    """For each class of the teacher its share of each student class; every row sums to 1."""
     cache: Cache
+    """The teacher's answers on disk."""
     distill: Distill = Distill()
+    """What the student learns from, and how much of it is the teacher."""
     student: Student
+    """The network to train."""
     train: Train = Train()
+    """The recipe of stage two."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

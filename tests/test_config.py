@@ -311,3 +311,11 @@ def test_openearthmaps_class_map_agrees_with_the_guides_and_has_building():
     assert [names[column] for column in matrix.argmax(axis=1)] == [
         "SemiNatural", "Grassland", "Settlement", "Settlement", "Forest", "Background", "Cropland", "Settlement",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("section", sections.Section.__subclasses__(), ids=lambda section: section.__name__)
+def test_every_key_says_what_it_is(section):
+    """The reference of the docs, and editors, take it from the schema."""
+    for key, field in section.model_fields.items():
+        assert field.description is not None, key
+        assert field.description.endswith("."), key
