@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard configs/*.py data/*.py cache/*.py pipeline/*.py pipeline/models/*.py pipeline/page.* configs/*.yaml configs/*/*.yaml)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 
 demo: .venv/installed
 	$(BIN)/kdpipe demo
@@ -16,6 +16,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# -W: a link that leads nowhere, a page that no other names and a docstring that does not render are errors.
+docs: .venv/installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs site
+	@echo "the site is in site/index.html"
 
 bench: .venv/installed
 	test -e ../shared/data/dubai -o -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
@@ -32,4 +37,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build demo_output
+	rm -rf .venv build site demo_output
