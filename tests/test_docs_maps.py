@@ -1,30 +1,12 @@
-"""docs/maps.md: its commands parse, its numbers and names are those of the program. Its snippet is run in test_export.py."""
+"""docs/maps.md: its numbers and names are those of the program; test_docs.py runs its blocks, test_export.py compares its snippet."""
 
-import re
 from pathlib import Path
-
-import click
-import pytest
 
 from kdpipe.data.scenes import SCENE_EXTENSIONS
 from kdpipe.pipeline import export, prediction
-from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.models.windows import MARGIN
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "maps.md").read_text()
-COMMANDS = re.findall(r"^kdpipe (.+)$", PAGE, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_page_parse(line):
-    name, *arguments = line.split()
-    command = cli.commands[name]
-    with click.Context(command) as context:
-        command.parse_args(context, arguments)
-
-
-def test_there_are_commands_for_both():
-    assert {line.split()[0] for line in COMMANDS} == {"predict", "export"}
 
 
 def test_names_and_numbers_of_the_page_are_the_programs():

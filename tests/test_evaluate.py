@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
@@ -423,15 +422,6 @@ def test_mistakes_end_with_exit_code_2(arguments, message, tmp_path, monkeypatch
     complaint = capsys.readouterr().err
     assert message in complaint
     assert "Traceback" not in complaint
-
-
-def test_every_command_of_the_docs_parses():
-    lines = re.findall(r"^\.venv/bin/kdpipe (.+)$", DOCS, flags=re.MULTILINE)
-    assert len(lines) >= 3
-    for line in lines:
-        name, *arguments = line.split()
-        with click.Context(cli.commands[name]) as context:
-            cli.commands[name].parse_args(context, arguments)
 
 
 def test_options_and_keys_of_the_docs_exist(make_config, tmp_path):

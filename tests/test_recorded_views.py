@@ -12,14 +12,12 @@ import numpy as np
 import plain_reader
 import pytest
 import torch
-import yaml
 from conftest import Lines, Plain, tree
 from PIL import Image
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, StaleCache
 from kdpipe.cache.simplex import mean_over_pixels
 from kdpipe.cache.values import probability_bound
-from kdpipe.configs import parse_config
 from kdpipe.configs.errors import ConfigError, Interrupted
 from kdpipe.data.recorded_views import RecordedView, RecordedViews
 from kdpipe.data.tiles import list_tiles
@@ -389,14 +387,6 @@ def views_cache(landscape, teacher_file, tmp_path_factory):
 def test_keys_that_do_not_go_together_are_named(make_views, change, said):
     with pytest.raises(ConfigError, match=said):
         make_views(**change)
-
-
-def test_the_page_shows_a_configuration_that_is_accepted(make_config):
-    page = (Path(__file__).parents[1] / "docs/recorded-views.md").read_text()
-    keys = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    raw = make_config().model_dump(mode="json")
-    config = parse_config(raw | {name: raw[name] | section for name, section in keys.items()}, "the page")
-    assert (config.distill.teacher_view, config.cache.views) == ("crop", 8)
 
 
 def test_a_run_stopped_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(make_views, views_cache, plain_student):

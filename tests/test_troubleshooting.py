@@ -320,9 +320,3 @@ def test_the_program_prints_what_the_page_quotes(name, make_config, tmp_path, mo
     assert message is not None, "nothing was raised"
     pattern = ".*".join(re.escape(part) for part in quotes()[name].split("…"))
     assert re.fullmatch(pattern, message, flags=re.DOTALL), f"the page says\n{quotes()[name]}\nthe program\n{message}"
-
-
-@pytest.mark.parametrize("anchor", re.findall(r"\]\(#([^)]+)\)", PAGE))
-def test_links_within_the_page_lead_to_headings(anchor):
-    headings = re.findall(r"^#+ (.+)$", PAGE, flags=re.MULTILINE)
-    assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
