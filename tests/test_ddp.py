@@ -1,5 +1,6 @@
 """Stage two in two processes (DDP) against one process with twice the batch: gradients, losses, samples, scores, files."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ _RUN = {}
 
 
 @pytest.fixture
-def two_ranks(make_config, tmp_path, monkeypatch):
+def two_ranks(make_config, tmp_path, tmp_path_factory, monkeypatch):
     """What two processes found that trained a student from the cache, were stopped, went on, and then took gradients."""
     if not _RUN:
         config = make_config(**TRAIN)
@@ -54,7 +55,10 @@ def two_ranks(make_config, tmp_path, monkeypatch):
                 process.kill()
         assert [process.returncode for process in processes] == [0, 0], said
         _RUN["ranks"] = [dict(np.load(tmp_path / f"rank{rank}.npz")) for rank in range(2)]
-        _RUN["folder"], _RUN["said"] = tmp_path, said
+        _RUN["said"] = said
+        _RUN["folder"] = shutil.copytree(
+            tmp_path, tmp_path_factory.mktemp("ranks") / "run"
+        )  # the test's own goes with it
     return _RUN
 
 
