@@ -32,9 +32,7 @@ SHARD_NAME = "0.0.0"
 METADATA_NAME = "zarr.json"
 ATTRIBUTE = "kdpipe"
 SEAL = "receipt_sha256"  # the digest of the metadata's bytes without these digits
-# By kind. Of a real teacher's soft targets level 7 takes 6 to 9 % off the bytes of level 3 for 10 to 18 ms a 512-px square, and
-# level 16 another 8 to 10 % for 110 to 200 ms (docs/size.md). Of logits it is what format 2 says.
-ZSTD_LEVEL = {"soft": 7, "logits": 3}
+ZSTD_LEVEL = 3  # level 7 takes 4 to 7 % off a real teacher's soft targets, for three times its time (docs/size.md)
 ENTROPY_UNIT = 1e-6  # nats; integers are short, and far finer than what blocks can say
 
 
@@ -80,10 +78,9 @@ def encode_tile(
     """
     height, width = units_CHW.shape[1:]
     chunk_px = min(CHUNK_PX, height), min(CHUNK_PX, width)
-    level = ZSTD_LEVEL[recipe.kind]
-    shard = encode_shard(units_CHW, chunk_px, level)
+    shard = encode_shard(units_CHW, chunk_px, ZSTD_LEVEL)
     shard_sha256 = sha256(shard)
-    metadata = json.loads(_array_metadata(units_CHW.shape, units_CHW.dtype.str, chunk_px, level))
+    metadata = json.loads(_array_metadata(units_CHW.shape, units_CHW.dtype.str, chunk_px))
     receipt = {
         "tile": tile_id,
         "recipe_sha256": recipe.digest(),
@@ -151,7 +148,7 @@ def sha256(data: bytes) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int, int], level: int) -> bytes:
+def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int, int]) -> bytes:
     """The `zarr.json` that zarr-python writes of such a tile: what any Zarr reader takes `encode_shard`'s bytes for."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -165,7 +162,7 @@ def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int
         dtype=dtype,
         chunks=(num_classes, *chunk_px),
         shards=(num_classes, _round_up(height, chunk_px[0]), _round_up(width, chunk_px[1])),
-        compressors=[ZstdCodec(level=level), Crc32cCodec()],
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
         filters=(),
         fill_value=0,
         dimension_names=("class", "row", "column"),

@@ -20,10 +20,10 @@ from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-# Of soft targets as they were, of logits, of soft targets; by major version of whole tiles and of recorded views: another major
-# version cannot be read, recorded views can by a reader of whole tiles.
-READ_VERSIONS = ("1.0", "1.1", "2.0", "2.1", "3.0", "3.1")
-WRITTEN_VERSIONS = READ_VERSIONS[2:]
+# By major version of whole tiles and of recorded views: another major version cannot be read, recorded views can by a reader of
+# whole tiles. 1 and 3 are soft targets as they were, 2 logits, 4 soft targets.
+READ_VERSIONS = ("1.0", "1.1", "2.0", "2.1", "3.0", "3.1", "4.0", "4.1")
+WRITTEN_VERSIONS = ("2.0", "2.1", "4.0", "4.1")
 MANIFEST_NAME = "manifest.json"
 
 
@@ -201,7 +201,7 @@ def reason_of(err: Exception, inside: str = "") -> str:
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
         where = ".".join(
-            str(part) for part in first["loc"] if part not in ("1", "2", "3")
+            str(part) for part in first["loc"] if part not in ("1", "2", "3", "4")
         )  # tags that pydantic puts there
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"

@@ -131,14 +131,17 @@ class SoftTargetCache:
         largest is `2**bits - 1`.
         """
         record = self._record(tile_id)
-        window = _checked(record, window)
-        shard = self._shard(record)
+        top, left, height, width = _checked(record, window)
+        recipe, shard = self.manifest.recipe, self._shard(record)
+        start = values.first_row(recipe, top)
         try:
-            stored = shard.read(window, self._range_reader(record), self._checksums[tile_id])
+            stored = shard.read(
+                (start, left, top + height - start, width), self._range_reader(record), self._checksums[tile_id]
+            )
         except (ValueError, RuntimeError, OSError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         try:
-            return values.units(stored, self.manifest.recipe, window[:2])
+            return values.units(stored, recipe, (start, left))[:, top - start :]
         except ValueError as err:
             raise self._unusable(tile_id, f"a chunk is missing, or {err}") from err
 

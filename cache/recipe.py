@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationInfo, model_validator
 
 from kdpipe.cache.canonical import digest_of
+from kdpipe.cache.key_rows import KEY_ROW_PX
 from kdpipe.cache.records import Sha256
 from kdpipe.cache.simplex import levels_of, storage_type, total
 
@@ -106,8 +107,8 @@ class _SoftRecipe(_Recipe):
         return self.classes
 
 
-class Recipe(_SoftRecipe):
-    """Of soft targets whose integers sum to `levels`, one of them left unsaid (see `rest.py`)."""
+class ThirdRecipe(_SoftRecipe):
+    """Of soft targets as format 3 has them: their integers sum to `levels`, one of them left unsaid (see `rest.py`); only read."""
 
     bits: Literal[4, 6, 8, 16]
     levels: int
@@ -118,6 +119,19 @@ class Recipe(_SoftRecipe):
         fewest = levels_of(self.bits, len(self.classes))
         if self.levels != fewest:
             raise ValueError(f"{self.bits} bits of {len(self.classes)} classes have {fewest} levels, not {self.levels}")
+        return self
+
+
+class Recipe(ThirdRecipe):
+    """Of soft targets as they are written: in differences from row to row, but for key rows (see `key_rows.py`)."""
+
+    key_row_px: int
+    major_version = 4
+
+    @model_validator(mode="after")
+    def _refuse_other_key_rows(self) -> Self:
+        if self.key_row_px != KEY_ROW_PX:
+            raise ValueError(f"every {KEY_ROW_PX}th row is a key row, not every {self.key_row_px}th")
         return self
 
 
@@ -147,18 +161,21 @@ class LogitsRecipe(_Recipe):
 
 
 def _major_version(fields: Any) -> str | None:
-    """Which format's recipe it is: soft targets have `levels` since format 3."""
+    """Which format's recipe it is: soft targets have `levels` since format 3, and key rows since format 4."""
     if isinstance(fields, _Recipe):
         return str(fields.major_version)
     kind = fields.get("kind") if isinstance(fields, Mapping) else None
     if kind == "soft":
-        return "3" if "levels" in fields else "1"
+        return "4" if "key_row_px" in fields else "3" if "levels" in fields else "1"
     return "2" if kind == "logits" else None
 
 
-CacheRecipe = Recipe | FirstRecipe | LogitsRecipe
+CacheRecipe = Recipe | ThirdRecipe | FirstRecipe | LogitsRecipe
 AnyRecipe = Annotated[
-    Annotated[Recipe, Tag("3")] | Annotated[FirstRecipe, Tag("1")] | Annotated[LogitsRecipe, Tag("2")],
+    Annotated[Recipe, Tag("4")]
+    | Annotated[ThirdRecipe, Tag("3")]
+    | Annotated[FirstRecipe, Tag("1")]
+    | Annotated[LogitsRecipe, Tag("2")],
     Discriminator(_major_version),
 ]
 _ANY_RECIPE: TypeAdapter[CacheRecipe] = TypeAdapter(AnyRecipe)

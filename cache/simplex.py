@@ -19,8 +19,8 @@ FLOAT32_SLACK = 1e-6
 # value a tile, 1.6e-3 with blocks of 128 px, 5e-4 with 64 px and no less with one value a pixel (interpolation is the rest).
 ENTROPY_BLOCK_PX = 64
 # Pixels whose intermediates are held at once, some 120 bytes each: without bands, 12 GB for a scene of 100 megapixels. So few
-# stay in a core's cache: encoding takes half the time of 2**20.
-BAND_PX = 2**17
+# stay in a core's cache.
+BAND_PX = 2**18
 
 
 def total(bits: int) -> int:
@@ -63,18 +63,24 @@ def encode(probs_CHW: NDArray[np.float32], levels: int) -> NDArray[Any]:
 
     Raises `ValueError` for entries that are not a distribution.
     """
+    refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.min_scalar_type(levels))
     for rows in bands(*probs_CHW.shape[1:]):
         _encode_band(probs_CHW[:, rows], levels, out_CHW=stored_CHW[:, rows])
     return stored_CHW
 
 
+def refuse_other_than_distributions(probs_CHW: NDArray[np.float32]) -> None:
+    """Raise `ValueError` unless all entries are finite, not negative, and sum to one over axis 0."""
+    for rows in bands(*probs_CHW.shape[1:]):
+        off = np.abs(probs_CHW[:, rows].sum(axis=0) - 1).max(initial=0)
+        # Negated, so that NaN is refused as well.
+        if not (off <= SUM_TOLERANCE and probs_CHW[:, rows].min(initial=0) >= -SUM_TOLERANCE):
+            raise ValueError("soft targets must be distributions over axis 0: finite, not negative, summing to one")
+
+
 def _encode_band(probs_CHW: NDArray[np.float32], levels: int, out_CHW: NDArray[Any]) -> None:
     num_classes = probs_CHW.shape[0]
-    sums_HW = probs_CHW.sum(axis=0)
-    # Negated, so that NaN is refused as well.
-    if not (np.abs(sums_HW - 1).max(initial=0) <= SUM_TOLERANCE and probs_CHW.min(initial=0) >= -SUM_TOLERANCE):
-        raise ValueError("soft targets must be distributions over axis 0: finite, not negative, summing to one")
     remainders_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(levels)
     floors_CHW = np.floor(remainders_CHW)
     remainders_CHW -= floors_CHW

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import logits, rest, simplex
+from kdpipe.cache import key_rows, logits, rest, simplex, steady
 from kdpipe.cache.logits import DEPTH, Softening
 from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, Recipe
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, Recipe, ThirdRecipe
 
 
 def encode(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
@@ -29,7 +29,10 @@ def _units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDA
     """The integers of all classes, and what rounding took from the entropy, nothing of logits."""
     if isinstance(recipe, LogitsRecipe):
         return logits.encode(values_CHW, recipe.bits), np.empty((0, 0))
-    units_CHW = simplex.encode(values_CHW, recipe.levels)
+    if recipe.bits <= steady.MAX_BITS:
+        units_CHW = steady.encode(values_CHW, recipe.bits, recipe.levels)
+    else:
+        units_CHW = simplex.encode(values_CHW, recipe.levels)
     return units_CHW, simplex.entropy_error(values_CHW, units_CHW, recipe.levels)
 
 
@@ -37,6 +40,7 @@ def _left_out(units_CHW: NDArray[Any], recipe: CacheRecipe) -> NDArray[Any]:
     """The integers to store, for which the given ones are overwritten."""
     if isinstance(recipe, Recipe):
         rest.leave_out(units_CHW, recipe.chunk_px)
+        key_rows.take_differences(units_CHW)
     return units_CHW
 
 
@@ -49,7 +53,7 @@ def encode_bands(
     top, lost = 0, []
     for band_ChW in bands:
         waiting = np.concatenate([waiting, band_ChW], axis=1)
-        # Whole blocks of what rounding took, but for the last one.
+        # Whole blocks of what rounding took, which are those between key rows, but for the last one.
         ends = top + waiting.shape[1] == height
         rows = waiting.shape[1] if ends else waiting.shape[1] // simplex.ENTROPY_BLOCK_PX * simplex.ENTROPY_BLOCK_PX
         if rows:
@@ -63,11 +67,15 @@ def encode_bands(
 
 def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:
     """
-    The integers of all classes, of those that are stored, which are overwritten; `corner` is where in the tile the first pixel lies.
+    The integers of all classes, of those that are stored, which are overwritten; `corner` is where in the tile the first pixel lies,
+    in a row from which they can be told (see `first_row`).
 
     Raises `ValueError`, saying what is wrong, for what no tile can have, such as the zeros of a missing chunk.
     """
     if isinstance(recipe, Recipe):
+        assert first_row(recipe, corner[0]) == corner[0], f"row {corner[0]} is none to start from"
+        key_rows.add_up(stored_CHW)
+    if isinstance(recipe, ThirdRecipe):
         rest.fill_in(stored_CHW, recipe.levels, recipe.chunk_px, corner)
     elif isinstance(recipe, LogitsRecipe):
         if not logits.has_largest(stored_CHW, recipe.bits):
@@ -75,6 +83,11 @@ def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int]
     elif not simplex.is_simplex(stored_CHW, recipe.levels):
         raise ValueError("its values do not sum to one")
     return stored_CHW
+
+
+def first_row(recipe: CacheRecipe, row: int) -> int:
+    """The row of the tile from which on it must be read for `row` to be known: the key row above it, where there are any."""
+    return row - row % recipe.key_row_px if isinstance(recipe, Recipe) else row
 
 
 def soft_targets(units_CHW: NDArray[Any], recipe: CacheRecipe, softening: Softening | None) -> NDArray[np.float32]:
@@ -89,6 +102,8 @@ def error_bound(recipe: CacheRecipe) -> float:
     """What the manifest states: the largest possible error of a stored probability, or of a stored logit."""
     if isinstance(recipe, LogitsRecipe):
         return logits.logit_bound(recipe.bits)
+    if isinstance(recipe, Recipe) and recipe.bits <= steady.MAX_BITS:
+        return steady.error_bound(recipe.bits, recipe.levels, len(recipe.classes))
     return simplex.error_bound(recipe.levels, len(recipe.classes))
 
 
@@ -106,7 +121,11 @@ def decoding(recipe: CacheRecipe) -> str:
         top = simplex.total(recipe.bits)
         return f"z = -{DEPTH[recipe.bits]:g} * (({top} - value) / {top})**2; p = softmax(z / T); axes: teacher class, row, column"
     scale = f"p = value / {recipe.levels}; "
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, ThirdRecipe):
         mark = np.iinfo(recipe.dtype).max
         scale += f"{mark} is what the pixel's other values leave of {recipe.levels}; "
+    if isinstance(recipe, Recipe):
+        modulus, key_row_px = 2 ** (8 * recipe.dtype.itemsize), recipe.key_row_px
+        rows = f"value minus that of the row above, modulo {modulus}, but in every {key_row_px}th row from the first"
+        scale = f"stored: {rows}; {scale}"
     return f"{scale}axes: class, row, column"

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kdpipe.cache.key_rows import KEY_ROW_PX
 from kdpipe.cache.layout import CHUNK_PX
 from kdpipe.cache.logits import Softening
 from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
@@ -41,6 +42,7 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
         "class_map": config.class_map_matrix().tolist(),
         "temperature": config.distill.temperature,
         "levels": levels_of(config.cache.bits, len(config.classes.names)),
+        "key_row_px": KEY_ROW_PX,
     }
     return {
         "teachers": [_teacher_fields(member) for member in config.members.values()],

@@ -15,13 +15,19 @@ from kdpipe.cache.writer import open_writer
 GOLDEN = Path(__file__).parent / "golden" / "cache-1.0"
 GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
 GOLDEN_REST = GOLDEN.with_name("cache-3.0")
+GOLDEN_KEY_ROWS = GOLDEN.with_name("cache-4.0")
 SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
 CLASSES = {
     6: ["water", "forest", "meadow", "field"],
     8: ["water", "forest", "meadow"],
     16: ["water", "forest", "meadow", "field", "town"],
 }
-BITS = {"first": (8, 16), "logits": (8, 16), "soft": (6, 8, 16)}  # "first": soft targets of format 1
+BITS = {
+    "first": (8, 16),
+    "logits": (8, 16),
+    "third": (6, 8, 16),
+    "soft": (6, 8, 16),
+}  # "first" and "third": soft targets of those formats
 
 
 def probs(bits: int, height: int, width: int) -> np.ndarray:
@@ -51,7 +57,8 @@ def recipe(bits: int) -> Recipe:
     return Recipe(
         teachers=[first, second] if bits == 16 else [first], bands=[4, 3, 2],
         stretch=None if bits < 16 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
-        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, levels=levels_of(bits, len(classes)), chunk_px=256,
+        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, levels=levels_of(bits, len(classes)), key_row_px=64,
+        chunk_px=256,
     )  # fmt: skip
 
 
@@ -65,7 +72,7 @@ def logits(bits: int, height: int, width: int) -> np.ndarray:
 
 def logits_recipe(bits: int) -> LogitsRecipe:
     """That of the soft targets, without what logits do not know."""
-    free = {"classes", "class_map", "temperature", "levels"}
+    free = {"classes", "class_map", "temperature", "levels", "key_row_px"}
     return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
 
 
@@ -82,7 +89,7 @@ def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
 
 def write_golden(folder: Path, kind: str = "soft") -> None:
     """
-    How `cache-3.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
+    How `cache-4.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
 
     Raises `FileExistsError` where there is one: it is never regenerated.
     """

@@ -60,7 +60,7 @@ class Cache:
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
         self.major, kind = int(manifest["format_version"].split(".")[0]), manifest["recipe"]["kind"]
-        assert kind == {1: "soft", 2: "logits", 3: "soft"}[self.major], kind
+        assert kind == {1: "soft", 2: "logits", 3: "soft", 4: "soft"}[self.major], kind
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
@@ -124,7 +124,11 @@ class Cache:
         if recipe["kind"] == "logits":
             assert (values.max(axis=0) == 2**width - 1).all()
             return values
-        if self.major == 3:
+        if self.major == 4:
+            for row in range(1, shape[1]):
+                if row % recipe["key_row_px"]:
+                    values[:, row] += values[:, row - 1]  # modulo 256 or 65536, as these integers do
+        if self.major >= 3:
             unsaid = values == 2**width - 1
             assert (unsaid.sum(axis=0) == 1).all()
             others = np.where(unsaid, 0, values).sum(axis=0, dtype=np.int64)

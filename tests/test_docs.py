@@ -40,10 +40,10 @@ def given(page):
         return {}
     import zarr
 
-    golden = ROOT / "tests/golden/cache-3.0/8-bits.zarr"
+    golden = ROOT / "tests/golden/cache-4.0/8-bits.zarr"
     cache = SoftTargetCache.open(str(golden))
     tile = cache.tile_ids[0]
-    value = zarr.open_group(golden, mode="r")[f"tiles/{tile}"][:].astype(int)
+    value = zarr.open_group(golden, mode="r")[f"tiles/{tile}"][:]
     return {"np": np, "value": value, "R": 255, "N": cache.manifest.recipe.levels, "expected": cache.read(tile)}
 
 

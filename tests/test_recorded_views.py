@@ -103,7 +103,7 @@ def test_cached_and_online_targets_are_the_same_over_a_whole_cycle_to_the_encodi
         cache__kind=kind, cache__bits=bits, train__scales=[0.5, 1.0], train__mosaic=0.4, data__unlabelled=[unlabelled]
     )
     precompute(config, CPU)
-    assert SoftTargetCache.open(config.cache.path).manifest.format_version == {"soft": "3.1", "logits": "2.1"}[kind]
+    assert SoftTargetCache.open(config.cache.path).manifest.format_version == {"soft": "4.1", "logits": "2.1"}[kind]
     cached, online = dataset(config, cached_targets(config)), dataset(config, live_targets(config))
     assert len(cached) == 8
     padded = 0
@@ -128,8 +128,8 @@ def losses(config):
     return np.array(train(config, CPU, overwrite=True).losses)
 
 
-# What the encoding's bound leaves of the loss, relative: 0.004 of a probability at 8 bits, 1.5e-5 at 16.
-LOSS_TOLERANCE = {8: 1e-3, 16: 5e-5}
+# What the encoding's bound leaves of the loss of a few small crops, relative: 0.004 of a probability at 8 bits, 1.5e-5 at 16.
+LOSS_TOLERANCE = {8: 2e-3, 16: 5e-5}
 LOOP = {"distill__alpha": 1.0, "train__epochs": K + 1, "data__val": []}
 
 
@@ -458,7 +458,7 @@ def test_the_entropy_that_rounding_took_is_averaged_over_the_pixels_inside(make_
 def test_a_reader_written_from_the_page_alone_reads_views(views_cache):
     plain = plain_reader.Cache(views_cache)
     cache = SoftTargetCache.open(str(views_cache))
-    assert cache.manifest.format_version == "3.1"
+    assert cache.manifest.format_version == "4.1"
     for view in cache.tile_ids:
         np.testing.assert_array_equal(plain.read(view), cache.read_units(view))
 

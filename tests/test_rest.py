@@ -46,15 +46,16 @@ def test_what_is_left_out_comes_back_and_always_alike(num_classes, height, width
     np.testing.assert_array_equal(window, units[:, top:, left:])
 
 
-def test_each_chunk_leaves_out_the_class_that_changes_most_along_its_rows():
-    units = np.full((3, 2, 8), 10, dtype=np.uint8)
-    units[1, :, :4] = [[9, 10, 9, 10], [9, 9, 9, 9]]
-    units[2, 0, :4] = [1, 1, 1, 2]
-    units[2, 1, 4:] = [0, 1, 1, 1]
+def test_each_chunk_leaves_out_the_class_that_changes_most_from_row_to_row():
+    units = np.full((3, 8, 2), 10, dtype=np.uint8)
+    units[1, :4] = [[9, 9], [10, 9], [9, 9], [10, 9]]
+    units[2, :4, 0] = [1, 1, 1, 2]
+    units[2, :4, 1] = 7
+    units[2, 4:, 1] = [0, 1, 1, 1]
     leave_out(units, 4)
     marked = units == 255
     assert marked[:, 0, 0].tolist() == [False, True, False]
-    assert marked[:, 1, 7].tolist() == [False, False, True]
+    assert marked[:, 7, 1].tolist() == [False, False, True]
     assert marked.sum() == 16
     even = np.zeros((3, 1, 1), dtype=np.uint8)
     leave_out(even, 4)
