@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache import SoftTargetCache, rest, simplex
+from kdpipe.cache import SoftTargetCache, key_rows, rest, simplex, steady
 from kdpipe.cache.layout import CHUNK_PX, ZSTD_LEVEL
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
@@ -44,7 +44,6 @@ from kdpipe.pipeline.recipe import complete_recipe
 
 CROP_PX = 512
 READS = 100
-LEAST_RUN = 6  # px: what a match in Zstandard costs, about three bytes, pays off from here
 Tiles = list[NDArray[np.float32]]
 
 
@@ -53,47 +52,48 @@ class Way:
     """
     One way to store: bits that promise the bound, levels (the fewest for it if None), and what happens before the codec.
 
-    `held` takes over the integers of the row above where the bound permits; `differences` are along x and y, modulo 256.
+    `steady` rounds so that values rarely change from row to row, else by largest remainder; `differences` are from the row above,
+    `columns` from the column before as well, modulo 256.
     """
 
     bits: int
     codec: Codec
     levels: int | None = None
     leaves_out: bool = True
-    held: bool = False
-    differences: bool = False
+    steady: bool = True
+    differences: bool = True
+    columns: bool = False
     chunk_px: int = CHUNK_PX
-    axes: tuple[int, int, int] = (0, 1, 2)
 
 
 DEFAULT, TINY = "8 bits: cache.bits 8", "6 bits: cache.bits 6"
-LEVEL = ZSTD_LEVEL["soft"]
+ZSTD = Zstd(ZSTD_LEVEL)
 WAYS = {
-    "8 bits, 255 levels, all classes, zstd 3 (format 1)": Way(8, Zstd(3), levels=255, leaves_out=False),
-    "8 bits, 255 levels, zstd 3": Way(8, Zstd(3), levels=255),
-    "8 bits, all classes, zstd 3": Way(8, Zstd(3), leaves_out=False),
-    "8 bits, zstd 3": Way(8, Zstd(3)),
-    DEFAULT: Way(8, Zstd(LEVEL)),
-    "8 bits, zstd 9": Way(8, Zstd(9)),
+    "8 bits, 255 levels, all classes, plain, as they are, zstd 3 (format 1)": Way(
+        8, Zstd(3), levels=255, leaves_out=False, steady=False, differences=False
+    ),
+    "8 bits, plain, as they are, zstd 7 (format 3)": Way(8, Zstd(7), steady=False, differences=False),
+    "8 bits, plain, as they are": Way(8, ZSTD, steady=False, differences=False),
+    "8 bits, plain": Way(8, ZSTD, steady=False),
+    "8 bits, as they are": Way(8, ZSTD, differences=False),
+    "8 bits, all classes": Way(8, ZSTD, leaves_out=False),
+    DEFAULT: Way(8, ZSTD),
+    "8 bits, 254 levels": Way(8, ZSTD, levels=254),
+    "8 bits, columns too": Way(8, ZSTD, columns=True),
+    "8 bits, zstd 1": Way(8, Zstd(1)),
+    "8 bits, zstd 7": Way(8, Zstd(7)),
     "8 bits, zstd 16": Way(8, Zstd(16)),
     "8 bits, gzip 6": Way(8, GZip(6)),
     "8 bits, blosc zstd 5": Way(8, Blosc("zstd", 5, Blosc.NOSHUFFLE)),
     "8 bits, blosc zstd 5, bitshuffle": Way(8, Blosc("zstd", 5, Blosc.BITSHUFFLE)),
-    "8 bits, chunks of 128 px": Way(8, Zstd(LEVEL), chunk_px=128),
-    "8 bits, chunks of 512 px": Way(8, Zstd(LEVEL), chunk_px=512),
-    "8 bits, classes of a pixel together": Way(8, Zstd(LEVEL), axes=(1, 2, 0)),
-    "8 bits, held": Way(8, Zstd(LEVEL), held=True),
-    "8 bits, 254 levels, held": Way(8, Zstd(LEVEL), levels=254, held=True),
-    "8 bits, differences": Way(8, Zstd(LEVEL), differences=True),
-    "8 bits, held, differences": Way(8, Zstd(LEVEL), held=True, differences=True),
-    "7 bits": Way(7, Zstd(LEVEL)),
-    TINY: Way(6, Zstd(LEVEL)),
-    "6 bits, 63 levels, all classes, zstd 3": Way(6, Zstd(3), levels=63, leaves_out=False),
-    "6 bits, held": Way(6, Zstd(LEVEL), held=True),
-    "6 bits, differences": Way(6, Zstd(LEVEL), differences=True),
-    "5 bits": Way(5, Zstd(LEVEL)),
-    "4 bits: cache.bits 4": Way(4, Zstd(LEVEL)),
-    "4 bits, held": Way(4, Zstd(LEVEL), held=True),
+    "8 bits, chunks of 128 px": Way(8, ZSTD, chunk_px=128),
+    "8 bits, chunks of 512 px": Way(8, ZSTD, chunk_px=512),
+    "7 bits": Way(7, ZSTD),
+    TINY: Way(6, ZSTD),
+    "6 bits, plain, as they are, zstd 7 (format 3)": Way(6, Zstd(7), steady=False, differences=False),
+    "6 bits, zstd 7": Way(6, Zstd(7)),
+    "5 bits": Way(5, ZSTD),
+    "4 bits: cache.bits 4": Way(4, ZSTD),
 }
 
 
@@ -156,15 +156,14 @@ def measure(tiles: Tiles, way: Way) -> Outcome:
     """What a way costs and loses over all pixels of all tiles."""
     num_classes, pixels = tiles[0].shape[0], sum(tile[0].size for tile in tiles)
     levels = way.levels or simplex.levels_of(way.bits, num_classes)
-    # Held integers may be off by whatever the bits promise, others by what largest-remainder rounding gives.
-    tolerance = 1 / simplex.total(way.bits)
     size, encoding, decoding = 0, 0.0, 0.0
     largest, total, squares, gradient, signed = 0.0, 0.0, 0.0, 0.0, np.zeros(num_classes)
     for probs_CHW in tiles:
         start = time.thread_time()
-        units_CHW = simplex.encode(probs_CHW, levels)
-        if way.held:
-            units_CHW = hold(probs_CHW, units_CHW, levels, tolerance, way.chunk_px)
+        if way.steady:
+            units_CHW = steady.encode(probs_CHW, way.bits, levels)
+        else:
+            units_CHW = simplex.encode(probs_CHW, levels)
         chunks = [encoded(units_Chw.copy(), way) for units_Chw in split(units_CHW, way.chunk_px)]
         encoding += time.thread_time() - start
         size += sum(len(frame) + 4 for frame, _ in chunks)
@@ -181,7 +180,11 @@ def measure(tiles: Tiles, way: Way) -> Outcome:
     squares_of_crops = pixels / CROP_PX**2
     return Outcome(
         bytes_per_pixel=size / pixels,
-        bound=tolerance if way.held else simplex.error_bound(levels, num_classes),
+        bound=(
+            steady.error_bound(way.bits, levels, num_classes)
+            if way.steady
+            else simplex.error_bound(levels, num_classes)
+        ),
         max_error=float(largest),
         mean_error=total / pixels / num_classes,
         largest_class_bias=float(np.abs(signed).max() / pixels),
@@ -206,68 +209,24 @@ def encoded(units_Chw: NDArray[np.uint8], way: Way) -> tuple[bytes, tuple[int, .
     if way.leaves_out:
         rest.leave_out(units_Chw, way.chunk_px)
     if way.differences:
+        key_rows.take_differences(units_Chw)
+    if way.columns:
         units_Chw[:, :, 1:] -= units_Chw[:, :, :-1].copy()
-        units_Chw[:, 1:] -= units_Chw[:, :-1].copy()
-    return bytes(way.codec.encode(np.ascontiguousarray(units_Chw.transpose(way.axes)))), units_Chw.shape
+    return bytes(way.codec.encode(units_Chw)), units_Chw.shape
 
 
 def decode(frame: bytes, shape: tuple[int, ...], way: Way, levels: int) -> NDArray[np.uint8]:
     """The integers of a chunk, all classes, as a reader restores and checks them."""
-    units = np.frombuffer(way.codec.decode(frame), np.uint8).reshape([shape[axis] for axis in way.axes])
-    units_Chw = np.ascontiguousarray(units.transpose(np.argsort(way.axes)))
+    units_Chw = np.frombuffer(way.codec.decode(frame), np.uint8).reshape(shape).copy()
+    if way.columns:
+        np.cumsum(units_Chw, axis=2, dtype=np.uint8, out=units_Chw)
     if way.differences:
-        units_Chw = units_Chw.cumsum(axis=1, dtype=np.uint8).cumsum(axis=2, dtype=np.uint8)
-    if not way.leaves_out:
+        key_rows.add_up(units_Chw)
+    if way.leaves_out:
+        rest.fill_in(units_Chw, levels, way.chunk_px)
+    else:
         assert simplex.is_simplex(units_Chw, levels)
-        return units_Chw
-    units_Chw = units_Chw if units_Chw.flags.writeable else units_Chw.copy()
-    rest.fill_in(units_Chw, levels, way.chunk_px)
     return units_Chw
-
-
-def hold(probs_CHW: NDArray, units_CHW: NDArray, levels: int, tolerance: float, chunk_px: int) -> NDArray[np.uint8]:
-    """
-    Near-lossless rounding: each class takes over the row above where that is within the tolerance for `LEAST_RUN` px and more.
-
-    The class that is left out takes what the others leave, and where that would be off by more, one of the others goes back to
-    its own rounding, the one that helps most first.
-    """
-    changes_C = np.count_nonzero(units_CHW[:, :, 1:] != units_CHW[:, :, :-1], axis=(1, 2))
-    last = int(changes_C.argmax())
-    room = np.float32((tolerance - simplex.FLOAT32_SLACK) * levels)
-    scaled_CHW = probs_CHW * np.float32(levels)
-    lowest_CHW = np.maximum(np.ceil(scaled_CHW - room), 0).astype(np.int16)
-    highest_CHW = np.floor(scaled_CHW + room).astype(np.int16)
-    own_KHW = np.delete(units_CHW, last, axis=0).astype(np.int16)
-    lowest_KHW, highest_KHW = (np.delete(bound_CHW, last, axis=0) for bound_CHW in (lowest_CHW, highest_CHW))
-    least_HW, most_HW = levels - highest_CHW[last], levels - lowest_CHW[last]
-    for row in range(1, own_KHW.shape[1]):
-        if row % chunk_px == 0:
-            continue
-        above_KW, own_KW = own_KHW[:, row - 1], own_KHW[:, row]
-        taken_KW = runs((above_KW >= lowest_KHW[:, row]) & (above_KW <= highest_KHW[:, row]))
-        for _ in range(len(own_KW)):
-            sums_W = np.where(taken_KW, above_KW, own_KW).sum(axis=0)
-            excess_W = (sums_W > most_HW[row]).astype(np.int16) - (sums_W < least_HW[row])
-            wrong = np.flatnonzero(excess_W)
-            if not len(wrong):
-                break
-            help_KW = np.where(taken_KW, above_KW - own_KW, 0) * excess_W
-            taken_KW[help_KW.argmax(axis=0)[wrong], wrong] = False
-        own_KHW[:, row] = np.where(taken_KW, above_KW, own_KW)
-    return np.insert(own_KHW, last, levels - own_KHW.sum(axis=0), axis=0).astype(np.uint8)
-
-
-def runs(true_KW: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Those that stand in `LEAST_RUN` or more in a row."""
-    starts_KW = true_KW.copy()
-    for shift in range(1, LEAST_RUN):
-        starts_KW[:, :-shift] &= true_KW[:, shift:]
-        starts_KW[:, -shift:] = False
-    kept_KW = starts_KW.copy()
-    for shift in range(1, LEAST_RUN):
-        kept_KW[:, shift:] |= starts_KW[:, :-shift]
-    return kept_KW
 
 
 def compare_reads(config, tiles: Tiles, bits: int) -> dict[str, float]:
@@ -356,10 +315,12 @@ def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
     for panel, (temperature, outcomes) in zip(panels[0], found.items(), strict=True):
         for name, outcome in outcomes.items():
             way = WAYS[name]
-            colour = "tab:red" if name in (DEFAULT, TINY) else "tab:orange" if way.held else "tab:blue"
+            colour = (
+                "tab:red" if name in (DEFAULT, TINY) else "tab:blue" if way.steady and way.differences else "tab:orange"
+            )
             panel.scatter(
                 255 * outcome.max_error, outcome.bytes_per_pixel, s=30, color=colour,
-                marker="v" if way.differences else "o", zorder=4 if name in (DEFAULT, TINY) else 3,
+                marker="v" if way.columns else "o", zorder=4 if name in (DEFAULT, TINY) else 3,
             )  # fmt: skip
         for bits, limit in ((8, 1.0), (6, 0.5)):
             panel.plot(255 / simplex.total(bits), limit, "k_", markersize=18)
@@ -377,8 +338,8 @@ def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
     handles = [
         pyplot.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
         for colour, marker, label in (
-            ("tab:red", "o", "cache.bits 8 and 6"), ("tab:blue", "o", "other codecs, levels, chunks"),
-            ("tab:orange", "o", "held by the row above"), ("tab:blue", "v", "differences (no plain values)"),
+            ("tab:red", "o", "cache.bits 8 and 6"), ("tab:blue", "o", "other codecs, levels, chunks, bits"),
+            ("tab:orange", "o", "rounded plainly, or no differences"), ("tab:blue", "v", "differences along columns too"),
             ("black", "_", "promised"),
         )
     ]  # fmt: skip
