@@ -160,10 +160,7 @@ def measure(tiles: Tiles, way: Way) -> Outcome:
     largest, total, squares, gradient, signed = 0.0, 0.0, 0.0, 0.0, np.zeros(num_classes)
     for probs_CHW in tiles:
         start = time.thread_time()
-        if way.steady:
-            units_CHW = steady.encode(probs_CHW, way.bits, levels)
-        else:
-            units_CHW = simplex.encode(probs_CHW, levels)
+        units_CHW = steady.encode(probs_CHW, way.bits, levels) if way.steady else simplex.encode(probs_CHW, levels)
         chunks = [encoded(units_Chw.copy(), way) for units_Chw in split(units_CHW, way.chunk_px)]
         encoding += time.thread_time() - start
         size += sum(len(frame) + 4 for frame, _ in chunks)
