@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epo
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.memory import fits_in_memory, sized
-from kdpipe.pipeline.models.teacher import FrozenTeacher
 from kdpipe.pipeline.packing import collate_packed
+
+if TYPE_CHECKING:  # a worker imports this module at its start, and needs no network libraries
+    from kdpipe.pipeline.models.teacher import FrozenTeacher
 
 Stretch = Sequence[tuple[float, float]] | None
 

@@ -1,6 +1,9 @@
+import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 
 from kdpipe.configs import Config, parse_config
 from kdpipe.data.landscape import write_sample_data
+from kdpipe.pipeline import cli
 from kdpipe.pipeline.models.smp_models import create_smp_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -92,6 +96,25 @@ def make_config(
     """`tiny_config` with overrides alone; runs write below `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     return partial(tiny_config, landscape, teacher_file, tmp_path)
+
+
+def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """
+    `kdpipe ARGUMENTS` by its own `main`, in this process, which has imported torch already: as `subprocess.run` answers.
+
+    An error that `main` does not turn into an exit code is raised here, so that a traceback fails the test.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["kdpipe", *map(str, arguments)])
+        patch.setattr(cli, "keep_freed_memory", lambda: False)  # it is for the whole process, which other tests share
+        if cwd is not None:
+            patch.chdir(cwd)
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import run_command
 
 from kdpipe.configs import dump_config
 from kdpipe.pipeline import recipe
@@ -75,12 +76,7 @@ def test_another_version_of_a_library_is_a_note_and_no_difference(cached, monkey
     ],
 )
 def test_what_is_no_cache_is_said(tmp_path, arguments, code, message):
-    import subprocess
-    import sys
-
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "kdpipe.pipeline", "inspect", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_command("inspect", *arguments, cwd=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
     assert message in done.stderr

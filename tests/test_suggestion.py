@@ -4,14 +4,13 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 import yaml
+from conftest import run_command
 from PIL import Image
 from rich.console import Console
 
@@ -184,19 +183,7 @@ def test_the_report_fits_eighty_columns_and_says_what_was_done():
 def test_the_command_prints_the_section_and_writes_json(make_config, tmp_path):
     config = make_config()
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    command = [
-        sys.executable,
-        "-m",
-        "kdpipe.pipeline",
-        "suggest-map",
-        "-c",
-        "c.yaml",
-        "--sample",
-        "1",
-        "--json",
-        "s.json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command("suggest-map", "-c", "c.yaml", "--sample", "1", "--json", "s.json")
     assert done.returncode == 0, done.stderr
     section = yaml.safe_load(done.stdout[done.stdout.index("class_map:") :])["class_map"]
     written = json.loads((tmp_path / "s.json").read_text())

@@ -1,14 +1,12 @@
 """The gate: a right cache passes, and every way of being wrong is found."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import run_command, write_image
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
@@ -161,12 +159,12 @@ def test_the_sample_takes_labelled_and_unlabelled_tiles_in_turn(make_config, lan
 
 def test_the_command_exits_1_on_findings_and_writes_json(cached, tmp_path):
     (tmp_path / "c.yaml").write_text(dump_config(cached))
-    command = [sys.executable, "-m", "kdpipe.pipeline", "verify-cache", "-c", "c.yaml", "--json", "report.json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["verify-cache", "-c", "c.yaml", "--json", "report.json"]
+    done = run_command(*command)
     assert (done.returncode, json.loads(Path("report.json").read_text())["passes"]) == (0, True), done.stderr
     assert "PASS (full): 6 tiles" in done.stdout
     next(Path(cached.cache.path).glob("tiles/Train/*/0.0.0")).unlink()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(*command)
     report = json.loads(Path("report.json").read_text())
     assert (done.returncode, report["passes"], report["findings"][0]["code"]) == (1, False, "damaged-tile")
     assert "its shard (0.0.0) is missing" in done.stdout
