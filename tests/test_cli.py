@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from conftest import run_command
 
+from kdpipe.data.landscape import write_sample_data
 from kdpipe.pipeline.cli import cli
 
 
-def run(*arguments, cwd=None):
+def run_process(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False, cwd=cwd
     )
@@ -50,40 +52,51 @@ def test_help_imports_nothing_heavy(command):
     ],
 )
 def test_mistakes_end_in_one_paragraph_and_their_exit_code(arguments, code, message, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
+    done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run("precompute-teacher", "-c", "demo", "--debug", cwd=tmp_path)
+    done = run_command("precompute-teacher", "-c", "demo", "--debug", cwd=tmp_path)
     assert "Traceback" in done.stderr
+
+
+def test_a_process_of_its_own_ends_with_that_paragraph_and_exit_code(tmp_path):
+    arguments = ("inspect", "gone.zarr", "--debug")
+    done, here = run_process(*arguments, cwd=tmp_path), run_command(*arguments, cwd=tmp_path)
+    assert done.stdout == here.stdout == ""
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == here.stderr.splitlines()[-1]
+    assert done.returncode == here.returncode != 0
 
 
 def test_version_is_the_packages():
     from importlib.metadata import version
 
-    assert version("kdpipe") in run("--version").stdout
+    assert version("kdpipe") in run_process("--version").stdout
 
 
-def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path):
-    done = run("sample-data", "land", cwd=tmp_path)
+def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(write_sample_data.__kwdefaults__, "side", (65, 110))  # a tenth of the pixels to draw
+    done = run_command("sample-data", "land", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 24
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.txt").write_text("mine")
-    done = run("sample-data", "mine", cwd=tmp_path)
+    done = run_command("sample-data", "mine", cwd=tmp_path)
     assert done.returncode == 2
     assert (tmp_path / "mine" / "photo.txt").read_text() == "mine"
 
 
-def test_a_cache_inside_a_package_is_refused(tmp_path):
+def test_a_cache_inside_a_package_is_refused(landscape, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "__init__.py").touch()
-    run("sample-data", "demo_output/data", cwd=tmp_path)
+    (tmp_path / "demo_output").mkdir()
+    (tmp_path / "demo_output" / "data").symlink_to(landscape)
     (tmp_path / "demo_output" / "teacher.pth").write_bytes(b"x")
-    done = run("precompute-teacher", "-c", "demo", "--set", "cache.path=cache/soft.zarr", cwd=tmp_path)
+    done = run_command("precompute-teacher", "-c", "demo", "--set", "cache.path=cache/soft.zarr", cwd=tmp_path)
     assert done.returncode == 2
     assert "lies in the Python package" in done.stderr
     assert os.listdir(tmp_path / "cache") == ["__init__.py"]
@@ -95,7 +108,7 @@ def test_a_cache_inside_a_package_is_refused(tmp_path):
 def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(name, tmp_path):
     (tmp_path / "file").write_text("")
     needed = ["-c", "demo"] if any(p.name == "source" and p.required for p in cli.commands[name].params) else ["x"]
-    done = run(name, *needed, "--json", "file/result.json", cwd=tmp_path)
+    done = run_command(name, *needed, "--json", "file/result.json", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "--json file/result.json: its folder cannot be made" in done.stderr
     assert "Traceback" not in done.stderr
