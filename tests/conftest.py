@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kdpipe.configs import Config, parse_config
 from kdpipe.data.landscape import write_sample_data
 from kdpipe.pipeline import cli
 from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.precompute import precompute
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -22,6 +24,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)
 os.environ.setdefault("COLUMNS", "160")
 os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests start
+os.fsync = lambda descriptor: (
+    None
+)  # what a power cut would lose is known to the tests' crash_disk; a real disk takes minutes
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +101,22 @@ def make_config(
     """`tiny_config` with overrides alone; runs write below `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     return partial(tiny_config, landscape, teacher_file, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_cache(landscape: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of `make_config()`, computed once; tests take a copy, as `cached` does."""
+    config = tiny_config(landscape, teacher_file, tmp_path_factory.mktemp("finished"))
+    precompute(config, torch.device("cpu"))
+    return Path(config.cache.path)
+
+
+@pytest.fixture
+def cached(make_config: Callable[..., Config], finished_cache: Path) -> Config:
+    """`make_config()`, and its cache is complete."""
+    config = make_config()
+    shutil.copytree(finished_cache, config.cache.path)
+    return config
 
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -33,6 +33,7 @@ class FaultyServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             timeout = 30
+            disable_nagle_algorithm = True  # else each answer's body waits 40 ms for its head to be acknowledged
 
             def log_message(self, *args):
                 pass

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import tree, write_image
+from conftest import run_command, tree, write_image
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
@@ -32,10 +32,14 @@ TEACHER_CLASSES = ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Barela
 CPU = torch.device("cpu")
 
 
-def command(config, *arguments, folder, **options):
+def arguments(config, command, *options, folder):
     path = folder / "config.yaml"
     path.write_text(dump_config(config))
-    return [sys.executable, "-m", "kdpipe.pipeline", arguments[0], "-c", str(path), *arguments[1:]]
+    return [command, "-c", str(path), *options]
+
+
+def command_line(*of_config, folder):
+    return [sys.executable, "-m", "kdpipe.pipeline", *arguments(*of_config, folder=folder)]
 
 
 @pytest.mark.parametrize("bits", [6, 8, 16])
@@ -110,36 +114,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_config, tmp_path):
     assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
 
 
-def test_kill_9_at_any_moment_loses_no_finished_tile(make_config, tmp_path):
-    """Real processes, really killed, again and again until one gets through."""
-    whole = make_config(cache__path=str(tmp_path / "whole.zarr"))
-    precompute(whole, CPU)
-    config = make_config()
-    rng = np.random.default_rng(0)
-    finished = set()
-    for _ in range(3):
-        process = subprocess.Popen(command(config, "precompute-teacher", folder=tmp_path), stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            done = {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
-            if len(done) > len(finished):
-                time.sleep(float(rng.uniform(0, 0.05)))
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert finished <= {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
-        finished = {path.parent for path in (tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")}
-    assert finished
-    summary = precompute(config, CPU)
-    assert summary.kept >= len(finished)
-    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
-
-
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(make_config, tmp_path):
     config = make_config(teacher__tta="d4", teacher__scales=[1.0, 2.0])
     process = subprocess.Popen(
-        command(config, "precompute-teacher", folder=tmp_path),
+        command_line(config, "precompute-teacher", folder=tmp_path),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -168,9 +146,7 @@ def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, landsc
     assert "t1.png" in failure_report(summary)
     write_image(images / "t1.png", 70, 82, seed=1)
     assert precompute(config, CPU).computed == 1
-    done = subprocess.run(
-        command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False
-    )
+    done = run_command(*arguments(config, "precompute-teacher", folder=tmp_path))
     assert done.returncode == 0, done.stderr
     assert "nothing to do: 3 tiles" in done.stdout
 
@@ -282,9 +258,7 @@ def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
     with stage.open_writer(
         stage.open_storage(config.cache.path), complete_recipe(config, None, None), device="cpu", libraries={}
     ):
-        done = subprocess.run(
-            command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, check=False
-        )
+        done = run_command(*arguments(config, "precompute-teacher", folder=tmp_path))
     assert done.returncode == CacheLocked.exit_code == 3
     assert f"is being written by process {os.getpid()} on " in done.stderr
 
@@ -314,10 +288,7 @@ def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monk
 
 
 def test_json_holds_the_summary(make_config, tmp_path):
-    done = subprocess.run(
-        command(make_config(), "precompute-teacher", "--json", "out/summary.json", folder=tmp_path),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_command(*arguments(make_config(), "precompute-teacher", "--json", "out/summary.json", folder=tmp_path))
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["computed"] == 6

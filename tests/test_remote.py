@@ -1,5 +1,6 @@
 """A cache on S3 (moto's server, on loopback, behind a proxy that fails): the same bytes, or an error that says what to do."""
 
+import functools
 import json
 import logging
 import os
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_cache
 import torch
 from click.testing import CliRunner
-from conftest import tree
+from conftest import run_command, tree
 from test_cache import distributions, fill, images  # noqa: F401  (a fixture)
-from test_precompute import StopAfter, command
+from test_precompute import StopAfter, arguments
 
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache, remote
 from kdpipe.cache.lock import writer_lock
@@ -38,13 +40,20 @@ FAULTS = ["503", "cut upload", "500", "lost", "cut"]
 
 @pytest.fixture(scope="module")
 def moto_port():
+    from botocore.loaders import JSONFileLoader
     from moto.server import ThreadedMotoServer
+    from werkzeug.serving import WSGIRequestHandler
 
+    # Each storage that is opened makes a client of its own, which would parse megabytes of the same JSON for half a second.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(JSONFileLoader, "load_file", functools.cache(JSONFileLoader.load_file))
+    monkeypatch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()[1]
     server.stop()
+    monkeypatch.undo()
 
 
 @pytest.fixture
@@ -79,9 +88,7 @@ def objects(url):
     return {path.removeprefix(root + "/"): fs.cat_file(path) for path in sorted(fs.find(root))}
 
 
-def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cache(make_config, s3, tmp_path):
-    local = make_config()
-    precompute(local, CPU)
+def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cache(make_config, finished_cache, s3):
     away = make_config(cache__path=s3.url)
     s3.fault = every(5, FAULTS)
     stop = threading.Event()
@@ -96,7 +103,7 @@ def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cach
     assert verify(away, "quick", CPU).passes
     assert verify(away, "full", CPU).passes
     s3.fault = lambda method, path: None
-    assert objects(s3.url) == tree(tmp_path / "cache.zarr")
+    assert objects(s3.url) == tree(finished_cache)
     assert open_storage(f"{s3.url}.lock").info("") is None
 
 
@@ -147,32 +154,30 @@ def test_a_student_trained_from_s3_by_spawned_workers_has_the_weights_of_one_tra
         torch.testing.assert_close(weights[1]["state_dict"][key], value, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("images")
-def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, tmp_path, images):  # noqa: F811
+def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, tmp_path, images, monkeypatch):  # noqa: F811
     """From the n-th change on the server fails: every n, so also between a shard and its receipt, and before the manifest."""
+    two = ("Train/a", "Other/c")  # enough for a stop within a tile, between two and after the last
+    monkeypatch.setattr(test_cache, "SIZES", {tile: test_cache.SIZES[tile] for tile in two})
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
     fill(tmp_path / "c.zarr", images)
     expected = tree(tmp_path / "c.zarr")
-    remote.ATTEMPTS, attempts = 1, remote.ATTEMPTS
-    try:
-        for n in range(1, 100):
-            url, seen = f"{s3.url}-{n}", [0]
+    for n in range(1, 100):
+        url, seen = f"{s3.url}-{n}", [0]
 
-            def fault(method, path, n=n, seen=seen):
-                seen[0] += method == "PUT"
-                return ("cut upload", "503")[n % 2] if seen[0] >= n else None
+        def fault(method, path, n=n, seen=seen):
+            seen[0] += method == "PUT"
+            return ("cut upload", "503")[n % 2] if seen[0] >= n else None
 
-            s3.fault = fault
-            try:
-                fill(url, images)
-                break
-            except CacheUnreachable:
-                s3.fault = lambda method, path: None
-                with pytest.raises(IncompleteCache):
-                    SoftTargetCache.open(url)
-                fill(url, images)  # takes over the lock that could not be deleted
-                assert objects(url) == expected
-    finally:
-        remote.ATTEMPTS = attempts
+        s3.fault = fault
+        try:
+            fill(url, images)
+            break
+        except CacheUnreachable:
+            s3.fault = lambda method, path: None
+            with pytest.raises(IncompleteCache):
+                SoftTargetCache.open(url)
+            fill(url, images)  # takes over the lock that could not be deleted
+            assert objects(url) == expected
     assert n > len(expected)  # each file, and the lock
 
 
@@ -254,9 +259,7 @@ def test_the_second_writer_is_told_who_writes_and_exits_with_3(make_config, s3, 
     with writer_lock(open_storage(s3.url)):
         with pytest.raises(CacheLocked, match=f"process {os.getpid()} on"):
             precompute(config, CPU)
-        done = subprocess.run(
-            command(config, "precompute-teacher", folder=tmp_path), capture_output=True, text=True, timeout=250
-        )
+        done = run_command(*arguments(config, "precompute-teacher", folder=tmp_path))
     assert done.returncode == 3, done.stderr
     assert f"is being written by process {os.getpid()} on {socket.gethostname()} since" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
