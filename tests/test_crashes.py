@@ -1,7 +1,6 @@
 """Stage one killed, without power, on a full or failing disk, at every file operation: it goes on to the same bytes."""
 
 import errno
-import os
 import shutil
 import threading
 
@@ -37,9 +36,6 @@ def make(make_config, tmp_path, monkeypatch):
     for seed, (name, side) in enumerate(SIDES.items()):
         write_image(tmp_path / f"data/Mine/images/{name}.png", *side, seed=seed)
     monkeypatch.setattr(stage, "open_teacher", lambda *arguments: Teacher())
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: None
-    )  # the model knows what was synced; a real disk takes minutes
     monkeypatch.setattr("kdpipe.pipeline.recipe.file_sha256", lambda path: "0" * 64)
     encode, made = layout.encode_tile, {}
 
