@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tree
+from conftest import run_command, tree
 from test_cache import RECIPE, distributions
 
 from kdpipe.cache import CorruptCache, IncompleteCache, SoftTargetCache
@@ -21,11 +21,10 @@ from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import dump_config
-from kdpipe.pipeline.precompute import precompute
 
 CPU = torch.device("cpu")
 
-# Forks a process for each line that it reads, so that each one need not import torch again. Prints its number, then how it ended.
+# Forks a process for each config that it reads, so that each one need not import torch again. Prints its number, then how it ended.
 LAUNCHER = """
 import os, sys
 import numcodecs.zstd, rasterio, rich.progress, segmentation_models_pytorch, timm, torch, zarr, zarr.codecs, zarr.storage
@@ -39,6 +38,7 @@ for line in sys.stdin:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
+        sys.argv[1:] = ["precompute-teacher", "-c", line.strip()]
         main()
         os._exit(0)
     print(pid, flush=True)
@@ -50,20 +50,18 @@ for line in sys.stdin:
 class Launcher:
     """Starts the real command `kdpipe precompute-teacher -c CONFIG`, one process at a time."""
 
-    def __init__(self, config, folder):
-        (folder / "config.yaml").write_text(dump_config(config))
+    def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, "precompute-teacher", "-c", str(folder / "config.yaml")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._line() == "ready"
 
     def _line(self):
         return self.process.stdout.readline().strip()
 
-    def start(self):
+    def start(self, config):
         """The number of the new process."""
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{config}\n")
         self.process.stdin.flush()
         return int(self._line())
 
@@ -79,94 +77,92 @@ class Launcher:
         self.process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def launcher():
+    started = Launcher()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def undisturbed(make_config, tmp_path):
+def config_file(make_config, tmp_path):
+    """Of a cache at `cache.zarr` beside it."""
+    (tmp_path / "config.yaml").write_text(dump_config(make_config()))
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def undisturbed(finished_cache):
     """Every file of a cache whose run nobody disturbed."""
-    precompute(make_config(cache__path=str(tmp_path / "whole.zarr")), CPU)
-    return tree(tmp_path / "whole.zarr")
+    return tree(finished_cache)
 
 
 def receipts(cache):
     return {path: path.read_bytes() for path in cache.glob("tiles/*/*/zarr.json")}
 
 
-def kill_again_and_again(make_config, tmp_path, expected, kills):
+def kill_again_and_again(launcher, config_file, expected, kills):
     """The number of caches that were finished in spite of it."""
-    config, cache = make_config(), tmp_path / "cache.zarr"
-    launcher, rng = Launcher(config, tmp_path), np.random.default_rng(0)
-    try:
-        killed, finished, seen = 0, 0, {}
-        while killed < kills or seen:
-            pid = launcher.start()
-            if killed < kills:
-                # Most kills are meant for the time from the first write of a run to its last, a fraction of its seconds.
-                wanted = len(seen) + int(rng.integers(4))
-                deadline = time.monotonic() + 60
-                while len(receipts(cache)) < min(wanted, 6) and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                time.sleep(float(rng.uniform(0, 0.1)))
-                os.kill(pid, signal.SIGKILL)
-            code = launcher.end()
-            assert code in (0, -signal.SIGKILL)
-            now = receipts(cache)
-            assert {path: now.get(path) for path in seen} == seen  # no finished tile is lost
-            seen = now
-            killed += code != 0
-            if code == 0:
-                assert tree(cache) == expected  # nor is any partial file left
-                shutil.rmtree(cache)
-                finished, seen = finished + 1, {}
-    finally:
-        launcher.close()
+    cache, rng = config_file.with_name("cache.zarr"), np.random.default_rng(0)
+    killed, finished, seen = 0, 0, {}
+    while killed < kills or seen:
+        pid = launcher.start(config_file)
+        if killed < kills:
+            # Most kills are meant for the time from the first write of a run to its last, a fraction of its seconds.
+            wanted = len(seen) + int(rng.integers(4))
+            deadline = time.monotonic() + 60
+            while len(receipts(cache)) < min(wanted, 6) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(float(rng.uniform(0, 0.1)))
+            os.kill(pid, signal.SIGKILL)
+        code = launcher.end()
+        assert code in (0, -signal.SIGKILL)
+        now = receipts(cache)
+        assert {path: now.get(path) for path in seen} == seen  # no finished tile is lost
+        seen = now
+        killed += code != 0
+        if code == 0:
+            assert tree(cache) == expected  # nor is any partial file left
+            shutil.rmtree(cache)
+            finished, seen = finished + 1, {}
     assert killed == kills
     return finished
 
 
 def test_a_command_that_is_killed_a_dozen_times_goes_on_to_the_bytes_of_an_undisturbed_one(
-    make_config, tmp_path, undisturbed
+    launcher, config_file, undisturbed
 ):
-    assert kill_again_and_again(make_config, tmp_path, undisturbed, 12) >= 1
+    assert kill_again_and_again(launcher, config_file, undisturbed, 12) >= 1
 
 
 @pytest.mark.slow
 def test_a_command_that_is_killed_a_hundred_and_fifty_times_goes_on_to_the_same_bytes(
-    make_config, tmp_path, undisturbed
+    launcher, config_file, undisturbed
 ):
-    assert kill_again_and_again(make_config, tmp_path, undisturbed, 150) >= 10
+    assert kill_again_and_again(launcher, config_file, undisturbed, 150) >= 10
 
 
 def test_the_second_of_two_commands_is_told_who_writes_and_takes_over_once_that_is_killed(
-    make_config, tmp_path, undisturbed
+    launcher, config_file, tmp_path, undisturbed
 ):
-    config = make_config()
-    first = Launcher(config, tmp_path)
+    pid = launcher.start(config_file)
+    lock = tmp_path / "cache.zarr.lock"
+    deadline = time.monotonic() + 60
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGSTOP)  # with the lock held
     try:
-        pid = first.start()
-        lock = tmp_path / "cache.zarr.lock"
-        deadline = time.monotonic() + 60
-        while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGSTOP)  # with the lock held
         assert json.loads(lock.read_text())["pid"] == pid
-        command = [
-            sys.executable,
-            "-m",
-            "kdpipe.pipeline",
-            "precompute-teacher",
-            "-c",
-            str(tmp_path / "config.yaml"),
-        ]
-        second = subprocess.run(command, capture_output=True, text=True)
-        os.kill(pid, signal.SIGKILL)
-        assert first.end() == -signal.SIGKILL
-        assert second.returncode == 3
-        said = " ".join(second.stderr.split())
-        assert f"is being written by process {pid} on {socket.gethostname()} since 20" in said
-        assert "wait until it is done, or stop it" in said
-        first.start()
-        assert first.end() == 0
+        second = run_command("precompute-teacher", "-c", config_file)
     finally:
-        first.close()
+        os.kill(pid, signal.SIGKILL)
+        assert launcher.end() == -signal.SIGKILL
+    assert second.returncode == 3
+    said = " ".join(second.stderr.split())
+    assert f"is being written by process {pid} on {socket.gethostname()} since 20" in said
+    assert "wait until it is done, or stop it" in said
+    launcher.start(config_file)
+    assert launcher.end() == 0
     assert tree(tmp_path / "cache.zarr") == undisturbed
     assert not lock.exists()
 
