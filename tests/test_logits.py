@@ -10,7 +10,7 @@ import plain_reader
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import tree
+from conftest import Plain, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import training
 from kdpipe.pipeline.cache_statistics import compute_statistics, open_as_answered
 from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.models.teacher import open_teacher
@@ -205,18 +206,22 @@ def test_a_run_is_not_resumed_at_another_temperature(logits_config):
         train(logits_config(train__max_steps=1, distill__temperature=1.0), CPU, resume=True)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_cached_and_online_losses_agree_at_every_step(logits_config, temperature):
-    """Within 1e-3, as for soft targets, without a correction of the entropy."""
-    small = {"student__encoder": "resnet18", "train__lr": 1e-4, "train__backbone_lr": 1e-5, "train__max_steps": 4,
-             "data__val": []}  # fmt: skip
-    asked = {**small, "distill__temperature": temperature}
-    online = train(with_mode(logits_config(**asked), "online"), CPU)
-    for bits in BITS:
-        options = {"cache__bits": bits, "cache__path": f"{bits}.zarr", "name": f"with-{bits}-bits"}
-        precompute(logits_config(**small, **options), CPU)
-        cached = train(logits_config(**asked, **options), CPU)
-        np.testing.assert_allclose(cached.losses, online.losses, rtol=1e-3)
+def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch):
+    """Within 1e-3, as for soft targets, without a correction of the entropy; whatever the student is."""
+    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    small = {"train__lr": 1e-4, "train__backbone_lr": 1e-5, "train__max_steps": 4, "data__val": []}
+    caches = [{"cache__bits": bits, "cache__path": f"{bits}.zarr"} for bits in BITS]
+    for cache in caches:
+        precompute(logits_config(**small, **cache), CPU)
+    for temperature in (1.0, 4.0):
+        runs = []
+        for number, (mode, cache) in enumerate([("online", {}), *(("cached", cache) for cache in caches)]):
+            config = logits_config(
+                **small, **cache, distill__temperature=temperature, name=f"T{temperature:.0f}-{number}"
+            )
+            runs.append(train(with_mode(config, mode), CPU).losses)
+        for cached in runs[1:]:
+            np.testing.assert_allclose(cached, runs[0], rtol=1e-3)
 
 
 def test_soft_targets_and_logits_do_not_share_a_cache(logits_config):
