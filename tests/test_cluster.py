@@ -12,9 +12,10 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import Lines, tree, write_image
+from conftest import Lines, run_command, tree, write_image
 from dask_processes import DaskProcesses
 
 from kdpipe.cache import fence
@@ -431,13 +432,13 @@ def test_without_dask_distributed_the_command_says_how_to_install_it(monkeypatch
         cli._cluster(Lines(), None, None, 2)
 
 
-def test_workers_of_this_machine_are_started_and_ended_by_the_command(config, whole, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "kdpipe.pipeline", *command(config, tmp_path, "--workers", "2")],
-        capture_output=True,
-        text=True,
-    )
+def test_workers_of_this_machine_are_started_and_ended_by_the_command(config, whole, tmp_path, capfd):
+    before = psutil.Process().children(recursive=True)
+    done = run_command(*command(config, tmp_path, "--workers", "2"))
     assert (done.returncode, done.stderr) == (0, "")
+    assert capfd.readouterr().err == "", "of the workers"
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
     assert "starting 2 workers" in done.stdout
     assert "16 tiles in" in done.stdout
     assert tree(tmp_path / "cache.zarr") == whole
