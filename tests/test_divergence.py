@@ -10,16 +10,14 @@ from kdpipe.configs.errors import TrainingDiverged
 from kdpipe.pipeline import training
 from kdpipe.pipeline.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.losses import distillation_loss
-from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.training import train
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def cached(make_config):
+def cached(cached, make_config):
     """A function to configs on one complete cache."""
-    precompute(make_config(), CPU)
     return make_config
 
 

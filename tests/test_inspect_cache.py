@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from conftest import run_command
 
@@ -12,15 +11,12 @@ from kdpipe.configs import dump_config
 from kdpipe.pipeline import recipe
 from kdpipe.pipeline.cache_inspection import inspect_cache
 from kdpipe.pipeline.cli import cli
-from kdpipe.pipeline.precompute import precompute
 
 
 @pytest.fixture
-def cached(make_config, tmp_path):
-    config = make_config()
-    precompute(config, torch.device("cpu"))
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    return config
+def cached(cached, tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(cached))
+    return cached
 
 
 def inspected(*arguments):

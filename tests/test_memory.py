@@ -112,13 +112,6 @@ class Exhausted(nn.Module):
         raise self.err
 
 
-@pytest.fixture
-def cached(make_config):
-    config = make_config()
-    precompute(config, CPU)
-    return config
-
-
 @pytest.mark.parametrize("err", [CUDA, CPU_ALLOCATOR, MPS, MemoryError()], ids=["cuda", "cpu", "mps", "python"])
 def test_a_training_step_says_its_size_and_the_keys(cached, monkeypatch, err):
     monkeypatch.setattr(training, "build_student", lambda *args, **options: Exhausted(err))
@@ -280,10 +273,9 @@ PLAIN_MALLOC = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "C
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the address space in use is read from Linux's /proc")
-def test_a_process_that_may_not_grow_ends_with_the_paragraph_and_exit_code_1(make_config, tmp_path):
+def test_a_process_that_may_not_grow_ends_with_the_paragraph_and_exit_code_1(cached, make_config, tmp_path):
     """torch itself raises: the process may have 700 MB more, and a step of six crops of 512 px wants some GB."""
     config = make_config(train__batch_size=6, train__crop=512)
-    precompute(config, CPU)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     command = [sys.executable, "-c", LIMITED, "700", "train-student", "-c", "c.yaml", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=PLAIN_MALLOC)

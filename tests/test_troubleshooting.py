@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes what the program prints: every quoted message is raised here and compared."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,12 @@ def case(name):
 class Context:
     """What a case may use: configs on the small landscape, a complete cache, and a place to write."""
 
-    def __init__(self, make_config, tmp_path, monkeypatch, landscape):
+    def __init__(self, make_config, tmp_path, monkeypatch, landscape, finished_cache):
         self.make, self.folder, self.patch, self.landscape = make_config, tmp_path, monkeypatch, landscape
+        self._finished_cache = finished_cache
 
     def cached(self, **changes):
-        precompute(self.make(), CPU)
+        shutil.copytree(self._finished_cache, self.make().cache.path)
         return self.make(**changes)
 
     def student(self, module):
@@ -310,8 +312,8 @@ def test_every_quoted_message_has_a_case_and_every_case_a_quote():
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_the_program_prints_what_the_page_quotes(name, make_config, tmp_path, monkeypatch, landscape):
-    context = Context(make_config, tmp_path, monkeypatch, landscape)
+def test_the_program_prints_what_the_page_quotes(name, make_config, tmp_path, monkeypatch, landscape, finished_cache):
+    context = Context(make_config, tmp_path, monkeypatch, landscape, finished_cache)
     try:
         message = CASES[name](context)
     except KdpipeError as err:

@@ -20,13 +20,6 @@ from kdpipe.pipeline.verify import sampled_tiles, verify
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def cached(make_config):
-    config = make_config()
-    precompute(config, CPU)
-    return config
-
-
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_a_right_cache_passes(cached, level):
     report = verify(cached, level, CPU)
