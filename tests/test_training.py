@@ -55,14 +55,6 @@ def assert_same_weights(one, two):
         assert torch.equal(one[name], two[name]), name
 
 
-@pytest.fixture
-def cached(make_config):
-    """A config whose cache is complete."""
-    config = make_config()
-    precompute(config, CPU)
-    return config
-
-
 def test_training_from_the_cache_needs_no_teacher_on_disk(cached, make_config):
     elsewhere = cached.teacher.model_copy(update={"checkpoint": "gone/teacher.pth"})
     summary = train(cached.model_copy(update={"teacher": elsewhere}), CPU)
@@ -170,10 +162,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_conf
         assert best[0][key] == best[1][key]
 
 
-def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_path):
+def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(cached, make_config, tmp_path):
     """A process of its own, whose worker reads ahead, is killed; the command goes on here without a worker."""
     config = make_config(train__checkpoint_every_steps=1, train__epochs=3)
-    precompute(config, CPU)
     train(config.model_copy(update={"name": "whole"}), CPU)
     with_worker = config.model_copy(update={"train": config.train.model_copy(update={"workers": 1})})
     (tmp_path / "c.yaml").write_text(dump_config(with_worker))
@@ -194,9 +185,8 @@ def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(make_config
     assert_same_weights(weights(), weights("whole"))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(make_config, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(cached, make_config, tmp_path):
     config = make_config(train__epochs=200, train__workers=1, train__val_every_epochs=500)
-    precompute(config, CPU)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "kdpipe.pipeline", "train-student", "-c", "c.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -320,9 +310,8 @@ def test_tiles_without_any_label_train_from_their_soft_targets_alone(make_config
     assert summary.final == {}
 
 
-def test_fewer_samples_than_a_batch_is_an_error_not_an_empty_run(make_config):
+def test_fewer_samples_than_a_batch_is_an_error_not_an_empty_run(cached, make_config):
     config = make_config(train__batch_size=64)
-    precompute(config, CPU)
     with pytest.raises(ConfigError, match="an epoch has 6 samples, fewer than train.batch_size 64"):
         train(config, CPU)
 
