@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdpipe.cache import values
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.shard import encode_shard
+from kdpipe.cache.shard import EncodedShard, encode_shard
 from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
-from kdpipe.cache.values import decoding
 
 CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
 TILES = "tiles"
@@ -56,14 +56,30 @@ def group_metadata(path: str, recipe: CacheRecipe) -> bytes:
     if path == "":
         attributes[ATTRIBUTE] = {
             "format_version": recipe.format_version,
-            "decoding": decoding(recipe),
+            "decoding": values.decoding(recipe),
             "recipe": recipe.model_dump(),
         }
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
+def encode_bands(
+    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int
+) -> tuple[EncodedShard, NDArray[np.float64] | None]:
+    """What `encode_tile` takes, of a tile whose values come in bands of rows from the top: none but a band's are held."""
+    lost: list[NDArray[np.float64] | None] = []
+
+    def rows_of_chunks() -> Iterator[NDArray[Any]]:
+        for units_ChW, of_row in values.encode_bands(bands, recipe, height):
+            lost.append(of_row)
+            yield units_ChW
+
+    shard = encode_shard(rows_of_chunks(), height, _chunk_px(height, width), ZSTD_LEVEL)
+    blocks = [of_row for of_row in lost if of_row is not None]
+    return shard, np.concatenate(blocks) if blocks else None
+
+
 def encode_tile(
-    units_CHW: NDArray[Any],
+    units: NDArray[Any] | EncodedShard,
     tile_id: str,
     image: ImageDigest,
     recipe: CacheRecipe,
@@ -72,15 +88,18 @@ def encode_tile(
     """
     The bytes of a tile's shard, those of its metadata, and its record.
 
-    `units_CHW` and `entropy_error` are what `values.encode` makes of a tile: uint8 or uint16 `(C, H, W)`, and
-    nats a block, or None. The shard is made in memory, so that it reaches the disk whole and its digest is that of what was meant to
-    be written.
+    `units` and `entropy_error` are what `values.encode` makes of a tile, uint8 or uint16 `(C, H, W)`, and nats a block, or None; or
+    what `encode_bands` does. The shard is made in memory, so that it reaches the disk whole and its digest is that of what was meant
+    to be written.
     """
-    height, width = units_CHW.shape[1:]
-    chunk_px = min(CHUNK_PX, height), min(CHUNK_PX, width)
-    shard = encode_shard(units_CHW, chunk_px, ZSTD_LEVEL)
+    height, width = units.shape[1:]
+    chunk_px = _chunk_px(height, width)
+    if not isinstance(units, EncodedShard):
+        rows_of_chunks = (units[:, top : top + chunk_px[0]] for top in range(0, height, chunk_px[0]))
+        units = encode_shard(rows_of_chunks, height, chunk_px, ZSTD_LEVEL)
+    shard = units.file
     shard_sha256 = sha256(shard)
-    metadata = json.loads(_array_metadata(units_CHW.shape, units_CHW.dtype.str, chunk_px))
+    metadata = json.loads(_array_metadata(units.shape, units.dtype.str, chunk_px))
     receipt = {
         "tile": tile_id,
         "recipe_sha256": recipe.digest(),
@@ -170,6 +189,11 @@ def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int
     )
     metadata: bytes = files[METADATA_NAME].to_bytes()
     return metadata
+
+
+def _chunk_px(height: int, width: int) -> tuple[int, int]:
+    """Of a tile's inner chunks."""
+    return min(CHUNK_PX, height), min(CHUNK_PX, width)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,26 +105,42 @@ class Shard:
         return chunk_Chw
 
 
-def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> bytes:
-    """
-    The bytes of a shard with all its chunks, those of zeros as well: a lost one could not be told from one that was never there.
+@dataclass(frozen=True)
+class EncodedShard:
+    """The bytes of a shard, and the array that they hold."""
 
-    `units_CHW` is uint8 or uint16, `chunk_px` the height and width of a chunk, `level` Zstandard's.
+    file: bytes
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+
+
+def encode_shard(
+    rows_of_chunks: Iterable[NDArray[Any]], height: int, chunk_px: tuple[int, int], level: int
+) -> EncodedShard:
     """
-    num_classes, height, width = units_CHW.shape
+    A shard with all its chunks, those of zeros as well: a lost one could not be told from one that was never there.
+
+    The tile's integers, uint8 or uint16, come in rows of chunks `(C, h, W)` from the top, `height` px in all, of which one is held at a
+    time; `chunk_px` is the height and width of a chunk, `level` Zstandard's.
+    """
     chunk_h, chunk_w = chunk_px
-    grid = -(-height // chunk_h), -(-width // chunk_w)
-    index = np.empty((*grid, 2), dtype="<u8")
-    zstd = Zstd(level=level)
-    parts, offset = [], 0
-    for row, column in sorted(np.ndindex(*grid), key=_morton_code):
-        values_Chw = units_CHW[:, row * chunk_h : (row + 1) * chunk_h, column * chunk_w : (column + 1) * chunk_w]
-        chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_CHW.dtype.newbyteorder("<"))
-        chunk_Chw[:, : values_Chw.shape[1], : values_Chw.shape[2]] = values_Chw
-        parts.append(_with_checksum(zstd.encode(chunk_Chw)))
-        index[row, column] = offset, len(parts[-1])
-        offset += len(parts[-1])
-    return b"".join([*parts, _with_checksum(index.tobytes())])
+    zstd, frames = Zstd(level=level), {}
+    for row, units_ChW in enumerate(rows_of_chunks):
+        num_classes, rows, width = units_ChW.shape
+        assert rows == min(chunk_h, height - row * chunk_h), f"{rows} rows in row {row} of chunks"
+        for column in range(-(-width // chunk_w)):
+            values_Chw = units_ChW[:, :, column * chunk_w : (column + 1) * chunk_w]
+            chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_ChW.dtype.newbyteorder("<"))
+            chunk_Chw[:, :rows, : values_Chw.shape[2]] = values_Chw
+            frames[row, column] = _with_checksum(zstd.encode(chunk_Chw))
+    index = np.empty((-(-height // chunk_h), -(-width // chunk_w), 2), dtype="<u8")
+    assert len(frames) == index[..., 0].size, f"{len(frames)} chunks of {index.shape}"
+    order, offset = sorted(frames, key=_morton_code), 0
+    for place in order:
+        index[place] = offset, len(frames[place])
+        offset += len(frames[place])
+    file = b"".join([*(frames[place] for place in order), _with_checksum(index.tobytes())])
+    return EncodedShard(file, (num_classes, height, width), units_ChW.dtype)
 
 
 def _morton_code(place: tuple[int, int]) -> int:

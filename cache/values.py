@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,24 +45,18 @@ def _left_out(units_CHW: NDArray[Any], recipe: CacheRecipe) -> NDArray[Any]:
 
 
 def encode_bands(
-    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int
-) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-    """As `encode`, of a tile that comes in bands of rows `(C, h, width)` from the top: of the floats no more than two are held."""
-    stored_CHW = np.empty((len(recipe.channels), height, width), dtype=simplex.storage_type(recipe.bits))
-    waiting = np.empty((len(recipe.channels), 0, width), dtype=np.float32)
-    top, lost = 0, []
+    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int
+) -> Iterator[tuple[NDArray[Any], NDArray[np.float64] | None]]:
+    """As `encode` of each row of chunks, of a tile of `height` rows that comes in bands `(C, h, W)` from the top; one band is held."""
+    waiting_ChW: NDArray[np.float32] | None = None
+    left = height
     for band_ChW in bands:
-        waiting = np.concatenate([waiting, band_ChW], axis=1)
-        # Whole blocks of what rounding took, which are those between key rows, but for the last one.
-        ends = top + waiting.shape[1] == height
-        rows = waiting.shape[1] if ends else waiting.shape[1] // simplex.ENTROPY_BLOCK_PX * simplex.ENTROPY_BLOCK_PX
-        if rows:
-            units_ChW, of_band = _units_of(waiting[:, :rows], recipe)
-            stored_CHW[:, top : top + rows] = units_ChW
-            lost.append(of_band)
-        top, waiting = top + rows, waiting[:, rows:]
-    assert top == height, f"{top} of {height} rows came"
-    return _left_out(stored_CHW, recipe), None if isinstance(recipe, LogitsRecipe) else np.concatenate(lost)
+        waiting_ChW = band_ChW if waiting_ChW is None else np.concatenate([waiting_ChW, band_ChW], axis=1)
+        while left and waiting_ChW.shape[1] >= min(recipe.chunk_px, left):
+            rows = min(recipe.chunk_px, left)
+            yield encode(waiting_ChW[:, :rows], recipe)
+            left, waiting_ChW = left - rows, waiting_ChW[:, rows:]
+    assert not left and waiting_ChW is not None and not waiting_ChW.size, f"{left} of {height} rows did not come"
 
 
 def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:

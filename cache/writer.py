@@ -15,6 +15,7 @@ from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, finger
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.shard import EncodedShard
 from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage
 from kdpipe.cache.values import encode, error_bound
@@ -149,14 +150,14 @@ def open_writer(
 def store_tile(
     storage: Storage,
     tile_id: str,
-    encoded: tuple[NDArray[Any], NDArray[np.float64] | None],
+    encoded: tuple[NDArray[Any] | EncodedShard, NDArray[np.float64] | None],
     image: ImageDigest,
     recipe: CacheRecipe,
 ) -> TileRecord:
     """
-    Put one tile in an empty place, `encoded` as `values.encode` gives it, and return its record: first the shard, then the receipt.
+    Put one tile in an empty place and return its record: first the shard, then the receipt.
 
-    Once this returns, the tile survives a power cut.
+    `encoded` is what `values.encode` or `layout.encode_bands` made of it. Once this returns, the tile survives a power cut.
     """
     shard, metadata, record = layout.encode_tile(encoded[0], tile_id, image, recipe, encoded[1])
     path = layout.tile_path(tile_id)
@@ -193,9 +194,9 @@ class CacheWriter:
         return self.write_encoded(tile_id, encode(values_CHW, self.recipe), image)
 
     def write_encoded(
-        self, tile_id: str, encoded: tuple[NDArray[Any], NDArray[np.float64] | None], image: ImageDigest
+        self, tile_id: str, encoded: tuple[NDArray[Any] | EncodedShard, NDArray[np.float64] | None], image: ImageDigest
     ) -> TileRecord:
-        """As `write`, of what `values.encode` or `values.encode_bands` made."""
+        """As `write`, of what `values.encode` or `layout.encode_bands` made."""
         if self.storage.children(layout.tile_path(tile_id)):
             self._clear(tile_id)
         return store_tile(self.storage, tile_id, encoded, image, self.recipe)

@@ -110,6 +110,47 @@ def read_image(
     return stretched(path, bands, values_BHW, nodata_BHW, stretch)
 
 
+class Rows:
+    """An open image of which rows are read as they are asked for, the last ones kept: neighbours share some."""
+
+    def __init__(
+        self, path: Path, raster: DatasetReader, bands: Sequence[int], stretch: Sequence[tuple[float, float]] | None
+    ) -> None:
+        self.height, self.width = raster.height, raster.width
+        self._path, self._raster, self._bands, self._stretch = path, raster, list(bands), stretch
+        self._top, self._kept_hW3 = 0, np.empty((0, raster.width, 3), dtype=np.uint8)
+
+    def read(self, top: int, bottom: int) -> NDArray[np.uint8]:
+        """Rows `top .. bottom`, uint8 `(bottom - top, W, 3)`, as those of `read_image`, whose errors are raised too."""
+        end = self._top + len(self._kept_hW3)
+        kept_hW3 = self._kept_hW3[top - self._top :] if self._top <= top <= end else self._kept_hW3[:0]
+        first = top + len(kept_hW3)
+        if first < bottom:
+            kept_hW3 = np.concatenate([kept_hW3, self._rows(first, bottom - first)])
+        self._top, self._kept_hW3 = top, kept_hW3
+        return kept_hW3[: bottom - top]
+
+    def _rows(self, top: int, count: int) -> NDArray[np.uint8]:
+        from rasterio.windows import Window
+
+        window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
+        if self._stretch is None:
+            return _pixels(self._path, self._raster, self._bands, window).transpose(1, 2, 0)
+        values_BhW, nodata_BhW = bands_and_nodata(self._path, self._raster, self._bands, window)
+        return stretched(self._path, self._bands, values_BhW, nodata_BhW, self._stretch, first_row=top)
+
+
+@contextmanager
+def open_rows(
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Sequence[tuple[float, float]] | None = None
+) -> Iterator[Rows]:
+    """The image as `read_image` gives it, to be read row by row; `DataError` as there, where it is opened and where it is read."""
+    with _opened(path) as raster:
+        if stretch is None:
+            require_8_bit(path, raster, bands)
+        yield Rows(path, raster, bands, stretch)
+
+
 def stretched(
     path: Path | str,
     bands: Sequence[int],

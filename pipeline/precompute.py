@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
+from kdpipe.cache.layout import encode_bands
 from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.storage import Storage, open_storage
-from kdpipe.cache.values import encode_bands
 from kdpipe.cache.writer import (
     CacheWriter,
     finished_tiles,
@@ -49,7 +49,7 @@ from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, answers_in_bands, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
-from kdpipe.pipeline.subjects import Stretch, Subject, asked_per_sample, subject_noun, subjects
+from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subject_noun, subjects
 
 CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network which takes the cores itself
 PENDING_PX = 2**23  # of computed tiles that may wait for each two that write, else the device waits: bounds memory
@@ -276,12 +276,17 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read."""
+    """
+    One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read.
+
+    A `scene` has neither: it is read while the teacher is asked.
+    """
 
     tiles: list[Subject]
     digests: dict[str, ImageDigest]
     images_NHWC: NDArray[np.uint8] | None
     failed: dict[str, str]
+    scene: WholeTile | None = None
 
 
 def _compute(
@@ -299,20 +304,25 @@ def _compute(
         try:
             while (ahead or loading) and not stop.is_set():
                 while ahead and len(loading) <= num_readers:
-                    loading.append(readers.submit(load_batch, ahead.popleft()))
+                    loading.append(readers.submit(_load, ahead.popleft(), writer.recipe))
                 loaded = loading.popleft().result()
                 summary.failed |= loaded.failed
+                if loaded.scene is not None:
+                    try:
+                        yield _store_scene(teacher, loaded.scene, writer, advice, summary, stop)
+                    except (DataError, OSError) as err:
+                        summary.failed[loaded.scene.id] = str(err)
                 if loaded.images_NHWC is None:
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
                     start = time.perf_counter()
-                    answers, store = _answers(teacher, loaded.images_NHWC, writer)
+                    answers = teacher.cached_values(loaded.images_NHWC)
                     summary.teacher_seconds += time.perf_counter() - start
                 pixels = loaded.images_NHWC[0, ..., 0].size
                 for tile, answer in zip(loaded.tiles, answers, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
-                        writing.append((pixels, writers.submit(store, tile.id, answer, loaded.digests[tile.id])))
+                        writing.append((pixels, writers.submit(writer.write, tile.id, answer, loaded.digests[tile.id])))
                 while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > pending_px):
                     yield writing.popleft()[1].result()
             while writing:
@@ -326,14 +336,39 @@ def _compute(
         raise Interrupted(stopped_text(summary))
 
 
-def _answers(
-    teacher: FrozenTeacher, images_NHWC: NDArray[np.uint8], writer: CacheWriter
-) -> tuple[Sequence[Any], Callable[[str, Any, ImageDigest], TileRecord]]:
-    """What the teacher says of each image, and what stores it: of a scene too large for memory encoded band by band already."""
-    if not answers_in_bands(writer.recipe, images_NHWC.shape):
-        return list(teacher.cached_values(images_NHWC)), writer.write
-    bands = teacher.cached_bands(images_NHWC[0])
-    return [encode_bands(bands, writer.recipe, *images_NHWC.shape[1:3])], writer.write_encoded
+def _load(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
+    """As `load_batch`, but for a single tile that is larger than the teacher's window: memory is to be flat, whatever its size."""
+    (first, *others) = batch
+    try:
+        if not others and isinstance(first, WholeTile) and answers_in_bands(recipe, (1, *first.size(), 3)):
+            return LoadedBatch(batch, {}, None, {}, scene=first)
+    except DataError:  # which reading says again
+        pass
+    return load_batch(batch)
+
+
+def _store_scene(
+    teacher: FrozenTeacher, scene: WholeTile, writer: CacheWriter, advice: Callable[[int], list[str]], summary: Summary,
+    stop: threading.Event,
+) -> TileRecord:  # fmt: skip
+    """Read, ask and encode from the top down: of image, answer and integers a row of windows is held, of the shard all bytes."""
+    start = time.perf_counter()
+    with scene.open_rows() as (rows, digest):
+        size = sized("tile", 1, rows.height, rows.width)
+        with fits_in_memory(f"while the teacher answered {size}", advice(max(rows.height, rows.width))):
+            bands = teacher.cached_bands(rows.read, rows.height, rows.width)
+            encoded = encode_bands(_until(stop, bands, summary), writer.recipe, rows.height, rows.width)
+    summary.teacher_seconds += time.perf_counter() - start
+    return writer.write_encoded(scene.id, encoded, digest)
+
+
+def _until(
+    stop: threading.Event, bands: Iterator[NDArray[np.float32]], summary: Summary
+) -> Iterator[NDArray[np.float32]]:
+    for band_ChW in bands:
+        if stop.is_set():
+            raise Interrupted(stopped_text(summary))
+        yield band_ChW
 
 
 def stopped_text(summary: Summary) -> str:
@@ -395,6 +430,8 @@ def load_batch(batch: list[Subject]) -> LoadedBatch:
     whole = next((image for image in images if image is not None), None)
     if whole is None:
         return LoadedBatch(batch, digests, None, failed)
+    if len(images) == 1:
+        return LoadedBatch(batch, digests, whole[None], failed)
     images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
     return LoadedBatch(batch, digests, images_NHWC, failed)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from kdpipe.cache.sources import Source, digest_crop, digest_image
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample
-from kdpipe.data.rasters import image_size, read_image, read_mask
+from kdpipe.data.rasters import Rows, image_size, open_rows, read_image, read_mask
 from kdpipe.data.recorded_views import RecordedView, RecordedViews
 from kdpipe.data.tiles import Tile
 
@@ -119,6 +120,14 @@ class WholeTile:
         digest = digest_image(self.tile.image)
         _refuse_changed(self.tile.image, before)
         return image_HW3, digest
+
+    @contextmanager
+    def open_rows(self) -> Iterator[tuple[Rows, ImageDigest]]:
+        """The image to be read row by row, and the digest of its file; `DataError` if that changed until the block ends."""
+        before = _state(self.tile.image)
+        with open_rows(self.tile.image, self.config.data.bands, self.stretch) as rows:
+            yield rows, digest_image(self.tile.image)
+        _refuse_changed(self.tile.image, before)
 
     def labels(self) -> NDArray[np.integer[Any]]:
         """As the mask's file has them; `DataError` where it is not of the image's size."""

@@ -577,7 +577,7 @@ def test_a_band_is_given_out_before_the_windows_below_it_are_asked():
 
     scene = torch.randint(0, 256, (1, 1, 640, 64), dtype=torch.uint8)
     rows = 0
-    for band in blended_bands(ask, scene, 128):
+    for band in blended_bands(ask, lambda top, bottom: scene[..., top:bottom, :], 640, 64, 128):
         rows += band.shape[-2]
         assert rows <= asked_tops[-1] + 128
         assert rows >= asked_tops[-1] + 1
@@ -589,7 +589,7 @@ def test_a_band_is_given_out_before_the_windows_below_it_are_asked():
 def test_a_scenes_bands_are_what_its_windows_blend_to(make_config, kind):
     config = make_config(teacher__window=64, cache__kind=kind)
     teacher, picture = asked(config), images(200, 130)
-    bands = list(teacher.cached_bands(picture[0]))
+    bands = list(teacher.cached_bands(lambda top, bottom: picture[0, top:bottom], *picture.shape[1:3]))
     assert len(bands) > 2
     logits = teacher.logits(picture)
     expected = logits.numpy() if kind == "logits" else teacher.targets_of(logits)

@@ -149,17 +149,28 @@ class FrozenTeacher:
     def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What a cache of the recipe's kind stores: the soft targets, or the logits, float32 `(N, C_t, H, W)`."""
         if answers_in_bands(self._recipe, images_NHWC.shape):
-            return np.concatenate(list(self.cached_bands(images_NHWC[0])), axis=1)[None]
+            image_HWC = images_NHWC[0]
+            bands = self.cached_bands(lambda top, bottom: image_HWC[top:bottom], *image_HWC.shape[:2])
+            return np.concatenate(list(bands), axis=1)[None]
         return self._values_of(self.logits(images_NHWC))
 
     @torch.inference_mode()
-    def cached_bands(self, image_HWC: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
-        """`cached_values` of one image, uint8 `(H, W, 3)`, in bands of rows `(C, h, W)` from the top, each as soon as it is final."""
-        image_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
+    def cached_bands(
+        self, rows: Callable[[int, int], NDArray[np.uint8]], height: int, width: int
+    ) -> Iterator[NDArray[np.float32]]:
+        """
+        `cached_values` of one image in bands of rows `(C, h, W)` from the top, each as soon as it is final.
+
+        `rows(top, bottom)` gives its rows, uint8 `(bottom - top, W, 3)`, and is asked from the top down.
+        """
+
+        def rows_1ChW(top: int, bottom: int) -> Tensor:
+            return torch.from_numpy(rows(top, bottom))[None].permute(0, 3, 1, 2)
+
         streams = []
         for number, record in enumerate(self._recipe.teachers):
             assert record.window is not None
-            streams.append(blended_bands(self._asker(number), image_1CHW, record.window))
+            streams.append(blended_bands(self._asker(number), rows_1ChW, height, width, record.window))
         for bands in zip(*streams, strict=True):
             logits_1ThW = sum(band * share for band, share in zip(bands, self._shares, strict=True))
             yield self._values_of(logits_1ThW)[0]

@@ -49,23 +49,31 @@ def blended_logits(ask: Callable[[Tensor], Tensor], images_NCHW: Tensor, window:
     the whole would be; `window` is such a multiple. At every pixel the windows' weights sum to one and change smoothly, so
     that no seam shows. An image that is no larger than a window is asked as a whole.
     """
-    bands = list(blended_bands(ask, images_NCHW, window))
+    rows = lambda top, bottom: images_NCHW[..., top:bottom, :]  # noqa: E731
+    height, width = images_NCHW.shape[-2:]
+    bands = list(blended_bands(ask, rows, height, width, window))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=-2)
 
 
-def blended_bands(ask: Callable[[Tensor], Tensor], images_NCHW: Tensor, window: int) -> Iterator[Tensor]:
-    """As `blended_logits`, in bands of rows `(N, C, h, W)` from the top, each once no further window adds to it."""
-    height, width = images_NCHW.shape[-2:]
+def blended_bands(
+    ask: Callable[[Tensor], Tensor], rows: Callable[[int, int], Tensor], height: int, width: int, window: int
+) -> Iterator[Tensor]:
+    """
+    As `blended_logits`, in bands of rows `(N, C, h, W)` from the top, each once no further window adds to it.
+
+    `rows(top, bottom)` gives these rows of the images, `(N, 3, bottom - top, W)`, and is asked from the top down.
+    """
     if height <= window and width <= window:
-        yield ask(images_NCHW)
+        yield ask(rows(0, height))
         return
-    rows, columns = _shares(height, window), _shares(width, window)
-    ends = [top for top, _ in rows[1:]] + [height]
+    shares_of_rows, columns = _shares(height, window), _shares(width, window)
+    ends = [top for top, _ in shares_of_rows[1:]] + [height]
     below: Tensor | None = None  # what the windows so far say of rows that later ones have a share of, too
-    for (top, shares_H), end in zip(rows, ends, strict=True):
+    for (top, shares_H), end in zip(shares_of_rows, ends, strict=True):
         strip: Tensor | None = None
+        rows_NCHW = rows(top, top + len(shares_H))
         for left, shares_W in columns:
-            window_NCHW = images_NCHW[..., top : top + len(shares_H), left : left + len(shares_W)]
+            window_NCHW = rows_NCHW[..., left : left + len(shares_W)]
             logits = ask(window_NCHW).cpu()
             if strip is None:
                 strip = logits.new_zeros(*logits.shape[:3], width)
