@@ -34,6 +34,7 @@ _GDAL_OPTIONS = {
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 returns a truncated PNG as noise, without a word
     "GDAL_PAM_ENABLED": False,  # no .aux.xml files, neither read nor written beside the user's data
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder, which may hold a million files
+    "GDAL_CACHEMAX": 64,  # MB. By default a twentieth of the machine's memory; what is read here is read once
 }
 _SHOWN_VALUES = 5
 
