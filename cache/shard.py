@@ -71,8 +71,11 @@ class Shard:
         out_Chw = np.empty((self.shape[0], height, width), dtype=self.dtype)
         rows = range(top // chunk_h, (top + height - 1) // chunk_h + 1)
         columns = range(left // chunk_w, (left + width - 1) // chunk_w + 1)
+        chunk_Chw = np.empty(
+            (self.shape[0], chunk_h, chunk_w), dtype=self.dtype
+        )  # once: new memory costs as much as decoding
         for row, column in itertools.product(rows, columns):
-            chunk_Chw = self._chunk(row, column, read_range, checksums)
+            self._decode(row, column, read_range, checksums, out_Chw=chunk_Chw)
             y, x = row * chunk_h, column * chunk_w
             first_y, first_x = max(top, y), max(left, x)
             last_y, last_x = min(top + height, y + chunk_h), min(left + width, x + chunk_w)
@@ -81,28 +84,31 @@ class Shard:
             ]
         return out_Chw
 
-    def _chunk(
-        self, row: int, column: int, read_range: ReadRange, checksums: NDArray[np.uint32] | None
-    ) -> NDArray[Any]:
+    def _decode(
+        self,
+        row: int,
+        column: int,
+        read_range: ReadRange,
+        checksums: NDArray[np.uint32] | None,
+        out_Chw: NDArray[Any],
+    ) -> None:
         start, size = (int(value) for value in self.index[row, column])
         if start == ABSENT:
             raise ValueError(f"chunk {row}, {column} is absent")
         # No frame has more bytes than its chunk and a header, and none is let allocate what it declares.
-        chunk_Chw = np.zeros((self.shape[0], *self.chunk_px), dtype=self.dtype)
-        if size > 2 * chunk_Chw.nbytes + 1024:
+        if size > 2 * out_Chw.nbytes + 1024:
             raise ValueError(f"chunk {row}, {column} should have {size} bytes, more than its values")
         data = read_range(start, size)
         frame = _checked(data, f"chunk {row}, {column}")
         if checksums is not None and int.from_bytes(data[-CRC_BYTES:], "little") != checksums[row, column]:
             raise ValueError(f"chunk {row}, {column} was replaced by another")
         declared = _frame_size(frame)
-        if declared != chunk_Chw.nbytes:
-            raise ValueError(f"chunk {row}, {column} declares {declared} bytes, not those of {chunk_Chw.shape} values")
+        if declared != out_Chw.nbytes:
+            raise ValueError(f"chunk {row}, {column} declares {declared} bytes, not those of {out_Chw.shape} values")
         try:
-            Zstd().decode(frame, out=chunk_Chw)
+            Zstd().decode(frame, out=out_Chw)
         except RuntimeError as err:
             raise ValueError(f"chunk {row}, {column} does not decode ({err})") from err
-        return chunk_Chw
 
 
 @dataclass(frozen=True)

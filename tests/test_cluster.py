@@ -226,7 +226,11 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_run_computes_the_rest(two_wo
     assert 5 <= kept < TILES
     assert run(config, two_workers.address).kept == kept
     assert tree(tmp_path / "cache.zarr") == whole
-    assert len(two_workers.asked()) - TILES in (0, 1, 2)  # what a worker had in hand as the fence was taken back is lost
+    assert len(two_workers.asked()) - TILES in (
+        0,
+        1,
+        2,
+    )  # what a worker had in hand as the fence was taken back is lost
 
 
 def command(config, tmp_path, *options):
