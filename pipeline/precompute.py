@@ -309,9 +309,13 @@ def _compute(
                 summary.failed |= loaded.failed
                 if loaded.scene is not None:
                     try:
-                        yield _store_scene(teacher, loaded.scene, writer, advice, summary, stop)
+                        encoded, digest = _answer_scene(teacher, loaded.scene, writer.recipe, advice, summary, stop)
                     except (DataError, OSError) as err:
                         summary.failed[loaded.scene.id] = str(err)
+                        continue
+                    yield writer.write_encoded(
+                        loaded.scene.id, encoded, digest
+                    )  # whose errors are the cache's, not the image's
                 if loaded.images_NHWC is None:
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
@@ -347,19 +351,19 @@ def _load(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
     return load_batch(batch)
 
 
-def _store_scene(
-    teacher: FrozenTeacher, scene: WholeTile, writer: CacheWriter, advice: Callable[[int], list[str]], summary: Summary,
+def _answer_scene(
+    teacher: FrozenTeacher, scene: WholeTile, recipe: CacheRecipe, advice: Callable[[int], list[str]], summary: Summary,
     stop: threading.Event,
-) -> TileRecord:  # fmt: skip
+) -> tuple[Any, ImageDigest]:  # fmt: skip
     """Read, ask and encode from the top down: of image, answer and integers a row of windows is held, of the shard all bytes."""
     start = time.perf_counter()
     with scene.open_rows() as (rows, digest):
         size = sized("tile", 1, rows.height, rows.width)
         with fits_in_memory(f"while the teacher answered {size}", advice(max(rows.height, rows.width))):
             bands = teacher.cached_bands(rows.read, rows.height, rows.width)
-            encoded = encode_bands(_until(stop, bands, summary), writer.recipe, rows.height, rows.width)
+            encoded = encode_bands(_until(stop, bands, summary), recipe, rows.height, rows.width)
     summary.teacher_seconds += time.perf_counter() - start
-    return writer.write_encoded(scene.id, encoded, digest)
+    return encoded, digest
 
 
 def _until(

@@ -24,9 +24,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)
 os.environ.setdefault("COLUMNS", "160")
 os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests start
-os.fsync = lambda descriptor: (
-    None
-)  # what a power cut would lose is known to the tests' crash_disk; a real disk takes minutes
+# What a power cut would lose is known to the tests' crash_disk; a real disk takes minutes.
+os.fsync = lambda descriptor: None
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A tile larger than the teacher's window is read, asked and encoded from the top down, and stored as one that is held whole."""
 
+import errno
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import tree, write_image
 from PIL import Image
 
+from kdpipe.cache import writer
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
@@ -82,9 +84,9 @@ def test_the_bytes_are_those_of_images_that_are_held_whole(scenes, tmp_path, kin
     assert precompute(config, CPU).computed == 3
     recipe = complete_recipe(config, None, None)
     teacher = open_teacher(config, recipe, CPU)
-    with open_writer(open_storage(str(tmp_path / "whole.zarr")), recipe, device="cpu", libraries={}) as writer:
-        writer.finish([
-            writer.write(tile.id, teacher.cached_values(read_image(tile.image)[None])[0], digest_image(tile.image))
+    with open_writer(open_storage(str(tmp_path / "whole.zarr")), recipe, device="cpu", libraries={}) as opened:
+        opened.finish([
+            opened.write(tile.id, teacher.cached_values(read_image(tile.image)[None])[0], digest_image(tile.image))
             for tile in list_tiles(config.data, "train")
         ])  # fmt: skip
     assert tree(Path(config.cache.path) / "tiles") == tree(tmp_path / "whole.zarr" / "tiles")
@@ -149,3 +151,16 @@ def test_a_run_stops_within_a_scene(scenes, monkeypatch):
             precompute(scenes, CPU, stop=stop)
     assert max(tops) < 200
     assert precompute(scenes, CPU).computed == 3
+
+
+def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_taken_for_a_bad_image(scenes, monkeypatch):
+    store = writer.store_tile
+
+    def broken(storage, tile_id, *others):
+        if tile_id == "Mine/a":  # a scene
+            raise OSError(errno.EIO, "by the test")
+        return store(storage, tile_id, *others)
+
+    monkeypatch.setattr(writer, "store_tile", broken)
+    with pytest.raises(OSError, match="by the test"):
+        precompute(scenes, CPU)
