@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from kdpipe.cache.logits import Softening
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, parse_manifest, reason_of, refuse_to_write
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
-from kdpipe.cache.shard import ReadRange, Shard, open_shard
+from kdpipe.cache.shard import ReadRanges, Shard, open_shard
 from kdpipe.cache.simplex import mean_over_pixels, mean_over_window
 from kdpipe.cache.storage import LocalStorage, Storage, open_storage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
@@ -136,7 +137,7 @@ class SoftTargetCache:
         start = values.first_row(recipe, top)
         try:
             stored = shard.read(
-                (start, left, top + height - start, width), self._range_reader(record), self._checksums[tile_id]
+                (start, left, top + height - start, width), self._ranges_reader(record), self._checksums[tile_id]
             )
         except (ValueError, RuntimeError, OSError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
@@ -182,7 +183,7 @@ class SoftTargetCache:
         """Raises `ValueError` for whatever is not as the manifest says."""
         metadata = read_intact(self._storage, record, layout.METADATA_NAME)
         if record.id in self._checksums:  # dropped to save memory, and needed again
-            return open_tile(self.manifest.recipe, record, metadata, self._range_reader(record))
+            return open_tile(self.manifest.recipe, record, metadata, self._ranges_reader(record))
         file = read_intact(self._storage, record, layout.SHARD_NAME)
         shard = open_tile(self.manifest.recipe, record, metadata, in_memory(file))
         self._checksums[record.id] = shard.checksums(file)
@@ -194,8 +195,8 @@ class SoftTargetCache:
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise self._unusable(record.id, f"its entropy_error is not that of its size ({err!r:.100})") from err
 
-    def _range_reader(self, record: TileRecord) -> ReadRange:
-        return partial(self._storage.read_range, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
+    def _ranges_reader(self, record: TileRecord) -> ReadRanges:
+        return partial(self._storage.read_ranges, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
 
     def _refuse_fork(self) -> None:
         """Local files are opened at each read and survive a fork; the event loops of remote file systems do not."""
@@ -268,18 +269,23 @@ def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
     return data
 
 
-def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_range: ReadRange) -> Shard:
+def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ranges: ReadRanges) -> Shard:
     """A tile's shard; `ValueError` where it is damaged, or has not the shape and type that recipe and record give it."""
-    shard = open_shard(metadata, read_range)
+    shard = open_shard(metadata, read_ranges)
     wanted = (len(recipe.channels), record.height, record.width), recipe.dtype
     if (shard.shape, shard.dtype) != wanted:
         raise ValueError(f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}")
     return shard
 
 
-def in_memory(file: bytes) -> ReadRange:
+def in_memory(file: bytes) -> ReadRanges:
     """Ranges of a file that has been read already."""
-    return lambda start, length: file[start:][:length]
+
+    def read_ranges(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        starts = (start if start >= 0 else max(0, len(file) + start) for start, _ in spans)
+        return [file[start : start + length] for start, (_, length) in zip(starts, spans, strict=True)]
+
+    return read_ranges
 
 
 def read_manifest(storage: Storage) -> Manifest:

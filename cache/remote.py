@@ -12,7 +12,7 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from kdpipe.cache.storage import FileInfo
@@ -76,10 +76,18 @@ class RemoteStorage:
         """The content of a file; `FileNotFoundError` if there is none."""
         return self._try("reading", name, lambda: bytes(self._fs.cat_file(self._full(name))))
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
-        end = None if start < 0 and start + length == 0 else start + length
-        return self._try("reading", name, lambda: bytes(self._fs.cat_file(self._full(name), start=start, end=end)))
+    def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """
+        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer where the file ends.
+
+        A request each, which do not wait for one another.
+        """
+        starts = [start for start, _ in spans]
+        ends = [None if start < 0 and start + length == 0 else start + length for start, length in spans]
+        paths = [self._full(name)] * len(spans)
+        return self._try(
+            "reading", name, lambda: list(map(bytes, self._fs.cat_ranges(paths, starts, ends, on_error="raise")))
+        )
 
     def write(self, name: str, data: bytes) -> None:
         """Upload `data` as `name`; an object store shows the object once all of it has arrived."""

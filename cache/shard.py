@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
-from numcodecs.checksum32 import CRC32C
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
@@ -31,8 +32,8 @@ COMPRESSORS = [  # which the formats write
     [{"name": "zstd", "configuration": {"level": level, "checksum": False}}, {"name": "crc32c"}] for level in (3, 7)
 ]
 
-ReadRange = Callable[[int, int], bytes]
-"""`(start, length)` to those bytes of the shard's file; a negative start counts from its end."""
+ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]
+"""The bytes of the shard's file in each `(start, length)`; a negative start counts from its end."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ class Shard:
     def read(
         self,
         window: tuple[int, int, int, int],
-        read_range: ReadRange,
+        read_ranges: ReadRanges,
         checksums: NDArray[np.uint32] | None = None,
     ) -> NDArray[Any]:
         """
-        The stored integers `(C, h, w)` of `(top, left, height, width)`; only the chunks that it touches are read.
-
+        The stored integers `(C, h, w)` of `(top, left, height, width)`; only the chunks that it touches are read, all at once.
         With `checksums` a chunk that is whole in itself, but has another than there, is refused as well: the file has been
         replaced since they were taken. Raises `ValueError` where a chunk is absent, does not match its checksum, or does not
         decode to its size.
@@ -71,11 +71,14 @@ class Shard:
         out_Chw = np.empty((self.shape[0], height, width), dtype=self.dtype)
         rows = range(top // chunk_h, (top + height - 1) // chunk_h + 1)
         columns = range(left // chunk_w, (left + width - 1) // chunk_w + 1)
+        places = list(itertools.product(rows, columns))
+        found = read_ranges([self._span(place) for place in places])
         chunk_Chw = np.empty(
             (self.shape[0], chunk_h, chunk_w), dtype=self.dtype
         )  # once: new memory costs as much as decoding
-        for row, column in itertools.product(rows, columns):
-            self._decode(row, column, read_range, checksums, out_Chw=chunk_Chw)
+        for place, data in zip(places, found, strict=True):
+            self._decode(place, data, checksums, out_Chw=chunk_Chw)
+            row, column = place
             y, x = row * chunk_h, column * chunk_w
             first_y, first_x = max(top, y), max(left, x)
             last_y, last_x = min(top + height, y + chunk_h), min(left + width, x + chunk_w)
@@ -84,31 +87,29 @@ class Shard:
             ]
         return out_Chw
 
-    def _decode(
-        self,
-        row: int,
-        column: int,
-        read_range: ReadRange,
-        checksums: NDArray[np.uint32] | None,
-        out_Chw: NDArray[Any],
-    ) -> None:
-        start, size = (int(value) for value in self.index[row, column])
+    def _span(self, place: tuple[int, int]) -> tuple[int, int]:
+        """Where a chunk lies in the file: start and length."""
+        start, size = self.index[place].tolist()
         if start == ABSENT:
-            raise ValueError(f"chunk {row}, {column} is absent")
+            raise ValueError(f"{_name(place)} is absent")
         # No frame has more bytes than its chunk and a header, and none is let allocate what it declares.
-        if size > 2 * out_Chw.nbytes + 1024:
-            raise ValueError(f"chunk {row}, {column} should have {size} bytes, more than its values")
-        data = read_range(start, size)
-        frame = _checked(data, f"chunk {row}, {column}")
-        if checksums is not None and int.from_bytes(data[-CRC_BYTES:], "little") != checksums[row, column]:
-            raise ValueError(f"chunk {row}, {column} was replaced by another")
+        if size > 2 * math.prod((self.shape[0], *self.chunk_px)) * self.dtype.itemsize + 1024:
+            raise ValueError(f"{_name(place)} should have {size} bytes, more than its values")
+        return start, size
+
+    def _decode(
+        self, place: tuple[int, int], data: bytes, checksums: NDArray[np.uint32] | None, out_Chw: NDArray[Any]
+    ) -> None:
+        frame = _checked(data, _name(place))
+        if checksums is not None and data[-CRC_BYTES:] != int(checksums[place]).to_bytes(CRC_BYTES, "little"):
+            raise ValueError(f"{_name(place)} was replaced by another")
         declared = _frame_size(frame)
         if declared != out_Chw.nbytes:
-            raise ValueError(f"chunk {row}, {column} declares {declared} bytes, not those of {out_Chw.shape} values")
+            raise ValueError(f"{_name(place)} declares {declared} bytes, not those of {out_Chw.shape} values")
         try:
             Zstd().decode(frame, out=out_Chw)
         except RuntimeError as err:
-            raise ValueError(f"chunk {row}, {column} does not decode ({err})") from err
+            raise ValueError(f"{_name(place)} does not decode ({err})") from err
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _morton_code(place: tuple[int, int]) -> int:
     )
 
 
-def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
+def open_shard(metadata: bytes, read_ranges: ReadRanges) -> Shard:
     """
     A shard from the bytes of its `zarr.json` and its file.
 
@@ -189,22 +190,27 @@ def open_shard(metadata: bytes, read_range: ReadRange) -> Shard:
     if grid[0] * grid[1] > MAX_CHUNKS:
         raise ValueError(f"its shape {content['shape']} is larger than any tile")
     index_bytes = grid[0] * grid[1] * INDEX_ENTRY_BYTES + CRC_BYTES
-    index = np.frombuffer(_checked(read_range(-index_bytes, index_bytes), "the index"), dtype="<u8")
+    index = np.frombuffer(_checked(read_ranges([(-index_bytes, index_bytes)])[0], "the index"), dtype="<u8")
     return Shard((num_classes, height, width), (chunk_h, chunk_w), dtype, index.reshape(*grid, 2), attributes)
 
 
 def _with_checksum(data: bytes) -> bytes:
-    return bytes(CRC32C(location="end").encode(data))  # type: ignore[no-untyped-call]
+    crc: int = google_crc32c.value(data)
+    return data + crc.to_bytes(CRC_BYTES, "little")
 
 
-def _checked(data: bytes, what: str) -> Any:
+def _checked(data: bytes, what: str) -> bytes:
     """The bytes before a CRC32C, compared with it."""
     if len(data) <= CRC_BYTES:
         raise ValueError(f"{what} has only {len(data)} bytes")
-    try:
-        return CRC32C(location="end").decode(data)  # type: ignore[no-untyped-call]
-    except RuntimeError as err:
-        raise ValueError(f"{what} does not match its checksum") from err
+    content = data[:-CRC_BYTES]
+    if _with_checksum(content) != data:
+        raise ValueError(f"{what} does not match its checksum")
+    return content
+
+
+def _name(place: tuple[int, int]) -> str:
+    return f"chunk {place[0]}, {place[1]}"
 
 
 def _frame_size(frame: bytes) -> int | None:
@@ -213,11 +219,11 @@ def _frame_size(frame: bytes) -> int | None:
 
     https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1: magic number, descriptor, window (absent in a single segment), size.
     """
-    if bytes(frame[:4]) != b"\x28\xb5\x2f\xfd" or len(frame) < 5:
+    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 5:
         raise ValueError("a chunk is no Zstandard frame")
-    descriptor = int(frame[4])
+    descriptor = frame[4]
     single_segment = descriptor >> 5 & 1
     start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]
     length = (single_segment, 2, 4, 8)[descriptor >> 6]
-    size = int.from_bytes(bytes(frame[start : start + length]), "little") + (256 if length == 2 else 0)
+    size = int.from_bytes(frame[start : start + length], "little") + (256 if length == 2 else 0)
     return size if length else None

@@ -14,7 +14,7 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -47,8 +47,8 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none."""
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends."""
+    def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer where the file ends."""
 
     def write(self, name: str, data: bytes) -> None:
         """Make `name` hold exactly `data`, atomically and durably."""
@@ -114,17 +114,19 @@ class LocalStorage:
         """The content of a file; `FileNotFoundError` if there is none."""
         return self._path(name).read_bytes()
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
+    def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """
-        `length` bytes of a file from `start`, which counts from the end if negative; fewer where the file ends.
+        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer where the file ends.
 
         Links are followed wherever they lead, unlike in `read`, by which the same file has been read whole and compared: the
         check would take a tenth of a crop's time, and no byte is believed that is not of that file.
         """
         with open(f"{self.url}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
-            if start < 0:
-                start = max(0, start + os.fstat(file.fileno()).st_size)
-            return os.pread(file.fileno(), length, start)
+            size = os.fstat(file.fileno()).st_size
+            return [
+                os.pread(file.fileno(), length, start if start >= 0 else max(0, size + start))
+                for start, length in spans
+            ]
 
     def write(self, name: str, data: bytes) -> None:
         """

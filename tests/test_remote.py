@@ -219,6 +219,13 @@ def test_after_the_first_touch_a_window_asks_for_its_chunks_alone(s3, tmp_path):
     assert s3.count() == {"GET": 4}, "a chunk each"
     assert transferred < 0.3 * record.shard_bytes, "4 of 16 chunks"
 
+    all_four = threading.Barrier(4)
+    s3.fault = lambda method, path: all_four.wait(timeout=20) and None
+    np.testing.assert_allclose(
+        cache.read("T/a", window=(300, 300, 400, 400)), probs[:, 300:700, 300:700], atol=cache.manifest.error_bound
+    )
+    assert s3.count() == {"GET": 4}, "at the same time: one that waited for another would break the barrier"
+
 
 def test_a_quick_look_and_a_run_with_nothing_to_do_list_the_cache_instead_of_asking_tile_by_tile(make_config, s3):
     away = make_config(cache__path=s3.url)

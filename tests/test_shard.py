@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import golden_cache
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import zarr
 
 from kdpipe.cache import layout
+from kdpipe.cache.reader import in_memory
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.shard import open_shard
 from kdpipe.cache.simplex import encode, entropy_error
@@ -46,14 +48,12 @@ def test_every_window_is_what_zarr_reads(tiles, size, bits):
     storage, array, metadata = tiles[*size, bits]
     rng = np.random.default_rng(bits)
 
-    def read_range(start, length):
-        return storage.read_range("0.0.0", start, length)
-
-    shard = open_shard(metadata, read_range)
+    read_ranges = partial(storage.read_ranges, "0.0.0")
+    shard = open_shard(metadata, read_ranges)
     for _ in range(25):
         top, left = (int(rng.integers(side)) for side in size)
         bottom, right = (int(rng.integers(start, side)) + 1 for start, side in zip((top, left), size, strict=True))
-        units = shard.read((top, left, bottom - top, right - left), read_range)
+        units = shard.read((top, left, bottom - top, right - left), read_ranges)
         expected = array[:, top:bottom, left:right]
         assert units.dtype == expected.dtype
         np.testing.assert_array_equal(units, expected)
@@ -84,10 +84,6 @@ def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dty
     shard, metadata, _ = layout.encode_tile(units, "T/a", image, golden_cache.recipe(8), None)
     assert shard == (tmp_path / "0.0.0").read_bytes()
     assert {**json.loads(metadata), "attributes": {}} == json.loads((tmp_path / "zarr.json").read_bytes())
-
-
-def in_memory(shard):
-    return lambda start, length: shard[start:][:length]
 
 
 @pytest.mark.parametrize("where", range(0, 100, 7))
@@ -132,10 +128,8 @@ def test_a_forked_process_reads_a_local_cache(tmp_path):
     storage = LocalStorage(tmp_path)
 
     def read():
-        def read_range(start, length):
-            return storage.read_range("0.0.0", start, length)
-
-        return open_shard(metadata, read_range).read((0, 0, 300, 40), read_range)
+        read_ranges = partial(storage.read_ranges, "0.0.0")
+        return open_shard(metadata, read_ranges).read((0, 0, 300, 40), read_ranges)
 
     np.testing.assert_array_equal(read(), units)
     child = os.fork()
