@@ -29,6 +29,7 @@ from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.shard import EncodedShard
 from kdpipe.cache.storage import Storage, open_storage
 from kdpipe.cache.writer import (
     CacheWriter,
@@ -41,23 +42,19 @@ from kdpipe.cache.writer import (
 )
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import TrainTiles, batches_of_equal_size
+from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
+from kdpipe.pipeline.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.models.teacher import FrozenTeacher, answers_in_bands, open_teacher
+from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subject_noun, subjects
 
 CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network which takes the cores itself
 PENDING_PX = 2**23  # of computed tiles that may wait for each two that write, else the device waits: bounds memory
-HEADER_READERS, HEADERS_AT_ONCE = (
-    16,
-    4096,
-)  # threads that ask images for their size, which wait on a network's file system
-ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
 
 
@@ -210,7 +207,7 @@ def precompute(
         return summary
     if workers is not None:
         device = workers.start(stop)
-    batch_size = _batch_size(config, device)
+    batch_size = teacher_batch_size(config, device)
     advice = partial(teacher_advice, config, batch_size, device)
     with (
         fits_in_memory("while precomputing (reading, the teacher, or encoding)", advice()),
@@ -229,9 +226,9 @@ def precompute(
         records = dict(plan.finished)
         if plan.missing:
             missing = {tile.id for tile in plan.missing}
-            batches = [
-                batch for batch in _batches(plan, batch_size, summary) if any(tile.id in missing for tile in batch)
-            ]
+            batches, unreadable = make_batches(plan.tiles, plan.finished, batch_size)
+            summary.failed |= unreadable
+            batches = [batch for batch in batches if any(tile.id in missing for tile in batch)]
             if workers is None:
                 teacher = open_teacher(config, plan.recipe, device)
                 computed = _compute(plan, teacher, writer, batches, _threads(device), advice, summary, stop)
@@ -274,21 +271,6 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
     return replace(plan, finished=whole)
 
 
-@dataclass(frozen=True)
-class LoadedBatch:
-    """
-    One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read.
-
-    A `scene` has neither: it is read while the teacher is asked.
-    """
-
-    tiles: list[Subject]
-    digests: dict[str, ImageDigest]
-    images_NHWC: NDArray[np.uint8] | None
-    failed: dict[str, str]
-    scene: WholeTile | None = None
-
-
 def _compute(
     plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: list[list[Subject]], threads: tuple[int, int],
     advice: Callable[[int], list[str]], summary: Summary, stop: threading.Event,
@@ -304,7 +286,7 @@ def _compute(
         try:
             while (ahead or loading) and not stop.is_set():
                 while ahead and len(loading) <= num_readers:
-                    loading.append(readers.submit(_load, ahead.popleft(), writer.recipe))
+                    loading.append(readers.submit(load_batch_or_scene, ahead.popleft(), writer.recipe))
                 loaded = loading.popleft().result()
                 summary.failed |= loaded.failed
                 if loaded.scene is not None:
@@ -340,21 +322,10 @@ def _compute(
         raise Interrupted(stopped_text(summary))
 
 
-def _load(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
-    """As `load_batch`, but for a single tile that is larger than the teacher's window: memory is to be flat, whatever its size."""
-    (first, *others) = batch
-    try:
-        if not others and isinstance(first, WholeTile) and answers_in_bands(recipe, (1, *first.size(), 3)):
-            return LoadedBatch(batch, {}, None, {}, scene=first)
-    except DataError:  # which reading says again
-        pass
-    return load_batch(batch)
-
-
 def _answer_scene(
     teacher: FrozenTeacher, scene: WholeTile, recipe: CacheRecipe, advice: Callable[[int], list[str]], summary: Summary,
     stop: threading.Event,
-) -> tuple[Any, ImageDigest]:  # fmt: skip
+) -> tuple[tuple[EncodedShard, NDArray[np.float64] | None], ImageDigest]:  # fmt: skip
     """Read, ask and encode from the top down: of image, answer and integers a row of windows is held, of the shard all bytes."""
     start = time.perf_counter()
     with scene.open_rows() as (rows, digest):
@@ -384,62 +355,6 @@ def stopped_text(summary: Summary) -> str:
     )
 
 
-def _batches(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject]]:
-    """
-    The same batches of equal size in every run, made from all tiles and not from the missing ones.
-
-    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones. An image
-    without a readable header is taken to be as large as the one before it: it keeps its place, and fails when it is read.
-    """
-    if batch_size == 1:
-        return [[tile] for tile in plan.tiles]
-
-    def size_of(tile: Subject) -> tuple[int, int] | DataError:
-        record = plan.finished.get(tile.id)
-        try:
-            return (record.height, record.width) if record else tile.size()
-        except DataError as err:
-            return err
-
-    sizes: list[tuple[int, int] | None] = []
-    with ThreadPoolExecutor(HEADER_READERS) as threads:
-        for start in range(0, len(plan.tiles), HEADERS_AT_ONCE):
-            block = plan.tiles[start : start + HEADERS_AT_ONCE]
-            for tile, found in zip(block, threads.map(size_of, block), strict=True):
-                if isinstance(found, DataError):
-                    summary.failed[tile.id] = str(found)
-                    sizes.append(sizes[-1] if sizes else None)
-                else:
-                    sizes.append(found)
-    first = next((size for size in sizes if size), (0, 0))  # of tiles before any that is readable
-    return [[plan.tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)]
-
-
-def load_batch(batch: list[Subject]) -> LoadedBatch:
-    """
-    The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
-    would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
-    """
-    images: list[NDArray[np.uint8] | None] = []
-    digests, failed = {}, {}
-    for tile in batch:
-        try:
-            image_HWC, digest = tile.load()
-        except (DataError, OSError) as err:
-            failed[tile.id] = str(err)
-            images.append(None)
-            continue
-        digests[tile.id] = digest
-        images.append(image_HWC)
-    whole = next((image for image in images if image is not None), None)
-    if whole is None:
-        return LoadedBatch(batch, digests, None, failed)
-    if len(images) == 1:
-        return LoadedBatch(batch, digests, whole[None], failed)
-    images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
-    return LoadedBatch(batch, digests, images_NHWC, failed)
-
-
 def _threads(device: torch.device) -> tuple[int, int]:
     """
     Threads that read, and threads that encode and write; decoders, NumPy and zstd release the GIL.
@@ -451,11 +366,6 @@ def _threads(device: torch.device) -> tuple[int, int]:
     cores = os.cpu_count() or 2
     readers = max(2, cores // 6)
     return readers, max(2, cores - readers)
-
-
-def _batch_size(config: Config, device: torch.device) -> int:
-    usual = 1 if device.type == "cpu" else ACCELERATOR_BATCH
-    return min(member.batch_size or usual for member in config.members.values())
 
 
 def _refuse_small_disk(plan: Plan, summary: Summary) -> None:

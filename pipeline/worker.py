@@ -178,7 +178,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         return receipts
 
     def _compute(self, batch: list[Subject], wanted: frozenset[str]) -> Receipts:
-        from kdpipe.pipeline.precompute import load_batch
+        from kdpipe.pipeline.batches import load_batch
 
         receipts, job = Receipts(self._address), self._job
         if self._stopped.is_set():

@@ -16,8 +16,7 @@ from torch._utils import ExceptionWrapper
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import CorruptCache, DataError, KdpipeError, OutOfMemory
-from kdpipe.pipeline import precompute as stage_one
-from kdpipe.pipeline import subjects, training, verify
+from kdpipe.pipeline import batches, subjects, training, verify
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.loaders import _worker_options
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice, training_advice, validation_advice
@@ -155,7 +154,7 @@ def exhausted_teacher(monkeypatch):
 
 
 def test_precompute_says_the_tiles_and_the_teachers_keys(make_config, exhausted_teacher, monkeypatch):
-    monkeypatch.setattr(stage_one, "ACCELERATOR_BATCH", 3)
+    monkeypatch.setattr(batches, "ACCELERATOR_BATCH", 3)
     config = make_config(teacher__batch_size=3, teacher__scales=[1.0, 1.5])
     message = (
         r"while the teacher answered \d tiles? of \d+ x \d+ px .* To fit: teacher\.batch_size: 1 \(now 3\); teacher\.scales without "

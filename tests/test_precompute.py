@@ -19,6 +19,7 @@ from kdpipe.configs import dump_config
 from kdpipe.configs.errors import CacheLocked, CheckpointError, DiskFull, Interrupted, StaleCache
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import batches
 from kdpipe.pipeline import precompute as stage
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.models.teacher import open_teacher
@@ -198,7 +199,7 @@ def test_other_weights_are_another_teacher(make_config, tmp_path):
 def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(
     make_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(stage, "HEADERS_AT_ONCE", 3)
+    monkeypatch.setattr(batches, "HEADERS_AT_ONCE", 3)
     for i in range(5):
         write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
     (tmp_path / "Even" / "masks").mkdir()

@@ -3,9 +3,11 @@ How fast is stage one against a bare loop of the same network, and against the s
 
     python tests/benchmarks/stage_one.py dubai/linknet_kd [--tiles 12] [--rounds 3] [--json FILE] [--set KEY=VALUE …]
 
-Each arm runs in processes of its own, the arms in turn, so that a busy machine slows all of them alike; only what comes after
-the teacher is loaded is timed. `bare` asks the same network for its logits over tiles that lie decoded in memory: no reading,
-no softmax, nothing kept. `naive` reads, asks and saves one tile after the other, as float16 soft targets with `np.save`.
+In each round one process runs `bare` and `kdpipe` one after the other, and another `naive`: the same network in another process can
+differ by a tenth, by where its memory lies. The order turns from round to round, so that a busy machine slows all of them alike;
+only what comes after the teacher is loaded is timed. `bare` asks the same network for its logits over tiles that lie decoded in
+memory: no reading, no softmax, nothing kept. `naive` reads, asks and saves one tile after the other, as float16 soft targets with
+`np.save`.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import warnings
 from pathlib import Path
 
 ARMS = ("bare", "kdpipe", "naive")
+PROCESSES = ["bare", "kdpipe"], ["naive"]
 
 
 def bare(config, tiles, teacher, device, folder):
@@ -74,15 +77,15 @@ def kdpipe(config, tiles, teacher, device, folder):
     return time.perf_counter() - start
 
 
-def run_arm(arm: str, options: argparse.Namespace) -> None:
-    """One measurement in this process; prints seconds and CPU seconds of the whole loop."""
+def run_arms(arms: list[str], options: argparse.Namespace) -> None:
+    """One measurement of each in this process; prints seconds and CPU seconds of the whole loop, by arm."""
     from kdpipe.configs import load_config
     from kdpipe.data.tiles import list_tiles
     from kdpipe.pipeline.malloc import keep_freed_memory
     from kdpipe.pipeline.models.teacher import open_teacher, resolve_device
     from kdpipe.pipeline.recipe import complete_recipe
 
-    if arm != "naive":  # the command does so before anything else
+    if arms != ["naive"]:  # the command does so before anything else
         keep_freed_memory()
     config = load_config(options.config, options.overrides)
     device = resolve_device(options.device)
@@ -92,10 +95,13 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     from kdpipe.data.rasters import read_image
 
     teacher.logits(read_image(tiles[0].image)[None])  # what is set up at the first call is no tile's cost
-    with tempfile.TemporaryDirectory() as folder:
-        cpu = time.process_time()
-        seconds = globals()[arm](config, tiles, teacher, device, Path(folder))
-        print(json.dumps({"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "tiles": len(tiles)}))
+    found = {}
+    for arm in arms:
+        with tempfile.TemporaryDirectory() as folder:
+            cpu = time.process_time()
+            seconds = globals()[arm](config, tiles, teacher, device, Path(folder))
+            found[arm] = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "tiles": len(tiles)}
+    print(json.dumps(found))
 
 
 def main() -> None:
@@ -106,17 +112,18 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--arm", choices=ARMS, help="measure this one in this process")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="measure these in this process")
     options = parser.parse_args()
-    if options.arm:
-        return run_arm(options.arm, options)
+    if options.arms:
+        return run_arms(options.arms, options)
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for turn in range(options.rounds):
-        for arm in ARMS if turn % 2 == 0 else reversed(ARMS):
+        for arms in PROCESSES if turn % 2 == 0 else [arms[::-1] for arms in reversed(PROCESSES)]:
             done = subprocess.run(
-                [sys.executable, *sys.argv, "--arm", arm], stdout=subprocess.PIPE, text=True, check=True
+                [sys.executable, *sys.argv, "--arms", *arms], stdout=subprocess.PIPE, text=True, check=True
             )
-            found[arm].append(json.loads(done.stdout.splitlines()[-1]))
+            for arm, measured in json.loads(done.stdout.splitlines()[-1]).items():
+                found[arm].append(measured)
     seconds = {arm: statistics.median(run["seconds"] for run in runs) for arm, runs in found.items()}
     tiles = found["bare"][0]["tiles"]
     # Of each round, since the machine's pace changes between rounds.
