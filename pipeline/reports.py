@@ -134,7 +134,7 @@ def verify_tables(report: verify.Report) -> Iterator[Table | str]:
         table.add_row("mean", _percent(report.labels.miou), _percent(report.labels.mean_f1), "", end_section=True)
         yield table
     if report.findings:
-        yield f"{len(report.findings)} findings in {report.cache}:"
+        yield f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''} in {report.cache}:"
         for finding in report.findings[:SHOWN_FINDINGS]:
             yield f"  {finding.code}{f' {finding.tile}' if finding.tile else ''}: {finding.message}"
         if len(report.findings) > SHOWN_FINDINGS:
