@@ -80,7 +80,8 @@ def _curves(comparison: Comparison, against: str) -> bytes:
             axes.plot(
                 [getattr(p, against) for p in curve],
                 [100 * (p.miou or 0) for p in curve],
-                color=colour, linewidth=2, marker="o", markersize=3, label=f"{arm.label} ({len(arm.runs)} seeds)",
+                color=colour, linewidth=2, marker="o", markersize=3,
+                label=f"{arm.label} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})",
             )  # fmt: skip
         axes.set_xlabel(
             "steps" if against == "steps" else "seconds of training (validation and precompute not counted)"
