@@ -94,7 +94,7 @@ def _launch():
         pid = os.fork()
         if pid == 0:
             null = os.open(os.devnull, os.O_RDWR)
-            for descriptor in (0, 1) if os.environ.get("SHOW") else (0, 1, 2):
+            for descriptor in (0, 1):
                 os.dup2(null, descriptor)
             try:
                 {"scheduler": _be_scheduler, "worker": _be_worker, "command": _be_command}[kind](**arguments)
@@ -117,9 +117,11 @@ class DaskProcesses:
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.computed = self.folder / "computed.jsonl"
         self.scheduler, self.workers = 0, []
-        self._launcher = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.errors = self.folder / "errors.txt"  # what schedulers and workers say
+        with self.errors.open("w") as errors:
+            self._launcher = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         assert self._launcher.stdout.readline().strip() == "ready"
 
     def _fork(self, kind, **arguments):
@@ -135,6 +137,8 @@ class DaskProcesses:
         self.scheduler = self._fork("scheduler", port=self.port, ttl_seconds=ttl_seconds)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
+            if not Path(f"/proc/{self.scheduler}").exists():
+                raise ChildProcessError(f"the scheduler ended: {self.errors.read_text()[-2000:]}")
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
@@ -149,7 +153,7 @@ class DaskProcesses:
 
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
-        while number == signal.SIGKILL and Path(f"/proc/{pid}").exists():  # its locks go with it, a moment later
+        while number == signal.SIGKILL and Path(f"/proc/{pid}").exists():  # its locks and its port go with it, a moment later
             time.sleep(0.001)
         if pid in self.workers and number == signal.SIGKILL:
             self.workers.remove(pid)
@@ -163,7 +167,7 @@ class DaskProcesses:
         for pid in [*self.workers, self.scheduler]:
             if pid:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    self.kill(pid)
         self.workers, self.scheduler = [], 0
 
     def close(self):
