@@ -153,7 +153,9 @@ class DaskProcesses:
 
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
-        while number == signal.SIGKILL and Path(f"/proc/{pid}").exists():  # its locks and its port go with it, a moment later
+        while (
+            number == signal.SIGKILL and Path(f"/proc/{pid}").exists()
+        ):  # its locks and its port go with it, a moment later
             time.sleep(0.001)
         if pid in self.workers and number == signal.SIGKILL:
             self.workers.remove(pid)
