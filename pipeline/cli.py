@@ -27,7 +27,7 @@ from kdpipe.pipeline.cli_options import (
     write_json,
 )
 from kdpipe.pipeline.cli_report import compare, report, verify_cache
-from kdpipe.pipeline.malloc import keep_freed_memory
+from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.cache_statistics import CacheStatistics
@@ -306,6 +306,7 @@ cli.add_command(export)
 
 def main() -> None:
     """Run `kdpipe`; errors of the user's making end in one paragraph and their exit code, others in a traceback."""
+    ask_for_huge_pages()
     keep_freed_memory()
     try:
         cli(standalone_mode=False)

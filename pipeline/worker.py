@@ -145,7 +145,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
 
     def setup(self, worker: Worker) -> None:
         """Raises `ConfigError` or `DataError` where this worker computes otherwise than the run, or sees other files."""
-        from kdpipe.pipeline.malloc import keep_freed_memory
+        from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
         from kdpipe.pipeline.subjects import Elsewhere
 
         self._address: str = worker.address
@@ -157,6 +157,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._subjects = Elsewhere(self._job.config, self._job.stretch, self._job.tiles)
         self._storage = open_storage(self._job.cache)
         self._recipe_digest = self._job.recipe.digest()
+        ask_for_huge_pages()
         keep_freed_memory()
 
     def teardown(self, worker: Worker) -> None:

@@ -1,9 +1,10 @@
-"""Large blocks are reused instead of being mapped anew: counted in page faults, not timed."""
+"""Large blocks are reused instead of being mapped anew, and tensors lie in large pages: counted by the kernel, not timed."""
 
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,26 @@ def test_blocks_of_20_mb_are_mapped_once_and_then_reused():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
 def test_settings_of_the_users_own_stay():
     assert run("keep", MALLOC_TRIM_THRESHOLD_="65536")[0] == "False"
+
+
+IN_HUGE_PAGES = """
+import torch
+from kdpipe.pipeline.malloc import ask_for_huge_pages
+ask_for_huge_pages()
+tensor = torch.ones(2**26, dtype=torch.uint8)
+print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
+    reason="Linux gives large pages to everyone here, or to nobody",
+)
+@pytest.mark.parametrize(("own", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_a_tensor_lies_in_huge_pages_unless_the_user_says_otherwise(own, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_HUGE_PAGES], env=environment | own, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) >= 2**15) == expected, f"{done.stdout} kB of 65536"

@@ -3,16 +3,17 @@ How fast is stage one against a bare loop of the same network, and against the s
 
     python tests/benchmarks/stage_one.py dubai/linknet_kd [--tiles 45] [--rounds 3] [--json FILE] [--set KEY=VALUE …]
 
-In each round one process runs `bare` and `kdpipe` one after the other, and another `naive`: the same network in another process can
-differ by a tenth, by where its memory lies. The order turns from round to round, so that a busy machine slows all of them alike;
-only what comes after the teacher is loaded is timed. A run costs 0.3 s beside its tiles (digests, the last tile's encoding), so
-that few tiles show less than many. `bare` asks the same network for its logits over tiles that lie decoded in
-memory: no reading, no softmax, nothing kept. `naive` reads, asks and saves one tile after the other, as float16 soft targets with
-`np.save`.
+In each round three processes take turns of two seconds, those that wait are stopped: a machine's pace drifts by a fifth within a
+minute, which one loop after the other would measure. Only what comes after the teacher is loaded is timed. A run of kdpipe costs
+0.3 s beside its tiles (digests, the last tile's encoding), so that few tiles show less than many. `bare` asks the same network,
+in the same kind of memory, for its logits over tiles that lie decoded in memory: no reading, no softmax, nothing kept. `naive`
+reads, asks and saves one tile after the other, as float16 soft targets with `np.save`.
 """
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import warnings
 from pathlib import Path
 
 ARMS = ("bare", "kdpipe", "naive")
-PROCESSES = ["bare", "kdpipe"], ["naive"]
+TURN_SECONDS = 2.0
 
 
 def bare(config, tiles, teacher, device, folder):
@@ -31,12 +32,12 @@ def bare(config, tiles, teacher, device, folder):
     from kdpipe.data.rasters import read_image
 
     images = [read_image(tile.image)[None] for tile in tiles]
-    start = time.perf_counter()
+    stop_here()
     for image_NHWC in images:
         teacher.logits(image_NHWC)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    stop_here()
 
 
 def naive(config, tiles, teacher, device, folder):
@@ -50,7 +51,7 @@ def naive(config, tiles, teacher, device, folder):
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
     model = load_teacher(config.teacher).to(device)
     class_map = torch.tensor(config.class_map_matrix(), dtype=torch.float32, device=device)
-    start = time.perf_counter()
+    stop_here()
     with torch.no_grad():
         for i, tile in enumerate(tiles):
             with rasterio.open(tile.image) as raster:
@@ -61,7 +62,7 @@ def naive(config, tiles, teacher, device, folder):
             probs = torch.softmax(model(x)[..., :height, :width] / config.distill.temperature, dim=1)
             soft = torch.einsum("nthw,ts->nshw", probs, class_map)[0]
             np.save(folder / f"{i}.npy", soft.half().cpu().numpy())
-    return time.perf_counter() - start
+    stop_here()
 
 
 def kdpipe(config, tiles, teacher, device, folder):
@@ -70,39 +71,67 @@ def kdpipe(config, tiles, teacher, device, folder):
 
     stage.list_tiles = lambda data, split: tiles
     stage.open_teacher = lambda config, recipe, device: teacher
-    stage.views_per_epoch = lambda config, tiles: 0.0  # which is asked once a run, of all tiles
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(folder / "cache.zarr")})})
-    start = time.perf_counter()
+    stop_here()
     summary = stage.precompute(config, device)
+    stop_here()
     assert summary.computed == len(tiles)
-    return time.perf_counter() - start
 
 
-def run_arms(arms: list[str], options: argparse.Namespace) -> None:
-    """One measurement of each in this process; prints seconds and CPU seconds of the whole loop, by arm."""
+def run_arm(arm: str, options: argparse.Namespace) -> None:
+    """The whole loop in this process, which stops itself before its first tile and after its last."""
     from kdpipe.configs import load_config
+    from kdpipe.data.rasters import read_image
     from kdpipe.data.tiles import list_tiles
-    from kdpipe.pipeline.malloc import keep_freed_memory
+    from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
     from kdpipe.pipeline.models.teacher import open_teacher, resolve_device
     from kdpipe.pipeline.recipe import complete_recipe
 
-    if arms != ["naive"]:  # the command does so before anything else
+    if arm != "naive":  # the command does so before anything else
+        ask_for_huge_pages()
         keep_freed_memory()
     config = load_config(options.config, options.overrides)
     device = resolve_device(options.device)
     tiles = list_tiles(config.data, "train")
     tiles = tiles[:: max(1, len(tiles) // options.tiles)][: options.tiles]
     teacher = open_teacher(config, complete_recipe(config, None, None), device)
-    from kdpipe.data.rasters import read_image
-
     teacher.logits(read_image(tiles[0].image)[None])  # what is set up at the first call is no tile's cost
-    found = {}
-    for arm in arms:
-        with tempfile.TemporaryDirectory() as folder:
-            cpu = time.process_time()
-            seconds = globals()[arm](config, tiles, teacher, device, Path(folder))
-            found[arm] = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "tiles": len(tiles)}
-    print(json.dumps(found))
+    with tempfile.TemporaryDirectory() as folder:
+        globals()[arm](config, tiles, teacher, device, Path(folder))
+
+
+def stop_here() -> None:
+    """Until the process that started this one lets it go on; called where the time begins and ends."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
+    """Seconds in which each of several stopped processes ran until it stopped itself."""
+    seconds = dict.fromkeys(processes, 0.0)
+    running = list(processes)
+    while running:
+        for arm in list(running):
+            pid, start = processes[arm].pid, time.perf_counter()
+            os.kill(pid, signal.SIGCONT)
+            stopped = has_stopped(pid)
+            while not stopped and time.perf_counter() - start < TURN_SECONDS:
+                time.sleep(0.001)
+                stopped = has_stopped(pid)
+            if stopped:
+                running.remove(arm)
+            else:
+                os.kill(pid, signal.SIGSTOP)
+                has_stopped(pid, wait=True)
+            seconds[arm] += time.perf_counter() - start
+    return seconds
+
+
+def has_stopped(pid: int, wait: bool = False) -> bool:
+    """Whether a process of ours has stopped since it last went on; the benchmark ends where the process has ended."""
+    found, status = os.waitpid(pid, os.WUNTRACED | (0 if wait else os.WNOHANG))
+    if found and not os.WIFSTOPPED(status):
+        raise SystemExit(f"a process ended with {os.waitstatus_to_exitcode(status)} before it was through")
+    return bool(found)
 
 
 def main() -> None:
@@ -113,34 +142,31 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="measure these in this process")
+    parser.add_argument("--arm", choices=ARMS, help="run this one in this process, which stops itself: for the turns")
     options = parser.parse_args()
-    if options.arms:
-        return run_arms(options.arms, options)
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    if options.arm:
+        return run_arm(options.arm, options)
+    rounds = []
     for turn in range(options.rounds):
-        for arms in PROCESSES if turn % 2 == 0 else [arms[::-1] for arms in reversed(PROCESSES)]:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--arms", *arms], stdout=subprocess.PIPE, text=True, check=True
-            )
-            for arm, measured in json.loads(done.stdout.splitlines()[-1]).items():
-                found[arm].append(measured)
-    seconds = {arm: statistics.median(run["seconds"] for run in runs) for arm, runs in found.items()}
-    tiles = found["bare"][0]["tiles"]
-    # Of each round, since the machine's pace changes between rounds.
-    rounds = [{arm: found[arm][turn]["seconds"] for arm in ARMS} for turn in range(options.rounds)]
+        # Which of two processes has the better memory is chance, and drawn again in each round.
+        processes = {arm: subprocess.Popen([sys.executable, *sys.argv, "--arm", arm]) for arm in ARMS}
+        for process in processes.values():
+            has_stopped(process.pid, wait=True)
+        rounds.append(take_turns(processes))
+        for process in processes.values():
+            os.kill(process.pid, signal.SIGCONT)
+            if process.wait():
+                raise SystemExit(f"a process ended with {process.returncode}")
+        print(
+            f"round {turn + 1}: " + ", ".join(f"{arm} {seconds:.1f} s" for arm, seconds in rounds[-1].items()),
+            flush=True,
+        )
     of_bare = statistics.median(r["bare"] / r["kdpipe"] for r in rounds)
     of_naive = statistics.median(r["naive"] / r["kdpipe"] for r in rounds)
-    for arm in ARMS:
-        print(f"{arm:8} {tiles / seconds[arm]:8.2f} tiles/s")
     print(f"stage one is {of_bare:.3f} x as fast as the bare loop, and {of_naive:.2f} x as fast as the naive script")
     if options.json:
-        result = {
-            "tiles_per_second": {arm: tiles / s for arm, s in seconds.items()},
-            "of_bare": of_bare,
-            "of_naive": of_naive,
-        }
-        Path(options.json).write_text(json.dumps({**result, "runs": found}, indent=1) + "\n")
+        result = {"of_bare": of_bare, "of_naive": of_naive, "tiles": options.tiles, "seconds": rounds}
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     return None
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdpipe.configs import load_config
 from kdpipe.pipeline import training
-from kdpipe.pipeline.malloc import keep_freed_memory
+from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
 from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import load_teacher, resolve_device
 from kdpipe.pipeline.training import train, with_mode
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
+    ask_for_huge_pages()
     keep_freed_memory()  # as the command does
     config = load_config(
         options.config, [*options.overrides, f"train.max_steps={options.steps}", "train.epochs=1000", "data.val=[]"]
