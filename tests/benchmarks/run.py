@@ -129,14 +129,17 @@ def main() -> None:
         found = {}
         for name, (script, *arguments) in chosen.items():
             print(f"--- {name}", flush=True)
-            subprocess.run([sys.executable, HERE / script, *arguments, "--json", f"{folder}/{name}.json"], check=True)
-            found[name] = json.loads((folder / f"{name}.json").read_text())
+            done = subprocess.run([sys.executable, HERE / script, *arguments, "--json", f"{folder}/{name}.json"])
+            if done.returncode == 0:
+                found[name] = json.loads((folder / f"{name}.json").read_text())
     table = Table(title=f"Benchmarks, {options.config}", title_justify="left")
     for column in ("what", "reached", "to reach"):
         table.add_column(column)
     for row in rows(found):
         table.add_row(*row)
     Console().print(table)
+    if failed := [name for name in chosen if name not in found]:
+        raise SystemExit(f"these ended with an error, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from kdpipe.configs import load_config
 from kdpipe.data.rasters import read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
 from kdpipe.pipeline.models.teacher import open_teacher, resolve_device, soft_targets
 from kdpipe.pipeline.recipe import complete_recipe
 
@@ -172,6 +173,8 @@ def main() -> None:
     parser.add_argument("--plot")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
+    ask_for_huge_pages()  # as the commands do, for both readers
+    keep_freed_memory()
     config = load_config(options.config, options.overrides)
     found, reads = {}, {}
     logits = list(teacher_logits(config, options.tiles))
