@@ -200,12 +200,12 @@ def test_an_auxiliary_head_and_lookahead_are_probed_too(auto):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_accumulates_and_finishes(cached, make_config, tmp_path):
-    """For real: six crops of 512 px do not fit into 80 % of 2.8 GB more, fewer at a time do."""
-    config = make_config(train__batch_size=6, train__crop=512, train__epochs=1, data__val=[])
+    """For real: six crops of 320 px do not fit into 80 % of 1.25 GB more, fewer at a time do."""
+    config = make_config(train__batch_size=6, train__crop=320, train__epochs=1, data__val=[])
     (tmp_path / "c.yaml").write_text(dump_config(config))
     arguments = ["train-student", "-c", "c.yaml", "--device", "cpu", "--set", "train.batch_size=auto"]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "2800", *arguments], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, "-c", LIMITED, "1250", *arguments], capture_output=True, text=True, check=False, timeout=300,
         env=PLAIN_MALLOC,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
