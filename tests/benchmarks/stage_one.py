@@ -14,18 +14,15 @@ minute, which one loop after the other would measure. Only what comes after the 
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
+from turns import in_turns, stop_here
+
 ARMS = ("bare", "prepared", "kdpipe", "naive")
-TURN_SECONDS = 2.0
 
 
 def bare(config, tiles, teacher, device, folder):
@@ -127,40 +124,6 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
         globals()[arm](config, tiles, teacher, device, Path(folder))
 
 
-def stop_here() -> None:
-    """Until the process that started this one lets it go on; called where the time begins and ends."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
-    """Seconds in which each of several stopped processes ran until it stopped itself."""
-    seconds = dict.fromkeys(processes, 0.0)
-    running = list(processes)
-    while running:
-        for arm in list(running):
-            pid, start = processes[arm].pid, time.perf_counter()
-            os.kill(pid, signal.SIGCONT)
-            stopped = has_stopped(pid)
-            while not stopped and time.perf_counter() - start < TURN_SECONDS:
-                time.sleep(0.001)
-                stopped = has_stopped(pid)
-            if stopped:
-                running.remove(arm)
-            else:
-                os.kill(pid, signal.SIGSTOP)
-                has_stopped(pid, wait=True)
-            seconds[arm] += time.perf_counter() - start
-    return seconds
-
-
-def has_stopped(pid: int, wait: bool = False) -> bool:
-    """Whether a process of ours has stopped since it last went on; the benchmark ends where the process has ended."""
-    found, status = os.waitpid(pid, os.WUNTRACED | (0 if wait else os.WNOHANG))
-    if found and not os.WIFSTOPPED(status):
-        raise SystemExit(f"a process ended with {os.waitstatus_to_exitcode(status)} before it was through")
-    return bool(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="demo")
@@ -176,14 +139,7 @@ def main() -> None:
     rounds = []
     for turn in range(options.rounds):
         # Which of two processes has the better memory is chance, and drawn again in each round.
-        processes = {arm: subprocess.Popen([sys.executable, *sys.argv, "--arm", arm]) for arm in ARMS}
-        for process in processes.values():
-            has_stopped(process.pid, wait=True)
-        rounds.append(take_turns(processes))
-        for process in processes.values():
-            os.kill(process.pid, signal.SIGCONT)
-            if process.wait():
-                raise SystemExit(f"a process ended with {process.returncode}")
+        rounds.append(in_turns({arm: [*sys.argv, "--arm", arm] for arm in ARMS}))
         print(
             f"round {turn + 1}: " + ", ".join(f"{arm} {seconds:.1f} s" for arm, seconds in rounds[-1].items()),
             flush=True,

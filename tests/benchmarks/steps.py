@@ -3,13 +3,14 @@ What a training step costs with the cache, with the live teacher and without one
 
     python tests/benchmarks/steps.py [CONFIG] [--steps 12] [--rounds 2] [--d4] [--json FILE] [--set KEY=VALUE …]
 
-The cache must be complete. The modes take turns, a few steps each, so that a busy machine slows all of them alike; `--d4` adds
-the live teacher asked from all eight sides. Reading and augmenting the samples is part of every step.
+The cache must be complete. Each mode is a process, and they take turns of two seconds (see `turns.py`); the first step of each is not
+timed. `--d4` adds the live teacher asked from all eight sides. Reading and augmenting the samples is part of every step.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import threading
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
+from turns import in_turns, stop_here
 
 from kdpipe.configs import load_config
 from kdpipe.pipeline import training
@@ -30,12 +32,22 @@ from kdpipe.pipeline.training import train, with_mode
 FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
 
 
-class Quiet:
+class Timed:
+    """A progress whose bar marks the end of the first step and of the last."""
+
+    def __init__(self, last: int) -> None:
+        self._last, self._done = last, 0
+
     def say(self, line: str) -> None:
         pass
 
     def bar(self, *args: object) -> nullcontext:
-        return nullcontext(lambda steps=1, **figures: None)
+        return nullcontext(self._advance)
+
+    def _advance(self, steps: int = 1, **figures: float) -> None:
+        self._done += steps
+        if self._done in (1, self._last):
+            stop_here()
 
 
 def gflop_of(model: torch.nn.Module) -> float:
@@ -43,6 +55,21 @@ def gflop_of(model: torch.nn.Module) -> float:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.eval()(torch.zeros(1, 3, FLOP_SIDE, FLOP_SIDE))
     return counter.get_total_flops() / 1e9
+
+
+def run_arm(arm: str, options: argparse.Namespace) -> None:
+    """All steps of one mode in this process."""
+    ask_for_huge_pages()
+    keep_freed_memory()  # as the command does
+    config = load_config(
+        options.config, [*options.overrides, f"train.max_steps={options.steps}", "train.epochs=1000", "data.val=[]"]
+    )
+    if arm == "online, d4":
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"tta": "d4"})})
+    with tempfile.TemporaryDirectory() as folder:
+        training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
+        config = with_mode(config, arm.partition(",")[0])
+        train(config, resolve_device(None), progress=Timed(options.steps), stop=threading.Event())
 
 
 def main() -> None:
@@ -53,25 +80,15 @@ def main() -> None:
     parser.add_argument("--d4", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--arm", help="run this mode in this process, which stops itself: for the turns")
     options = parser.parse_args()
-    ask_for_huge_pages()
-    keep_freed_memory()  # as the command does
-    config = load_config(
-        options.config, [*options.overrides, f"train.max_steps={options.steps}", "train.epochs=1000", "data.val=[]"]
-    )
-    arms = {mode: with_mode(config, mode) for mode in ("none", "cached", "online")}
-    if options.d4:
-        asked = config.teacher.model_copy(update={"tta": "d4"})
-        arms["online, d4"] = with_mode(config.model_copy(update={"teacher": asked}), "online")
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    with tempfile.TemporaryDirectory() as folder:
-        training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
-        for _ in range(options.rounds):
-            for name, arm in arms.items():
-                run = train(arm, resolve_device(None), overwrite=True, progress=Quiet(), stop=threading.Event())
-                assert run.seconds_per_step is not None, "too few steps to time"
-                seconds[name].append(run.seconds_per_step)
-    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
+    if options.arm:
+        return run_arm(options.arm, options)
+    arms = ["none", "cached", "online", *(["online, d4"] if options.d4 else [])]
+    rounds = [in_turns({arm: [*sys.argv, "--arm", arm] for arm in arms}) for _ in range(options.rounds)]
+    runs = {arm: [seconds[arm] / (options.steps - 1) for seconds in rounds] for arm in arms}
+    medians = {arm: statistics.median(seconds) for arm, seconds in runs.items()}
+    config = load_config(options.config, options.overrides)
     gflop = {"student": gflop_of(build_student(config.student.architecture, 6, encoder=config.student.encoder))}
     gflop["teacher"] = gflop_of(load_teacher(config.teacher))
     print(f"GFLOP on {FLOP_SIDE} x {FLOP_SIDE} px: student {gflop['student']:.1f}, teacher {gflop['teacher']:.1f}")
@@ -82,9 +99,8 @@ def main() -> None:
         table.add_row(mode, f"{value:.3f}", f"{value / medians['none']:.2f} ×", f"{value / medians['cached']:.2f} ×")
     Console().print(table)
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({"seconds": medians, "gflop": gflop, "runs": seconds}, indent=1) + "\n"
-        )
+        Path(options.json).write_text(json.dumps({"seconds": medians, "gflop": gflop, "runs": runs}, indent=1) + "\n")
+    return None
 
 
 if __name__ == "__main__":

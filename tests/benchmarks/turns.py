@@ -1,0 +1,60 @@
+"""Processes that take turns, so that a machine whose pace drifts from minute to minute slows all of them alike."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+TURN_SECONDS = 2.0
+
+
+def in_turns(scripts: dict[str, list[str]]) -> dict[str, float]:
+    """Seconds between the two `stop_here` of each Python script, given with its arguments; the others are stopped meanwhile."""
+    processes = {name: subprocess.Popen([sys.executable, *script]) for name, script in scripts.items()}
+    try:
+        for process in processes.values():
+            _has_stopped(process.pid, wait=True)
+        seconds = _take_turns(processes)
+        for process in processes.values():
+            os.kill(process.pid, signal.SIGCONT)
+            if process.wait():
+                raise SystemExit(f"a process ended with {process.returncode}")
+    finally:
+        for process in processes.values():
+            process.kill()  # those that are stopped, where another failed
+    return seconds
+
+
+def stop_here() -> None:
+    """Until the process that started this one lets it go on; called where the time begins and ends."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
+    """Seconds in which each of several stopped processes ran until it stopped itself."""
+    seconds = dict.fromkeys(processes, 0.0)
+    running = list(processes)
+    while running:
+        for arm in list(running):
+            pid, start = processes[arm].pid, time.perf_counter()
+            os.kill(pid, signal.SIGCONT)
+            stopped = _has_stopped(pid)
+            while not stopped and time.perf_counter() - start < TURN_SECONDS:
+                time.sleep(0.001)
+                stopped = _has_stopped(pid)
+            if stopped:
+                running.remove(arm)
+            else:
+                os.kill(pid, signal.SIGSTOP)
+                _has_stopped(pid, wait=True)
+            seconds[arm] += time.perf_counter() - start
+    return seconds
+
+
+def _has_stopped(pid: int, wait: bool = False) -> bool:
+    """Whether a process of ours has stopped since it last went on; the benchmark ends where the process has ended."""
+    found, status = os.waitpid(pid, os.WUNTRACED | (0 if wait else os.WNOHANG))
+    if found and not os.WIFSTOPPED(status):
+        raise SystemExit(f"a process ended with {os.waitstatus_to_exitcode(status)} before it was through")
+    return bool(found)
