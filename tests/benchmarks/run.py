@@ -31,7 +31,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[str]]:
     cache = [f"cache.path={folder}/cache.zarr"]
     crop = [] if config.startswith("dubai") else ["train.crop=128"]  # the demo's tiles are small
     return {
-        "stage_one": ["stage_one.py", config, "--tiles", "45", "--rounds", "3"],
+        "stage_one": ["stage_one.py", config, "--tiles", "24", "--rounds", "3"],
         "size": ["size.py", config, "--plot", f"{folder}/size.png"],
         "steps": ["steps.py", config, "--d4", "--steps", "6", *settings([*cache, *HEAVY_STUDENT, *crop])],
         "memory": ["memory.py"],
