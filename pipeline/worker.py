@@ -94,9 +94,11 @@ def look(device_name: str | None, dask_worker: Worker) -> Facts:
     import torch
 
     from kdpipe.pipeline import precision
+    from kdpipe.pipeline.malloc import ask_for_huge_pages
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.recipe import library_versions
 
+    ask_for_huge_pages()  # the first tensor is made below
     device = resolve_device(device_name)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return Facts(
@@ -148,6 +150,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
         from kdpipe.pipeline.subjects import Elsewhere
 
+        ask_for_huge_pages()  # a worker that came later was not looked at
         self._address: str = worker.address
         self._teacher: FrozenTeacher | None = None
         self._asking = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(worker.state.nthreads,))
@@ -157,7 +160,6 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._subjects = Elsewhere(self._job.config, self._job.stretch, self._job.tiles)
         self._storage = open_storage(self._job.cache)
         self._recipe_digest = self._job.recipe.digest()
-        ask_for_huge_pages()
         keep_freed_memory()
 
     def teardown(self, worker: Worker) -> None:

@@ -127,9 +127,8 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["kdpipe", *map(str, arguments)])
-        patch.setattr(
-            cli, "keep_freed_memory", lambda: False
-        )  # both are for the whole process, which other tests share
+        # Both are for the whole process, which other tests share.
+        patch.setattr(cli, "keep_freed_memory", lambda: False)
         patch.setattr(cli, "ask_for_huge_pages", lambda: None)
         if cwd is not None:
             patch.chdir(cwd)

@@ -153,9 +153,8 @@ class DaskProcesses:
 
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
-        while (
-            number == signal.SIGKILL and Path(f"/proc/{pid}").exists()
-        ):  # its locks and its port go with it, a moment later
+        # Its locks and its port go with it, a moment later.
+        while number == signal.SIGKILL and Path(f"/proc/{pid}").exists():
             time.sleep(0.001)
         if pid in self.workers and number == signal.SIGKILL:
             self.workers.remove(pid)

@@ -45,11 +45,15 @@ def test_settings_of_the_users_own_stay():
 
 IN_HUGE_PAGES = """
 import torch
-from kdpipe.pipeline.malloc import ask_for_huge_pages
-ask_for_huge_pages()
+{ask}
 tensor = torch.ones(2**26, dtype=torch.uint8)
 print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
 """
+ASK = {
+    "command": "from kdpipe.pipeline.malloc import ask_for_huge_pages; ask_for_huge_pages()",
+    "worker": "from types import SimpleNamespace as worker; from kdpipe.pipeline.worker import look;"
+    "look('cpu', worker(state=worker(nthreads=1)))",
+}
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -58,9 +62,14 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     reason="Linux gives large pages to everyone here, or to nobody",
 )
 @pytest.mark.parametrize(("own", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
-def test_a_tensor_lies_in_huge_pages_unless_the_user_says_otherwise(own, expected):
+@pytest.mark.parametrize("ask", ASK)
+def test_a_tensor_lies_in_huge_pages_unless_the_user_says_otherwise(ask, own, expected):
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     done = subprocess.run(
-        [sys.executable, "-c", IN_HUGE_PAGES], env=environment | own, capture_output=True, text=True, check=True
+        [sys.executable, "-c", IN_HUGE_PAGES.format(ask=ASK[ask])],
+        env=environment | own,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (int(done.stdout) >= 2**15) == expected, f"{done.stdout} kB of 65536"
