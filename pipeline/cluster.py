@@ -7,12 +7,15 @@ the fence is raised anew (see `kdpipe.cache.fence`), so that nothing of before i
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import CancelledError
+from concurrent.futures import Future as Awaited
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import groupby
@@ -187,8 +190,8 @@ class Cluster:
         """Work off `pending`, by number, as long as the scheduler stays; raises `_SchedulerLost` where it does not."""
         assert self._client is not None
         client, token = self._client, job.token
-        done: SimpleQueue[Future] = SimpleQueue()
-        outstanding: dict[str, tuple[int, Future]] = {}
+        done: SimpleQueue[Awaited[Receipts]] = SimpleQueue()
+        outstanding: dict[Awaited[Receipts], tuple[int, Future]] = {}
         queue = deque(pending)
         told, room, asked, last_seen = False, 0, 0.0, time.monotonic()
         try:
@@ -211,16 +214,21 @@ class Cluster:
                     future = _of_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
                         compute_batches, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
                     ))  # fmt: skip
-                    outstanding[future.key] = number, future
-                    future.add_done_callback(done.put)
+                    # Waited for in dask's loop: what was computed is lost with its worker until it has arrived here, and with the
+                    # last worker it never arrives.
+                    awaited = asyncio.run_coroutine_threadsafe(
+                        client.gather(future, asynchronous=True), client.loop.asyncio_loop
+                    )
+                    outstanding[awaited] = number, future
+                    awaited.add_done_callback(done.put)
                 try:
-                    future = done.get(timeout=POLL_SECONDS)
+                    awaited = done.get(timeout=POLL_SECONDS)
                 except Empty:
                     if client.status != "running":
                         raise _SchedulerLost("its connection broke") from None
                     continue
-                number, _ = outstanding.pop(future.key)
-                receipts = self._receipts(client, future, pending[number], job)
+                number, future = outstanding.pop(awaited)
+                receipts = self._receipts(client, future, awaited, pending[number], job)
                 if not receipts.stopped:
                     del pending[number]
                 summary.failed |= receipts.failed
@@ -233,10 +241,12 @@ class Cluster:
                 client.run(stop_station, token, on_error="ignore")
                 client.unregister_worker_plugin(station_name(token))
 
-    def _receipts(self, client: Client, future: Future, batches: list[list[Sent]], job: Job) -> Receipts:
+    def _receipts(
+        self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Sent]], job: Job
+    ) -> Receipts:
         """What a task returned; raises what it raised, with the worker's error as its cause where that is not the user's."""
-        if future.status == "error":
-            err = future.exception()
+        err = None if awaited.cancelled() else awaited.exception()
+        if err is not None and future.status == "error":
             names = summarise(tile.id for batch in batches for tile in batch)
             if isinstance(err, KilledWorker):
                 advice = "; ".join(teacher_advice(job.config, job.batch_size, self._device))
@@ -251,10 +261,10 @@ class Cluster:
                 f"a worker failed at {names}: {type(err).__name__}: {err}; finished tiles are kept. "
                 "Run the same command again to go on; --debug shows where it failed"
             ) from err
-        if future.status != "finished":
-            raise _SchedulerLost("it forgot what it was asked for")
-        receipts: Receipts = _of_scheduler(client, future.result)
-        return receipts
+        try:
+            return _of_scheduler(client, awaited.result)
+        except CancelledError as err:
+            raise _SchedulerLost("it forgot what it was asked for") from err
 
     def _connect(self, stop: threading.Event, state: str = "") -> dict[str, Facts]:
         """Connect, and the facts of every worker, by address, as soon as there is one."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Lines, run_command, tree, write_image
 from dask_processes import DaskProcesses
+from distributed import Client
 
 from kdpipe.cache import fence
 from kdpipe.cache.storage import open_storage
@@ -204,6 +205,39 @@ def test_a_run_whose_workers_are_all_gone_ends_and_says_what_is_kept(two_workers
         ClusterUnreachable, match=r"has no workers( left)?, for 1 s now; \d+ of 16 tiles are finished and kept"
     ):
         run(config, two_workers.address, Told(tile5=end))
+
+
+def test_results_that_are_lost_with_the_last_worker_are_not_waited_for(two_workers, config, monkeypatch):
+    gather = Client._gather_remote
+
+    async def gather_too_late(self, direct, local_worker):
+        monkeypatch.setattr(module, "PATIENCE_SECONDS", 1)
+        monkeypatch.setattr(module, "ASK_SECONDS", 0.2)
+        for pid in list(two_workers.workers):
+            two_workers.kill(pid)
+        return await gather(self, direct, local_worker)
+
+    monkeypatch.setattr(Client, "_gather_remote", gather_too_late)
+    with pytest.raises(
+        ClusterUnreachable, match=r"has no workers left, for 1 s now; 0 of 16 tiles are finished and kept"
+    ):
+        run(config, two_workers.address)
+
+
+def test_results_that_are_lost_with_their_worker_come_from_the_next(two_workers, config, whole, tmp_path, monkeypatch):
+    gather, killed = Client._gather_remote, []
+
+    async def gather_too_late_once(self, direct, local_worker):
+        if not killed:
+            for pid in list(two_workers.workers):
+                two_workers.kill(pid)
+                killed.append(pid)
+            two_workers.start_worker("c")
+        return await gather(self, direct, local_worker)
+
+    monkeypatch.setattr(Client, "_gather_remote", gather_too_late_once)
+    assert run(config, two_workers.address).computed == TILES
+    assert tree(tmp_path / "cache.zarr") == whole
 
 
 def test_a_slow_worker_holds_up_no_more_than_its_own_tiles(dask, config, whole, tmp_path):
