@@ -123,14 +123,19 @@ def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], level
     )
 
 
-def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
+def entropy_terms(levels: int) -> NDArray[np.float32]:
+    """`q log q`, float32, of each integer from 0 to `levels`."""
     probs = np.arange(levels + 1, dtype=np.float64) / levels
-    stored = (probs * np.log(np.where(probs > 0, probs, 1))).astype(np.float32)
+    terms: NDArray[np.float32] = (probs * np.log(np.where(probs > 0, probs, 1))).astype(np.float32)
+    return terms
+
+
+def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
     logs_CHW = np.maximum(probs_CHW, np.float32(1e-30))
     np.log(logs_CHW, out=logs_CHW)
     logs_CHW *= probs_CHW
     # No integer is beyond the table, which `mode` need not find out.
-    lost_HW = stored.take(units_CHW, mode="clip").sum(axis=0) - logs_CHW.sum(axis=0)
+    lost_HW = entropy_terms(levels).take(units_CHW, mode="clip").sum(axis=0) - logs_CHW.sum(axis=0)
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in lost_HW.shape)
     sums = np.add.reduceat(np.add.reduceat(lost_HW, rows, axis=0, dtype=np.float64), columns, axis=1)
     pixels = np.outer(

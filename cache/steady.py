@@ -36,14 +36,19 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
     """
     simplex.refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=simplex.storage_type(bits))
-    room = np.float32(_tolerance(bits, levels, len(probs_CHW)) * levels)
+    room_units = room(bits, levels, len(probs_CHW))
     for rows in simplex.bands(*probs_CHW.shape[1:]):
         band_ChW, out_ChW = probs_CHW[:, rows], stored_CHW[:, rows]
         whole = band_ChW.shape[1] - band_ChW.shape[1] % KEY_ROW_PX
         for part in (slice(0, whole), slice(whole, None)):
             if out_ChW[:, part].size:
-                _encode_blocks(band_ChW[:, part], levels, room, out_CHW=out_ChW[:, part])
+                _encode_blocks(band_ChW[:, part], levels, room_units, out_CHW=out_ChW[:, part])
     return stored_CHW
+
+
+def room(bits: int, levels: int, num_classes: int) -> np.float32:
+    """How far a value may be from the exact one, in units."""
+    return np.float32(_tolerance(bits, levels, num_classes) * levels)
 
 
 def _tolerance(bits: int, levels: int, num_classes: int) -> float:

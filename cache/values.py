@@ -21,12 +21,11 @@ def encode(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArra
     `values_CHW` is float32: soft targets, or logits if that is the recipe's kind. Raises `ValueError` where they are not.
     """
     assert values_CHW.shape[0] == len(recipe.channels), f"{values_CHW.shape} for {recipe.channels}"
-    units_CHW, lost = _units_of(values_CHW, recipe)
-    return _left_out(units_CHW, recipe), None if isinstance(recipe, LogitsRecipe) else lost
+    return encode_units(*units_of(values_CHW, recipe), recipe)
 
 
-def _units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """The integers of all classes, and what rounding took from the entropy, nothing of logits."""
+def units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The integers of all classes of a tile, and what rounding took from the entropy, empty for logits."""
     if isinstance(recipe, LogitsRecipe):
         return logits.encode(values_CHW, recipe.bits), np.empty((0, 0))
     if recipe.bits <= steady.MAX_BITS:
@@ -36,12 +35,14 @@ def _units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDA
     return units_CHW, simplex.entropy_error(values_CHW, units_CHW, recipe.levels)
 
 
-def _left_out(units_CHW: NDArray[Any], recipe: CacheRecipe) -> NDArray[Any]:
-    """The integers to store, for which the given ones are overwritten."""
+def encode_units(
+    units_CHW: NDArray[Any], lost: NDArray[np.float64], recipe: CacheRecipe
+) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+    """As `encode`, of what `units_of` gives, for which the integers are overwritten."""
     if isinstance(recipe, Recipe):
         rest.leave_out(units_CHW, recipe.chunk_px)
         key_rows.take_differences(units_CHW)
-    return units_CHW
+    return units_CHW, None if isinstance(recipe, LogitsRecipe) else lost
 
 
 def encode_bands(

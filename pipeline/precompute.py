@@ -48,7 +48,7 @@ from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
+from kdpipe.pipeline.models.teacher import Encoded, FrozenTeacher, Images, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subject_noun, subjects
@@ -278,16 +278,24 @@ def _compute(
     """Compute the missing tiles, yielding each one's record once it is on disk."""
     missing = {tile.id for tile in plan.missing}
     ahead = deque(batches)
-    loading: deque[Future[LoadedBatch]] = deque()
+    loading: deque[Future[tuple[LoadedBatch, Images | None]]] = deque()
     writing: deque[tuple[int, Future[TileRecord]]] = deque()  # with the tile's pixels
     num_readers, num_writers = threads
     pending_px = PENDING_PX * num_writers // 2
+
+    def load(batch: list[Subject]) -> tuple[LoadedBatch, Images | None]:
+        loaded = load_batch_or_scene(batch, writer.recipe)
+        return loaded, None if loaded.images_NHWC is None else teacher.send(loaded.images_NHWC)
+
+    def write(tile: str, encoded: Callable[[], Encoded], digest: ImageDigest) -> TileRecord:
+        return writer.write_encoded(tile, encoded(), digest)
+
     with ThreadPoolExecutor(num_readers) as readers, ThreadPoolExecutor(num_writers) as writers:
         try:
             while (ahead or loading) and not stop.is_set():
                 while ahead and len(loading) <= num_readers:
-                    loading.append(readers.submit(load_batch_or_scene, ahead.popleft(), writer.recipe))
-                loaded = loading.popleft().result()
+                    loading.append(readers.submit(load, ahead.popleft()))
+                loaded, images = loading.popleft().result()
                 summary.failed |= loaded.failed
                 if loaded.scene is not None:
                     try:
@@ -298,26 +306,26 @@ def _compute(
                     yield writer.write_encoded(
                         loaded.scene.id, encoded, digest
                     )  # whose errors are the cache's, not the image's
-                if loaded.images_NHWC is None:
+                if images is None or loaded.images_NHWC is None:
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
                     start = time.perf_counter()
-                    answers = teacher.cached_values(loaded.images_NHWC)
+                    answers = teacher.encoded(images)
                     summary.teacher_seconds += time.perf_counter() - start
                 pixels = loaded.images_NHWC[0, ..., 0].size
                 for tile, answer in zip(loaded.tiles, answers, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
-                        writing.append((pixels, writers.submit(writer.write, tile.id, answer, loaded.digests[tile.id])))
+                        writing.append((pixels, writers.submit(write, tile.id, answer, loaded.digests[tile.id])))
                 while writing and (writing[0][1].done() or sum(pixels for pixels, _ in writing) > pending_px):
                     yield writing.popleft()[1].result()
             while writing:
                 yield writing.popleft()[1].result()
         finally:
-            for load in loading:
-                load.cancel()
-            for _, write in writing:
-                write.cancel()
+            for loaded_later in loading:
+                loaded_later.cancel()
+            for _, written_later in writing:
+                written_later.cancel()
     if stop.is_set():
         raise Interrupted(stopped_text(summary))
 

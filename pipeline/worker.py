@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,13 @@ from kdpipe.cache.fence import within_fence
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage import open_storage
-from kdpipe.cache.values import encode
 from kdpipe.cache.writer import finished_tile, store_tile
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
 from kdpipe.configs.schema import Config
 from kdpipe.data.tiles import Tile
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.models.teacher import FrozenTeacher
+    from kdpipe.pipeline.models.teacher import Encoded, FrozenTeacher
     from kdpipe.pipeline.subjects import Sent, Subject
 
 # Batches that a worker has in hand at once, if it has as many threads: one is asked about, the others are read, encoded and
@@ -205,17 +204,17 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         if answer is None:
             receipts.stopped = True
             return receipts
-        values_NCHW, receipts.teacher_seconds = answer
-        for tile, values_CHW in zip(loaded.tiles, values_NCHW, strict=True):
+        answers, receipts.teacher_seconds = answer
+        for tile, encode in zip(loaded.tiles, answers, strict=True):
             if tile.id in wanted and tile.id in loaded.digests:
-                encoded = encode(values_CHW, job.recipe)
+                encoded = encode()
                 with within_fence(self._storage, job.token):
                     record = store_tile(self._storage, tile.id, encoded, loaded.digests[tile.id], job.recipe)
                 receipts.records.append(record)
         return receipts
 
-    def _ask(self, images_NHWC: Any) -> tuple[Any, float] | None:
-        """The teacher's answer and the seconds it took, None once the run was asked to stop. In the one thread that asks."""
+    def _ask(self, images_NHWC: Any) -> tuple[list[Callable[[], Encoded]], float] | None:
+        """`FrozenTeacher.encoded` and the seconds it took, None once the run was asked to stop. In the one thread that asks."""
         import torch
 
         from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
@@ -231,8 +230,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
             if self._teacher is None:
                 self._teacher = open_teacher(job.config, job.recipe, device)
             start = time.perf_counter()
-            values_NCHW = self._teacher.cached_values(images_NHWC)
-            return values_NCHW, time.perf_counter() - start
+            return self._teacher.encoded(images_NHWC), time.perf_counter() - start
 
     def _check(self, worker: Worker) -> None:
         from kdpipe.pipeline.models.weights import file_sha256

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import tree, write_image
+from conftest import CostlessTeacher, tree, write_image
 from crash_disk import Disk, Killed, full
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, layout
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 SIDES = {"t0": (9, 12), "t1": (9, 12), "t2": (7, 5)}
 
 
-class Teacher:
+class Teacher(CostlessTeacher):
     """Answers at once, from the image alone: float32 `(N, 6, H, W)`."""
 
     def cached_values(self, images_NHWC):
@@ -35,7 +35,7 @@ def make(make_config, tmp_path, monkeypatch):
     """A function from the name of a cache to its config, over three tiny images, a teacher that costs nothing, and shards made once."""
     for seed, (name, side) in enumerate(SIDES.items()):
         write_image(tmp_path / f"data/Mine/images/{name}.png", *side, seed=seed)
-    monkeypatch.setattr(stage, "open_teacher", lambda *arguments: Teacher())
+    monkeypatch.setattr(stage, "open_teacher", Teacher().by)
     monkeypatch.setattr("kdpipe.pipeline.recipe.file_sha256", lambda path: "0" * 64)
     encode, made = layout.encode_tile, {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tree, write_image
+from conftest import CostlessTeacher, tree, write_image
 from test_cache import RECIPE, distributions
 from test_format import sign
 
@@ -172,11 +172,10 @@ def test_a_tile_replaced_behind_an_open_reader_by_a_whole_one_of_another_cache_i
         cache.read("Train/a")
 
 
-class Teacher:
+class Teacher(CostlessTeacher):
     """Answers at once, from the image alone, and counts: float32 `(N, 6, H, W)`."""
 
-    def __init__(self):
-        self.images = 0
+    images = 0
 
     def cached_values(self, images_NHWC):
         self.images += len(images_NHWC)
@@ -189,7 +188,7 @@ def cached(make_config, tmp_path, monkeypatch):
     """A function from overrides to a config, over three tiny images; the cache is finished. And the teacher that is asked."""
     monkeypatch.setattr("kdpipe.pipeline.recipe.file_sha256", lambda path: "0" * 64)
     teacher = Teacher()
-    monkeypatch.setattr(stage, "open_teacher", lambda *arguments: teacher)
+    monkeypatch.setattr(stage, "open_teacher", teacher.by)
     images_of("Mine", tmp_path / "data")
 
     def make(**overrides):

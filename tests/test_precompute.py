@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import run_command, tree, write_image
+from conftest import CostlessTeacher, run_command, tree, write_image
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
@@ -224,14 +224,14 @@ def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_sa
 ):
     """By a teacher whose answer shows in what batch it was asked, as a GPU's last bits do."""
 
-    class Crowd:
+    class Crowd(CostlessTeacher):
         def cached_values(self, images_NHWC):
             count = len(images_NHWC)
             probs = np.full((count, 6, *images_NHWC.shape[1:3]), (1 - 0.1 * count) / 5, dtype=np.float32)
             probs[:, 0] = 0.1 * count
             return probs
 
-    monkeypatch.setattr(stage, "open_teacher", lambda *arguments: Crowd())
+    monkeypatch.setattr(stage, "open_teacher", Crowd().by)
     for i in range(4):
         write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
     data = {"data__train": [str(tmp_path / "Even")], "data__allow_missing_masks": True, "teacher__batch_size": 2}

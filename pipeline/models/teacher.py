@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdpipe.cache import values
 from kdpipe.cache.logits import Softening
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
@@ -18,7 +20,9 @@ from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.fold import folded
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
+from kdpipe.pipeline.models.rounding import rounded
 from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.transfers import OnItsWay, Transfers
 from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits
 from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
 
@@ -41,6 +45,8 @@ WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose deco
 # Pixels whose softmax is taken at once, which bounds what is held beside a scene's logits and targets: on a processor few, which stay
 # in its cache, elsewhere many, so that what is copied from there is no row of small transfers.
 CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
+Images = NDArray[np.uint8] | OnItsWay  # what `FrozenTeacher.send` gives
+Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]  # what `values.encode` makes of a tile's answer
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -96,9 +102,10 @@ class FrozenTeacher:
         # Where whole scenes of logits are added up: such as need windows do not fit on the device.
         windowed = any(record.window is not None for record in recipe.teachers)
         self._home = torch.device("cpu") if windowed else device
+        self._transfers = Transfers(device) if self._home.type == "cuda" else None
 
     @torch.inference_mode()
-    def logits(self, images_NHWC: NDArray[np.uint8]) -> Tensor:
+    def logits(self, images_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
         """
         The class scores, float32 `(N, C_t, H, W)`, averaged over views and teachers in the image's own frame.
 
@@ -112,10 +119,10 @@ class FrozenTeacher:
         assert total_NTHW is not None
         return total_NTHW
 
-    def _answer(self, number: int, images_NHWC: NDArray[np.uint8]) -> Tensor:
+    def _answer(self, number: int, images_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
         """One network's logits in the order of the class map's rows."""
         ask, window = self._asker(number), self._recipe.teachers[number].window
-        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
+        images_NCHW = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2)
         answer_NTHW = ask(images_NCHW) if window is None else blended_logits(ask, images_NCHW, window)
         return answer_NTHW.to(self._home)
 
@@ -157,6 +164,32 @@ class FrozenTeacher:
             return np.concatenate(list(bands), axis=1)[None]
         return self._values_of(self.logits(images_NHWC))
 
+    def send(self, images_NHWC: NDArray[np.uint8]) -> Images:
+        """The images for `encoded`, which a CUDA device receives while it computes something else; in any thread."""
+        return images_NHWC if self._transfers is None else self._transfers.send(images_NHWC)
+
+    def encoded(self, images: Images) -> list[Callable[[], Encoded]]:
+        """
+        What a cache stores of each image, each to be called once, in a thread that has time: it encodes, or waits for the device.
+
+        `images` are uint8 `(N, H, W, 3)`, or what `send` made of them. A CUDA device rounds what it has answered itself, and returns
+        before that is in main memory.
+        """
+        if self._transfers is None:
+            assert isinstance(images, np.ndarray)
+            return [partial(values.encode, values_CHW, self._recipe) for values_CHW in self.cached_values(images)]
+        sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
+        fetched = self._transfers.fetch(self._rounded(self._transfers.take(sent)))
+        return [partial(encoded_tile, fetched, number, self._recipe) for number in range(len(fetched.tensors[0]))]
+
+    @torch.inference_mode()
+    def _rounded(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The answer as integers, where it was computed."""
+        values_NCHW = self.logits(images_NHWC)
+        if not isinstance(self._recipe, LogitsRecipe):
+            values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
+        return rounded(values_NCHW, self._recipe)
+
     @torch.inference_mode()
     def cached_bands(
         self, rows: Callable[[int, int], NDArray[np.uint8]], height: int, width: int
@@ -196,6 +229,14 @@ class FrozenTeacher:
             band_NShW = soft_targets(band_NThW, self._class_map_TS, self._temperature)
             targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
         return targets_NSHW
+
+
+def encoded_tile(fetched: OnItsWay, number: int, recipe: CacheRecipe) -> Encoded:
+    """One tile of what `rounded` made and a device is sending; raises `ValueError` for values that cannot be stored."""
+    units_NCHW, lost, valid = fetched.arrays()
+    if not valid:
+        raise ValueError("the teacher's answer is neither finite logits nor soft targets that sum to one")
+    return values.encode_units(units_NCHW[number], lost[number], recipe)
 
 
 def answers_in_bands(recipe: CacheRecipe, shape_NHWC: tuple[int, ...]) -> bool:

@@ -1,0 +1,61 @@
+"""
+Copies between main memory and a CUDA device beside what the device computes: from and to pinned memory, in streams of their own.
+
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams" and "Use pinned memory buffers".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OnItsWay:
+    """What is being copied; `arrived` is recorded once it is all there."""
+
+    tensors: Sequence[Tensor]
+    arrived: Any  # a torch.cuda.Event
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Of what was copied to main memory, once it is there; other threads go on meanwhile."""
+        self.arrived.synchronize()
+        return [tensor.numpy() for tensor in self.tensors]
+
+
+class Transfers:
+    """One stream there and one back, for any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._there, self._back = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def send(self, array: NDArray[Any]) -> OnItsWay:
+        """Begin to copy an array to the device."""
+        with torch.cuda.stream(self._there):
+            sent = torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+            return OnItsWay([sent], self._there.record_event())
+
+    def take(self, sent: OnItsWay) -> Tensor:
+        """What was sent, for the stream that computes, which waits for it."""
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(sent.arrived)
+        (tensor,) = sent.tensors
+        tensor.record_stream(computing)  # its memory is not given to others before this stream has read it
+        return tensor
+
+    def fetch(self, tensors: Sequence[Tensor]) -> OnItsWay:
+        """Begin to copy what the current stream computes to main memory, once it has done so."""
+        self._back.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._back):
+            fetched = []
+            for tensor in tensors:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                fetched.append(host.copy_(tensor, non_blocking=True))
+                tensor.record_stream(self._back)
+            return OnItsWay(fetched, self._back.record_event())
