@@ -25,7 +25,7 @@ from turns import in_turns, stop_here
 ARMS = ("bare", "prepared", "kdpipe", "naive")
 
 
-def bare(config, tiles, teacher, device, folder):
+def bare(config, tiles, device, folder):
     import numpy as np
     import torch
 
@@ -34,8 +34,9 @@ def bare(config, tiles, teacher, device, folder):
 
     model = load_teacher(config.teacher).to(device)
     images = [np.ascontiguousarray(read_image(tile.image).transpose(2, 0, 1)) for tile in tiles]
-    stop_here()
     with torch.no_grad():
+        logits_of(model, images[0], device)  # what is set up at the first call is no tile's cost
+        stop_here()
         for image in images:
             logits_of(model, image, device)
     if device.type == "cuda":
@@ -43,11 +44,12 @@ def bare(config, tiles, teacher, device, folder):
     stop_here()
 
 
-def prepared(config, tiles, teacher, device, folder):
+def prepared(config, tiles, device, folder):
     import torch
 
     from kdpipe.data.rasters import read_image
 
+    teacher = asked_teacher(config, tiles, device)
     images = [read_image(tile.image)[None] for tile in tiles]
     stop_here()
     for image_NHWC in images:
@@ -57,7 +59,7 @@ def prepared(config, tiles, teacher, device, folder):
     stop_here()
 
 
-def naive(config, tiles, teacher, device, folder):
+def naive(config, tiles, device, folder):
     import numpy as np
     import rasterio
     import torch
@@ -68,11 +70,16 @@ def naive(config, tiles, teacher, device, folder):
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
     model = load_teacher(config.teacher).to(device)
     class_map = torch.tensor(config.class_map_matrix(), dtype=torch.float32, device=device)
-    stop_here()
+
+    def logits_of_file(path):
+        with rasterio.open(path) as raster:
+            return logits_of(model, raster.read([1, 2, 3]), device)
+
     with torch.no_grad():
+        logits_of_file(tiles[0].image)
+        stop_here()
         for i, tile in enumerate(tiles):
-            with rasterio.open(tile.image) as raster:
-                logits = logits_of(model, raster.read([1, 2, 3]), device)
+            logits = logits_of_file(tile.image)
             probs = torch.softmax(logits / config.distill.temperature, dim=1)
             soft = torch.einsum("nthw,ts->nshw", probs, class_map)[0]
             np.save(folder / f"{i}.npy", soft.half().cpu().numpy())
@@ -89,10 +96,11 @@ def logits_of(model, image, device):
     return model(x)[..., :height, :width]
 
 
-def kdpipe(config, tiles, teacher, device, folder):
+def kdpipe(config, tiles, device, folder):
     """`precompute` from its first tile on: the lists, the lock and the manifest are in its time, loading the teacher is not."""
     from kdpipe.pipeline import precompute as stage
 
+    teacher = asked_teacher(config, tiles, device)
     stage.list_tiles = lambda data, split: tiles
     stage.open_teacher = lambda config, recipe, device: teacher
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(folder / "cache.zarr")})})
@@ -102,14 +110,23 @@ def kdpipe(config, tiles, teacher, device, folder):
     assert summary.computed == len(tiles)
 
 
+def asked_teacher(config, tiles, device):
+    """The teacher as kdpipe has it, after a first answer."""
+    from kdpipe.data.rasters import read_image
+    from kdpipe.pipeline.models.teacher import open_teacher
+    from kdpipe.pipeline.recipe import complete_recipe
+
+    teacher = open_teacher(config, complete_recipe(config, None, None), device)
+    teacher.logits(read_image(tiles[0].image)[None])
+    return teacher
+
+
 def run_arm(arm: str, options: argparse.Namespace) -> None:
     """The whole loop in this process, which stops itself before its first tile and after its last."""
     from kdpipe.configs import load_config
-    from kdpipe.data.rasters import read_image
     from kdpipe.data.tiles import list_tiles
     from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
-    from kdpipe.pipeline.models.teacher import open_teacher, resolve_device
-    from kdpipe.pipeline.recipe import complete_recipe
+    from kdpipe.pipeline.models.teacher import resolve_device
 
     if arm in ("prepared", "kdpipe"):  # the command does so before anything else
         ask_for_huge_pages()
@@ -118,10 +135,8 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     tiles = list_tiles(config.data, "train")
     tiles = tiles[:: max(1, len(tiles) // options.tiles)][: options.tiles]
-    teacher = open_teacher(config, complete_recipe(config, None, None), device)
-    teacher.logits(read_image(tiles[0].image)[None])  # what is set up at the first call is no tile's cost
     with tempfile.TemporaryDirectory() as folder:
-        globals()[arm](config, tiles, teacher, device, Path(folder))
+        globals()[arm](config, tiles, device, Path(folder))
 
 
 def main() -> None:
