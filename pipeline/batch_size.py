@@ -24,8 +24,8 @@ from kdpipe.configs.schema import Config
 from kdpipe.pipeline.fabric import open_fabric
 from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.memory import is_out_of_memory
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.progress import Progress
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from pathlib import Path
@@ -62,7 +63,6 @@ def precompute_teacher(
     import torch
 
     from kdpipe.pipeline import reports
-    from kdpipe.pipeline.estimate import estimate
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.precompute import failure_report, precompute
     from kdpipe.pipeline.progress import stop_on_signal
@@ -72,6 +72,8 @@ def precompute_teacher(
     console, progress = open_console()
     config = load(source, overrides)
     if dry_run:
+        from kdpipe.pipeline.estimate import estimate  # which brings all that trains
+
         forecast = estimate(config, resolve_device(device), progress)
         console.print(reports.estimate_text(forecast), highlight=False, soft_wrap=True)
         write_json(json_path, forecast.as_dict())
@@ -308,6 +310,7 @@ def main() -> None:
     """Run `kdpipe`; errors of the user's making end in one paragraph and their exit code, others in a traceback."""
     ask_for_huge_pages()
     keep_freed_memory()
+    gc.disable()  # until `open_console`: imports make half a million objects, none of them garbage
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -329,6 +332,8 @@ def main() -> None:
             traceback.print_exc()
         complain(str(err))
         sys.exit(err.exit_code)
+    finally:
+        gc.enable()
 
 
 def _cluster(progress: ConsoleProgress, device: str | None, address: str | None, local: int | None) -> Cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -101,11 +102,13 @@ def load(source: str, overrides: tuple[str, ...]) -> Config:
 
 
 def open_console() -> tuple[Console, ConsoleProgress]:
-    """Where results are printed, and where progress is shown."""
+    """Where results are printed, and where progress is shown; called once a command has imported what it needs (see `cli.main`)."""
     from rich.console import Console
 
     from kdpipe.pipeline.console import ConsoleProgress
 
+    gc.freeze()  # modules stay: to look through them for garbage, at the end too, takes a second
+    gc.enable()
     console = Console()
     return console, ConsoleProgress(console)
 

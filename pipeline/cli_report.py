@@ -87,9 +87,9 @@ def compare(
     one arm. Writes a page and its plots. Exit codes: 0 done, 2 runs that cannot be compared.
     """
     from kdpipe.configs.outputs import output_path
-    from kdpipe.pipeline import reports
     from kdpipe.pipeline.comparison import compare as compare_runs
     from kdpipe.pipeline.comparison_page import write_comparison
+    from kdpipe.pipeline.comparison_report import comparison_tables
     from kdpipe.pipeline.comparison_tiles import comparison_tiles
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.runs import read_run, run_folder
@@ -101,7 +101,7 @@ def compare(
     drawn, notes = comparison_tiles(comparison, folders, resolve_device(device), tiles, progress) if tiles else ([], [])
     page = write_comparison(comparison, output_path(out, key="--out"), drawn, notes)
     write_json(json_path, comparison.as_dict())
-    for table in reports.comparison_tables(comparison):
+    for table in comparison_tables(comparison):
         console.print(table, highlight=False, soft_wrap=True)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True, markup=False)

@@ -26,10 +26,9 @@ from kdpipe.configs.errors import ConfigError, KdpipeError
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.models.student import load_student_weights
+from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.pictures import contact_sheet, paint_classes, paint_soft_target
 from kdpipe.pipeline.progress import Progress

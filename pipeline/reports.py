@@ -14,10 +14,7 @@ from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.values import probability_bound
 from kdpipe.configs.errors import summarise
 from kdpipe.pipeline.cache_statistics import MIN_TILES
-from kdpipe.pipeline.comparison import MEAN
-from kdpipe.pipeline.comparison_page import cache_text, points_text, reached_text
 from kdpipe.pipeline.console import duration_text, size_text
-from kdpipe.pipeline.page import percent_text
 
 if TYPE_CHECKING:
     from kdpipe.data.landscape import SampleData
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
         verify,
         worth,
     )
-    from kdpipe.pipeline.comparison import Comparison
     from kdpipe.pipeline.parity import TileParity
 
 SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
@@ -209,30 +205,6 @@ def training_tables(summary: training.Summary) -> Iterator[Table | str]:
         others = ", ".join(f"{seconds:.3f} s in {name}" for name, seconds in summary.other_modes.items())
         yield f"a step beside it: {others}"
     yield f"weights in {summary.weights}, logs in {summary.logs}"
-
-
-def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
-    """Arms side by side, then their classes; narrow enough for a terminal of 80 columns with three arms."""
-    arms = Table(title=f"After {comparison.steps} steps: mIoU in percent", title_justify="left")
-    for column in ("arm", "seeds", "mIoU", "difference [95 %]", "s/step", "baseline's last mIoU after"):
-        arms.add_column(column, justify="left" if column == "arm" else "right")
-    for arm in comparison.arms:
-        arms.add_row(
-            arm.label, str(len(arm.runs)), percent_text(arm.mean_iou(MEAN)),
-            points_text(arm.differences[MEAN]) if arm.differences else "baseline",
-            f"{arm.seconds_per_step():.3f}", reached_text(arm) if arm.differences else "",
-        )  # fmt: skip
-    yield arms
-    classes = Table(title="IoU by class: baseline, and differences [95 %]", title_justify="left")
-    for column in ("class", *(arm.label for arm in comparison.arms)):
-        classes.add_column(column, justify="left" if column == "class" else "right")
-    for name in [*comparison.classes, MEAN]:
-        rest = [points_text((arm.differences or {}).get(name)) for arm in comparison.arms[1:]]
-        classes.add_row(name, percent_text(comparison.arms[0].mean_iou(name)), *rest)
-    yield classes
-    for arm in comparison.arms:
-        settings = ", ".join(f"{key} {value}" for key, value in arm.settings.items())
-        yield f"{arm.label}: {cache_text(arm)}" + (f"; {settings}" if settings else "")
 
 
 def _parity_table(rows: list[TileParity]) -> Table:

@@ -39,8 +39,8 @@ from kdpipe.pipeline.loaders import OnlineTargets, batches_per_epoch, steps_in, 
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.metrics import Scores
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.optimizer import make_optimizer
 from kdpipe.pipeline.packing import unpacked
 from kdpipe.pipeline.progress import Progress, Silent

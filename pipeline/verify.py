@@ -25,7 +25,6 @@ from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.label_check import TeacherClass, check_class_map, count_answers
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.metrics import Scores, count_pairs, scores
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.parity import PRECISION_SLACK, TileParity, compare, middle_window
 from kdpipe.pipeline.progress import Progress, Silent
@@ -162,6 +161,8 @@ def _check_parity(
     sample: int, checkpoint: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None],
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
+    from kdpipe.pipeline.models.student import build_student  # which `quick` and `full` need not wait for
+
     manifest = cache.manifest
     teacher = open_teacher(config, manifest.recipe, device)
     torch.manual_seed(config.seed)

@@ -299,8 +299,9 @@ def dask_setup(worker: Worker) -> None:
     """
     Preloaded by the workers of `--workers`, before they are known to the scheduler.
 
-    Ctrl-C reaches their process group too, and the main process lets them finish; importing torch takes seconds.
+    Ctrl-C reaches their process group too, and the main process lets them finish; importing what a teacher needs takes seconds.
     """
+    import kdpipe.pipeline.models.recognise
     import kdpipe.pipeline.precompute  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,3 +1,4 @@
+import gc
 import io
 import os
 import shutil
@@ -128,9 +129,11 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["kdpipe", *map(str, arguments)])
-        # Both are for the whole process, which other tests share.
+        # All are for the whole process, which other tests share.
         patch.setattr(cli, "keep_freed_memory", lambda: False)
         patch.setattr(cli, "ask_for_huge_pages", lambda: None)
+        for name in ("freeze", "disable"):
+            patch.setattr(gc, name, lambda: None)
         if cwd is not None:
             patch.chdir(cwd)
         try:

@@ -82,6 +82,7 @@ def _launch():
     import zarr.storage  # noqa: F401
 
     import kdpipe.pipeline.cluster
+    import kdpipe.pipeline.models.recognise
     import kdpipe.pipeline.worker  # noqa: F401
 
     torch.set_num_threads(1)

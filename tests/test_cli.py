@@ -1,12 +1,14 @@
 """The commands as people meet them: fast help, one paragraph of error, the documented exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import run_command
 
+from kdpipe.configs import dump_config
 from kdpipe.data.landscape import write_sample_data
 from kdpipe.pipeline.cli import cli
 
@@ -31,6 +33,22 @@ def test_help_imports_nothing_heavy(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage: kdpipe" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["precompute-teacher"], ["verify-cache", "--level", "quick"]], ids=" ".join)
+def test_a_command_that_computes_nothing_imports_nothing_to_compute_with(command, cached, tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(cached))
+    code = (
+        "import gc, sys; sys.argv = ['kdpipe', *%r, '-c', 'config.yaml', '--device', 'cpu']\n"
+        "from kdpipe.pipeline.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'segmentation_models_pytorch', 'timm', 'torchvision', 'lightning', 'torchmetrics', 'scipy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert 'torch' in sys.modules and gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()"
+    ) % (command,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search("nothing to do|PASS", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from PIL import Image
 from scipy import stats
 
 from kdpipe.configs.errors import DataError
-from kdpipe.pipeline import reports
 from kdpipe.pipeline.cli import cli
 from kdpipe.pipeline.comparison import MEAN, compare, paired_difference
 from kdpipe.pipeline.comparison_page import write_comparison
+from kdpipe.pipeline.comparison_report import comparison_tables
 from kdpipe.pipeline.runs import CacheUsed, Run, Validation, read_run, write_run
 
 
@@ -138,7 +138,7 @@ def test_tables_are_readable_at_80_columns():
     from rich.console import Console
 
     console = Console(width=80, record=True, file=io.StringIO())
-    for table in reports.comparison_tables(compare(study())):
+    for table in comparison_tables(compare(study())):
         console.print(table)
     text = console.export_text()
     for shown in ("plain", "baseline", "+3.0 [-2.0, +8.0]", "200 steps"):

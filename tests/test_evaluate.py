@@ -22,8 +22,7 @@ from kdpipe.pipeline.cli import cli, main
 from kdpipe.pipeline.confusion_picture import draw_confusion
 from kdpipe.pipeline.evaluation import Model, Network, evaluate, student_model, teacher_model
 from kdpipe.pipeline.evaluation_report import evaluation_tables
-from kdpipe.pipeline.models import build_student
-from kdpipe.pipeline.models.student import load_student_weights
+from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.training import train, with_mode
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from kdpipe.pipeline import export
 from kdpipe.pipeline.cli import main
 from kdpipe.pipeline.evaluation import student_model
 from kdpipe.pipeline.export import AnySize, export_student, read_card
-from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.prediction import predict

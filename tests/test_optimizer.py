@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdpipe.configs.schema import Train
-from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.optimizer import LookaheadAdamW, make_optimizer
 
 

@@ -12,9 +12,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch.nn import functional as F
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.published import load_encoder
-from kdpipe.pipeline.models.student import encoder_parameters
+from kdpipe.pipeline.models.student import build_student, encoder_parameters
 from kdpipe.pipeline.models.swin import SwinEncoder
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 

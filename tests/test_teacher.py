@@ -14,9 +14,9 @@ import yaml
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
-from kdpipe.pipeline.models import build_student
 from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.models.teacher import load_teacher, open_teacher, resolve_device, soft_targets
 from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits, padded_logits
 from kdpipe.pipeline.recipe import complete_recipe

@@ -30,8 +30,7 @@ from kdpipe.pipeline import training
 from kdpipe.pipeline.checkpoints import changed_keys
 from kdpipe.pipeline.learning_curves import read_curves
 from kdpipe.pipeline.loaders import BatchStream
-from kdpipe.pipeline.models import build_student
-from kdpipe.pipeline.models.student import load_student_weights
+from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.runs import read_run
 from kdpipe.pipeline.training import train, with_mode

@@ -20,7 +20,7 @@ from kdpipe.pipeline import batch_size, training
 from kdpipe.pipeline.divergence import growth_hint
 from kdpipe.pipeline.evaluation import evaluate, teacher_model
 from kdpipe.pipeline.memory import fits_in_memory
-from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.models.teacher import FrozenTeacher
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.training import train, with_mode

@@ -12,7 +12,7 @@ from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.parity import Measure, compare
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.verify import sampled_tiles, verify

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.fold import folded
 from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.recognise import Network, attention_of, recognise
 from kdpipe.pipeline.models.rounding import rounded
-from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.transfers import OnItsWay, Transfers
 from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits
 from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.models.recognise import Network
 
 # The orders that teachers with these numbers of channels most often have: the lines for it, and the shipped config with its
 # class map. The first is the guide's, the second OpenEarthMap's own.
@@ -58,6 +59,10 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
     the decoder is recognised from its tensors. `key` is the section of the config that an error points to. Raises
     `CheckpointError` where any tensor does not fit, saying what the file holds and which lines would fit it.
     """
+    # They bring timm, which takes longer to import than a run with nothing to do.
+    from kdpipe.pipeline.models.recognise import attention_of, recognise
+    from kdpipe.pipeline.models.smp_models import create_smp_model
+
     state = bare_state(read_checkpoint(teacher.checkpoint))
     check_tensors(state, origin=teacher.checkpoint)
     attention = attention_of(state) if teacher.architecture.lower() in WITH_ATTENTION else None

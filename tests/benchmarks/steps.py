@@ -25,7 +25,7 @@ from turns import in_turns, stop_here
 from kdpipe.configs import load_config
 from kdpipe.pipeline import training
 from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
-from kdpipe.pipeline.models import build_student
+from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.models.teacher import load_teacher, resolve_device
 from kdpipe.pipeline.training import train, with_mode
 
