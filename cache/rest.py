@@ -34,15 +34,19 @@ def fill_in(stored_CHW: NDArray[Any], levels: int, chunk_px: int, corner: tuple[
     as in zeros read in the place of missing data, or where the others of a pixel sum to more than `levels`.
     """
     mark = int(np.iinfo(stored_CHW.dtype).max)
-    wide = np.min_scalar_type(len(stored_CHW) * mark)  # unsigned: less than nothing becomes more than `levels`
+    wide = np.min_scalar_type((len(stored_CHW) + 1) * mark)  # unsigned: less than nothing becomes more than `levels`
+    rest_HW = stored_CHW[0].astype(wide)  # one by one: in half the time of `sum`
+    for values_HW in stored_CHW[1:]:
+        rest_HW += values_HW
+    np.subtract(levels + mark, rest_HW, out=rest_HW)
+    # Wherever a second class is marked, the others sum to more than `levels`.
+    whole = rest_HW.max() <= levels
     for rows, columns in _squares(corner, stored_CHW, chunk_px):
         chunk_Chw = stored_CHW[:, rows, columns]
         left_out = chunk_Chw[:, 0, 0].argmax()
-        rest_hw = levels + mark - chunk_Chw.sum(axis=0, dtype=wide)
-        # Wherever a second class is marked, the others sum to more than `levels`.
-        if chunk_Chw[left_out].min() < mark or rest_hw.max() > levels:
+        if not whole or chunk_Chw[left_out].min() < mark:
             raise ValueError("its values do not sum to one")
-        chunk_Chw[left_out] = rest_hw
+        chunk_Chw[left_out] = rest_HW[rows, columns]
 
 
 def _squares(corner: tuple[int, int], window_CHW: NDArray[Any], chunk_px: int) -> Iterator[tuple[slice, ...]]:
