@@ -77,8 +77,8 @@ def rows(found: dict[str, dict]) -> list[tuple[str, str, str]]:
         done = commands["precompute-teacher, nothing to do"]
         table.append(
             (
-                "nothing to do, 10,000 tiles against 100",
-                f"{done['10000']['seconds'] - done['100']['seconds']:.1f} s more",
+                "nothing to do, 10,000 tiles / 100, the whole command",
+                f"{done['10000']['seconds']:.1f} / {done['100']['seconds']:.1f} s",
                 "<= 3 s",
             )
         )
