@@ -47,6 +47,7 @@ from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
+from kdpipe.pipeline.console import size_text
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import Encoded, FrozenTeacher, Images, open_teacher
 from kdpipe.pipeline.progress import Progress, Silent
@@ -382,7 +383,7 @@ def _refuse_small_disk(plan: Plan, summary: Summary) -> None:
     needed = summary.bytes_written * left // summary.computed
     if free is not None and needed > free:
         raise DiskFull(
-            f"{plan.storage.url} needs about {needed / 1e9:.2f} GB more for {left} tiles, and its disk has {free / 1e9:.2f} GB free; "
+            f"{plan.storage.url} needs about {size_text(needed)} more for {left} tiles, and its disk has {size_text(free)} free; "
             f"make room and run the same command again: the {summary.computed + summary.kept} finished tiles are kept"
         )
 

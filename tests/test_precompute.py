@@ -267,7 +267,9 @@ def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
 def test_a_disk_that_will_be_too_small_is_refused_early_and_keeps_what_is_done(make_config, monkeypatch):
     config = make_config()
     monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: 10)
-    with pytest.raises(DiskFull, match=r"its disk has 0.00 GB free; make room .* the 3 finished tiles are kept"):
+    with pytest.raises(
+        DiskFull, match=r"needs about .* kB more for 3 tiles, and its disk has 10 B free; make room .* the 3 finished"
+    ):
         precompute(config, CPU)
     monkeypatch.undo()
     assert precompute(config, CPU).kept >= 3
