@@ -3,6 +3,7 @@
 import fcntl
 import json
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -170,9 +171,9 @@ def test_a_scheduler_started_again_goes_on_with_what_is_missing(two_workers, con
     summary = run(config, two_workers.address, told)
     assert tree(tmp_path / "cache.zarr") == whole
     assert summary.computed == TILES
-    assert any(
-        "lost the scheduler at tcp://127.0.0.1" in line and "6 of 16 tiles finished" in line for line in told.said
-    )
+    lost = next(line for line in told.said if "lost the scheduler at tcp://127.0.0.1" in line)
+    # Those that had arrived count as well: at most what each of two workers had in hand, and one more.
+    assert re.search(r"with ([6-9]|10) of 16 tiles finished", lost), lost
     asked = [tile for _, tile in two_workers.asked()]
     assert len(asked) - len(set(asked)) <= 2, "at most what each of two workers had in hand"
 

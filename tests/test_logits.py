@@ -266,7 +266,7 @@ def test_zeros_in_the_place_of_a_chunk_are_found(logits_config, monkeypatch):
         return units, lost
 
     encode_values = values.encode
-    monkeypatch.setattr("kdpipe.cache.writer.encode", with_a_hole)
+    monkeypatch.setattr(values, "encode", with_a_hole)
     config = logits_config()
     precompute(config, CPU)
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
