@@ -281,7 +281,8 @@ class Cluster:
                 raise ConfigError(
                     f"the workers of {self._address} have no {err.name}: install kdpipe, in this version, for scheduler and workers"
                 ) from err
-            except OSError:  # and what dask derives from it
+            # And what dask derives from it; it asserts as well, where the loop of a client that failed has not ended yet.
+            except (OSError, AssertionError):
                 self._disconnect()
             if time.monotonic() - start > PATIENCE_SECONDS:
                 raise ClusterUnreachable(
