@@ -311,9 +311,7 @@ def _compute(
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
                 with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
-                    start = time.perf_counter()
                     answers = teacher.encoded(images)
-                    summary.teacher_seconds += time.perf_counter() - start
                 pixels = loaded.images_NHWC[0, ..., 0].size
                 for tile, answer in zip(loaded.tiles, answers, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
@@ -323,6 +321,7 @@ def _compute(
             while writing:
                 yield writing.popleft()[1].result()
         finally:
+            summary.teacher_seconds += teacher.seconds_taken()
             for loaded_later in loading:
                 loaded_later.cancel()
             for _, written_later in writing:

@@ -305,23 +305,29 @@ class _Run:
             ignore_index=config.classes.ignore_index,
             auxiliary_NCHW=auxiliary,
         )
-        step = self.position.steps + 1
-        refuse_divergence(terms, target, step, config, self.precision, self.folder)
         self.fabric.backward(terms.total / window)
-        self.position = replace(self.position, batches=self.position.batches + 1)
         self._window_terms.append(terms)
-        if len(self._window_terms) < window:
+        whole = len(self._window_terms) == window
+        if whole:
+            self._step()
+        # Last, since a GPU is waited for; nothing is saved before.
+        refuse_divergence(terms, target, self.position.steps + 1, config, self.precision, self.folder)
+        self.position = replace(self.position, batches=self.position.batches + 1)
+        if not whole:
             return None
+        self.position = replace(self.position, steps=self.position.steps + 1)
         terms = mean_terms(self._window_terms)
         self._window_terms.clear()
+        return terms
+
+    def _step(self) -> None:
+        config = self.config
         if config.train.clip_norm is not None:
             self.fabric.clip_gradients(
                 self.model, self._fabric_optimizer, max_norm=config.train.clip_norm, error_if_nonfinite=False
             )
         self._fabric_optimizer.step()
         self._fabric_optimizer.zero_grad()
-        self.position = replace(self.position, steps=self.position.steps + 1)
-        return terms
 
     def _validate_and_save(self) -> None:
         """Validate and save where it is due, and stop where it was asked for; only ever between two steps."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -200,21 +199,22 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         receipts.failed = loaded.failed
         if loaded.images_NHWC is None:
             return receipts
-        answer = self._asking.submit(self._ask, loaded.images_NHWC).result()
-        if answer is None:
+        answers = self._asking.submit(self._ask, loaded.images_NHWC).result()
+        if answers is None:
             receipts.stopped = True
             return receipts
-        answers, receipts.teacher_seconds = answer
         for tile, encode in zip(loaded.tiles, answers, strict=True):
             if tile.id in wanted and tile.id in loaded.digests:
                 encoded = encode()
                 with within_fence(self._storage, job.token):
                     record = store_tile(self._storage, tile.id, encoded, loaded.digests[tile.id], job.recipe)
                 receipts.records.append(record)
+        assert self._teacher is not None
+        receipts.teacher_seconds = self._teacher.seconds_taken()  # other batches' too, which then have none
         return receipts
 
-    def _ask(self, images_NHWC: Any) -> tuple[list[Callable[[], Encoded]], float] | None:
-        """`FrozenTeacher.encoded` and the seconds it took, None once the run was asked to stop. In the one thread that asks."""
+    def _ask(self, images_NHWC: Any) -> list[Callable[[], Encoded]] | None:
+        """`FrozenTeacher.encoded`, None once the run was asked to stop. In the one thread that asks."""
         import torch
 
         from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
@@ -229,8 +229,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         with fits_in_memory(f"while the teacher answered {size} on worker {self._address}", advice):
             if self._teacher is None:
                 self._teacher = open_teacher(job.config, job.recipe, device)
-            start = time.perf_counter()
-            return self._teacher.encoded(images_NHWC), time.perf_counter() - start
+            return self._teacher.encoded(images_NHWC)
 
     def _check(self, worker: Worker) -> None:
         from kdpipe.pipeline.models.weights import file_sha256

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from test_cache import distributions
 
 from kdpipe.cache import simplex, values
+from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline.models.rounding import rounded
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.models.transfers import OnItsWay, Transfers
 from kdpipe.pipeline.recipe import complete_recipe
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
 def recipe_of(bits, num_classes):
@@ -119,17 +121,51 @@ def test_a_teacher_that_rounds_on_its_device_gives_what_one_gives_that_leaves_it
                 np.testing.assert_allclose(lost, expected_lost, rtol=0, atol=1e-5)
 
 
-def test_values_that_cannot_be_stored_are_refused_once_they_have_come_from_the_device(make_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("logit", "map_share", "error", "text"),
+    [
+        (torch.nan, 1, KdpipeError, "numbers that are not finite in precision fp32; set teacher.precision"),
+        (-torch.inf, 1, KdpipeError, "numbers that are not finite in precision fp32; set teacher.precision"),
+        (0.0, 0.5, ValueError, "is not soft targets that sum to one"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_refused_once_they_have_come_from_the_device(
+    make_config, monkeypatch, logit, map_share, error, text
+):
     config = make_config()
     teacher = open_teacher(config, complete_recipe(config, None, None), torch.device("cpu"))
     teacher._transfers = AtOnce()
-    monkeypatch.setattr(teacher, "logits", lambda images: torch.full((1, 8, 64, 64), torch.nan))
+    teacher._class_map_TS *= map_share
+    answer = torch.zeros(1, 8, 64, 64)
+    answer[0, 3, 5, 7] = logit
+    monkeypatch.setattr(teacher, "_logits", lambda images, checked: answer)
     (encode,) = teacher.encoded(np.zeros((1, 64, 64, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match="neither finite logits nor soft targets that sum to one"):
+    with pytest.raises(error, match=text):
         encode()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@needs_cuda
+def test_a_cuda_device_is_asked_without_waiting_for_it(make_config):
+    config = make_config()
+    teacher = open_teacher(config, complete_recipe(config, None, None), torch.device("cuda"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 70, 130, 3), dtype=np.uint8)
+    expected = [encode() for encode in teacher.encoded(images)]  # what is set up at the first call is waited for
+    assert teacher.seconds_taken() > 0
+    sent = teacher.send(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        asked = teacher.encoded(sent)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for encode, (units, lost) in zip(asked, expected, strict=True):
+        found_units, found_lost = encode()
+        np.testing.assert_array_equal(found_units, units)
+        np.testing.assert_array_equal(found_lost, lost)
+    assert 0 < teacher.seconds_taken() < 60
+    assert teacher.seconds_taken() == 0
+
+
+@needs_cuda
 def test_what_a_cuda_device_is_sent_and_sends_back_is_whole_while_it_computes():
     device = torch.device("cuda")
     transfers = Transfers(device)

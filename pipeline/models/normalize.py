@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -23,5 +25,12 @@ def mean_std(normalize: Normalize) -> tuple[list[float], list[float]]:
 
 def normalized(images_NCHW: Tensor, normalize: Normalize) -> Tensor:
     """`(x / 255 - mean) / std`, float32 `(N, 3, H, W)`, from uint8 images."""
-    mean, std = (torch.tensor(v, device=images_NCHW.device).view(1, 3, 1, 1) for v in mean_std(normalize))
+    mean, std = (_on_device(tuple(v), images_NCHW.device) for v in mean_std(normalize))
     return (images_NCHW.float() / 255 - mean) / std
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(1, 3, 1, 1)`; kept, because a copy to a GPU waits for all that the GPU still has to do."""
+    return torch.tensor(channels, device=device).view(1, 3, 1, 1)

@@ -9,6 +9,7 @@ Shapes: N tiles, C classes, H W their pixels, K blocks of R rows.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np
 
 def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tensor:
     side = simplex.ENTROPY_BLOCK_PX
-    of_units = torch.from_numpy(simplex.entropy_terms(levels)).to(probs_NCHW.device)
+    of_units = _entropy_terms(levels, probs_NCHW.device)
     lost_NHW = of_units[units_NCHW.int()].sum(dim=1) - (probs_NCHW.clamp(min=1e-30).log() * probs_NCHW).sum(dim=1)
 
     def sums(values_NHW: Tensor) -> Tensor:
@@ -123,3 +124,8 @@ def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tenso
         return padded.reshape(count, -(-height // side), side, -(-width // side), side).sum(dim=(2, 4))
 
     return sums(lost_NHW) / sums(torch.ones_like(lost_NHW[:1]))
+
+
+@lru_cache
+def _entropy_terms(levels: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(simplex.entropy_terms(levels)).to(device)

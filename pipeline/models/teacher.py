@@ -20,7 +20,7 @@ from kdpipe.configs.schema import Config, MeanStd, Teacher
 from kdpipe.pipeline.models.fold import folded
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.rounding import rounded
-from kdpipe.pipeline.models.transfers import OnItsWay, Transfers
+from kdpipe.pipeline.models.transfers import Clock, OnItsWay, Transfers
 from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits
 from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
 
@@ -108,6 +108,11 @@ class FrozenTeacher:
         windowed = any(record.window is not None for record in recipe.teachers)
         self._home = torch.device("cpu") if windowed else device
         self._transfers = Transfers(device) if self._home.type == "cuda" else None
+        self._clock = Clock(device)
+
+    def seconds_taken(self) -> float:
+        """Those that `encoded` took, of the device alone, since this was last called."""
+        return self._clock.taken()
 
     @torch.inference_mode()
     def logits(self, images_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -117,21 +122,25 @@ class FrozenTeacher:
         `images_NHWC` is uint8 `(N, H, W, 3)` of any size; the channels are in the order of the class map's rows. Raises
         `KdpipeError` if a score is not finite.
         """
+        return self._logits(images_NHWC, checked=True)
+
+    def _logits(self, images_NHWC: NDArray[np.uint8] | Tensor, *, checked: bool) -> Tensor:
+        """As `logits`; unless they are `checked`, without waiting for a CUDA device."""
         total_NTHW: Tensor | None = None
         for number, share in enumerate(self._shares):
-            answer_NTHW = self._answer(number, images_NHWC).mul_(share)
+            answer_NTHW = self._answer(number, images_NHWC, checked=checked).mul_(share)
             total_NTHW = answer_NTHW if total_NTHW is None else total_NTHW.add_(answer_NTHW)
         assert total_NTHW is not None
         return total_NTHW
 
-    def _answer(self, number: int, images_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
+    def _answer(self, number: int, images_NHWC: NDArray[np.uint8] | Tensor, *, checked: bool) -> Tensor:
         """One network's logits in the order of the class map's rows."""
-        ask, window = self._asker(number), self._recipe.teachers[number].window
+        ask, window = self._asker(number, checked=checked), self._recipe.teachers[number].window
         images_NCHW = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2)
         answer_NTHW = ask(images_NCHW) if window is None else blended_logits(ask, images_NCHW, window)
         return answer_NTHW.to(self._home)
 
-    def _asker(self, number: int) -> Callable[[Tensor], Tensor]:
+    def _asker(self, number: int, *, checked: bool) -> Callable[[Tensor], Tensor]:
         """One network as a function of uint8 images `(N, 3, H, W)`."""
         record = self._recipe.teachers[number]
         normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
@@ -148,11 +157,8 @@ class FrozenTeacher:
             if channels != list(range(logits_NTHW.shape[1])):
                 logits_NTHW = logits_NTHW[:, channels]
             # Their sum is finite only if they are, and is had in a twentieth of the time.
-            if not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
-                raise KdpipeError(
-                    f"the teacher answered with numbers that are not finite in precision {record.precision}; "
-                    "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
-                )
+            if checked and not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
+                raise KdpipeError(_not_finite_text(record.precision))
             return logits_NTHW
 
         return ask
@@ -182,18 +188,22 @@ class FrozenTeacher:
         """
         if self._transfers is None:
             assert isinstance(images, np.ndarray)
-            return [partial(values.encode, values_CHW, self._recipe) for values_CHW in self.cached_values(images)]
+            with self._clock.timed():
+                values_NCHW = self.cached_values(images)
+            return [partial(values.encode, values_CHW, self._recipe) for values_CHW in values_NCHW]
         sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
         fetched = self._transfers.fetch(self._rounded(self._transfers.take(sent)))
         return [partial(encoded_tile, fetched, number, self._recipe) for number in range(len(fetched.tensors[0]))]
 
     @torch.inference_mode()
-    def _rounded(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The answer as integers, where it was computed."""
-        values_NCHW = self.logits(images_NHWC)
-        if not isinstance(self._recipe, LogitsRecipe):
-            values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
-        return rounded(values_NCHW, self._recipe)
+    def _rounded(self, images_NHWC: Tensor) -> tuple[Tensor, ...]:
+        """The answer as integers, where it was computed, and whether the logits were finite, one bool; `encoded_tile` takes them."""
+        with self._clock.timed():
+            values_NCHW = self._logits(images_NHWC, checked=False)
+            finite = torch.isfinite(values_NCHW).all()
+            if not isinstance(self._recipe, LogitsRecipe):
+                values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
+        return *rounded(values_NCHW, self._recipe), finite
 
     @torch.inference_mode()
     def cached_bands(
@@ -211,7 +221,7 @@ class FrozenTeacher:
         streams = []
         for number, record in enumerate(self._recipe.teachers):
             assert record.window is not None
-            streams.append(blended_bands(self._asker(number), rows_1ChW, height, width, record.window))
+            streams.append(blended_bands(self._asker(number, checked=True), rows_1ChW, height, width, record.window))
         for bands in zip(*streams, strict=True):
             logits_1ThW = sum(band * share for band, share in zip(bands, self._shares, strict=True))
             yield self._values_of(logits_1ThW)[0]
@@ -237,11 +247,24 @@ class FrozenTeacher:
 
 
 def encoded_tile(fetched: OnItsWay, number: int, recipe: CacheRecipe) -> Encoded:
-    """One tile of what `rounded` made and a device is sending; raises `ValueError` for values that cannot be stored."""
-    units_NCHW, lost, valid = fetched.arrays()
+    """
+    One tile of what a device made of a batch and is sending.
+
+    Raises `KdpipeError` if a score of the batch is not finite, and `ValueError` for other values that cannot be stored.
+    """
+    units_NCHW, lost, valid, finite = fetched.arrays()
+    if not finite:
+        raise KdpipeError(_not_finite_text(", ".join(sorted({record.precision for record in recipe.teachers}))))
     if not valid:
-        raise ValueError("the teacher's answer is neither finite logits nor soft targets that sum to one")
+        raise ValueError("the teacher's answer is not soft targets that sum to one")
     return values.encode_units(units_NCHW[number], lost[number], recipe)
+
+
+def _not_finite_text(precision: str) -> str:
+    return (
+        f"the teacher answered with numbers that are not finite in precision {precision}; "
+        "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
+    )
 
 
 def answers_in_bands(recipe: CacheRecipe, shape_NHWC: tuple[int, ...]) -> bool:

@@ -1,12 +1,17 @@
 """
-Copies between main memory and a CUDA device beside what the device computes: from and to pinned memory, in streams of their own.
+Copies between main memory and a CUDA device beside what the device computes: from and to pinned memory, in streams of their own;
+and the time it took, without waiting for it.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams" and "Use pinned memory buffers".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +64,45 @@ class Transfers:
                 fetched.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._back)
             return OnItsWay(fetched, self._back.record_event())
+
+
+class Clock:
+    """
+    How long a device took for what was asked of it in `timed`.
+
+    CUDA says so itself, later, as a process that asks it does not wait; elsewhere it is the time that passes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What is asked of the current stream in the context."""
+        began = time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) if self._cuda else None for _ in range(2))  # type: ignore[no-untyped-call]
+        if start is not None:
+            start.record()
+        yield
+        with self._lock:
+            if start is None or end is None:
+                self._seconds += time.perf_counter() - began
+            else:
+                end.record()
+                self._running.append((start, end))
+                self._sum_up()
+
+    def taken(self) -> float:
+        """Seconds that the device took since this was last called, for what it is through with."""
+        with self._lock:
+            self._sum_up()
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+
+    def _sum_up(self) -> None:
+        while self._running and self._running[0][1].query():  # type: ignore[no-untyped-call]
+            start, end = self._running.popleft()
+            self._seconds += start.elapsed_time(end) / 1000

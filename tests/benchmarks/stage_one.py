@@ -7,9 +7,12 @@ In each round four processes take turns of two seconds, those that wait are stop
 minute, which one loop after the other would measure. Only what comes after the teacher is loaded is timed. A run of kdpipe costs
 0.3 s beside its tiles (digests, the last tile's encoding), so that few tiles show less than many.
 
-- `bare` asks the network, as smp and torch have it, about tiles that lie decoded in memory: no softmax, nothing read, nothing kept.
+- `bare` asks the network, as smp and torch have it, about tiles that lie decoded in memory, in kdpipe's batches and precision: no
+  softmax, nothing read, nothing kept.
 - `prepared` is that loop over the network as kdpipe asks it: batch norms folded, channels last, in pages of 2 MB.
-- `naive` reads, asks and saves one tile after the other, as float16 soft targets with `np.save`.
+- `naive` reads, asks and saves one tile after the other, as float16 soft targets with `np.save`, in torch's own precision.
+
+More tiles than there are, for a GPU that is soon through them, are the same ones again under other names.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from turns import in_turns, stop_here
@@ -26,36 +30,30 @@ ARMS = ("bare", "prepared", "kdpipe", "naive")
 
 
 def bare(config, tiles, device, folder):
-    import numpy as np
     import torch
 
-    from kdpipe.data.rasters import read_image
-    from kdpipe.pipeline.models.teacher import load_teacher
+    from kdpipe.pipeline.models.teacher import _exactly, load_teacher
 
     model = load_teacher(config.teacher).to(device)
-    images = [np.ascontiguousarray(read_image(tile.image).transpose(2, 0, 1)) for tile in tiles]
-    with torch.no_grad():
-        logits_of(model, images[0], device)  # what is set up at the first call is no tile's cost
+    batches = decoded(config, tiles, device)
+    with torch.inference_mode(), _exactly(config.teacher.precision, device):
+        logits_of(model, batches[0], device)  # what is set up at the first call is no tile's cost
+        wait_for(device)
         stop_here()
-        for image in images:
-            logits_of(model, image, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        for images_N3HW in batches:
+            logits_of(model, images_N3HW, device)
+        wait_for(device)
     stop_here()
 
 
 def prepared(config, tiles, device, folder):
-    import torch
-
-    from kdpipe.data.rasters import read_image
-
     teacher = asked_teacher(config, tiles, device)
-    images = [read_image(tile.image)[None] for tile in tiles]
+    batches = decoded(config, tiles, device)
+    wait_for(device)
     stop_here()
-    for image_NHWC in images:
-        teacher.logits(image_NHWC)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    for images_N3HW in batches:
+        teacher.logits(images_N3HW.transpose(0, 2, 3, 1))
+    wait_for(device)
     stop_here()
 
 
@@ -73,7 +71,7 @@ def naive(config, tiles, device, folder):
 
     def logits_of_file(path):
         with rasterio.open(path) as raster:
-            return logits_of(model, raster.read([1, 2, 3]), device)
+            return logits_of(model, raster.read([1, 2, 3])[None], device)
 
     with torch.no_grad():
         logits_of_file(tiles[0].image)
@@ -86,14 +84,30 @@ def naive(config, tiles, device, folder):
     stop_here()
 
 
-def logits_of(model, image, device):
-    """As a script asks a network about an image, uint8 `(3, H, W)`."""
+def logits_of(model, images_N3HW, device):
+    """As a script asks a network about images, uint8 `(N, 3, H, W)`."""
     import torch
 
-    x = torch.from_numpy(image)[None].to(device).float() / 255
+    x = torch.from_numpy(images_N3HW).to(device).float() / 255
     height, width = x.shape[2:]
     x = torch.nn.functional.pad(x, (0, -width % 32, 0, -height % 32), mode="reflect")
     return model(x)[..., :height, :width]
+
+
+def decoded(config, tiles, device):
+    """The batches that kdpipe makes of the tiles, read."""
+    from kdpipe.pipeline.batches import load_batch, make_batches, teacher_batch_size
+    from kdpipe.pipeline.subjects import subjects
+
+    batches, _ = make_batches(subjects(config, tiles, None), {}, teacher_batch_size(config, device))
+    return [load_batch(batch).images_NHWC.transpose(0, 3, 1, 2) for batch in batches]
+
+
+def wait_for(device):
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def kdpipe(config, tiles, device, folder):
@@ -112,13 +126,22 @@ def kdpipe(config, tiles, device, folder):
 
 def asked_teacher(config, tiles, device):
     """The teacher as kdpipe has it, after a first answer."""
-    from kdpipe.data.rasters import read_image
     from kdpipe.pipeline.models.teacher import open_teacher
     from kdpipe.pipeline.recipe import complete_recipe
 
     teacher = open_teacher(config, complete_recipe(config, None, None), device)
-    teacher.logits(read_image(tiles[0].image)[None])
+    teacher.logits(decoded(config, tiles[:1], device)[0].transpose(0, 2, 3, 1))
     return teacher
+
+
+def in_own_precision(config, tiles, device):
+    """The configuration with what `teacher.precision: auto` is on the device and these tiles."""
+    from kdpipe.pipeline.precision import resolved
+    from kdpipe.pipeline.recipe import complete_recipe
+
+    recipe = resolved(config, complete_recipe(config, None, None), tiles, None, device)
+    (record,) = recipe.teachers
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"precision": record.precision})})
 
 
 def run_arm(arm: str, options: argparse.Namespace) -> None:
@@ -135,6 +158,9 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     tiles = list_tiles(config.data, "train")
     tiles = tiles[:: max(1, len(tiles) // options.tiles)][: options.tiles]
+    again = range(-(-options.tiles // len(tiles)))
+    tiles = [replace(tile, id=f"{tile.id}_{i}") if i else tile for i in again for tile in tiles][: options.tiles]
+    config = in_own_precision(config, tiles, device)
     with tempfile.TemporaryDirectory() as folder:
         globals()[arm](config, tiles, device, Path(folder))
 

@@ -5,30 +5,33 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 TURN_SECONDS = 2.0
 
 
 def in_turns(scripts: dict[str, list[str]]) -> dict[str, float]:
     """Seconds between the two `stop_here` of each Python script, given with its arguments; the others are stopped meanwhile."""
-    processes = {name: subprocess.Popen([sys.executable, *script]) for name, script in scripts.items()}
+    # A group of processes each, so that its loader's workers wait with it, and the kernel ends those that wait when this one is killed.
+    processes = {name: subprocess.Popen([sys.executable, *script], process_group=0) for name, script in scripts.items()}
     try:
         for process in processes.values():
             _has_stopped(process.pid, wait=True)
         seconds = _take_turns(processes)
         for process in processes.values():
-            os.kill(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGCONT)
             if process.wait():
                 raise SystemExit(f"a process ended with {process.returncode}")
     finally:
         for process in processes.values():
-            process.kill()  # those that are stopped, where another failed
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # those that are stopped, where another failed
     return seconds
 
 
 def stop_here() -> None:
     """Until the process that started this one lets it go on; called where the time begins and ends."""
-    os.kill(os.getpid(), signal.SIGSTOP)
+    os.killpg(os.getpgrp(), signal.SIGSTOP)
 
 
 def _take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
@@ -38,7 +41,7 @@ def _take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
     while running:
         for arm in list(running):
             pid, start = processes[arm].pid, time.perf_counter()
-            os.kill(pid, signal.SIGCONT)
+            os.killpg(pid, signal.SIGCONT)
             stopped = _has_stopped(pid)
             while not stopped and time.perf_counter() - start < TURN_SECONDS:
                 time.sleep(0.001)
@@ -46,7 +49,7 @@ def _take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
             if stopped:
                 running.remove(arm)
             else:
-                os.kill(pid, signal.SIGSTOP)
+                os.killpg(pid, signal.SIGSTOP)
                 _has_stopped(pid, wait=True)
             seconds[arm] += time.perf_counter() - start
     return seconds
