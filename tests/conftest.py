@@ -18,6 +18,7 @@ from kdpipe.data.landscape import write_sample_data
 from kdpipe.pipeline import cli
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.teacher import FrozenTeacher
+from kdpipe.pipeline.models.transfers import Clock
 from kdpipe.pipeline.precompute import precompute
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -172,6 +173,7 @@ class CostlessTeacher(FrozenTeacher):
 
     def __init__(self):
         self._transfers = None
+        self._clock = Clock(torch.device("cpu"))
 
     def by(self, config, recipe, device):
         self._recipe = recipe
