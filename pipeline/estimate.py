@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.cache.layout import encode_tile
-from kdpipe.cache.values import encode
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
+from kdpipe.pipeline.batches import teacher_batch_size
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.models.teacher import open_teacher
-from kdpipe.pipeline.precompute import make_plan
+from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
+from kdpipe.pipeline.precompute import make_plan, stage_threads
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.subjects import subject_noun
 from kdpipe.pipeline.worth import Worth, measure
 
 SAMPLE = 3  # tiles that are computed, in memory, to predict the others
+TRIALS = 3  # of a batch on CUDA: the first sets up its kernels, the second a graph of them
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,21 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     Predict stage one from a seeded sample of the missing tiles, by their pixels; nothing is written.
 
     The student takes a few steps, to say what they cost beside the teacher. Raises what `precompute.make_plan` raises. Assumes
-    that tiles compress and compute alike per pixel, one at a time.
+    that tiles compress and compute alike per pixel, one at a time; where a CUDA device rounds, that whichever is slowest, it or the
+    threads that read or that store, is never kept waiting.
     """
     plan = make_plan(config, device)
-    unreadable, areas = {}, {}
+    unreadable, sizes = {}, {}
     for tile in plan.missing:
         try:
-            height, width = tile.size()
-            areas[tile.id] = height * width
+            sizes[tile.id] = tile.size()
         except DataError as err:
             unreadable[tile.id] = str(err)
+    areas = {tile: height * width for tile, (height, width) in sizes.items()}
     readable = [tile for tile in plan.missing if tile.id in areas]
     sampled: Any = np.random.default_rng(config.seed).permutation(len(readable))[:SAMPLE] if readable else []
     pixels = written = 0
-    seconds = teacher_seconds = 0.0
+    seconds = teacher_seconds = set_up = 0.0
     worth: Worth | str | None = None
     if len(sampled):
         teacher = open_teacher(config, plan.recipe, device)
@@ -82,24 +85,31 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
             except (DataError, OSError) as err:
                 unreadable[tile.id] = str(err)
                 continue
+            read = time.perf_counter() - start
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while the teacher answered {size}", advice):
-                asked = time.perf_counter()
-                values_CHW = teacher.cached_values(image_HWC[None])[0]
-                teacher_seconds += time.perf_counter() - asked
-            units_CHW, lost = encode(values_CHW, plan.recipe)
-            shard, metadata, _ = encode_tile(units_CHW, tile.id, digest, plan.recipe, lost)
-            seconds += time.perf_counter() - start
+                answer = _answer(teacher, image_HWC, teacher_batch_size(config, device))
+            start = time.perf_counter()
+            shard, metadata, _ = encode_tile(answer.units_CHW, tile.id, digest, plan.recipe, answer.lost)
+            stored = time.perf_counter() - start
+            if teacher.rounds:
+                readers, writers = stage_threads(device)
+                seconds += max(read / readers, answer.seconds, stored / writers)
+            else:
+                seconds += read + answer.seconds + stored
+            teacher_seconds += answer.alone_seconds
+            set_up += answer.set_up_seconds
             pixels += image_HWC.shape[0] * image_HWC.shape[1]
             written += len(shard) + len(metadata)
     total = sum(areas.values())
     share = total / pixels if pixels else 0.0
+    seconds *= share
     if pixels:
+        shapes = len({readable[index].size() for index in sampled})
+        seconds += set_up / shapes * len(set(sizes.values()))
         tile_seconds = teacher_seconds * share / len(areas)
-        worth = measure(
-            config, device, teacher, image_HWC, plan.samples, seconds * share, tile_seconds, progress or Silent()
-        )
+        worth = measure(config, device, teacher, image_HWC, plan.samples, seconds, tile_seconds, progress or Silent())
     return Estimate(
         cache=plan.storage.url,
         tiles=len(plan.tiles),
@@ -107,8 +117,43 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         noun=subject_noun(config),
         pixels=total,
         bytes=round(written * share),
-        seconds=seconds * share,
+        seconds=seconds,
         free_bytes=plan.storage.free_bytes(),
         unreadable=unreadable,
         worth=worth,
     )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """
+    The teacher's to one tile, as integers; times in seconds.
+
+    `seconds` is a tile's in a batch, with its encoding, `alone_seconds` the teacher's when it is asked about this tile only, and
+    `set_up_seconds` what a first batch of this size takes longer.
+    """
+
+    units_CHW: NDArray[Any]
+    lost: NDArray[np.float64] | None
+    seconds: float
+    alone_seconds: float
+    set_up_seconds: float = 0.0
+
+
+def _answer(teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], batch_size: int) -> _Answer:
+    start = time.perf_counter()
+    if not teacher.rounds:
+        (encode,) = teacher.encoded(image_HWC[None])
+        units_CHW, lost = encode()
+        return _Answer(units_CHW, lost, time.perf_counter() - start, teacher.seconds_taken())
+    images_NHWC = np.repeat(image_HWC[None], batch_size, axis=0)
+    batches, alone = [], []
+    for _ in range(TRIALS):
+        start = time.perf_counter()
+        units_CHW, lost = teacher.encoded(images_NHWC)[0]()
+        batches.append(time.perf_counter() - start)
+    for _ in range(TRIALS - 1):
+        start = time.perf_counter()
+        teacher.soft_targets(image_HWC[None])
+        alone.append(time.perf_counter() - start)
+    return _Answer(units_CHW, lost, batches[-1] / batch_size, alone[-1], max(0.0, batches[0] - batches[-1]))

@@ -42,10 +42,11 @@ def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabri
     if devices > 1 and device.type == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"train.devices is {devices}, and there are {torch.cuda.device_count()} GPUs")
     precision = LIGHTNING_NAMES[computed_precision(config, device)]
+    # Lines on the precision, on one that is not asked for, and six on how processes found each other.
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     if devices == 1:
         own = [device.index or 0] if device.type == "cuda" else 1
         return Fabric(accelerator=device.type, devices=own, precision=precision)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # six lines on how processes found each other
     return Fabric(accelerator=device.type, devices=devices, strategy="ddp", precision=precision)
 
 

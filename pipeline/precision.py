@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.configs.errors import DataError, KdpipeError
@@ -14,7 +15,7 @@ from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.models.teacher import open_teacher
 
-SAMPLE = 3  # tiles on which both precisions are compared
+SAMPLE, SAMPLE_PX = 3, 512  # tiles on which both precisions are compared, and how much of each
 AMPERE = (8, 0)  # the first CUDA capability with bf16 in its tensor cores
 Stretch = Sequence[tuple[float, float]] | None
 
@@ -52,25 +53,35 @@ def _stays_the_same(
     device: torch.device,
 ) -> bool:
     """
-    Whether bf16 moves the teacher's soft targets by no more, on average over each tile, than half a step of the cache's integers.
+    Whether bf16 moves the teacher's soft targets by no more, on average over each image, than half a step of the cache's integers.
 
-    Compared on a seeded sample of tiles. Single pixels may move by several steps; with 16 bits no network passes.
+    Compared on windows of a seeded sample of tiles. Single pixels may move by several steps; with 16 bits no network passes.
     """
-    most = 0.5 / (2**recipe.bits - 1)
+    images_NHWC = _sample(config, tiles, stretch)
+    if images_NHWC is None:
+        return False
     exact, short = (open_teacher(config, r, device) for r in (recipe, half))
-    compared = 0
+    try:
+        moved_NCHW = np.abs(exact.soft_targets(images_NHWC) - short.soft_targets(images_NHWC))
+    except KdpipeError:  # numbers that are not finite
+        return False
+    return bool(moved_NCHW.mean(axis=(1, 2, 3)).max() <= 0.5 / (2**recipe.bits - 1))
+
+
+def _sample(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> NDArray[np.uint8] | None:
+    """Windows of one size, as large as fits into all, from the middle of tiles drawn by the seed; None if none can be read."""
+    images: list[NDArray[np.uint8]] = []
     for index in np.random.default_rng(config.seed).permutation(len(tiles)):
         try:
-            image_NHWC = read_image(tiles[index].image, config.data.bands, stretch)[None]
+            images.append(read_image(tiles[index].image, config.data.bands, stretch))
         except DataError:  # which stage one will name
             continue
-        try:
-            moved = np.abs(exact.soft_targets(image_NHWC) - short.soft_targets(image_NHWC))
-        except KdpipeError:  # numbers that are not finite
-            return False
-        if moved.mean() > most:
-            return False
-        compared += 1
-        if compared == SAMPLE:
+        if len(images) == SAMPLE:
             break
-    return compared > 0
+    if not images:
+        return None
+    height, width = (min(SAMPLE_PX, *(image.shape[axis] for image in images)) for axis in (0, 1))
+    tops = [((image.shape[0] - height) // 2, (image.shape[1] - width) // 2) for image in images]
+    return np.stack(
+        [image[top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
+    )

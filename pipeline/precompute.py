@@ -232,7 +232,7 @@ def precompute(
             batches = [batch for batch in batches if any(tile.id in missing for tile in batch)]
             if workers is None:
                 teacher = open_teacher(config, plan.recipe, device)
-                computed = _compute(plan, teacher, writer, batches, _threads(device), advice, summary, stop)
+                computed = _compute(plan, teacher, writer, batches, stage_threads(device), advice, summary, stop)
             else:
                 computed = workers.compute(config, plan, writer, batches, summary, stop)
             bar = progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished))
@@ -363,16 +363,17 @@ def stopped_text(summary: Summary) -> str:
     )
 
 
-def _threads(device: torch.device) -> tuple[int, int]:
+def stage_threads(device: torch.device) -> tuple[int, int]:
     """
     Threads that read, and threads that encode and write; decoders, NumPy and zstd release the GIL.
 
-    Encoding takes a core longer than a GPU takes to answer, and five times as long as reading: beside a GPU all cores do it.
+    Compressing what a GPU has rounded takes a core longer than the GPU takes to answer, and thrice as long as reading: beside a GPU
+    all cores do both.
     """
     if device.type == "cpu":
         return CPU_THREADS
     cores = os.cpu_count() or 2
-    readers = max(2, cores // 6)
+    readers = max(2, cores // 4)
     return readers, max(2, cores - readers)
 
 

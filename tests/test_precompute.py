@@ -355,11 +355,11 @@ def test_a_stale_cache_names_the_teacher_that_changed(two_teachers):
             precompute(changed, CPU)
 
 
-@pytest.mark.parametrize(("cores", "expected"), [(1, (2, 2)), (8, (2, 6)), (64, (10, 54)), (None, (2, 2))])
+@pytest.mark.parametrize(("cores", "expected"), [(1, (2, 2)), (8, (2, 6)), (64, (16, 48)), (None, (2, 2))])
 def test_all_cores_encode_beside_a_gpu_and_few_beside_a_network_that_takes_them(monkeypatch, cores, expected):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert stage._threads(torch.device("cuda")) == expected
-    assert stage._threads(CPU) == (2, 2)
+    assert stage.stage_threads(torch.device("cuda")) == expected
+    assert stage.stage_threads(CPU) == (2, 2)
 
 
 def test_many_threads_write_the_bytes_of_few(make_config, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The integers that are made on the device are those that the cache makes in NumPy, bit for bit."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import golden_cache
@@ -14,7 +15,7 @@ from kdpipe.cache import simplex, values
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline.models.rounding import rounded
 from kdpipe.pipeline.models.teacher import open_teacher
-from kdpipe.pipeline.models.transfers import OnItsWay, Transfers
+from kdpipe.pipeline.models.transfers import OnItsWay
 from kdpipe.pipeline.recipe import complete_recipe
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -97,6 +98,9 @@ class AtOnce:
     def take(self, sent):
         return sent.tensors[0]
 
+    def beside(self, tensors):
+        return nullcontext(tensors)
+
     def fetch(self, tensors):
         return OnItsWay(tensors, self)
 
@@ -142,43 +146,3 @@ def test_values_that_cannot_be_stored_are_refused_once_they_have_come_from_the_d
     (encode,) = teacher.encoded(np.zeros((1, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(error, match=text):
         encode()
-
-
-@needs_cuda
-def test_a_cuda_device_is_asked_without_waiting_for_it(make_config):
-    config = make_config()
-    teacher = open_teacher(config, complete_recipe(config, None, None), torch.device("cuda"))
-    images = np.random.default_rng(0).integers(0, 256, (2, 70, 130, 3), dtype=np.uint8)
-    expected = [encode() for encode in teacher.encoded(images)]  # what is set up at the first call is waited for
-    assert teacher.seconds_taken() > 0
-    sent = teacher.send(images)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        asked = teacher.encoded(sent)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for encode, (units, lost) in zip(asked, expected, strict=True):
-        found_units, found_lost = encode()
-        np.testing.assert_array_equal(found_units, units)
-        np.testing.assert_array_equal(found_lost, lost)
-    assert 0 < teacher.seconds_taken() < 60
-    assert teacher.seconds_taken() == 0
-
-
-@needs_cuda
-def test_what_a_cuda_device_is_sent_and_sends_back_is_whole_while_it_computes():
-    device = torch.device("cuda")
-    transfers = Transfers(device)
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 100, (8, 700, 700, 3), dtype=np.uint8) for _ in range(12)]
-    load = torch.ones(4096, 4096, device=device)
-    sent = [transfers.send(array) for array in arrays]
-    fetched = []
-    for one in sent:
-        tensor = transfers.take(one)
-        for _ in range(4):
-            load = load @ load * 0
-        fetched.append(transfers.fetch([tensor + 1 + load[0, 0].to(torch.uint8)]))
-        del tensor
-    for array, one in zip(arrays, fetched, strict=True):
-        np.testing.assert_array_equal(one.arrays()[0], array + 1)

@@ -1,4 +1,7 @@
-"""Batch norms folded into the convolutions before them: the same answers of a frozen network, a sixth sooner on a CPU."""
+"""
+A frozen network made ready to answer sooner: batch norms folded into the convolutions before them, a sixth of its time on a CPU, and
+weights held in the type in which they are used.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,26 @@ def folded(model: nn.Module, inputs_NCHW: Tensor) -> nn.Module:
         _replace(fold, norm_name, nn.Sequential(*after) if after else nn.Identity())
     difference = (padded_logits(fold, inputs_NCHW) - before_NTHW).abs().max()
     return fold if difference <= TOLERANCE * before_NTHW.abs().max() else model
+
+
+@torch.inference_mode()
+def lowered(model: nn.Module, inputs_NCHW: Tensor, dtype: torch.dtype) -> nn.Module:
+    """
+    A copy of a network whose convolutions and linear layers hold their weights in `dtype`, or the network itself.
+
+    Autocast casts them at every call, to the same numbers. The copy is taken only if it gives the same logits, to the last bit, for
+    normalised float32 images `(N, 3, H, W)`: layers that compute with their weights before would give others.
+    """
+    low = copy.deepcopy(model)
+    for module in low.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.to(dtype)
+    with torch.autocast(inputs_NCHW.device.type, dtype=dtype):
+        try:
+            same = torch.equal(padded_logits(low, inputs_NCHW), padded_logits(model, inputs_NCHW))
+        except RuntimeError:  # a layer that wants its weights in the type of something else
+            same = False
+    return low if same else model
 
 
 def _pairs(model: nn.Module, inputs_NCHW: Tensor) -> tuple[dict[str, str], Tensor]:

@@ -17,7 +17,8 @@ from kdpipe.cache.logits import Softening
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.configs.schema import Config, MeanStd, Teacher
-from kdpipe.pipeline.models.fold import folded
+from kdpipe.pipeline.models.fold import folded, lowered
+from kdpipe.pipeline.models.graphs import Replay
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.rounding import rounded
 from kdpipe.pipeline.models.transfers import Clock, OnItsWay, Transfers
@@ -46,6 +47,7 @@ WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose deco
 # Pixels whose softmax is taken at once, which bounds what is held beside a scene's logits and targets: on a processor few, which stay
 # in its cache, elsewhere many, so that what is copied from there is no row of small transfers.
 CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
+READY_PX = 256  # of the first image, on which a network made ready is compared with itself
 Images = NDArray[np.uint8] | OnItsWay  # what `FrozenTeacher.send` gives
 Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]  # what `values.encode` makes of a tile's answer
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,17 +100,32 @@ class FrozenTeacher:
         self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
     ) -> None:
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
-        self._folded: set[int] = set()  # those whose batch norms have been folded away, at the first image
+        self._ready: set[int] = set()  # those made ready to answer sooner, at the first image
         self._recipe = recipe
         self._device = device
         self._temperature = softening.temperature
         self._class_map_TS = torch.tensor(softening.class_map, dtype=torch.float32, device=device)
         self._shares = [record.weight / sum(r.weight for r in recipe.teachers) for record in recipe.teachers]
+        # Each network's channels that are the class map's rows, None where they are all of them in their order.
+        self._channels = [
+            None if record.classes == recipe.teacher_classes
+            else torch.tensor([record.classes.index(name) for name in recipe.teacher_classes], device=device)
+            for record in recipe.teachers
+        ]  # fmt: skip
         # Where whole scenes of logits are added up: such as need windows do not fit on the device.
         windowed = any(record.window is not None for record in recipe.teachers)
         self._home = torch.device("cpu") if windowed else device
         self._transfers = Transfers(device) if self._home.type == "cuda" else None
         self._clock = Clock(device)
+        self._valued: Callable[[Tensor], Sequence[Tensor]] = self._values
+        self._rounded: Callable[[Tensor], Sequence[Tensor]] = partial(rounded, recipe=recipe)
+        if self._transfers is not None:
+            self._valued, self._rounded = Replay(self._valued), Replay(self._rounded)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether `encoded` leaves rounding to the device, and does not wait for it."""
+        return self._transfers is not None
 
     def seconds_taken(self) -> float:
         """Those that `encoded` took, of the device alone, since this was last called."""
@@ -144,18 +161,17 @@ class FrozenTeacher:
         """One network as a function of uint8 images `(N, 3, H, W)`."""
         record = self._recipe.teachers[number]
         normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
-        channels = [record.classes.index(name) for name in self._recipe.teacher_classes]
+        channels = self._channels[number]
 
         def ask(images_NCHW: Tensor) -> Tensor:
             inputs_NCHW = normalized(images_NCHW.to(self._device), normalize)
-            if number not in self._folded:
-                with _exactly("fp32", self._device):
-                    self._models[number] = folded(self._models[number], inputs_NCHW[:1])
-                self._folded.add(number)
+            if number not in self._ready:
+                self._models[number] = _ready(self._models[number], inputs_NCHW, record.precision)
+                self._ready.add(number)
             with _exactly(record.precision, self._device):
                 logits_NTHW = averaged_logits(self._models[number], inputs_NCHW, tta=record.tta, scales=record.scales)
-            if channels != list(range(logits_NTHW.shape[1])):
-                logits_NTHW = logits_NTHW[:, channels]
+            if channels is not None:
+                logits_NTHW = logits_NTHW.index_select(1, channels)
             # Their sum is finite only if they are, and is had in a twentieth of the time.
             if checked and not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
                 raise KdpipeError(_not_finite_text(record.precision))
@@ -192,18 +208,20 @@ class FrozenTeacher:
                 values_NCHW = self.cached_values(images)
             return [partial(values.encode, values_CHW, self._recipe) for values_CHW in values_NCHW]
         sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
-        fetched = self._transfers.fetch(self._rounded(self._transfers.take(sent)))
+        images_NHWC = self._transfers.take(sent)
+        with torch.inference_mode(), self._clock.timed():
+            answer_NCHW, finite = self._valued(images_NHWC)
+        with torch.inference_mode(), self._transfers.beside([answer_NCHW, finite]) as (own_NCHW, own_finite):
+            fetched = self._transfers.fetch([*self._rounded(own_NCHW), own_finite])
         return [partial(encoded_tile, fetched, number, self._recipe) for number in range(len(fetched.tensors[0]))]
 
-    @torch.inference_mode()
-    def _rounded(self, images_NHWC: Tensor) -> tuple[Tensor, ...]:
-        """The answer as integers, where it was computed, and whether the logits were finite, one bool; `encoded_tile` takes them."""
-        with self._clock.timed():
-            values_NCHW = self._logits(images_NHWC, checked=False)
-            finite = torch.isfinite(values_NCHW).all()
-            if not isinstance(self._recipe, LogitsRecipe):
-                values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
-        return *rounded(values_NCHW, self._recipe), finite
+    def _values(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """What a cache of the recipe's kind stores, where it was computed, and whether the logits were finite, one bool."""
+        values_NCHW = self._logits(images_NHWC, checked=False)
+        finite = torch.isfinite(values_NCHW).all()
+        if not isinstance(self._recipe, LogitsRecipe):
+            values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
+        return values_NCHW, finite
 
     @torch.inference_mode()
     def cached_bands(
@@ -244,6 +262,15 @@ class FrozenTeacher:
             band_NShW = soft_targets(band_NThW, self._class_map_TS, self._temperature)
             targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
         return targets_NSHW
+
+
+def _ready(model: nn.Module, inputs_NCHW: Tensor, precision: str) -> nn.Module:
+    """The network as it answers soonest, compared with itself on a part of what it is asked first."""
+    part_NCHW, dtype = inputs_NCHW[:1, :, :READY_PX, :READY_PX], AUTOCAST[precision]
+    # For every new shape and type cuDNN looks for its kernels, which takes seconds; torch has some of its own.
+    with _exactly("fp32", inputs_NCHW.device), torch.backends.cudnn.flags(enabled=False):
+        model = folded(model, part_NCHW)
+        return model if dtype is None else lowered(model, part_NCHW, dtype)
 
 
 def encoded_tile(fetched: OnItsWay, number: int, recipe: CacheRecipe) -> Encoded:

@@ -34,11 +34,13 @@ class OnItsWay:
 
 
 class Transfers:
-    """One stream there and one back, for any thread."""
+    """One stream there and one back, and one for what is done beside the networks; `send` is for any thread, the rest for one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there, self._back = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._there, self._beside, self._back = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
+        self._handed_on: torch.cuda.Event | None = None
+        self._fetched: torch.cuda.Event | None = None
 
     def send(self, array: NDArray[Any]) -> OnItsWay:
         """Begin to copy an array to the device."""
@@ -47,12 +49,31 @@ class Transfers:
             return OnItsWay([sent], self._there.record_event())
 
     def take(self, sent: OnItsWay) -> Tensor:
-        """What was sent, for the stream that computes, which waits for it."""
+        """What was sent, for the stream that computes, which waits for it, and for what was handed on before."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(sent.arrived)
+        if self._handed_on is not None:
+            computing.wait_event(self._handed_on)
         (tensor,) = sent.tensors
         tensor.record_stream(computing)  # its memory is not given to others before this stream has read it
         return tensor
+
+    @contextmanager
+    def beside(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """
+        Copies of what the current stream computes, for what is asked for in the context, which runs beside what that stream does next.
+
+        It may write over what was fetched before: that has been copied.
+        """
+        self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._beside):
+            copies = [tensor.clone() for tensor in tensors]
+            for tensor in tensors:
+                tensor.record_stream(self._beside)
+            self._handed_on = self._beside.record_event()
+            if self._fetched is not None:
+                self._beside.wait_event(self._fetched)
+            yield copies
 
     def fetch(self, tensors: Sequence[Tensor]) -> OnItsWay:
         """Begin to copy what the current stream computes to main memory, once it has done so."""
@@ -63,7 +84,8 @@ class Transfers:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 fetched.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._back)
-            return OnItsWay(fetched, self._back.record_event())
+            self._fetched = self._back.record_event()
+            return OnItsWay(fetched, self._fetched)
 
 
 class Clock:

@@ -92,7 +92,7 @@ def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Ten
     for dim, size in ((-2, height), (-1, width)):
         target = -(-size // STRIDE) * STRIDE
         if target != size:
-            padded = padded.index_select(dim, _mirrored(size, target).to(padded.device))
+            padded = padded.index_select(dim, _mirrored(size, target, padded.device))
     logits: Tensor = model(padded.contiguous(memory_format=torch.channels_last))
     return logits[..., :height, :width].float()
 
@@ -131,11 +131,11 @@ def _taper(side: int) -> Tensor:
     return torch.minimum(ramp, side - ramp)
 
 
-def _mirrored(size: int, target: int) -> Tensor:
-    """Indices `0..target-1` reflected into `0..size-1` at the border pixels, as often as needed (any size, also 1)."""
+def _mirrored(size: int, target: int, device: torch.device) -> Tensor:
+    """Indices `0..target-1` reflected into `0..size-1` at the border pixels, as often as needed (any size; 1 has period 1)."""
     period = max(1, 2 * (size - 1))
-    position = torch.arange(target) % period
-    return torch.minimum(position, period - position) if size > 1 else torch.zeros(target, dtype=torch.long)
+    position = torch.arange(target, device=device) % period
+    return torch.minimum(position, period - position)
 
 
 def _turned(x: Tensor, turns: int, mirror: bool) -> Tensor:

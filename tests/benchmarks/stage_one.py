@@ -30,14 +30,18 @@ ARMS = ("bare", "prepared", "kdpipe", "naive")
 
 
 def bare(config, tiles, device, folder):
+    import numpy as np
     import torch
 
     from kdpipe.pipeline.models.teacher import _exactly, load_teacher
 
     model = load_teacher(config.teacher).to(device)
-    batches = decoded(config, tiles, device)
+    batches = [
+        np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)) for images_NHWC in decoded(config, tiles, device)
+    ]
     with torch.inference_mode(), _exactly(config.teacher.precision, device):
-        logits_of(model, batches[0], device)  # what is set up at the first call is no tile's cost
+        for images_N3HW in first_ones(batches, device):
+            logits_of(model, images_N3HW, device)
         wait_for(device)
         stop_here()
         for images_N3HW in batches:
@@ -47,12 +51,11 @@ def bare(config, tiles, device, folder):
 
 
 def prepared(config, tiles, device, folder):
-    teacher = asked_teacher(config, tiles, device)
     batches = decoded(config, tiles, device)
-    wait_for(device)
+    teacher = asked_teacher(config, batches, device)
     stop_here()
-    for images_N3HW in batches:
-        teacher.logits(images_N3HW.transpose(0, 2, 3, 1))
+    for images_NHWC in batches:
+        teacher.logits(images_NHWC)
     wait_for(device)
     stop_here()
 
@@ -63,6 +66,7 @@ def naive(config, tiles, device, folder):
     import torch
     from rasterio.errors import NotGeoreferencedWarning
 
+    from kdpipe.data.rasters import read_image
     from kdpipe.pipeline.models.teacher import load_teacher
 
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -74,7 +78,9 @@ def naive(config, tiles, device, folder):
             return logits_of(model, raster.read([1, 2, 3])[None], device)
 
     with torch.no_grad():
-        logits_of_file(tiles[0].image)
+        for image in first_ones([read_image(tile.image) for tile in tiles], device, [tile.image for tile in tiles]):
+            logits_of_file(image)
+        wait_for(device)
         stop_here()
         for i, tile in enumerate(tiles):
             logits = logits_of_file(tile.image)
@@ -95,12 +101,18 @@ def logits_of(model, images_N3HW, device):
 
 
 def decoded(config, tiles, device):
-    """The batches that kdpipe makes of the tiles, read."""
+    """The batches that kdpipe makes of the tiles, read, uint8 `(N, H, W, 3)`."""
     from kdpipe.pipeline.batches import load_batch, make_batches, teacher_batch_size
     from kdpipe.pipeline.subjects import subjects
 
     batches, _ = make_batches(subjects(config, tiles, None), {}, teacher_batch_size(config, device))
-    return [load_batch(batch).images_NHWC.transpose(0, 3, 1, 2) for batch in batches]
+    return [load_batch(batch).images_NHWC for batch in batches]
+
+
+def first_ones(arrays, device, items=None):
+    """One to ask about before the clock runs, on a GPU one of each shape: what is set up at the first call is no tile's cost."""
+    found = {array.shape: item for array, item in zip(arrays, items or arrays, strict=True)}
+    return list(found.values()) if device.type == "cuda" else (items or arrays)[:1]
 
 
 def wait_for(device):
@@ -114,7 +126,7 @@ def kdpipe(config, tiles, device, folder):
     """`precompute` from its first tile on: the lists, the lock and the manifest are in its time, loading the teacher is not."""
     from kdpipe.pipeline import precompute as stage
 
-    teacher = asked_teacher(config, tiles, device)
+    teacher = asked_teacher(config, decoded(config, tiles, device), device)
     stage.list_tiles = lambda data, split: tiles
     stage.open_teacher = lambda config, recipe, device: teacher
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(folder / "cache.zarr")})})
@@ -124,24 +136,33 @@ def kdpipe(config, tiles, device, folder):
     assert summary.computed == len(tiles)
 
 
-def asked_teacher(config, tiles, device):
-    """The teacher as kdpipe has it, after a first answer."""
+def asked_teacher(config, batches, device):
+    """The teacher as kdpipe has it, after first answers."""
     from kdpipe.pipeline.models.teacher import open_teacher
     from kdpipe.pipeline.recipe import complete_recipe
 
     teacher = open_teacher(config, complete_recipe(config, None, None), device)
-    teacher.logits(decoded(config, tiles[:1], device)[0].transpose(0, 2, 3, 1))
+    for images_NHWC in first_ones(batches, device):
+        teacher.logits(images_NHWC)
+        for _ in range(3 if device.type == "cuda" else 0):  # from the second time on they are replayed
+            for encode in teacher.encoded(images_NHWC):
+                encode()
+    wait_for(device)
     return teacher
 
 
-def in_own_precision(config, tiles, device):
-    """The configuration with what `teacher.precision: auto` is on the device and these tiles."""
+def own_precision(options):
+    """What `teacher.precision: auto` is on the device and these tiles."""
+    from kdpipe.configs import load_config
+    from kdpipe.data.tiles import list_tiles
+    from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.precision import resolved
     from kdpipe.pipeline.recipe import complete_recipe
 
-    recipe = resolved(config, complete_recipe(config, None, None), tiles, None, device)
+    config, device = load_config(options.config, options.overrides), resolve_device(options.device)
+    recipe = resolved(config, complete_recipe(config, None, None), list_tiles(config.data, "train"), None, device)
     (record,) = recipe.teachers
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"precision": record.precision})})
+    return record.precision
 
 
 def run_arm(arm: str, options: argparse.Namespace) -> None:
@@ -160,7 +181,6 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     tiles = tiles[:: max(1, len(tiles) // options.tiles)][: options.tiles]
     again = range(-(-options.tiles // len(tiles)))
     tiles = [replace(tile, id=f"{tile.id}_{i}") if i else tile for i in again for tile in tiles][: options.tiles]
-    config = in_own_precision(config, tiles, device)
     with tempfile.TemporaryDirectory() as folder:
         globals()[arm](config, tiles, device, Path(folder))
 
@@ -177,10 +197,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.arm:
         return run_arm(options.arm, options)
-    rounds = []
+    rounds, precision = [], own_precision(options)
+    print(f"precision {precision}", flush=True)
     for turn in range(options.rounds):
         # Which of two processes has the better memory is chance, and drawn again in each round.
-        rounds.append(in_turns({arm: [*sys.argv, "--arm", arm] for arm in ARMS}))
+        rounds.append(
+            in_turns({arm: [*sys.argv, "--arm", arm, "--set", f"teacher.precision={precision}"] for arm in ARMS})
+        )
         print(
             f"round {turn + 1}: " + ", ".join(f"{arm} {seconds:.1f} s" for arm, seconds in rounds[-1].items()),
             flush=True,
@@ -192,7 +215,7 @@ def main() -> None:
     )
     if options.json:
         Path(options.json).write_text(
-            json.dumps({**result, "tiles": options.tiles, "seconds": rounds}, indent=1) + "\n"
+            json.dumps({**result, "tiles": options.tiles, "precision": precision, "seconds": rounds}, indent=1) + "\n"
         )
     return None
 
