@@ -22,7 +22,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 
-LAST, BEST, CONFIG = "last.ckpt", "best.ckpt", "config.yaml"
+LAST, BEST = "last.ckpt", "best.ckpt"
 FORMAT = 1
 
 # Keys that may differ when a run is resumed: how long, how it is fed and where things lie, not what is computed.

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdpipe.configs.errors import DataError
 
-RUN = "run.json"
+RUN, CONFIG = "run.json", "config.yaml"
+UNVALIDATED = "has no validation yet: let it train on, or give it data.val"
 
 
 class _Record(BaseModel):
@@ -95,6 +96,8 @@ def read_run(path: str | Path) -> Run:
     try:
         run = Run.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as err:
+        if (file.parent / CONFIG).is_file():
+            raise DataError(f"{file.parent} {UNVALIDATED}") from err
         raise DataError(
             f"no run in {Path(path).absolute()}: expected a folder that `kdpipe train-student` wrote, such as "
             f"model_weights/<group>/<name>, with a {RUN} in it"
@@ -102,5 +105,5 @@ def read_run(path: str | Path) -> Run:
     except (ValueError, ValidationError) as err:
         raise DataError(f"{file} is not what `kdpipe train-student` writes: {str(err).splitlines()[0]}") from err
     if not run.history:
-        raise DataError(f"{file} has no validation yet: let it train on, or give it data.val")
+        raise DataError(f"{file} {UNVALIDATED}")
     return run

@@ -46,7 +46,7 @@ from kdpipe.pipeline.packing import unpacked
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.ranks import any_rank
 from kdpipe.pipeline.recipe import library_versions
-from kdpipe.pipeline.runs import CacheUsed, Run, Validation, paces_of_other_modes, write_run
+from kdpipe.pipeline.runs import CONFIG, CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.targets import open_targets, training_samples
 from kdpipe.pipeline.validation import batch_size_text, validate
 
@@ -246,7 +246,7 @@ class _Run:
         config, start = self.config, time.perf_counter()
         if self.fabric.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / checkpoints.CONFIG).write_text(dump_config(config), encoding="utf-8")
+            (self.folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
         step_seconds: list[float] = []
         with self.progress.bar(
             f"student ({config.distill.mode})", self.total_steps, "steps", self.position.steps

@@ -176,6 +176,9 @@ def test_what_is_no_run_is_named(tmp_path, content, message):
 
 
 def test_a_run_without_validation_cannot_be_shown(tmp_path):
+    (tmp_path / "config.yaml").touch()  # a run without data.val, or before its first validation
+    with pytest.raises(DataError, match="has no validation yet: let it train on, or give it data.val"):
+        read_run(tmp_path)
     write_run(tmp_path, run("a", 1, [0.1]).model_copy(update={"history": []}))
     with pytest.raises(DataError, match="has no validation yet"):
         read_run(tmp_path)
