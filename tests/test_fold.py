@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdpipe.pipeline.models.fold import folded
+from kdpipe.pipeline.models.fold import folded, lowered
 from kdpipe.pipeline.models.smp_models import create_smp_model
 
 
@@ -91,3 +91,39 @@ def test_a_network_that_cannot_be_folded_stays_as_it_is(network):
         expected = model(images)
         assert torch.equal(folded(model, images)(images), expected)
     assert norms(model) == 1
+
+
+@pytest.mark.parametrize("architecture", ["unet", "linknet", "segformer"])
+def test_weights_held_in_the_type_of_autocast_give_the_same_bits(architecture):
+    torch.manual_seed(0)
+    encoder = "mit_b0" if architecture == "segformer" else "resnet18"
+    model = restless(create_smp_model(architecture, encoder, 8, key="teacher"))
+    low = lowered(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
+    assert low is not model
+    assert {m.weight.dtype for m in low.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    other = torch.randn(2, 3, 128, 96)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(low(other), model(other))
+
+
+class Standardised(nn.Conv2d):
+    """Computes with its weights before they are used, as weight standardisation does."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Refusing(nn.Linear):
+    """Takes its weights in float32 alone."""
+
+    def forward(self, x):
+        if self.weight.dtype != torch.float32:
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return x
+
+
+@pytest.mark.parametrize("layer", [Standardised(3, 8, 3, padding=1), Refusing(3, 3)], ids=["standardised", "refusing"])
+def test_a_network_whose_answer_that_would_change_stays_as_it_is(layer):
+    torch.manual_seed(0)
+    assert lowered(layer.eval(), torch.randn(1, 3, 64, 64), torch.bfloat16) is layer
