@@ -106,6 +106,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     share = total / pixels if pixels else 0.0
     seconds *= share
     if pixels:
+        teacher.drop_graphs()  # the student's trial needs the memory
         shapes = len({readable[index].size() for index in sampled})
         seconds += set_up / shapes * len(set(sizes.values()))
         tile_seconds = teacher_seconds * share / len(areas)
@@ -130,7 +131,7 @@ class _Answer:
     The teacher's to one tile, as integers; times in seconds.
 
     `seconds` is a tile's in a batch, with its encoding, `alone_seconds` the teacher's when it is asked about this tile only, and
-    `set_up_seconds` what a first batch of this size takes longer.
+    `set_up_seconds` what the first batches of this size take longer.
     """
 
     units_CHW: NDArray[Any]
@@ -156,4 +157,4 @@ def _answer(teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], batch_size: in
         start = time.perf_counter()
         teacher.soft_targets(image_HWC[None])
         alone.append(time.perf_counter() - start)
-    return _Answer(units_CHW, lost, batches[-1] / batch_size, alone[-1], max(0.0, batches[0] - batches[-1]))
+    return _Answer(units_CHW, lost, batches[-1] / batch_size, alone[-1], sum(batches) - TRIALS * batches[-1])

@@ -209,8 +209,8 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
                 with within_fence(self._storage, job.token):
                     record = store_tile(self._storage, tile.id, encoded, loaded.digests[tile.id], job.recipe)
                 receipts.records.append(record)
-        assert self._teacher is not None
-        receipts.teacher_seconds = self._teacher.seconds_taken()  # other batches' too, which then have none
+        if self._teacher is not None:
+            receipts.teacher_seconds = self._teacher.seconds_taken()  # other batches' too, which then have none
         return receipts
 
     def _ask(self, images_NHWC: Any) -> list[Callable[[], Encoded]] | None:

@@ -6,6 +6,7 @@ The other tests take the device that the commands take, so that on a machine wit
 
 import itertools
 import shutil
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA h
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_cuda_device_is_asked_without_waiting_for_it_and_replays_what_it_was_asked(make_config):
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_cuda_device_is_asked_without_waiting_for_it_and_replays_what_it_was_asked(make_config, monkeypatch):
+    monkeypatch.setattr(graphs, "RECOVERS", "2.0")
     config = make_config()
     teacher = open_teacher(config, complete_recipe(config, None, None), CUDA)
     rng = np.random.default_rng(0)
@@ -41,8 +44,9 @@ def test_a_cuda_device_is_asked_without_waiting_for_it_and_replays_what_it_was_a
             encode()
     assert teacher.seconds_taken() > 0
     sent = [teacher.send(images) for images in batches]
-    torch.cuda.set_sync_debug_mode("error")
+    assert [len(replay._graphs) for replay in (teacher._asking, teacher._rounding)] == [2, 2]
     try:
+        torch.cuda.set_sync_debug_mode("error")
         asked = [teacher.encoded(images) for images in sent]
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -55,26 +59,32 @@ def test_a_cuda_device_is_asked_without_waiting_for_it_and_replays_what_it_was_a
     assert teacher.seconds_taken() == 0
 
 
+def recording():
+    return graphs.Replay(torch.cuda.Stream())
+
+
 def test_a_replayed_function_gives_what_it_gives_and_keeps_few_graphs(monkeypatch):
+    monkeypatch.setattr(graphs, "RECOVERS", "2.0")
     monkeypatch.setattr(graphs, "KEPT", 2)
     calls = []
 
     def function(x):
-        calls.append(x.shape)
+        calls.append(len(x))
         return x * 2, x.sum(dim=0)
 
-    replay = graphs.Replay(function)
+    replay = recording()
     for turn in range(4):
         for length in (3, 4, 5):
             x = torch.full((length, 2), float(turn + length), device="cuda")
-            doubled, total = replay(x)
+            doubled, total = replay(function, x)
             assert torch.equal(doubled, x * 2)
             assert torch.equal(total, x.sum(dim=0))
     assert len(replay._graphs) == 2
-    before = len(calls)
-    for _ in range(3):
-        replay(torch.ones(5, 2, device="cuda"))
-    assert len(calls) == before
+    assert [calls.count(length) for length in (3, 4, 5)] == [3, 3, 4]
+    replay.drop()
+    replay(function, torch.ones(3, 2, device="cuda"))
+    assert calls.count(3) == 4
+    assert not replay._graphs
 
 
 def test_a_function_that_cannot_be_replayed_is_called_as_it_is():
@@ -83,9 +93,11 @@ def test_a_function_that_cannot_be_replayed_is_called_as_it_is():
         (lambda x: (x + x.sum().item(),), [5, 5, 5]),  # waits for the device
         (lambda x: (x * next(turns),), [1, 4, 5]),  # depends on more than its argument, which two more calls find out
     ):
-        replay = graphs.Replay(function)
+        replay = recording()
+        if replay._refused:
+            pytest.skip(f"torch {torch.__version__} does not recover from captures that fail, and makes none")
         for value in expected:
-            (found,) = replay(torch.ones(4, device="cuda"))
+            (found,) = replay(function, torch.ones(4, device="cuda"))
             assert found.tolist() == [value] * 4
         assert not replay._graphs
 
@@ -96,16 +108,21 @@ def test_what_a_cuda_device_is_sent_and_sends_back_is_whole_while_it_computes():
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 100, (8, 700, 700, 3), dtype=np.uint8) for _ in range(12)]
     load = torch.ones(4096, 4096, device=device)
-    sent = [transfers.send(array) for array in arrays]
+    sent = deque(transfers.send(array) for array in arrays)
     fetched = []
-    for one in sent:
+    while sent:
+        one = sent.popleft()
         tensor = transfers.take(one)
         for _ in range(4):
             load = load @ load * 0
         fetched.append(transfers.fetch([tensor + 1 + load[0, 0].to(torch.uint8)]))
-        del tensor
+        del one, tensor  # whose memory others may take
     for array, one in zip(arrays, fetched, strict=True):
         np.testing.assert_array_equal(one.arrays()[0], array + 1)
+
+
+def shards(config):
+    return {str(path): path.read_bytes() for path in Path(config.cache.path).rglob("0.0.0")}
 
 
 @pytest.mark.parametrize(
@@ -125,12 +142,14 @@ def test_stage_one_and_its_proof(make_config, tmp_path, overrides):
     assert not verify(config, "parity", CUDA).findings
     assert not verify(config, "parity", CPU).findings
     # Some tiles alone: among the same ones in a batch, to the same bytes.
+    expected = shards(config)
     for tile in ("t1", "t6"):
         (folder,) = Path(config.cache.path).rglob(tile)
         shutil.rmtree(folder)
     again = precompute(config, CUDA)
     assert (again.kept, again.computed) == (7, 2)
     assert again.fingerprint == summary.fingerprint
+    assert shards(config) == expected
 
 
 def test_a_stopped_run_on_a_gpu_goes_on_to_weights_like_those_of_one_that_was_not(cached):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def normalized(images_NCHW: Tensor, normalize: Normalize) -> Tensor:
     return (images_NCHW.float() / 255 - mean) / std
 
 
-@lru_cache
+@cache  # for good: graphs hold its address
 @torch.inference_mode(False)
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
     """`(1, 3, 1, 1)`; kept, because a copy to a GPU waits for all that the GPU still has to do."""

@@ -9,7 +9,7 @@ Shapes: N tiles, C classes, H W their pixels, K blocks of R rows.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,6 @@ def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tenso
     return sums(lost_NHW) / sums(torch.ones_like(lost_NHW[:1]))
 
 
-@lru_cache
+@cache  # for good: graphs hold its address
 def _entropy_terms(levels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(simplex.entropy_terms(levels)).to(device)

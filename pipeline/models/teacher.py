@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ WITH_ATTENTION = ("unet", "unetplusplus")  # the architectures of smp whose deco
 CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
 READY_PX = 256  # of the first image, on which a network made ready is compared with itself
 Images = NDArray[np.uint8] | OnItsWay  # what `FrozenTeacher.send` gives
+Ask = Callable[[Callable[[Tensor], Sequence[Tensor]], Tensor], Sequence[Tensor]]
 Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]  # what `values.encode` makes of a tile's answer
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,15 +118,21 @@ class FrozenTeacher:
         self._home = torch.device("cpu") if windowed else device
         self._transfers = Transfers(device) if self._home.type == "cuda" else None
         self._clock = Clock(device)
-        self._valued: Callable[[Tensor], Sequence[Tensor]] = self._values
-        self._rounded: Callable[[Tensor], Sequence[Tensor]] = partial(rounded, recipe=recipe)
+        self._asking: Ask = _ask_as_it_is
+        self._rounding: Ask = _ask_as_it_is
         if self._transfers is not None:
-            self._valued, self._rounded = Replay(self._valued), Replay(self._rounded)
+            self._asking, self._rounding = (Replay(self._transfers.recording) for _ in range(2))
 
     @property
     def rounds(self) -> bool:
         """Whether `encoded` leaves rounding to the device, and does not wait for it."""
         return self._transfers is not None
+
+    def drop_graphs(self) -> None:
+        """Give back the device memory that `encoded` keeps for its next call."""
+        for replay in (self._asking, self._rounding):
+            if isinstance(replay, Replay):
+                replay.drop()
 
     def seconds_taken(self) -> float:
         """Those that `encoded` took, of the device alone, since this was last called."""
@@ -208,11 +215,14 @@ class FrozenTeacher:
                 values_NCHW = self.cached_values(images)
             return [partial(values.encode, values_CHW, self._recipe) for values_CHW in values_NCHW]
         sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
-        images_NHWC = self._transfers.take(sent)
-        with torch.inference_mode(), self._clock.timed():
-            answer_NCHW, finite = self._valued(images_NHWC)
-        with torch.inference_mode(), self._transfers.beside([answer_NCHW, finite]) as (own_NCHW, own_finite):
-            fetched = self._transfers.fetch([*self._rounded(own_NCHW), own_finite])
+        # A thread's current CUDA device is the first one, whatever it is that is asked.
+        with torch.inference_mode(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            images_NHWC = self._transfers.take(sent)
+            with self._clock.timed():
+                answer_NCHW, finite = self._asking(self._values, images_NHWC)
+            with self._transfers.beside([answer_NCHW, finite]) as (own_NCHW, own_finite):
+                made = self._rounding(partial(rounded, recipe=self._recipe), own_NCHW)
+                fetched = self._transfers.fetch([*made, own_finite])
         return [partial(encoded_tile, fetched, number, self._recipe) for number in range(len(fetched.tensors[0]))]
 
     def _values(self, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,6 +274,10 @@ class FrozenTeacher:
         return targets_NSHW
 
 
+def _ask_as_it_is(function: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> Sequence[Tensor]:
+    return function(x)
+
+
 def _ready(model: nn.Module, inputs_NCHW: Tensor, precision: str) -> nn.Module:
     """The network as it answers soonest, compared with itself on a part of what it is asked first."""
     part_NCHW, dtype = inputs_NCHW[:1, :, :READY_PX, :READY_PX], AUTOCAST[precision]
@@ -313,11 +327,11 @@ def soft_targets(logits_NTHW: Tensor, class_map_TS: Tensor, temperature: float) 
     return torch.einsum("nthw,ts->nshw", probs_NTHW, class_map_TS)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _exactly(precision: str, device: torch.device) -> Iterator[None]:
     """Compute in the stated precision and nothing else: fp32 is not TF32, and kernels are the deterministic ones."""
     dtype = AUTOCAST[precision]
-    autocast: Any = torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+    autocast: Any = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), autocast:
         yield
 

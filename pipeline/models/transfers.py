@@ -34,11 +34,17 @@ class OnItsWay:
 
 
 class Transfers:
-    """One stream there and one back, and one for what is done beside the networks; `send` is for any thread, the rest for one."""
+    """
+    One stream there and one back, one for what is done beside the networks, and one in which graphs are recorded.
+
+    `send` is for any thread, the rest for one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there, self._beside, self._back = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
+        # Made together, so that they are not one and the same: torch has 32, which it hands out in turn.
+        streams = [torch.cuda.Stream(device) for _ in range(4)]  # type: ignore[no-untyped-call]
+        self._there, self._beside, self._back, self.recording = streams
         self._handed_on: torch.cuda.Event | None = None
         self._fetched: torch.cuda.Event | None = None
 
@@ -84,7 +90,8 @@ class Transfers:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 fetched.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._back)
-            self._fetched = self._back.record_event()
+            # Blocking: threads that wait for it leave their cores to those that compress.
+            self._fetched = self._back.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
             return OnItsWay(fetched, self._fetched)
 
 
