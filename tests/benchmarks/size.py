@@ -367,9 +367,11 @@ def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
     for panel, (temperature, outcomes) in zip(panels[0], found.items(), strict=True):
         for name, outcome in outcomes.items():
             way = WAYS[name]
-            colour = (
-                "tab:red" if name in (DEFAULT, TINY) else "tab:blue" if way.steady and way.differences else "tab:orange"
-            )
+            colour = "tab:blue" if way.steady and way.differences else "tab:orange"
+            if name in (DEFAULT, TINY):
+                colour = "tab:red"
+            elif isinstance(way.codec, Images | Pcodec):
+                colour = "tab:green"
             panel.scatter(
                 255 * outcome.max_error, outcome.bytes_per_pixel, s=30, color=colour,
                 marker="v" if way.columns else "o", zorder=4 if name in (DEFAULT, TINY) else 3,
@@ -391,7 +393,8 @@ def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
         pyplot.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
         for colour, marker, label in (
             ("tab:red", "o", "cache.bits 8 and 6"), ("tab:blue", "o", "other codecs, levels, chunks, bits"),
-            ("tab:orange", "o", "rounded plainly, or no differences"), ("tab:blue", "v", "differences along columns too"),
+            ("tab:orange", "o", "rounded plainly, or no differences"), ("tab:green", "o", "JPEG XL, JPEG-LS, pcodec (not stock Zarr)"),
+            ("tab:blue", "v", "differences along columns too"),
             ("black", "_", "to reach"),
         )
     ]  # fmt: skip
