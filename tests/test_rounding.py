@@ -13,6 +13,8 @@ from test_cache import distributions
 
 from kdpipe.cache import simplex, values
 from kdpipe.configs.errors import KdpipeError
+from kdpipe.pipeline import estimate as forecasts
+from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.models.rounding import rounded
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.models.transfers import OnItsWay
@@ -146,3 +148,23 @@ def test_values_that_cannot_be_stored_are_refused_once_they_have_come_from_the_d
     (encode,) = teacher.encoded(np.zeros((1, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(error, match=text):
         encode()
+
+
+def test_a_forecast_where_the_device_rounds_is_of_its_batches_beside_threads(make_config, monkeypatch):
+    config = make_config(teacher__batch_size=4)
+    plain = estimate(config, torch.device("cpu"))
+    asked = []
+
+    def opened(config, recipe, device):
+        teacher = open_teacher(config, recipe, device)
+        teacher._transfers = AtOnce()
+        ask = teacher._values
+        monkeypatch.setattr(teacher, "_values", lambda images: asked.append(len(images)) or ask(images))
+        return teacher
+
+    monkeypatch.setattr(forecasts, "open_teacher", opened)
+    monkeypatch.setattr(forecasts, "stage_threads", lambda device: (1, 10**6))
+    rounding = estimate(config, torch.device("cpu"))
+    assert asked == [4] * 3 * forecasts.TRIALS
+    assert (rounding.bytes, rounding.pixels) == (plain.bytes, plain.pixels)
+    assert 0 < rounding.seconds < 3600

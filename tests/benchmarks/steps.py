@@ -1,7 +1,7 @@
 """
 What a training step costs with the cache, with the live teacher and without one: ratios, measured side by side in one run.
 
-    python tests/benchmarks/steps.py [CONFIG] [--steps 12] [--rounds 2] [--d4] [--json FILE] [--set KEY=VALUE …]
+    python tests/benchmarks/steps.py [CONFIG] [--steps N] [--rounds 2] [--d4] [--json FILE] [--set KEY=VALUE …]
 
 The cache must be complete. Each mode is a process, and they take turns of two seconds (see `turns.py`), but on a GPU, whose pace is
 even, one runs after the other in this one. The first step of each is not timed, on a GPU the first ten. `--d4` adds the live teacher
@@ -36,7 +36,7 @@ FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
 
 
 class Timed:
-    """A progress that calls `mark` at the end of the first timed step and of the last."""
+    """A progress that calls `mark` where the time begins, at the end of a step, and at that of the last one."""
 
     def __init__(self, first: int, last: int, mark: Callable[[], object]) -> None:
         self._marked, self._done, self._mark = (first, last), 0, mark
@@ -64,15 +64,16 @@ def run_arm(arm: str, options: argparse.Namespace, mark: Callable[[], object]) -
     """All steps of one mode in this process."""
     ask_for_huge_pages()
     keep_freed_memory()  # as the command does
+    last = untimed() + options.steps
     config = load_config(
-        options.config, [*options.overrides, f"train.max_steps={options.steps}", "train.epochs=1000", "data.val=[]"]
+        options.config, [*options.overrides, f"train.max_steps={last}", "train.epochs=1000", "data.val=[]"]
     )
     if arm == "online, d4":
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"tta": "d4"})})
     with tempfile.TemporaryDirectory() as folder:
         training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
         config = with_mode(config, arm.partition(",")[0])
-        timed = Timed(untimed(), options.steps, mark)
+        timed = Timed(untimed(), last, mark)
         train(config, resolve_device(None), progress=timed, stop=threading.Event())
 
 
@@ -92,7 +93,7 @@ def one_after_the_other(arms: list[str], options: argparse.Namespace) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="demo")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=100 if torch.cuda.is_available() else 12, help="that are timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--d4", action="store_true")
     parser.add_argument("--json")
@@ -106,7 +107,7 @@ def main() -> None:
         rounds = [one_after_the_other(arms, options) for _ in range(options.rounds)]
     else:
         rounds = [in_turns({arm: [*sys.argv, "--arm", arm] for arm in arms}) for _ in range(options.rounds)]
-    runs = {arm: [seconds[arm] / (options.steps - untimed()) for seconds in rounds] for arm in arms}
+    runs = {arm: [seconds[arm] / options.steps for seconds in rounds] for arm in arms}
     medians = {arm: statistics.median(seconds) for arm, seconds in runs.items()}
     config = load_config(options.config, options.overrides)
     gflop = {"student": gflop_of(build_student(config.student.architecture, 6, encoder=config.student.encoder))}
