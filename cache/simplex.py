@@ -104,8 +104,10 @@ def bands(height: int, width: int) -> list[slice]:
 
 def decode(units_CHW: NDArray[Any], levels: int) -> NDArray[np.float32]:
     """Probabilities `(C, H, W)`, float32: each integer divided by `levels`."""
-    probs_CHW = units_CHW.astype(np.float32)
-    probs_CHW /= np.float32(levels)  # in place: in two thirds of the time that `np.divide` takes
+    probs_CHW = np.empty(units_CHW.shape, dtype=np.float32)
+    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # one by one, while a class is near
+        probs_HW[...] = units_HW
+        probs_HW /= np.float32(levels)
     return probs_CHW
 
 
