@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def s3(moto_port, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    bucket = f"bucket-{proxy.port}"
+    bucket = f"bucket-{uuid.uuid4().hex}"  # a port comes again, and the server keeps what lay in a bucket
     open_storage(f"s3://{bucket}/x")._fs.mkdir(bucket)
     proxy.url = f"s3://{bucket}/caches/c.zarr"
     proxy.count()
