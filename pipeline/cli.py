@@ -60,17 +60,24 @@ def precompute_teacher(
     Goes on where an earlier run stopped. Exit codes: 0 done, 1 some tiles failed (named), 2 usage or config, 3 refused
     (stale cache, locked, no disk).
     """
-    import torch
-
     from kdpipe.pipeline import reports
-    from kdpipe.pipeline.models.teacher import resolve_device
-    from kdpipe.pipeline.precompute import failure_report, precompute
+    from kdpipe.pipeline.plan import finished_already
     from kdpipe.pipeline.progress import stop_on_signal
 
     if sum(map(bool, (dry_run, workers, scheduler))) > 1:
         raise click.UsageError("--dry-run, --workers and --scheduler exclude each other")
     console, progress = open_console()
     config = load(source, overrides)
+    if not dry_run and not repair and (done := finished_already(config, progress)):
+        write_json(json_path, done.as_dict())
+        console.print(reports.precompute_text(done), highlight=False, soft_wrap=True)
+        return
+
+    import torch
+
+    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.precompute import failure_report, precompute
+
     if dry_run:
         from kdpipe.pipeline.estimate import estimate  # which brings all that trains
 

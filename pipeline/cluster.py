@@ -36,7 +36,8 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.local_cluster import local_cluster
 from kdpipe.pipeline.memory import teacher_advice
-from kdpipe.pipeline.precompute import Plan, Summary, stopped_text
+from kdpipe.pipeline.plan import Plan, Summary
+from kdpipe.pipeline.precompute import stopped_text
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.subjects import Sent, Stretch, Subject, ViewOfTile, WholeTile, absolute_tile, sent

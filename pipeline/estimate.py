@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from kdpipe.cache.layout import encode_tile
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
+from kdpipe.pipeline import precision
 from kdpipe.pipeline.batches import teacher_batch_size
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
-from kdpipe.pipeline.precompute import make_plan, stage_threads
+from kdpipe.pipeline.plan import make_plan
+from kdpipe.pipeline.precompute import stage_threads
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.subjects import subject_noun
 from kdpipe.pipeline.worth import Worth, measure
@@ -58,11 +60,11 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     """
     Predict stage one from a seeded sample of the missing tiles, by their pixels; nothing is written.
 
-    The student takes a few steps, to say what they cost beside the teacher. Raises what `precompute.make_plan` raises. Assumes
+    The student takes a few steps, to say what they cost beside the teacher. Raises what `plan.make_plan` raises. Assumes
     that tiles compress and compute alike per pixel, one at a time; where a CUDA device rounds, that whichever is slowest, it or the
     threads that read or that store, is never kept waiting.
     """
-    plan = make_plan(config, device)
+    plan = make_plan(config, lambda recipe, tiles, stretch: precision.resolved(config, recipe, tiles, stretch, device))
     unreadable, sizes = {}, {}
     for tile in plan.missing:
         try:

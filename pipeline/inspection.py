@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kdpipe.pipeline.checkpoints import FORMAT
 from kdpipe.pipeline.models.recognise import Network, recognise
-from kdpipe.pipeline.models.weights import check_tensors, file_sha256, read_checkpoint, unwrapped
+from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint, unwrapped
+from kdpipe.pipeline.recipe import file_sha256
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,104 +25,34 @@ from numpy.typing import NDArray
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.layout import encode_bands
 from kdpipe.cache.lock import writer_lock
-from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.shard import EncodedShard
-from kdpipe.cache.storage import Storage, open_storage
+from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import (
     CacheWriter,
-    finished_tiles,
     open_writer,
-    partial_files,
     restore_root,
-    sweep,
     whole_manifest,
 )
 from kdpipe.configs.errors import DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
 from kdpipe.pipeline.console import size_text
+from kdpipe.pipeline.costs import note_costs, teacher_seconds
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import Encoded, FrozenTeacher, Images, open_teacher
+from kdpipe.pipeline.plan import Plan, Summary, begun, make_plan, nothing_to_do
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
-from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subject_noun, subjects
+from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subjects
 
 CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network which takes the cores itself
 PENDING_PX = 2**23  # of computed tiles that may wait for each two that write, else the device waits: bounds memory
 PREDICT_AFTER = 3  # finished tiles from which the rest of the bytes are predicted
-
-
-@dataclass
-class Summary:
-    """
-    What a run of stage one did; sizes in bytes, time in seconds, tiles by id.
-
-    `teacher_seconds` are those in which the teacher answered, `views_per_epoch` how often a live one would be asked in an
-    epoch of `train-student --kd online`, `workers` how many tiles each of several processes stored, by its address.
-    """
-
-    cache: str
-    tiles: int
-    computed: int = 0
-    kept: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    damaged: dict[str, str] = field(default_factory=dict)
-    pixels: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    teacher_seconds: float = 0.0
-    views_per_epoch: float = 0.0
-    noun: str = "tiles"
-    fingerprint: str | None = None
-    workers: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def paid_after_epochs(self) -> float | None:
-        """Epochs after which a live teacher, asked about the tile of each view, has taken as long; None where nothing was computed."""
-        if not self.computed or not self.views_per_epoch:
-            return None
-        return self.seconds * self.tiles / (self.teacher_seconds * self.views_per_epoch)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "paid_after_epochs": self.paid_after_epochs}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """
-    What is to do: all tiles (or recorded views, which are kept and computed as tiles are), those finished already, the manifest
-    if there is one, and how the rest is computed.
-    """
-
-    tiles: list[Subject]
-    finished: dict[str, TileRecord]
-    manifest: Manifest | None
-    recipe: CacheRecipe
-    storage: Storage
-    samples: int  # of an epoch of training
-
-    @property
-    def missing(self) -> list[Subject]:
-        """The tiles to compute."""
-        return [tile for tile in self.tiles if tile.id not in self.finished]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the cache is complete with just these tiles, in this order, and its manifest is of them."""
-        return (
-            self.manifest is not None
-            and not self.missing
-            and self.manifest.recipe == self.recipe
-            and self.manifest.tiles == [self.finished[tile.id] for tile in self.tiles]
-        )
 
 
 class Workers(Protocol):
@@ -141,31 +71,6 @@ class Workers(Protocol):
         stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:  # fmt: skip
         """Have the missing tiles of `batches` stored, yielding each one's record; raises `Interrupted` once `stop` is set."""
-
-
-def make_plan(
-    config: Config, device: torch.device, workers: Workers | None = None, stop: threading.Event | None = None
-) -> Plan:
-    """
-    The tiles of the configuration, and which of them the cache holds already.
-
-    Raises `DataError` for what is wrong with the folders, `CheckpointError` for a missing teacher, `StaleCache` for a cache
-    made otherwise, `CorruptCache` for a folder that is no cache.
-    """
-    tiles = list_tiles(config.data, "train")
-    stretch = resolve_stretch(config.data, tiles)
-    asked = subjects(config, tiles, stretch)
-    storage = open_storage(config.cache.path)
-    recorded = read_recipe(storage)
-    recipe = complete_recipe(config, stretch, recorded)
-    if recorded is None and workers is not None:
-        recipe = workers.resolved(config, recipe, tiles, stretch, stop or threading.Event())
-    elif recorded is None:
-        recipe = precision.resolved(config, recipe, tiles, stretch, device)
-    manifest = whole_manifest(storage)
-    finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in asked}, manifest)
-    samples = len(TrainTiles(tiles, config))
-    return Plan(tiles=asked, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
 
 
 def precompute(
@@ -189,35 +94,28 @@ def precompute(
     start = time.perf_counter()
     if repair:
         _restore_root(config, progress)
+
+    def resolved(recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch) -> CacheRecipe:
+        if workers is not None:
+            return workers.resolved(config, recipe, tiles, stretch, stop)
+        return precision.resolved(config, recipe, tiles, stretch, device)
+
     written = open_storage(config.cache.path).last_write()
-    plan = make_plan(config, device, workers, stop)
-    summary = Summary(
-        cache=plan.storage.url,
-        tiles=len(plan.tiles),
-        kept=len(plan.finished),
-        views_per_epoch=plan.samples * asked_per_sample(config),
-        noun=subject_noun(config),
-    )
+    plan = make_plan(config, resolved)
     if plan.is_done and not repair:
-        if partial_files(plan.storage):
-            with writer_lock(plan.storage):
-                sweep(plan.storage)
-        progress.say(f"all {len(plan.tiles)} {summary.noun} are in {plan.storage.url} already")
-        assert plan.manifest is not None
-        summary.fingerprint = plan.manifest.fingerprint
-        return summary
+        return nothing_to_do(plan, config, progress)
+    summary = begun(plan, config)
     if workers is not None:
         device = workers.start(stop)
     batch_size = teacher_batch_size(config, device)
     advice = partial(teacher_advice, config, batch_size, device)
     with (
+        _counted(summary, config, plan, start),
         fits_in_memory("while precomputing (reading, the teacher, or encoding)", advice()),
         open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
     ):
         if written is None or plan.storage.last_write() != written:
-            plan = make_plan(
-                config, device, workers, stop
-            )  # another process may have finished tiles before the lock was ours
+            plan = make_plan(config, resolved)  # another process may have finished tiles before the lock was ours
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
@@ -247,8 +145,21 @@ def precompute(
                         _refuse_small_disk(plan, summary)
         if not summary.failed:
             summary.fingerprint = writer.finish([records[tile.id] for tile in plan.tiles]).fingerprint
-    summary.seconds = time.perf_counter() - start
     return summary
+
+
+@contextmanager
+def _counted(summary: Summary, config: Config, plan: Plan, start: float) -> Iterator[None]:
+    """What the run cost, said and noted however it ends: tiles that an interrupted one stored are paid for."""
+    try:
+        yield
+    finally:
+        summary.seconds = time.perf_counter() - start
+        if summary.computed:
+            tile, crop = teacher_seconds(config, summary.teacher_seconds, summary.computed, summary.pixels)
+            summary.online_seconds = plan.samples * asked_per_sample(config) * tile
+            summary.crops_seconds = plan.samples * crop
+        note_costs(config.cache.path, plan.recipe.digest(), summary)
 
 
 def _restore_root(config: Config, progress: Progress) -> None:

@@ -22,8 +22,8 @@ from kdpipe.pipeline.checkpoints import Trained, load_trained
 from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.teacher import resolve_device
 from kdpipe.pipeline.models.views import averaged_logits
-from kdpipe.pipeline.models.weights import file_sha256
 from kdpipe.pipeline.pictures import colours
+from kdpipe.pipeline.recipe import file_sha256
 
 CARD_KEY = "kdpipe"  # in an ONNX file's metadata
 INPUT, OUTPUT = "images", "logits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,6 @@ from kdpipe.cache.simplex import levels_of
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
-from kdpipe.pipeline.models.weights import file_sha256
 
 LIBRARIES = (
     "kdpipe",
@@ -153,3 +153,9 @@ def library_note(recorded: Mapping[str, str]) -> str | None:
         return None
     pairs = "; ".join(f"{name} {then}, installed is {now}" for name, (then, now) in others.items())
     return f"note: the cache was computed with {pairs}; the values are not recomputed for that"
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         cache_statistics,
         estimate,
         inspection,
-        precompute,
+        plan,
         suggestion,
         training,
         verify,
@@ -79,7 +79,7 @@ def _saved_text(share: float) -> str:
     return f"saves {_percent(share)}" if share >= 0 else f"costs another {_percent(-share)}"
 
 
-def precompute_text(summary: precompute.Summary) -> str:
+def precompute_text(summary: plan.Summary) -> str:
     """What stage one did."""
     if not summary.computed:
         return (
@@ -94,10 +94,14 @@ def precompute_text(summary: precompute.Summary) -> str:
     state = f"complete, fingerprint {summary.fingerprint}" if summary.fingerprint else "not complete"
     lines = [f"{summary.computed} {summary.noun} in {duration_text(summary.seconds)} ({rate}), {size}"]
     if summary.paid_after_epochs is not None:
-        per_epoch = summary.teacher_seconds / summary.computed * summary.views_per_epoch
+        online, crops = duration_text(summary.online_seconds), duration_text(summary.crops_seconds)
+        asked = (
+            f"{online} (--kd online: whole tiles), {crops} (crops alone)"
+            if online != crops
+            else f"{online} (--kd online)"
+        )
         lines.append(
-            f"a live teacher (--kd online) would take {duration_text(per_epoch)} of each epoch:\nthe cache has paid for itself after "
-            f"{summary.paid_after_epochs:.2g} epochs"
+            f"a live teacher would take of each epoch: {asked};\nthe cache has paid for itself after {summary.paid_after_epochs:.2g} epochs"
         )
     return "\n".join([*lines, f"{summary.cache}: {state}"])
 
@@ -205,6 +209,8 @@ def training_tables(summary: training.Summary) -> Iterator[Table | str]:
         others = ", ".join(f"{seconds:.3f} s in {name}" for name, seconds in summary.other_modes.items())
         yield f"a step beside it: {others}"
     yield f"weights in {summary.weights}, logs in {summary.logs}"
+    if summary.worth:
+        yield from worth_lines(summary.worth, summary.cache_bytes)
 
 
 def _parity_table(rows: list[TileParity]) -> Table:

@@ -76,8 +76,13 @@ def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
         if other == folder.name or not file.is_file():
             continue
         with suppress(DataError):  # another run's file must not end this one
-            last = read_run(file).history[-1]
-            paces[other] = last.seconds / last.steps
+            first, last = (history := read_run(file).history)[0], history[-1]
+            # Where two validations are told, without the first steps, which take longer.
+            paces[other] = (
+                (last.seconds - first.seconds) / (last.steps - first.steps)
+                if last.steps > first.steps
+                else last.seconds / last.steps
+            )
     return paces
 
 

@@ -19,6 +19,7 @@ from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.recorded_views import RecordedViews
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline import precision
+from kdpipe.pipeline.costs import StageOneCosts, read_costs
 from kdpipe.pipeline.loaders import OnlineTargets
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.recipe import (
@@ -36,13 +37,14 @@ Stretch = Sequence[tuple[float, float]] | None
 @dataclass(frozen=True)
 class Targets:
     """
-    A source of soft targets (None without distillation), and of the cache behind it, if one is, the fingerprint and a line on
-    libraries that have another version now.
+    A source of soft targets (None without distillation), and of the cache behind it, if one is, the fingerprint, a line on
+    libraries that have another version now, and what stage one cost, where that is known.
     """
 
     source: SoftTargetCache | CachedViews | OnlineTargets | None
     fingerprint: str | None = None
     note: str | None = None
+    costs: StageOneCosts | None = None
 
 
 def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device: torch.device) -> Targets:
@@ -60,7 +62,9 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)
     source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
-    return Targets(source, cache.manifest.fingerprint, library_note(cache.manifest.libraries))
+    manifest = cache.manifest
+    costs = read_costs(config.cache.path, manifest.recipe.digest())
+    return Targets(source, manifest.fingerprint, library_note(manifest.libraries), costs)
 
 
 def training_samples(

@@ -49,6 +49,7 @@ from kdpipe.pipeline.recipe import library_versions
 from kdpipe.pipeline.runs import CONFIG, CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.targets import open_targets, training_samples
 from kdpipe.pipeline.validation import batch_size_text, validate
+from kdpipe.pipeline.worth import Worth, worth_of_run
 
 WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
 WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
@@ -60,7 +61,8 @@ class Summary:
     What a run of stage two reached; times in seconds, scores in 0..1.
 
     `teacher_seconds_per_step` is what the live teacher took (None where none is live), `other_modes` the seconds a step of the
-    runs of the same config in other modes, by name.
+    runs of the same config in other modes, by name. `worth` is what the cache saved, by what stage one noted beside it (None where
+    nothing is noted), and `cache_bytes` what that stored.
     """
 
     name: str
@@ -78,10 +80,12 @@ class Summary:
     teacher_seconds_per_step: float | None = None
     other_modes: dict[str, float] = field(default_factory=dict)
     fingerprint: str | None = None
+    worth: Worth | None = None
+    cache_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "worth": self.worth.as_dict() if self.worth else None}
 
 
 def has_batch_norm(student: nn.Module) -> bool:
@@ -156,7 +160,7 @@ class _Run:
         self.val_tiles = list_tiles(config.data, "val") if config.data.val else []
         self.stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
         targets = open_targets(config, tiles, self.stretch, device)
-        self.fingerprint = targets.fingerprint
+        self.fingerprint, self._costs = targets.fingerprint, targets.costs
         self._teacher = targets.source if isinstance(targets.source, OnlineTargets) else None
         if targets.note:
             progress.say(targets.note)
@@ -283,6 +287,11 @@ class _Run:
         if self._teacher and step_seconds:
             self.summary.teacher_seconds_per_step = self._teacher.teacher_seconds / len(step_seconds)
         self.summary.other_modes = paces_of_other_modes(self.folder, config.distill.mode)
+        if self._costs and self.summary.seconds_per_step:
+            self.summary.worth = worth_of_run(
+                config, self._costs, self.summary.seconds_per_step, self.summary.steps, self.summary.epochs
+            )
+            self.summary.cache_bytes = self._costs.bytes
         return self.summary
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:

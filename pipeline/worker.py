@@ -232,7 +232,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
             return self._teacher.encoded(images_NHWC)
 
     def _check(self, worker: Worker) -> None:
-        from kdpipe.pipeline.models.weights import file_sha256
+        from kdpipe.pipeline.recipe import file_sha256
 
         job, here = self._job, look(self._job.device, worker)
         if dict(here.libraries) != dict(job.libraries):

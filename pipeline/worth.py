@@ -1,4 +1,7 @@
-"""Is a cache worth it: what it costs, and what it saves of a training run, from short trials of the real networks."""
+"""
+Is a cache worth it: what it costs, and what it saves of a training run; before it from short trials of the real networks, after
+it from what was measured.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.configs.errors import ConfigError, OutOfMemory
 from kdpipe.configs.schema import Config, TeacherView
 from kdpipe.pipeline.batch_size import resolve_batch_size, take_steps
+from kdpipe.pipeline.costs import StageOneCosts, teacher_seconds
 from kdpipe.pipeline.fabric import computed_precision
 from kdpipe.pipeline.loaders import batches_per_epoch, steps_in
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
@@ -27,7 +31,7 @@ HARDLY = 0.1  # of a run's time: less is not worth a second command and the disk
 @dataclass(frozen=True)
 class Worth:
     """
-    Seconds of the trials, and how often a run repeats them.
+    Seconds of the trials, or of what was run, and how often a run repeats them.
 
     `step_seconds` is a step of the student on a batch that is there already; `tile_seconds` the teacher's answer to a whole
     tile of the mean size, which `--kd online` asks for; `crop_seconds` to `train.crop`, all that an online script must ask. Where
@@ -113,20 +117,33 @@ def measure(
     except (OutOfMemory, ConfigError) as err:
         return f"a step of the student cannot be timed here: {err}"
     side = config.train.crop
-    start = time.perf_counter()
-    teacher.soft_targets(np.ascontiguousarray(image_HWC[:side, :side])[None])
-    crop_seconds = (
-        (time.perf_counter() - start) * side**2 / (min(side, image_HWC.shape[0]) * min(side, image_HWC.shape[1]))
-    )
+    crop_HWC = np.ascontiguousarray(image_HWC[:side, :side])
+    for _ in range(2):  # the first sets up kernels for an image of this size, on CUDA for seconds
+        start = time.perf_counter()
+        teacher.soft_targets(crop_HWC[None])
+        crop_seconds = (time.perf_counter() - start) * side**2 / crop_HWC[..., 0].size
     steps = steps_in(config, per_epoch)
+    epochs = steps * accumulate / per_epoch
+    return _worth(config, precompute_seconds, step_seconds, tile_seconds, crop_seconds, steps, epochs)
+
+
+def worth_of_run(config: Config, costs: StageOneCosts, step_seconds: float, steps: int, epochs: float) -> Worth:
+    """Of a run that has ended, whose step took so long with its loading, by what stage one cost."""
+    tile, crop = teacher_seconds(config, costs.teacher_seconds, costs.tiles, costs.pixels)
+    return _worth(config, costs.seconds, step_seconds, tile, crop, steps, epochs)
+
+
+def _worth(
+    config: Config, precompute: float, step: float, tile: float, crop: float, steps: int, epochs: float
+) -> Worth:
     return Worth(
-        precompute_seconds=precompute_seconds,
-        step_seconds=step_seconds,
-        tile_seconds=tile_seconds,
-        crop_seconds=crop_seconds,
+        precompute_seconds=precompute,
+        step_seconds=step,
+        tile_seconds=tile,
+        crop_seconds=crop,
         samples_per_step=config.train.samples_per_step,
         views_per_sample=asked_per_sample(config),
         steps=steps,
-        epochs=steps * accumulate / per_epoch,
+        epochs=epochs,
         teacher_view=config.distill.teacher_view,
     )

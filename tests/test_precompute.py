@@ -83,6 +83,30 @@ def test_a_second_run_does_nothing_and_needs_no_teacher_in_memory(make_config, m
     assert tree(stage.open_storage(config.cache.path).folder) == before
 
 
+NOTHING_TO_DO = """
+import sys
+from kdpipe.pipeline.cli import main
+sys.argv[1:] = {arguments!r}
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+def test_that_nothing_is_to_do_is_seen_without_torch(make_config, tmp_path):
+    config = make_config()
+    fingerprint = precompute(config, CPU).fingerprint
+    code = NOTHING_TO_DO.format(
+        arguments=arguments(config, "precompute-teacher", "--json", str(tmp_path / "s.json"), folder=tmp_path)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"nothing to do: 6 tiles, fingerprint {fingerprint}" in done.stdout
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert (summary["kept"], summary["computed"], summary["fingerprint"]) == (6, 0, fingerprint)
+
+
 class StopAfter(Silent):
     """A progress that asks to stop after some tiles."""
 

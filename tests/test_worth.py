@@ -1,14 +1,20 @@
 """What caching costs and saves is said from measured seconds, and honestly where it is not worth it."""
 
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_precompute import StopAfter
 
-from kdpipe.configs.errors import OutOfMemory
+from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.storage import open_storage
+from kdpipe.configs.errors import Interrupted, OutOfMemory
 from kdpipe.pipeline import estimate as forecasts
 from kdpipe.pipeline import reports, worth
+from kdpipe.pipeline.costs import costs_file, read_costs
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.loaders import steps_in
 from kdpipe.pipeline.models.teacher import FrozenTeacher
@@ -113,11 +119,15 @@ def test_a_student_that_does_not_fit_leaves_the_forecast_of_stage_one(make_confi
 def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     config = make_config()
     summary = precompute(config, CPU)
-    # 6 tiles and 6 samples an epoch, that show 1.75 views each.
-    assert summary.views_per_epoch == 6 * 1.75
-    assert summary.paid_after_epochs == pytest.approx(summary.seconds / (summary.teacher_seconds * 1.75))
+    # 6 tiles and 6 samples an epoch, that show 1.75 views each; a crop is 64 px.
+    assert summary.online_seconds == pytest.approx(summary.teacher_seconds * 1.75)
+    assert summary.crops_seconds == pytest.approx(summary.teacher_seconds / summary.pixels * 6 * 64**2)
+    assert summary.paid_after_epochs == pytest.approx(summary.seconds / summary.crops_seconds)
     assert summary.as_dict()["paid_after_epochs"] == summary.paid_after_epochs
-    assert "of each epoch:\nthe cache has paid for itself after" in reports.precompute_text(summary)
+    said = reports.precompute_text(summary)
+    assert "a live teacher would take of each epoch: " in said
+    assert "(--kd online: whole tiles), " in said
+    assert "(crops alone);\nthe cache has paid for itself after " in said
     monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
@@ -144,3 +154,76 @@ def test_a_damaged_run_beside_it_is_no_reason_to_fail_at_the_end(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "tiny-none" / "run.json").write_text("{")
     assert paces_of_other_modes(tmp_path / "tiny", "cached") == {}
+
+
+def test_what_interrupted_runs_cost_is_added_up_beside_the_cache(make_config, tmp_path):
+    config, stop = make_config(), threading.Event()
+    with pytest.raises(Interrupted):
+        precompute(config, CPU, StopAfter(2, stop), stop)
+    recipe = read_recipe(open_storage(config.cache.path)).digest()
+    first = read_costs(config.cache.path, recipe)
+    assert 2 <= first.tiles < 6
+    last = precompute(config, CPU)
+    both = read_costs(config.cache.path, recipe)
+    assert (both.tiles, both.seconds) == (6, pytest.approx(first.seconds + last.seconds))
+    assert both.teacher_seconds == pytest.approx(first.teacher_seconds + last.teacher_seconds)
+    assert both.bytes == first.bytes + last.bytes_written
+    precompute(config, CPU)  # nothing to do costs nothing
+    assert read_costs(config.cache.path, recipe) == both
+    assert not list(Path(config.cache.path).parent.glob(".*costs*"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another recipe", "a folder"])
+def test_a_run_does_without_a_note_of_what_stage_one_cost(make_config, damage):
+    config = make_config(train__max_steps=4, train__val_every_epochs=9)
+    precompute(config, CPU)
+    note = costs_file(config.cache.path)
+    if damage in ("missing", "a folder"):
+        note.unlink()
+    elif damage == "cut":
+        note.write_text(note.read_text()[:40])
+    else:
+        note.write_text(note.read_text().replace('"recipe_sha256":"', '"recipe_sha256":"0'))
+    if damage == "a folder":
+        note.mkdir()
+    assert train(config, CPU).worth is None
+    precompute(make_config(cache__bits=4, cache__path=config.cache.path + "2"), CPU)
+    assert costs_file("s3://bucket/c.zarr") is None
+
+
+def test_a_note_that_cannot_be_written_ends_no_run(make_config):
+    config = make_config()
+    costs_file(config.cache.path).mkdir()
+    assert precompute(config, CPU).fingerprint
+
+
+def test_a_run_says_what_its_cache_cost_and_saved(make_config):
+    config = make_config(train__max_steps=6, train__val_every_epochs=9)
+    stage_one = precompute(config, CPU)
+    summary = train(config, CPU)
+    it = summary.worth
+    assert it.precompute_seconds == pytest.approx(stage_one.seconds)
+    assert it.step_seconds == summary.seconds_per_step
+    assert it.tile_seconds == pytest.approx(stage_one.teacher_seconds / 6)
+    assert it.crop_seconds == pytest.approx(stage_one.teacher_seconds / stage_one.pixels * 64**2)
+    assert (it.steps, it.epochs, it.samples_per_step) == (6, 2, 2)
+    assert summary.cache_bytes == stage_one.bytes_written
+    assert summary.as_dict()["worth"]["verdict"] == it.verdict
+    said = "\n".join(str(line) for line in reports.training_tables(summary))
+    assert f"worth it? {it.verdict}: a live teacher is " in said
+    online = train(with_mode(config, "online"), CPU)
+    assert online.worth is None
+
+
+def test_a_crop_is_timed_once_its_kernels_are_there(make_config, monkeypatch):
+    asked = []
+    answer = FrozenTeacher.soft_targets
+
+    def slow_at_first(self, images):
+        asked.append(images.shape)
+        if asked.count(images.shape) == 1:
+            time.sleep(3)
+        return answer(self, images)
+
+    monkeypatch.setattr(FrozenTeacher, "soft_targets", slow_at_first)
+    assert estimate(make_config(), CPU).worth.crop_seconds < 3

@@ -1,13 +1,15 @@
-"""How 8-bit pixels become a network's input."""
+"""How 8-bit pixels become a network's input; imports torch where it computes, as recipes want the two statistics alone."""
 
 from __future__ import annotations
 
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kdpipe.configs.schema import MeanStd, Normalize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # The statistics that torchvision's, smp's and timm's ImageNet weights were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +32,9 @@ def normalized(images_NCHW: Tensor, normalize: Normalize) -> Tensor:
 
 
 @cache  # for good: graphs hold its address
-@torch.inference_mode(False)
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
     """`(1, 3, 1, 1)`; kept, because a copy to a GPU waits for all that the GPU still has to do."""
-    return torch.tensor(channels, device=device).view(1, 3, 1, 1)
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(channels, device=device).view(1, 3, 1, 1)

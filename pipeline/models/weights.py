@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import textwrap
@@ -145,12 +144,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> No
     if problems:
         raise CheckpointError(f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(problems)}")
     model.load_state_dict(dict(state), strict=True)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_torchscript(file: Path) -> bool:
