@@ -23,12 +23,16 @@ def collate_packed(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def packing_bound(num_classes: int) -> float:
+    """How far an entry may move: the half step of its own rounding, and as much for each class whose rounding changes the sum."""
+    return (1 + num_classes) / 2 / STEPS
+
+
 def packed(target_CHW: NDArray[np.float32]) -> NDArray[np.int16]:
     """
     Probabilities in steps of 1/65535, unsigned in the bits of int16, since few devices compute with uint16.
 
-    With C classes an entry moves by at most `(1 + C) / 2 / 65535` until it is `unpacked`: the half step of its own rounding, and as
-    much for each class whose rounding changes the sum. A pixel that holds no numbers becomes zero.
+    Until it is `unpacked` an entry moves by at most `packing_bound`. A pixel that holds no numbers becomes zero.
     """
     steps_CHW = target_CHW * np.float32(STEPS)
     odd_HW = ~np.isfinite(steps_CHW.sum(axis=0))

@@ -26,6 +26,7 @@ from kdpipe.pipeline.cache_inspection import inspect_cache
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.loaders import OnlineTargets
 from kdpipe.pipeline.models.teacher import open_teacher
+from kdpipe.pipeline.packing import collate_packed, packing_bound, unpacked
 from kdpipe.pipeline.precompute import precompute
 from kdpipe.pipeline.recipe import complete_recipe, configured_softening
 from kdpipe.pipeline.targets import CachedViews
@@ -97,7 +98,7 @@ def test_the_sources_that_an_id_is_made_of_are_those_that_the_plan_shows(make_vi
 def test_cached_and_online_targets_are_the_same_over_a_whole_cycle_to_the_encodings_bound(
     make_views, landscape, kind, bits
 ):
-    """Every pixel of every sample of every epoch of a cycle, with tiles without labels; padding is left out of both."""
+    """Every pixel of every sample of a cycle, as loaded and as the device has it, with tiles without labels; padding is left out."""
     unlabelled = str(landscape / "Unlabelled")
     config = make_views(
         cache__kind=kind, cache__bits=bits, train__scales=[0.5, 1.0], train__mosaic=0.4, data__unlabelled=[unlabelled]
@@ -112,6 +113,9 @@ def test_cached_and_online_targets_are_the_same_over_a_whole_cycle_to_the_encodi
         for name in ("image", "mask", "inside"):
             np.testing.assert_array_equal(one[name], two[name])
         assert np.abs(one["target"] - two["target"]).max() <= bound(config)
+        batch = collate_packed([one])
+        on_device = unpacked(batch["target"], batch["inside"])[0].numpy()
+        assert np.abs(on_device - two["target"]).max() <= bound(config) + packing_bound(6)
         np.testing.assert_allclose(one["target"].sum(axis=0), one["inside"], atol=1e-5)
         padded += int((~one["inside"]).sum())
     assert padded

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from functools import cache as once
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kdpipe.cache import SoftTargetCache
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
-from kdpipe.pipeline.loaders import _worker_options
+from kdpipe.pipeline.loaders import _worker_options, train_loader
 
 sys.path.insert(0, str(Path(__file__).parent))  # in spawned processes too: they unpickle this module's classes
 from test_cache import RECIPE, distributions
@@ -125,6 +126,32 @@ def test_workers_read_the_same_samples_however_they_are_started(url, workers, st
 @pytest.mark.parametrize(("workers", "start_method", "persistent"), FULL)
 def test_every_combination_of_workers_reads_the_same_samples(url, workers, start_method, persistent):
     check(url, workers, start_method, persistent)
+
+
+class Counted(Dataset):
+    """Eight samples, and how many were made by any process."""
+
+    def __init__(self):
+        self.made = multiprocessing.get_context("spawn").Value("i", 0)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, k):
+        with self.made:
+            self.made.value += 1
+        return {"image": np.zeros((3, 8, 8), np.uint8), "target": np.full((2, 8, 8), 0.5, np.float32)}
+
+
+def test_the_next_batch_is_made_while_nobody_asks_for_it(make_config):
+    """A step that is under way when a worker has made the batch after it does not wait for it; here the step is the sleep."""
+    dataset = Counted()
+    batches = iter(train_loader(make_config(train__batch_size=2), dataset, 0, workers=1, pin=False))
+    next(batches)
+    deadline = time.monotonic() + 60
+    while dataset.made.value < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert dataset.made.value >= 4
 
 
 def test_memory_and_open_files_stay_flat_over_10000_windows(url):
