@@ -124,10 +124,11 @@ def wait_for(device):
 
 def kdpipe(config, tiles, device, folder):
     """`precompute` from its first tile on: the lists, the lock and the manifest are in its time, loading the teacher is not."""
+    from kdpipe.pipeline import plan
     from kdpipe.pipeline import precompute as stage
 
     teacher = asked_teacher(config, decoded(config, tiles, device), device)
-    stage.list_tiles = lambda data, split: tiles
+    plan.list_tiles = lambda data, split: tiles
     stage.open_teacher = lambda config, recipe, device: teacher
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(folder / "cache.zarr")})})
     stop_here()
