@@ -161,7 +161,7 @@ class Teacher(Section):
     window: Annotated[int, Field(ge=64, multiple_of=32)] | None = None
     """Side in px of overlapping windows for images larger than that; null asks for whole images."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images at a time, where several have one size; null: 1 on a CPU, more on a GPU. Changes no recorded value."""
+    """Images at a time, where several have one size; null: 1 on a CPU, more on a GPU. Not part of the fingerprint; last bits may differ."""
     drop_channels: list[Annotated[int, Field(ge=0)]] = []
     """Places in `classes`, counted from 0, left out before the softmax, such as OpenEarthMap's unknown."""
     weight: float = Field(1.0, gt=0)
@@ -197,7 +197,7 @@ class Cache(Section):
     path: str
     """A folder, or the URL of a file system that fsspec knows, such as `s3://bucket/mine.zarr`."""
     kind: Literal["soft", "logits"] = "soft"
-    """`soft`: targets of one temperature and class map. `logits`: both may change later, for 2.5 times the bytes."""
+    """`soft`: targets of one temperature and class map. `logits`: both may change later, for 3.5 to 4 times the bytes."""
     bits: Literal[4, 6, 8, 16] = 8
     """A stored soft target is off by at most `1 / (2**bits - 1)`. Logits have 8 or 16."""
     views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None

@@ -4,11 +4,13 @@ What does a cache of very many tiny tiles cost to open, to verify quickly and to
     python tests/benchmarks/many_tiles.py /scratch/many --tiles 100000
 
 Lays out a cache of 100 tiles and one of `--tiles` in a new folder, which it deletes in the end, and runs the same commands on
-both: the difference is what the tiles cost. Images are hard links to one, the tiles copies of one under receipts of their own,
-and nothing is synced while they are laid out: only what is measured afterwards is as in use.
+both: the difference is what the tiles cost. A folder that a killed run has left is emptied first, any other is refused. Images
+are hard links to one, the tiles copies of one under receipts of their own, and nothing is synced while they are laid out: only
+what is measured afterwards is as in use.
 """
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
@@ -18,10 +20,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 FEW = 100
 SIDE = 32  # px of a tile
 LINKS = 60_000  # ext4 allows 65,000 links to a file
+MARK = ".many_tiles"  # a file that says whose the folder is, locked while a run goes on
 CONFIG = {
     "name": "many", "group": "benchmark", "seed": 1,
     "classes": {"names": ["x", "y"]},
@@ -114,8 +118,26 @@ def run(command: list[str]) -> dict[str, float]:
     }
 
 
+def claim(folder: Path) -> TextIO:
+    """An empty folder of this run's own, and its mark, which must stay open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK
+    if any(folder.iterdir()) and not mark.exists():
+        raise SystemExit(f"{folder} has files that are none of this benchmark's: name a folder that is not there")
+    lock = mark.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise SystemExit(f"another run is at work in {folder}") from None
+    for left in folder.iterdir():
+        if left != mark:  # which goes last, so that a run killed here is known as well
+            shutil.rmtree(left)
+    return lock
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiles", type=int, default=100_000)
     parser.add_argument(
@@ -124,8 +146,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     target = arguments.json and arguments.json.absolute()
-    arguments.folder.mkdir(parents=True)
     top = arguments.folder.absolute()
+    lock = claim(top)
     precompute = [*KDPIPE, "precompute-teacher", "-c", "config.yaml", "--device", "cpu"]
     steps = {
         "open in Python": (OPEN, None),
@@ -150,7 +172,10 @@ def main() -> None:
                 results[name][str(count)] = run(command)
     finally:
         os.chdir("/")
+        for laid_out in (top / str(FEW), top / str(arguments.tiles)):
+            shutil.rmtree(laid_out, ignore_errors=True)
         shutil.rmtree(top)
+        lock.close()
     print(f"{'':50} {FEW:>24,} tiles {arguments.tiles:>24,} tiles")
     for name, found in results.items():
         cells = (f"{r['seconds']:6.1f} s {r['cpu_seconds']:6.1f} CPU s {r['peak_mb']:6.0f} MB" for r in found.values())

@@ -110,7 +110,8 @@ def main() -> None:
     runs = {arm: [seconds[arm] / options.steps for seconds in rounds] for arm in arms}
     medians = {arm: statistics.median(seconds) for arm, seconds in runs.items()}
     config = load_config(options.config, options.overrides)
-    gflop = {"student": gflop_of(build_student(config.student.architecture, 6, encoder=config.student.encoder))}
+    student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder)
+    gflop = {"student": gflop_of(student)}
     gflop["teacher"] = gflop_of(load_teacher(config.teacher))
     print(f"GFLOP on {FLOP_SIDE} x {FLOP_SIDE} px: student {gflop['student']:.1f}, teacher {gflop['teacher']:.1f}")
     table = Table(title=f"Seconds a step, {options.config}", title_justify="left")
