@@ -68,7 +68,8 @@ def precompute_teacher(
         raise click.UsageError("--dry-run, --workers and --scheduler exclude each other")
     console, progress = open_console()
     config = load(source, overrides)
-    if not dry_run and not repair and (done := finished_already(config, progress)):
+    # A device that is named is checked, for which torch is needed.
+    if not (dry_run or repair or device) and (done := finished_already(config, progress)):
         write_json(json_path, done.as_dict())
         console.print(reports.precompute_text(done), highlight=False, soft_wrap=True)
         return
