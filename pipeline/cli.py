@@ -61,15 +61,16 @@ def precompute_teacher(
     (stale cache, locked, no disk).
     """
     from kdpipe.pipeline import reports
-    from kdpipe.pipeline.plan import finished_already
+    from kdpipe.pipeline.plan import already_text, finished_already
     from kdpipe.pipeline.progress import stop_on_signal
 
     if sum(map(bool, (dry_run, workers, scheduler))) > 1:
         raise click.UsageError("--dry-run, --workers and --scheduler exclude each other")
-    console, progress = open_console()
     config = load(source, overrides)
     # A device that is named is checked, for which torch is needed.
-    if not (dry_run or repair or device) and (done := finished_already(config, progress)):
+    if not (dry_run or repair or device) and (done := finished_already(config)):
+        console, progress = open_console()
+        progress.say(already_text(done))
         write_json(json_path, done.as_dict())
         console.print(reports.precompute_text(done), highlight=False, soft_wrap=True)
         return
@@ -79,6 +80,7 @@ def precompute_teacher(
     from kdpipe.pipeline.models.teacher import resolve_device
     from kdpipe.pipeline.precompute import failure_report, precompute
 
+    console, progress = open_console()
     if dry_run:
         from kdpipe.pipeline.estimate import estimate  # which brings all that trains
 

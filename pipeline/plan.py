@@ -21,7 +21,6 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
-from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.recipe import complete_recipe
 from kdpipe.pipeline.subjects import Stretch, Subject, subject_noun, subjects
 
@@ -127,7 +126,7 @@ def begun(plan: Plan, config: Config) -> Summary:
     )
 
 
-def nothing_to_do(plan: Plan, config: Config, progress: Progress) -> Summary:
+def nothing_to_do(plan: Plan, config: Config) -> Summary:
     """Of a run that finds its cache complete; what killed runs left of files is cleared away."""
     assert plan.is_done and plan.manifest is not None
     if partial_files(plan.storage):
@@ -135,11 +134,15 @@ def nothing_to_do(plan: Plan, config: Config, progress: Progress) -> Summary:
             sweep(plan.storage)
     summary = begun(plan, config)
     summary.fingerprint = plan.manifest.fingerprint
-    progress.say(f"all {summary.tiles} {summary.noun} are in {plan.storage.url} already")
     return summary
 
 
-def finished_already(config: Config, progress: Progress) -> Summary | None:
+def already_text(summary: Summary) -> str:
+    """What is said of a run that finds its cache complete."""
+    return f"all {summary.tiles} {summary.noun} are in {summary.cache} already"
+
+
+def finished_already(config: Config) -> Summary | None:
     """
     The sums where the cache is complete, so that nothing need be loaded to compute; None where it is not, or may not be.
 
@@ -152,4 +155,4 @@ def finished_already(config: Config, progress: Progress) -> Summary | None:
     if manifest is None or read_recipe(storage) is None or len(manifest.tiles) < len(tiles):
         return None
     plan = make_plan(config, lambda recipe, *_: recipe)
-    return nothing_to_do(plan, config, progress) if plan.is_done else None
+    return nothing_to_do(plan, config) if plan.is_done else None

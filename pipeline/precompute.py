@@ -45,7 +45,7 @@ from kdpipe.pipeline.console import size_text
 from kdpipe.pipeline.costs import note_costs, teacher_seconds
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.models.teacher import Encoded, FrozenTeacher, Images, open_teacher
-from kdpipe.pipeline.plan import Plan, Summary, begun, make_plan, nothing_to_do
+from kdpipe.pipeline.plan import Plan, Summary, already_text, begun, make_plan, nothing_to_do
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.recipe import complete_recipe, library_versions
 from kdpipe.pipeline.subjects import Stretch, Subject, WholeTile, asked_per_sample, subjects
@@ -103,7 +103,9 @@ def precompute(
     written = open_storage(config.cache.path).last_write()
     plan = make_plan(config, resolved)
     if plan.is_done and not repair:
-        return nothing_to_do(plan, config, progress)
+        summary = nothing_to_do(plan, config)
+        progress.say(already_text(summary))
+        return summary
     summary = begun(plan, config)
     if workers is not None:
         device = workers.start(stop)
