@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from kdpipe.cache import values
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.shard import EncodedShard, encode_shard
+from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
 from kdpipe.cache.simplex import ENTROPY_BLOCK_PX
+from kdpipe.cache.spill import Spill
 
 CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
 TILES = "tiles"
@@ -63,9 +64,13 @@ def group_metadata(path: str, recipe: CacheRecipe) -> bytes:
 
 
 def encode_bands(
-    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int
-) -> tuple[EncodedShard, NDArray[np.float64] | None]:
-    """What `encode_tile` takes, of a tile whose values come in bands of rows from the top: none but a band's are held."""
+    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int, spill: Spill
+) -> tuple[SpilledShard, NDArray[np.float64] | None]:
+    """
+    The shard of a tile whose values come in bands of rows from the top, and its error of the entropy as `values.encode` gives it.
+
+    No more than a band is held: the shard lies in `spill`, whose errors are raised.
+    """
     lost: list[NDArray[np.float64] | None] = []
 
     def rows_of_chunks() -> Iterator[NDArray[Any]]:
@@ -73,13 +78,13 @@ def encode_bands(
             lost.append(of_row)
             yield units_ChW
 
-    shard = encode_shard(rows_of_chunks(), height, _chunk_px(height, width), ZSTD_LEVEL)
+    shard = spill_shard(rows_of_chunks(), height, _chunk_px(height, width), ZSTD_LEVEL, spill)
     blocks = [of_row for of_row in lost if of_row is not None]
     return shard, np.concatenate(blocks) if blocks else None
 
 
 def encode_tile(
-    units: NDArray[Any] | EncodedShard,
+    units_CHW: NDArray[Any],
     tile_id: str,
     image: ImageDigest,
     recipe: CacheRecipe,
@@ -88,23 +93,30 @@ def encode_tile(
     """
     The bytes of a tile's shard, those of its metadata, and its record.
 
-    `units` and `entropy_error` are what `values.encode` makes of a tile, uint8 or uint16 `(C, H, W)`, and nats a block, or None; or
-    what `encode_bands` does. The shard is made in memory, so that it reaches the disk whole and its digest is that of what was meant
-    to be written.
+    `units_CHW` and `entropy_error` are what `values.encode` makes of a tile, uint8 or uint16 `(C, H, W)`, and nats a block, or None.
+    The shard is made in memory, so that its digest is that of what was meant to be written.
     """
-    height, width = units.shape[1:]
-    chunk_px = _chunk_px(height, width)
-    if not isinstance(units, EncodedShard):
-        rows_of_chunks = (units[:, top : top + chunk_px[0]] for top in range(0, height, chunk_px[0]))
-        units = encode_shard(rows_of_chunks, height, chunk_px, ZSTD_LEVEL)
-    shard = units.file
-    shard_sha256 = sha256(shard)
-    metadata = json.loads(_array_metadata(units.shape, units.dtype.str, chunk_px))
+    shard = encode_shard(units_CHW, _chunk_px(*units_CHW.shape[1:]), ZSTD_LEVEL)
+    return shard, *encode_receipt(units_CHW, len(shard), sha256(shard), tile_id, image, recipe, entropy_error)
+
+
+def encode_receipt(
+    units: NDArray[Any] | SpilledShard,
+    shard_bytes: int,
+    shard_sha256: str,
+    tile_id: str,
+    image: ImageDigest,
+    recipe: CacheRecipe,
+    entropy_error: NDArray[np.float64] | None,
+) -> tuple[bytes, TileRecord]:
+    """The bytes of a tile's metadata, and its record; `units` is what `encode_tile` takes, or the shard that `encode_bands` makes."""
+    num_classes, height, width = units.shape
+    metadata = json.loads(_array_metadata((num_classes, height, width), units.dtype.str, _chunk_px(height, width)))
     receipt = {
         "tile": tile_id,
         "recipe_sha256": recipe.digest(),
         "image": asdict(image),
-        "shard_bytes": len(shard),
+        "shard_bytes": shard_bytes,
         "shard_sha256": shard_sha256,
         SEAL: "",
     }
@@ -118,11 +130,11 @@ def encode_tile(
         height=height,
         width=width,
         image=image,
-        shard_bytes=len(shard),
+        shard_bytes=shard_bytes,
         shard_sha256=shard_sha256,
         metadata_sha256=sha256(metadata_bytes),
     )
-    return shard, metadata_bytes, record
+    return metadata_bytes, record
 
 
 def is_sealed(metadata: bytes) -> bool:

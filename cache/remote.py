@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import io
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from kdpipe.cache.storage import FileInfo
@@ -89,13 +90,19 @@ class RemoteStorage:
             "reading", name, lambda: list(map(bytes, self._fs.cat_ranges(paths, starts, ends, on_error="raise")))
         )
 
-    def write(self, name: str, data: bytes) -> None:
-        """Upload `data` as `name`; an object store shows the object once all of it has arrived."""
+    def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """
+        Upload `data` as `name`; an object store shows the object once all of it has arrived.
+
+        Pieces are joined in memory, so that each attempt sends the same: fsspec's own streams publish what they have when an
+        error leaves them.
+        """
+        whole = data if isinstance(data, bytes) else _joined(data)
 
         def upload() -> None:
             if self._has_folders:
                 self._fs.makedirs(self._full(name).rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(self._full(name), data)
+            self._fs.pipe_file(self._full(name), whole)
 
         try:
             self._try("writing", name, upload)
@@ -208,6 +215,14 @@ class RemoteStorage:
 
     def _shown(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
+
+
+def _joined(pieces: Iterable[bytes]) -> bytes:
+    """Holds the bytes once: `b"".join` would hold all pieces beside them."""
+    joined = io.BytesIO()
+    for piece in pieces:
+        joined.write(piece)
+    return joined.getvalue()
 
 
 def _file_info(entry: dict[str, Any]) -> FileInfo | None:

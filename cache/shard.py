@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+
+from kdpipe.cache.spill import Spill
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and size of a chunk, two little-endian uint64
@@ -114,41 +116,95 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class EncodedShard:
-    """The bytes of a shard, and the array that they hold."""
+class SpilledShard:
+    """A shard whose chunks lie in a temporary file in the order in which they were made, and the array that they hold."""
 
-    file: bytes
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
+    index: NDArray[np.uint64]  # as in `Shard`
+    spill: Spill
+    spans: dict[tuple[int, int], tuple[int, int]]  # start and length in `spill`, in the order of the shard's file
+
+    @property
+    def size(self) -> int:
+        """The number of bytes of the shard's file."""
+        return int(self.index[..., 1].sum()) + self.index.nbytes + CRC_BYTES
+
+    def pieces(self) -> Iterator[bytes]:
+        """
+        The bytes of the shard's file from the first to the last, a chunk at a time.
+
+        Raises `CacheError` where the temporary file does not give what it was given: no digest is to vouch for that.
+        """
+        for place, span in self.spans.items():
+            frame = self.spill.take(*span)
+            try:
+                _checked(frame, _name(place))
+            except ValueError as err:
+                raise self.spill.failed(err) from err
+            yield frame
+        yield _with_checksum(self.index.tobytes())
 
 
-def encode_shard(
-    rows_of_chunks: Iterable[NDArray[Any]], height: int, chunk_px: tuple[int, int], level: int
-) -> EncodedShard:
+def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> bytes:
     """
     A shard with all its chunks, those of zeros as well: a lost one could not be told from one that was never there.
 
-    The tile's integers, uint8 or uint16, come in rows of chunks `(C, h, W)` from the top, `height` px in all, of which one is held at a
-    time; `chunk_px` is the height and width of a chunk, `level` Zstandard's.
+    `units_CHW` are the tile's integers, uint8 or uint16 `(C, H, W)`; `chunk_px` is the height and width of a chunk, `level`
+    Zstandard's.
     """
-    chunk_h, chunk_w = chunk_px
-    zstd, frames = Zstd(level=level), {}
+    zstd = Zstd(level=level)
+    frames: dict[tuple[int, int], bytes] = {}
+    for row, top in enumerate(range(0, units_CHW.shape[1], chunk_px[0])):
+        frames.update(_encode_row(units_CHW[:, top : top + chunk_px[0]], row, chunk_px, zstd))
+    order, index = _lay_out({place: len(frame) for place, frame in frames.items()})
+    return b"".join([*(frames[place] for place in order), _with_checksum(index.tobytes())])
+
+
+def spill_shard(
+    rows_of_chunks: Iterable[NDArray[Any]], height: int, chunk_px: tuple[int, int], level: int, spill: Spill
+) -> SpilledShard:
+    """
+    What `encode_shard` makes, of a tile that comes in rows of chunks `(C, h, W)` from the top, `height` px in all; one is held.
+
+    The file's order is not that of rows, so that the chunks wait in `spill` until all are there; its errors are raised.
+    """
+    zstd, spans = Zstd(level=level), {}
     for row, units_ChW in enumerate(rows_of_chunks):
         num_classes, rows, width = units_ChW.shape
-        assert rows == min(chunk_h, height - row * chunk_h), f"{rows} rows in row {row} of chunks"
-        for column in range(-(-width // chunk_w)):
-            values_Chw = units_ChW[:, :, column * chunk_w : (column + 1) * chunk_w]
-            chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_ChW.dtype.newbyteorder("<"))
-            chunk_Chw[:, :rows, : values_Chw.shape[2]] = values_Chw
-            frames[row, column] = _with_checksum(zstd.encode(chunk_Chw))
-    index = np.empty((-(-height // chunk_h), -(-width // chunk_w), 2), dtype="<u8")
-    assert len(frames) == index[..., 0].size, f"{len(frames)} chunks of {index.shape}"
-    order, offset = sorted(frames, key=_morton_code), 0
+        assert rows == min(chunk_px[0], height - row * chunk_px[0]), f"{rows} rows in row {row} of chunks"
+        for place, frame in _encode_row(units_ChW, row, chunk_px, zstd):
+            spans[place] = spill.put(frame), len(frame)
+    order, index = _lay_out({place: length for place, (_, length) in spans.items()})
+    assert len(index) == -(-height // chunk_px[0]), f"{len(index)} rows of chunks for {height} px"
+    return SpilledShard(
+        (num_classes, height, width), units_ChW.dtype, index, spill, {place: spans[place] for place in order}
+    )
+
+
+def _encode_row(
+    units_ChW: NDArray[Any], row: int, chunk_px: tuple[int, int], zstd: Zstd
+) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Row and column of each chunk of row number `row`, and its bytes in the file."""
+    num_classes, rows, width = units_ChW.shape
+    chunk_h, chunk_w = chunk_px
+    for column in range(-(-width // chunk_w)):
+        values_Chw = units_ChW[:, :, column * chunk_w : (column + 1) * chunk_w]
+        chunk_Chw = np.zeros((num_classes, chunk_h, chunk_w), dtype=units_ChW.dtype.newbyteorder("<"))
+        chunk_Chw[:, :rows, : values_Chw.shape[2]] = values_Chw
+        yield (row, column), _with_checksum(zstd.encode(chunk_Chw))
+
+
+def _lay_out(sizes: dict[tuple[int, int], int]) -> tuple[list[tuple[int, int]], NDArray[np.uint64]]:
+    """The order of the chunks in the file, and the index `(rows, columns, 2)`, of the number of bytes of each."""
+    last_row, last_column = max(sizes)
+    index = np.empty((last_row + 1, last_column + 1, 2), dtype="<u8")
+    assert len(sizes) == index[..., 0].size, f"{len(sizes)} chunks of {index.shape}"
+    order, offset = sorted(sizes, key=_morton_code), 0
     for place in order:
-        index[place] = offset, len(frames[place])
-        offset += len(frames[place])
-    file = b"".join([*(frames[place] for place in order), _with_checksum(index.tobytes())])
-    return EncodedShard(file, (num_classes, height, width), units_ChW.dtype)
+        index[place] = offset, sizes[place]
+        offset += sizes[place]
+    return order, index
 
 
 def _morton_code(place: tuple[int, int]) -> int:

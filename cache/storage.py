@@ -14,11 +14,11 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from kdpipe.configs.errors import ConfigError, CorruptCache, DiskFull
+from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, DiskFull
 from kdpipe.configs.outputs import output_path
 
 PARTIAL_SUFFIX = (
@@ -50,8 +50,8 @@ class Storage(Protocol):
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer where the file ends."""
 
-    def write(self, name: str, data: bytes) -> None:
-        """Make `name` hold exactly `data`, atomically and durably."""
+    def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """Make `name` hold exactly `data`, which may come in pieces, atomically and durably; what getting a piece raises is raised."""
 
     def info(self, name: str) -> FileInfo | None:
         """Size and time of a file, None if there is none."""
@@ -128,9 +128,9 @@ class LocalStorage:
                 for start, length in spans
             ]
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """
-        Make `name` hold exactly `data`, atomically and durably.
+        Make `name` hold exactly `data`, atomically and durably; of pieces, one at a time is in memory.
 
         A folder in the place of a file, or a file in that of a folder, is damage, and makes way.
         Raises `DiskFull` and leaves no partial file where the disk is full.
@@ -142,16 +142,18 @@ class LocalStorage:
             self._make_way(path)
             _make_folders(path.parent)
             with partial.open("wb") as file:
-                file.write(data)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError as err:
+        except (OSError, CacheError) as err:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            if err.errno in FULL:
+            if isinstance(err, OSError) and err.errno in FULL:
+                size = f"{len(data)} bytes" if isinstance(data, bytes) else "all bytes"
                 raise DiskFull(
-                    f"no room for {len(data)} bytes of {path} (free: {self.free_bytes()} bytes); "
+                    f"no room for {size} of {path} (free: {self.free_bytes()} bytes); "
                     "make room and run the same command again: what is finished is kept"
                 ) from err
             raise

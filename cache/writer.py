@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, finger
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.shard import EncodedShard
+from kdpipe.cache.shard import SpilledShard
 from kdpipe.cache.sources import Source, is_unchanged
 from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage
 from kdpipe.cache.values import encode, error_bound
@@ -150,7 +151,7 @@ def open_writer(
 def store_tile(
     storage: Storage,
     tile_id: str,
-    encoded: tuple[NDArray[Any] | EncodedShard, NDArray[np.float64] | None],
+    encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None],
     image: ImageDigest,
     recipe: CacheRecipe,
 ) -> TileRecord:
@@ -159,11 +160,25 @@ def store_tile(
 
     `encoded` is what `values.encode` or `layout.encode_bands` made of it. Once this returns, the tile survives a power cut.
     """
-    shard, metadata, record = layout.encode_tile(encoded[0], tile_id, image, recipe, encoded[1])
+    units, entropy_error = encoded
     path = layout.tile_path(tile_id)
-    storage.write(f"{path}/{layout.SHARD_NAME}", shard)
+    if isinstance(units, SpilledShard):
+        digest = hashlib.sha256()
+        storage.write(f"{path}/{layout.SHARD_NAME}", _hashed(units.pieces(), digest))
+        vouched = units.size, digest.hexdigest()
+        metadata, record = layout.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
+    else:
+        shard, metadata, record = layout.encode_tile(units, tile_id, image, recipe, entropy_error)
+        storage.write(f"{path}/{layout.SHARD_NAME}", shard)
     storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
     return record
+
+
+def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    """The pieces, each of which `digest` is fed as it is passed on: one reading of the temporary file is enough."""
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
 
 
 class CacheWriter:
@@ -194,7 +209,7 @@ class CacheWriter:
         return self.write_encoded(tile_id, encode(values_CHW, self.recipe), image)
 
     def write_encoded(
-        self, tile_id: str, encoded: tuple[NDArray[Any] | EncodedShard, NDArray[np.float64] | None], image: ImageDigest
+        self, tile_id: str, encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None], image: ImageDigest
     ) -> TileRecord:
         """As `write`, of what `values.encode` or `layout.encode_bands` made."""
         if self.storage.children(layout.tile_path(tile_id)):

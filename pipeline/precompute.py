@@ -27,7 +27,8 @@ from kdpipe.cache.layout import encode_bands
 from kdpipe.cache.lock import writer_lock
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
-from kdpipe.cache.shard import EncodedShard
+from kdpipe.cache.shard import SpilledShard
+from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import (
     CacheWriter,
@@ -212,14 +213,17 @@ def _compute(
                 loaded, images = loading.popleft().result()
                 summary.failed |= loaded.failed
                 if loaded.scene is not None:
-                    try:
-                        encoded, digest = _answer_scene(teacher, loaded.scene, writer.recipe, advice, summary, stop)
-                    except (DataError, OSError) as err:
-                        summary.failed[loaded.scene.id] = str(err)
-                        continue
-                    yield writer.write_encoded(
-                        loaded.scene.id, encoded, digest
-                    )  # whose errors are the cache's, not the image's
+                    with closing(Spill(writer.storage)) as spill:
+                        try:
+                            encoded, digest = _answer_scene(
+                                teacher, loaded.scene, writer.recipe, spill, advice, summary, stop
+                            )
+                        except (DataError, OSError) as err:
+                            summary.failed[loaded.scene.id] = str(err)
+                            continue
+                        # Out of the block above, as its errors are the cache's, not the image's.
+                        record = writer.write_encoded(loaded.scene.id, encoded, digest)
+                    yield record
                 if images is None or loaded.images_NHWC is None:
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
@@ -244,16 +248,16 @@ def _compute(
 
 
 def _answer_scene(
-    teacher: FrozenTeacher, scene: WholeTile, recipe: CacheRecipe, advice: Callable[[int], list[str]], summary: Summary,
-    stop: threading.Event,
-) -> tuple[tuple[EncodedShard, NDArray[np.float64] | None], ImageDigest]:  # fmt: skip
-    """Read, ask and encode from the top down: of image, answer and integers a row of windows is held, of the shard all bytes."""
+    teacher: FrozenTeacher, scene: WholeTile, recipe: CacheRecipe, spill: Spill, advice: Callable[[int], list[str]],
+    summary: Summary, stop: threading.Event,
+) -> tuple[tuple[SpilledShard, NDArray[np.float64] | None], ImageDigest]:  # fmt: skip
+    """Read, ask and encode from the top down: of image, answer and integers a row of windows is held, and the shard is in `spill`."""
     start = time.perf_counter()
     with scene.open_rows() as (rows, digest):
         size = sized("tile", 1, rows.height, rows.width)
         with fits_in_memory(f"while the teacher answered {size}", advice(max(rows.height, rows.width))):
             bands = teacher.cached_bands(rows.read, rows.height, rows.width)
-            encoded = encode_bands(_until(stop, bands, summary), recipe, rows.height, rows.width)
+            encoded = encode_bands(_until(stop, bands, summary), recipe, rows.height, rows.width, spill)
     summary.teacher_seconds += time.perf_counter() - start
     return encoded, digest
 

@@ -102,7 +102,7 @@ class Disk:
             raise Killed
         self.operations.append((what, path))
         due = self.fail_at is not None and (number == self.fail_at or (self.lasting and number > self.fail_at))
-        if due and (not self.lasting or (what in ALLOCATING and ".zarr/" in str(path))):
+        if due and (not self.lasting or (what in ALLOCATING and ".zarr/" in f"{path}/")):
             raise self.failure
         return False
 
@@ -134,7 +134,7 @@ class Disk:
                 if name == "os.fsync":
                     self._nodes[path].sync()
                 elif name == "os.open":
-                    self._nodes[done] = parent.entries[key] if parent else self._top
+                    self._nodes[done] = parent.entries.setdefault(key, File()) if parent else self._top
                 elif name == "os.replace":
                     self._parent(args[0]).entries[Path(args[0]).name] = parent.entries.pop(key)
                 elif name in ("os.unlink", "os.rmdir"):
@@ -151,7 +151,8 @@ class Disk:
         file = real(path, mode, *args, **kwargs)
         if not writing:
             return file
-        node = self._parent(path).entries.setdefault(Path(path).name, File())
+        nameless = Path(path).is_dir()  # a temporary file, which no folder has
+        node = File() if nameless else self._parent(path).entries.setdefault(Path(path).name, File())
         if "w" in mode:
             node.content = b""
         self._nodes[file.fileno()] = node
@@ -169,11 +170,12 @@ class _Writing:
         with self._disk._lock:
             torn = self._disk._step("write", self._path)
             part = data[: len(data) // 2] if torn else data
-            self._file.write(part)
+            written = self._file.write(part)
             self._file.flush()
             self._node.content += part.encode() if isinstance(part, str) else part
             if torn:
                 raise Killed
+            return written
 
     def __getattr__(self, name):
         return getattr(self._file, name)

@@ -1,6 +1,9 @@
 """A tile larger than the teacher's window is read, asked and encoded from the top down, and stored as one that is held whole."""
 
 import errno
+import io
+import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from kdpipe.cache import writer
 from kdpipe.cache.sources import digest_image
 from kdpipe.cache.storage import open_storage
 from kdpipe.cache.writer import open_writer
-from kdpipe.configs.errors import DataError, Interrupted
+from kdpipe.configs.errors import CacheError, DataError, DiskFull, Interrupted
 from kdpipe.data import rasters
 from kdpipe.data.rasters import open_rows, read_image
 from kdpipe.data.tiles import list_tiles
@@ -164,3 +167,44 @@ def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_taken_for_a_bad_
     monkeypatch.setattr(writer, "store_tile", broken)
     with pytest.raises(OSError, match="by the test"):
         precompute(scenes, CPU)
+
+
+def temporary_files(folder):
+    """The nameless ones of this process that are open in a folder."""
+    links = (Path(link) for link in Path("/proc/self/fd").iterdir())
+    return [link for link in links if os.path.realpath(link).startswith(f"{folder}/")]
+
+
+@pytest.mark.parametrize("end", ["success", "bad image", "interrupt", "ctrl-c twice", "full disk", "failing disk"])
+def test_the_temporary_file_of_a_scene_is_gone_however_the_run_ends(scenes, monkeypatch, tmp_path, end):
+    errors = {
+        "bad image": DataError("by the test"), "interrupt": Interrupted("by the test"), "ctrl-c twice": KeyboardInterrupt(),
+        "full disk": OSError(errno.ENOSPC, "by the test"), "failing disk": OSError(errno.EIO, "by the test"),
+    }  # fmt: skip
+    read, raised = rasters.Rows.read, {"full disk": DiskFull, "failing disk": CacheError}
+    cache, seen = Path(scenes.cache.path), []
+
+    def failing_read(rows, top, bottom):
+        seen.extend(temporary_files(cache))
+        if top > 50 and end in ("bad image", "interrupt", "ctrl-c twice"):
+            raise errors[end]
+        return read(rows, top, bottom)
+
+    class FailingFile(io.FileIO):
+        def write(self, data):
+            raise errors[end]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rasters.Rows, "read", failing_read)
+        if end.endswith("disk"):
+            patch.setattr(tempfile, "TemporaryFile", lambda **_: FailingFile(os.devnull, "r+"))
+        if end in ("success", "bad image"):
+            summary = precompute(scenes, CPU)
+            assert list(summary.failed) == (["Mine/a"] if end == "bad image" else [])
+        else:
+            with pytest.raises(raised.get(end, type(errors[end]))):
+                precompute(scenes, CPU)
+    assert seen or end.endswith("disk")
+    assert temporary_files(cache) == []
+    assert [path.name for path in cache.glob(".*")] == []
+    assert precompute(scenes, CPU).failed == {}

@@ -1,9 +1,12 @@
 """One class of a pixel is not stored: nothing is lost by it, and nothing that is missing is taken for it."""
 
+from contextlib import closing
+
 import golden_cache
 import numpy as np
 import pytest
 import zarr
+from conftest import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import RECIPE, distributions
@@ -15,8 +18,9 @@ from kdpipe.cache.recipe import Recipe
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.rest import fill_in, leave_out
 from kdpipe.cache.simplex import encode, levels_of
+from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage import open_storage
-from kdpipe.cache.writer import open_writer
+from kdpipe.cache.writer import open_writer, store_tile
 
 IMAGE = ImageDigest(size_bytes=0, sha256="0" * 64)
 
@@ -117,13 +121,15 @@ def test_a_chunk_that_zarr_reads_as_missing_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("heights", [[300], [64, 200, 36], [1, 1, 298], [130, 170]])
 @pytest.mark.parametrize("kind", ["soft", "logits"])
-def test_a_tile_that_comes_in_bands_is_stored_as_one_that_comes_whole(kind, heights):
+def test_a_tile_that_comes_in_bands_is_stored_as_one_that_comes_whole(kind, heights, tmp_path):
     recipe = golden_cache.recipe(8) if kind == "soft" else golden_cache.logits_recipe(8)
     scores = np.random.default_rng(0).normal(0, 3, (len(recipe.channels), 300, 90)).astype(np.float32)
     tile = scores if kind == "logits" else np.exp(scores) / np.exp(scores).sum(axis=0)
     bands = np.split(tile, np.cumsum(heights)[:-1], axis=1)
-    found, whole = encode_bands(iter(bands), recipe, 300, 90), values.encode(tile, recipe)
-    for made, expected in zip(
-        *(encode_tile(units, "T/a", IMAGE, recipe, lost) for units, lost in (found, whole)), strict=True
-    ):
-        assert made == expected
+    storages = [open_storage(str(tmp_path / name)) for name in ("bands", "whole")]
+    for storage in storages:
+        storage.folder.mkdir()
+    with closing(Spill(storages[0])) as spill:
+        in_bands = store_tile(storages[0], "T/a", encode_bands(iter(bands), recipe, 300, 90, spill), IMAGE, recipe)
+    assert in_bands == store_tile(storages[1], "T/a", values.encode(tile, recipe), IMAGE, recipe)
+    assert tree(tmp_path / "bands") == tree(tmp_path / "whole")
