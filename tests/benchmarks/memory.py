@@ -4,7 +4,7 @@ How much memory does stage one take, against the number of tiles and against the
     python tests/benchmarks/memory.py [--json FILE]
 
 Runs `kdpipe precompute-teacher` on generated images with a small network and reports the peak of the process. A scene is one
-image of 1,024 to 8,192 px a side with `teacher.window: 256`; what a pixel costs is the slope between the two largest.
+image that is asked with `teacher.window: 256`; a row of windows is held of it, so that width counts and height should not.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from kdpipe.pipeline.models.smp_models import create_smp_model
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)
 TILES, TILE_PX = (8, 32, 128), 256
-SCENES_PX = (1024, 2048, 4096, 8192)
+SCENES_PX = (4096, 4096), (16384, 4096), (4096, 8192)  # height and width: the first, four times as high, twice as wide
 CONFIG = {
     "name": "memory", "group": "benchmark", "seed": 1,
     "classes": {"names": ["a", "b", "c", "d", "e", "f"]},
@@ -38,23 +38,24 @@ CONFIG = {
 }  # fmt: skip
 
 
-def write_image(path: Path, side: int, seed: int) -> None:
+def write_image(path: Path, height: int, width: int, seed: int) -> None:
     """An uncompressed TIFF of noise on a ramp, written band by band."""
     rng = np.random.default_rng(seed)
     with rasterio.open(
-        path, "w", driver="GTiff", width=side, height=side, count=3, dtype="uint8", tiled=True
+        path, "w", driver="GTiff", width=width, height=height, count=3, dtype="uint8", tiled=True
     ) as raster:
-        for top in range(0, side, 256):
-            ramp = np.linspace(0, 200, side)[None, None] + rng.integers(0, 50, (3, 256, side))
-            raster.write(ramp.astype(np.uint8), window=((top, top + 256), (0, side)))
+        for top in range(0, height, 256):
+            rows = min(256, height - top)
+            ramp = np.linspace(0, 200, width)[None, None] + rng.integers(0, 50, (3, rows, width))
+            raster.write(ramp.astype(np.uint8), window=((top, top + rows), (0, width)))
 
 
-def peak_mb(folder: Path, count: int, side: int, window: int | None) -> float:
-    """MB of the command over `count` images of `side` px in a new folder."""
+def peak_mb(folder: Path, count: int, height: int, width: int, window: int | None) -> float:
+    """MB of the command over `count` images in a new folder."""
     images = folder / "Scenes" / "images"
     images.mkdir(parents=True)
     for i in range(count):
-        write_image(images / f"s{i:04d}.tif", side, i)
+        write_image(images / f"s{i:04d}.tif", height, width, i)
     torch.manual_seed(0)
     torch.save(create_smp_model("linknet", "tu-regnetx_002", 8, key="teacher").state_dict(), folder / "teacher.pth")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -76,17 +77,20 @@ def main() -> None:
     tiles, scenes = {}, {}
     for count in TILES:
         with tempfile.TemporaryDirectory() as folder:
-            tiles[count] = peak_mb(Path(folder), count, TILE_PX, None)
+            tiles[count] = peak_mb(Path(folder), count, TILE_PX, TILE_PX, None)
         print(f"{count:5} tiles of {TILE_PX} px          {tiles[count]:8.0f} MB")
-    for side in SCENES_PX:
+    for height, width in SCENES_PX:
         with tempfile.TemporaryDirectory() as folder:
-            scenes[side] = peak_mb(Path(folder), 1, side, 256)
-        print(f"one scene of {side:5} px, window 256 {scenes[side]:6.0f} MB")
-    (small, less), (large, more) = list(scenes.items())[-2:]
-    slope = (more - less) * 1e6 / (large**2 - small**2)
-    print(f"{slope:.1f} bytes a pixel of a scene")
+            scenes[f"{height} x {width}"] = peak_mb(Path(folder), 1, height, width, 256)
+        print(f"one scene of {height:5} x {width:4} px, window 256 {scenes[f'{height} x {width}']:6.0f} MB")
+    first, high, wide = scenes.values()
     if options.json:
-        result = {"tiles_mb": tiles, "scenes_mb": scenes, "bytes_per_scene_px": slope}
+        result = {
+            "tiles_mb": tiles,
+            "scenes_mb": scenes,
+            "high_against_first": high / first,
+            "wide_against_first": wide / first,
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

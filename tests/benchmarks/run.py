@@ -66,6 +66,8 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
     # A GPU is through with few tiles and steps before its clock says anything.
     tiles, steps = ("540", "100") if torch.cuda.is_available() else ("24", "6")
     crop = [] if config.startswith("dubai") else ["train.crop=128"]  # the demo's tiles are small
+    if torch.cuda.is_available():
+        crop.append("train.workers=8")  # of the processor's cores, which compute nothing else
     precompute = ["-m", "kdpipe.pipeline", "precompute-teacher", "-c", config, *settings(cache)]
     scripts = {
         "stage_one": ["stage_one.py", config, "--tiles", tiles, "--rounds", "3"],
@@ -131,11 +133,15 @@ def rows(found: dict[str, dict]) -> list[Row]:
             what = f"random crop of up to 512 px against zarr-python's defaults, {bits} bits, T {temperature}"
             table.append(Row(what, faster, "x", at_least=4))
     if "memory" in found:
-        tiles, scene = found["memory"]["tiles_mb"], found["memory"]["bytes_per_scene_px"]
+        memory = found["memory"]
+        tiles = memory["tiles_mb"]
         few, *_, many = sorted(tiles, key=int)
         table += [
             Row(f"peak memory of {many} tiles against {few}", tiles[many] / tiles[few], "x", at_most=1.1),
-            Row("memory of a scene asked in windows, a pixel", scene, "B", at_most=0.5),
+            Row(
+                "peak memory of a scene four times as high, in windows", memory["high_against_first"], "x", at_most=1.1
+            ),
+            Row("peak memory of a scene twice as wide, in windows", memory["wide_against_first"], "x"),
         ]
     if "views" in found:
         figures, views = found["views"]["figures"], found["views"]["options"]["views"]
