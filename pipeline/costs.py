@@ -6,7 +6,6 @@ Not within the cache: its bytes are the same however it came about. Nothing depe
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,10 +58,8 @@ def note_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
         pixels=summary.pixels + (before.pixels if before else 0),
         bytes=summary.bytes_written + (before.bytes if before else 0),
     )
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with suppress(OSError):
-        partial.write_text(total.model_dump_json() + "\n", encoding="utf-8")
-        partial.replace(file)
+    with suppress(OSError):  # half of a note is none
+        file.write_text(total.model_dump_json() + "\n", encoding="utf-8")
 
 
 def teacher_seconds(config: Config, total: float, tiles: int, pixels: int) -> tuple[float, float]:
