@@ -148,11 +148,12 @@ def main() -> None:
     target = arguments.json and arguments.json.absolute()
     top = arguments.folder.absolute()
     lock = claim(top)
-    precompute = [*KDPIPE, "precompute-teacher", "-c", "config.yaml", "--device", "cpu"]
+    done = [*KDPIPE, "precompute-teacher", "-c", "config.yaml"]
+    precompute = [*done, "--device", "cpu"]
     steps = {
         "open in Python": (OPEN, None),
         "verify-cache --level quick": ([*KDPIPE, "verify-cache", "-c", "config.yaml", "--level", "quick"], None),
-        "precompute-teacher, nothing to do": (precompute, None),
+        "precompute-teacher, nothing to do": (done, None),
         **{
             f"precompute-teacher, {n} missing, no manifest": (precompute, lambda n=n: lose(n))
             for n in arguments.missing
