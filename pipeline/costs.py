@@ -49,7 +49,7 @@ def note_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
     file = costs_file(cache_path)
     if file is None or not summary.computed or not summary.teacher_seconds:
         return
-    before = read_costs(cache_path, recipe_sha256)
+    before = read_costs(cache_path, recipe_sha256) if summary.kept else None  # of a cache that was deleted since
     total = StageOneCosts(
         recipe_sha256=recipe_sha256,
         seconds=summary.seconds + (before.seconds if before else 0),

@@ -64,6 +64,8 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
+    if costs:  # repaired tiles are paid for twice, and lie there once
+        costs = costs.model_copy(update={"bytes": sum(tile.shard_bytes for tile in manifest.tiles)})
     return Targets(source, manifest.fingerprint, library_note(manifest.libraries), costs)
 
 

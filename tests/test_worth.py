@@ -1,5 +1,6 @@
 """What caching costs and saves is said from measured seconds, and honestly where it is not worth it."""
 
+import shutil
 import threading
 import time
 
@@ -169,6 +170,9 @@ def test_what_interrupted_runs_cost_is_added_up_beside_the_cache(make_config, tm
     assert both.bytes == first.bytes + last.bytes_written
     precompute(config, CPU)  # nothing to do costs nothing
     assert read_costs(config.cache.path, recipe) == both
+    shutil.rmtree(config.cache.path)
+    precompute(config, CPU)
+    assert read_costs(config.cache.path, recipe).tiles == 6, "what was deleted is not counted again"
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "of another recipe", "a folder"])
