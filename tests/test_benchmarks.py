@@ -204,7 +204,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
     assert [*json.loads((tmp_path / "where.json").read_text())] == ["a tile", "a step"]
     assert not (tmp_path / "many").exists() and plot.stat().st_size < 200_000
     rows = bench.rows(found)
-    assert len(rows) == 22 and all(row.reached == row.reached for row in rows)
+    assert len(rows) == 25 and all(row.reached == row.reached for row in rows)
     for content in found["size"].values():
         for name, way in content["ways"].items():
             assert way["bound"] is None or way["max_error"] <= way["bound"], name
