@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
+from kdpipe.pipeline.models import views
 from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp_models import create_smp_model
 from kdpipe.pipeline.models.student import build_student
@@ -288,6 +289,16 @@ def test_windows_of_a_local_network_blend_to_the_whole_image(size):
     model = nn.Conv2d(3, 2, 1)
     with torch.no_grad():
         torch.testing.assert_close(blended_logits(model, x, 64), model(x))
+
+
+def test_a_wide_scene_comes_in_few_rows_at_a_time_that_keep_nothing_else_in_memory(monkeypatch):
+    monkeypatch.setattr(views, "PIECE_PX", 7 * 200)
+    x = torch.rand(1, 3, 133, 200, generator=torch.Generator().manual_seed(3))
+    model = nn.Conv2d(3, 2, 1).requires_grad_(False)
+    bands = list(blended_bands(model, lambda top, bottom: x[..., top:bottom, :], 133, 200, 64))
+    assert max(band.shape[-2] for band in bands) == 7
+    assert all(band.untyped_storage().nbytes() == band.nbytes for band in bands)
+    torch.testing.assert_close(torch.cat(bands, dim=-2), model(x))
 
 
 def test_windows_are_weighed_as_a_hand_made_blend_of_smps_own_answers(make_config):

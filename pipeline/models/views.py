@@ -15,6 +15,9 @@ from torch.nn import functional as F
 STRIDE = 32  # encoders of five stages halve the image five times
 # Of a window's side, shared by neighbours. Half would cost twice as much, and bring no answer nearer to the whole image's (see `_taper`).
 OVERLAP = 0.25
+PIECE_PX = (
+    2**20
+)  # pixels of a scene that are handed on at once: what is made of them then takes little memory, however wide it is
 
 # (quarter turns, mirror left-right) of the views; d4 is the symmetry group of the square.
 TTA_VIEWS: dict[str, list[tuple[int, bool]]] = {
@@ -68,21 +71,31 @@ def blended_bands(
         return
     shares_of_rows, columns = _shares(height, window), _shares(width, window)
     ends = [top for top, _ in shares_of_rows[1:]] + [height]
+    piece = max(1, PIECE_PX // width)
     below: Tensor | None = None  # what the windows so far say of rows that later ones have a share of, too
     for (top, shares_H), end in zip(shares_of_rows, ends, strict=True):
-        strip: Tensor | None = None
-        rows_NCHW = rows(top, top + len(shares_H))
-        for left, shares_W in columns:
-            window_NCHW = rows_NCHW[..., left : left + len(shares_W)]
-            logits = ask(window_NCHW).cpu()
-            if strip is None:
-                strip = logits.new_zeros(*logits.shape[:3], width)
-            strip[..., left : left + len(shares_W)].addcmul_(logits, torch.outer(shares_H, shares_W))
-        assert strip is not None
+        strip = _strip(ask, rows(top, top + len(shares_H)), shares_H, columns)
         if below is not None:
             strip[..., : below.shape[-2], :] += below
-        yield strip[..., : end - top, :]
-        below = strip[..., end - top :, :]
+        # Copies, as a view of a few rows would keep all of them in memory while the next ones are asked about.
+        below = strip[..., end - top :, :].clone()
+        for first in range(0, end - top, piece):
+            yield strip[..., first : min(first + piece, end - top), :].clone()
+        del strip
+
+
+def _strip(
+    ask: Callable[[Tensor], Tensor], rows_NCHW: Tensor, shares_H: Tensor, columns: Sequence[tuple[int, Tensor]]
+) -> Tensor:
+    """What one row of windows says of its rows, `(N, C, h, W)`, weighted with its shares of them."""
+    strip: Tensor | None = None
+    for left, shares_W in columns:
+        logits = ask(rows_NCHW[..., left : left + len(shares_W)]).cpu()
+        if strip is None:
+            strip = logits.new_zeros(*logits.shape[:3], rows_NCHW.shape[-1])
+        strip[..., left : left + len(shares_W)].addcmul_(logits, torch.outer(shares_H, shares_W))
+    assert strip is not None
+    return strip
 
 
 def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
