@@ -80,7 +80,8 @@ def soft_loss(
     entropy to rounding, a constant to the student, which is taken back so that the value is that of the exact target.
     """
     log_q_NCHW = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
-    kl_NHW = (torch.xlogy(targets_NCHW, targets_NCHW) - targets_NCHW * log_q_NCHW).sum(dim=1)
+    # Summed apart: their difference by class would be one more array of that size, and its gradient another.
+    kl_NHW = torch.xlogy(targets_NCHW, targets_NCHW).sum(dim=1) - (targets_NCHW * log_q_NCHW).sum(dim=1)
     pixels_N = inside_NHW.sum(dim=(1, 2))
     total = (kl_NHW * inside_NHW).sum()
     if entropy_error_N is not None:
@@ -102,7 +103,8 @@ def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tenso
     known_NHW = mask_NHW != ignore_index
     entropy = F.cross_entropy(logits_NCHW, mask_NHW, ignore_index=ignore_index, label_smoothing=SMOOTH, reduction="sum")
     probs_NCHW = logits_NCHW.softmax(dim=1) * known_NHW[:, None]
-    labels_NCHW = F.one_hot(mask_NHW * known_NHW, num_classes).movedim(-1, 1) * known_NHW[:, None]
+    # An eighth of `one_hot`'s integers, and the index that is to be ignored is no class's.
+    labels_NCHW = mask_NHW[:, None] == torch.arange(num_classes, device=mask_NHW.device)[:, None, None]
     over = (0, 2, 3)
     entropy, pixels, both_C, probs_C, labels_C = sums_over_ranks(
         entropy,
