@@ -141,16 +141,16 @@ class TrainTiles:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
                 entropy_error += int(inside[place].sum()) * self.targets.entropy_error(tile_id, window=window)
-        image = orient(image, plan, (0, 1))
+        image = orient(image, plan)
         if plan.photometric_seed is not None:
             image = change_colours(image, plan.photometric_seed)
         sample = TrainSample(
             image=np.ascontiguousarray(image.transpose(2, 0, 1)),
-            mask=orient(mask, plan, (0, 1)).astype(np.int64),
-            inside=orient(inside, plan, (0, 1)),
+            mask=orient(mask, plan).astype(np.int64),
+            inside=orient(inside, plan),
         )
         if target is not None:
-            sample["target"] = orient(target, plan, (1, 2))
+            sample["target"] = np.stack([orient(probs_HW, plan) for probs_HW in target])
             sample["entropy_error"] = np.float32(entropy_error / inside.sum())
         return sample
 

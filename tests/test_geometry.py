@@ -186,8 +186,9 @@ def test_tile_of_one_pixel_fills_any_crop():
 @pytest.mark.parametrize("flip_h", [False, True])
 @pytest.mark.parametrize("flip_v", [False, True])
 @pytest.mark.parametrize("rot90", range(4))
-def test_orientation_flips_then_turns_counter_clockwise(flip_h, flip_v, rot90):
-    array = np.arange(2 * 5 * 5).reshape(2, 5, 5)
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int32, np.float32, np.int64])
+def test_orientation_flips_then_turns_counter_clockwise(flip_h, flip_v, rot90, dtype):
+    array = np.random.default_rng(0).integers(0, 2 if dtype == np.bool_ else 100, (3, 5, 5)).astype(dtype)
     plan = Plan(crop=5, views=(), flip_h=flip_h, flip_v=flip_v, rot90=rot90)
     expected = array.copy()
     if flip_h:
@@ -196,10 +197,12 @@ def test_orientation_flips_then_turns_counter_clockwise(flip_h, flip_v, rot90):
         expected = np.array([channel[::-1] for channel in expected])
     for _ in range(rot90):  # the right column becomes the top row
         expected = np.array([[[channel[i][4 - j] for i in range(5)] for j in range(5)] for channel in expected])
-    found = orient(array, plan, (1, 2))
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(orient(array.transpose(1, 2, 0), plan, (0, 1)), expected.transpose(1, 2, 0))
+    for found, wanted in (
+        (orient(array[2], plan), expected[2]),
+        (orient(array.transpose(1, 2, 0), plan), expected.transpose(1, 2, 0)),
+    ):
+        assert found.flags.c_contiguous and found.dtype == dtype
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_pixels_of_another_window_are_our_own_mistake():
