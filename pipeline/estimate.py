@@ -16,7 +16,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.pipeline import precision
 from kdpipe.pipeline.batches import teacher_batch_size
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.models.teacher import FrozenTeacher, open_teacher
+from kdpipe.pipeline.models.teacher import FrozenTeacher, answers_in_bands, open_teacher
 from kdpipe.pipeline.plan import make_plan
 from kdpipe.pipeline.precompute import stage_threads
 from kdpipe.pipeline.progress import Progress, Silent
@@ -32,6 +32,7 @@ class Estimate:
     """
     A forecast: tiles, pixels, bytes and seconds still to do, and the free bytes of the disk (None if unlimited).
 
+    `temporary_bytes` are needed for a moment besides: those of the largest scene that is asked in windows (`cache/spill.py`).
     `worth` is what that saves stage two, or why it is not known; None where nothing is to do.
     """
 
@@ -41,6 +42,7 @@ class Estimate:
     noun: str
     pixels: int
     bytes: int
+    temporary_bytes: int
     seconds: float
     free_bytes: int | None
     unreadable: dict[str, str]
@@ -49,7 +51,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether the disk holds what is still to be written."""
-        return self.free_bytes is None or self.bytes <= self.free_bytes
+        return self.free_bytes is None or self.bytes + self.temporary_bytes <= self.free_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -106,6 +108,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
             written += len(shard) + len(metadata)
     total = sum(areas.values())
     share = total / pixels if pixels else 0.0
+    in_windows = [areas[tile] for tile, size in sizes.items() if answers_in_bands(plan.recipe, (1, *size, 3))]
     seconds *= share
     if pixels:
         teacher.drop_graphs()  # the student's trial needs the memory
@@ -120,6 +123,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         noun=subject_noun(config),
         pixels=total,
         bytes=round(written * share),
+        temporary_bytes=round(written * max(in_windows, default=0) / pixels) if pixels else 0,
         seconds=seconds,
         free_bytes=plan.storage.free_bytes(),
         unreadable=unreadable,

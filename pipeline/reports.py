@@ -40,11 +40,17 @@ SHOWN_FINDINGS = 20  # the rest is in --json
 
 def estimate_text(forecast: estimate.Estimate) -> str:
     """What stage one will cost, and whether it fits."""
+    temporary = forecast.temporary_bytes
+    besides = (
+        f", and {size_text(temporary)} for a moment besides, as the largest scene is asked in windows"
+        if temporary
+        else ""
+    )
     free = "no limit known" if forecast.free_bytes is None else f"{size_text(forecast.free_bytes)} free"
     lines = [
         f"{forecast.tiles} {forecast.noun}, {forecast.finished} finished, {forecast.tiles - forecast.finished} to do "
         f"({forecast.pixels / 1e6:.1f} MP)",
-        f"about {size_text(forecast.bytes)} in {forecast.cache} ({free}: {'fits' if forecast.fits else 'DOES NOT FIT'})",
+        f"about {size_text(forecast.bytes)} in {forecast.cache}{besides} ({free}: {'fits' if forecast.fits else 'DOES NOT FIT'})",
         f"about {duration_text(forecast.seconds)}; nothing was written",
     ]
     lines += [f"unreadable: {reason}" for reason in forecast.unreadable.values()]

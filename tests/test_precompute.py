@@ -21,11 +21,13 @@ from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import batches
 from kdpipe.pipeline import precompute as stage
+from kdpipe.pipeline.console import size_text
 from kdpipe.pipeline.estimate import estimate
 from kdpipe.pipeline.models.teacher import open_teacher
 from kdpipe.pipeline.precompute import failure_report, precompute
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.recipe import complete_recipe
+from kdpipe.pipeline.reports import estimate_text
 from kdpipe.pipeline.training import train, with_mode
 from kdpipe.pipeline.verify import verify
 
@@ -312,6 +314,17 @@ def test_dry_run_predicts_bytes_and_writes_nothing(make_config, tmp_path):
 def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: 10)
     assert not estimate(make_config(), CPU).fits
+
+
+def test_dry_run_counts_the_temporary_file_of_the_largest_scene_that_is_asked_in_windows(make_config, monkeypatch):
+    whole = estimate(make_config(), CPU)
+    assert whole.temporary_bytes == 0 and "besides" not in estimate_text(whole)
+    config = make_config(teacher__window=64)
+    forecast = estimate(config, CPU)
+    assert 0 < forecast.temporary_bytes <= forecast.bytes
+    assert f"and {size_text(forecast.temporary_bytes)} for a moment besides" in estimate_text(forecast)
+    monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: forecast.bytes + 1)
+    assert not estimate(config, CPU).fits
 
 
 def test_json_holds_the_summary(make_config, tmp_path):
