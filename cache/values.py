@@ -49,15 +49,17 @@ def encode_bands(
     bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.float64] | None]]:
     """As `encode` of each row of chunks, of a tile of `height` rows that comes in bands `(C, h, W)` from the top; one band is held."""
-    waiting_ChW: NDArray[np.float32] | None = None
+    waiting: list[NDArray[np.float32]] = []
     left = height
     for band_ChW in bands:
-        waiting_ChW = band_ChW if waiting_ChW is None else np.concatenate([waiting_ChW, band_ChW], axis=1)
-        while left and waiting_ChW.shape[1] >= min(recipe.chunk_px, left):
+        waiting.append(band_ChW)
+        while left and sum(band_ChW.shape[1] for band_ChW in waiting) >= min(recipe.chunk_px, left):
             rows = min(recipe.chunk_px, left)
-            yield encode(waiting_ChW[:, :rows], recipe)
-            left, waiting_ChW = left - rows, waiting_ChW[:, rows:]
-    assert not left and waiting_ChW is not None and not waiting_ChW.size, f"{left} of {height} rows did not come"
+            joined_ChW = np.concatenate(waiting, axis=1)
+            waiting = [joined_ChW[:, rows:].copy()]  # a view would hold all of it
+            yield encode(joined_ChW[:, :rows], recipe)
+            left -= rows
+    assert not left and not any(band_ChW.size for band_ChW in waiting), f"{left} of {height} rows did not come"
 
 
 def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:

@@ -72,30 +72,27 @@ def blended_bands(
     shares_of_rows, columns = _shares(height, window), _shares(width, window)
     ends = [top for top, _ in shares_of_rows[1:]] + [height]
     piece = max(1, PIECE_PX // width)
+    # Made once: memory that is freed and asked for in other sizes from row to row is used ever less densely.
+    strips_NCHW: Tensor | None = None
     below: Tensor | None = None  # what the windows so far say of rows that later ones have a share of, too
     for (top, shares_H), end in zip(shares_of_rows, ends, strict=True):
-        strip = _strip(ask, rows(top, top + len(shares_H)), shares_H, columns)
+        rows_NCHW = rows(top, top + len(shares_H))
+        if strips_NCHW is not None:
+            strips_NCHW.zero_()
+        for left, shares_W in columns:
+            logits = ask(rows_NCHW[..., left : left + len(shares_W)]).cpu()
+            if strips_NCHW is None:
+                strips_NCHW = logits.new_zeros(*logits.shape[:2], len(shares_H), width)
+            strips_NCHW[..., : len(shares_H), left : left + len(shares_W)].addcmul_(
+                logits, torch.outer(shares_H, shares_W)
+            )
+        assert strips_NCHW is not None
+        strip = strips_NCHW[..., : len(shares_H), :]
         if below is not None:
             strip[..., : below.shape[-2], :] += below
-        # Copies, as a view of a few rows would keep all of them in memory while the next ones are asked about.
-        below = strip[..., end - top :, :].clone()
         for first in range(0, end - top, piece):
             yield strip[..., first : min(first + piece, end - top), :].clone()
-        del strip
-
-
-def _strip(
-    ask: Callable[[Tensor], Tensor], rows_NCHW: Tensor, shares_H: Tensor, columns: Sequence[tuple[int, Tensor]]
-) -> Tensor:
-    """What one row of windows says of its rows, `(N, C, h, W)`, weighted with its shares of them."""
-    strip: Tensor | None = None
-    for left, shares_W in columns:
-        logits = ask(rows_NCHW[..., left : left + len(shares_W)]).cpu()
-        if strip is None:
-            strip = logits.new_zeros(*logits.shape[:3], rows_NCHW.shape[-1])
-        strip[..., left : left + len(shares_W)].addcmul_(logits, torch.outer(shares_H, shares_W))
-    assert strip is not None
-    return strip
+        below = strip[..., end - top :, :].clone()
 
 
 def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
