@@ -15,9 +15,8 @@ from torch.nn import functional as F
 STRIDE = 32  # encoders of five stages halve the image five times
 # Of a window's side, shared by neighbours. Half would cost twice as much, and bring no answer nearer to the whole image's (see `_taper`).
 OVERLAP = 0.25
-PIECE_PX = (
-    2**20
-)  # pixels of a scene that are handed on at once: what is made of them then takes little memory, however wide it is
+# Pixels of a scene that are handed on at once: what is made of them then takes little memory, however wide it is.
+PIECE_PX = 2**20
 
 # (quarter turns, mirror left-right) of the views; d4 is the symmetry group of the square.
 TTA_VIEWS: dict[str, list[tuple[int, bool]]] = {

@@ -4,7 +4,7 @@ How much memory does stage one take, against the number of tiles and against the
     python tests/benchmarks/memory.py [--json FILE]
 
 Runs `kdpipe precompute-teacher` on generated images with a small network and reports the peak of the process. A scene is one
-image that is asked with `teacher.window: 256`; a row of windows is held of it, so that width counts and height should not. The
+image that is asked with `teacher.window: 256`; a row of windows is held of it, so that width counts a little and height should not. The
 network is as sure of itself as a trained one, and differently at every pixel, so that its answers hardly compress.
 """
 
