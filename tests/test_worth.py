@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,10 +125,11 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     assert summary.crops_seconds == pytest.approx(summary.teacher_seconds / summary.pixels * 6 * 64**2)
     assert summary.paid_after_epochs == pytest.approx(summary.seconds / summary.crops_seconds)
     assert summary.as_dict()["paid_after_epochs"] == summary.paid_after_epochs
-    said = reports.precompute_text(summary)
-    assert "a live teacher would take of each epoch: " in said
-    assert "(--kd online: whole tiles), " in said
-    assert "(crops alone);\nthe cache has paid for itself after " in said
+    said = reports.precompute_text(replace(summary, online_seconds=90.0, crops_seconds=20.0, seconds=50.0))
+    assert (
+        "a live teacher would take of each epoch: 1 min 30 s (--kd online: whole tiles), 20 s (crops alone);\n" in said
+    )
+    assert "the cache has paid for itself after 2.5 epochs\n" in said
     monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
