@@ -48,18 +48,22 @@ def encode_units(
 def encode_bands(
     bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int
 ) -> Iterator[tuple[NDArray[Any], NDArray[np.float64] | None]]:
-    """As `encode` of each row of chunks, of a tile of `height` rows that comes in bands `(C, h, W)` from the top; one band is held."""
+    """
+    As `encode` of each row of chunks, of a tile of `height` rows that comes in bands `(C, h, W)` from the top.
+
+    Little more than a row of chunks and a band is held.
+    """
     waiting: list[NDArray[np.float32]] = []
     left = height
     for band_ChW in bands:
         waiting.append(band_ChW)
-        while left and sum(band_ChW.shape[1] for band_ChW in waiting) >= min(recipe.chunk_px, left):
+        while left and sum(part_ChW.shape[1] for part_ChW in waiting) >= min(recipe.chunk_px, left):
             rows = min(recipe.chunk_px, left)
             joined_ChW = np.concatenate(waiting, axis=1)
             waiting = [joined_ChW[:, rows:].copy()]  # a view would hold all of it
             yield encode(joined_ChW[:, :rows], recipe)
             left -= rows
-    assert not left and not any(band_ChW.size for band_ChW in waiting), f"{left} of {height} rows did not come"
+    assert not left and not any(part_ChW.size for part_ChW in waiting), f"{left} of {height} rows did not come"
 
 
 def units(stored_CHW: NDArray[Any], recipe: CacheRecipe, corner: tuple[int, int] = (0, 0)) -> NDArray[Any]:

@@ -73,7 +73,7 @@ class Resampler:
         self.window: Window = (self._rows.first, self._columns.first, self._rows.count, self._columns.count)
 
     def image(self, pixels_hw3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The view as uint8 `(height, width, 3)`, bilinear, rounded; its padding is the resized tile mirrored."""
+        """The view as uint8 `(height, width, 3)`, bilinear, rounded; its padding is the resized tile mirrored. Perhaps no copy."""
         self._check(pixels_hw3.shape[:2])
         values = self._interpolated(pixels_hw3)
         return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
@@ -89,9 +89,8 @@ class Resampler:
     def target(self, probs_Chw: NDArray[np.float32]) -> NDArray[np.float32]:
         """The view as float32 `(C, height, width)`, bilinear: sums over axis 0 stay what they are. Its padding is 0."""
         self._check(probs_Chw.shape[1:])
-        values_CHW = np.stack(
-            [self._interpolated(probs_hw) for probs_hw in probs_Chw]
-        )  # one by one, while a class is near
+        # One by one, while a class is near.
+        values_CHW = np.stack([self._interpolated(probs_hw) for probs_hw in probs_Chw])
         values_CHW[:, ~self._rows.inside] = 0
         values_CHW[:, :, ~self._columns.inside] = 0
         return values_CHW

@@ -150,6 +150,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
         f"data.train=[{landscape / 'Train'}]", f"data.val=[{landscape / 'Val'}]", f"cache.path={tmp_path / 'cache.zarr'}",
         "teacher.encoder=mobilenet_v2", f"teacher.checkpoint={teacher_file}", "train.crop=64", "train.batch_size=2",
     ])  # fmt: skip
+    small_student = bench.settings(bench.STUDENTS["steps_small"])
     # It has sizes in the module and no options for them.
     small = "memory.TILES, memory.SCENES_PX = (1, 2), ((300, 300), (600, 300), (300, 600))"
     memory = f"import memory, sys; {small}; sys.argv[0] = 'memory.py'; memory.main()"
@@ -158,17 +159,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
         "stage_one": ["stage_one.py", "demo", "--tiles", "2", "--rounds", "1", "--device", "cpu", *overrides],
         "size": ["size.py", "demo", "--tiles", "2", "--temperature", "1", "2", "--plot", plot, *overrides],
         "steps": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides],
-        "steps_small": [
-            "steps.py",
-            "demo",
-            "--d4",
-            "--steps",
-            "2",
-            "--rounds",
-            "1",
-            *overrides,
-            *bench.settings(bench.STUDENTS["steps_small"]),
-        ],
+        "steps_small": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides, *small_student],
         "memory": ["-c", memory],
         "many_tiles": ["many_tiles.py", tmp_path / "many", "--tiles", "200", "--missing", "1", "2"],
         "views": ["views.py", "demo", "--tiles", "2", "--views", "2", "--steps", "2", *overrides],

@@ -321,7 +321,10 @@ def test_dry_run_counts_the_temporary_file_of_the_largest_scene_that_is_asked_in
     assert whole.temporary_bytes == 0 and "besides" not in estimate_text(whole)
     config = make_config(teacher__window=64)
     forecast = estimate(config, CPU)
-    assert 0 < forecast.temporary_bytes <= forecast.bytes
+    areas = [
+        np.prod(read_image(tile.image, config.data.bands, None).shape[:2]) for tile in list_tiles(config.data, "train")
+    ]
+    assert forecast.temporary_bytes == pytest.approx(forecast.bytes * max(areas) / sum(areas), abs=1)
     assert f"and {size_text(forecast.temporary_bytes)} for a moment besides" in estimate_text(forecast)
     monkeypatch.setattr("kdpipe.cache.storage.LocalStorage.free_bytes", lambda self: forecast.bytes + 1)
     assert not estimate(config, CPU).fits

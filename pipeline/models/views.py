@@ -71,22 +71,22 @@ def blended_bands(
     shares_of_rows, columns = _shares(height, window), _shares(width, window)
     ends = [top for top, _ in shares_of_rows[1:]] + [height]
     piece = max(1, PIECE_PX // width)
-    # Made once: memory that is freed and asked for in other sizes from row to row is used ever less densely.
-    strips_NCHW: Tensor | None = None
+    # Of a row of windows, made once: memory that is freed and asked for in other sizes from row to row is used ever less densely.
+    kept_NCHW: Tensor | None = None
     below: Tensor | None = None  # what the windows so far say of rows that later ones have a share of, too
     for (top, shares_H), end in zip(shares_of_rows, ends, strict=True):
         rows_NCHW = rows(top, top + len(shares_H))
-        if strips_NCHW is not None:
-            strips_NCHW.zero_()
+        if kept_NCHW is not None:
+            kept_NCHW.zero_()
         for left, shares_W in columns:
             logits = ask(rows_NCHW[..., left : left + len(shares_W)]).cpu()
-            if strips_NCHW is None:
-                strips_NCHW = logits.new_zeros(*logits.shape[:2], len(shares_H), width)
-            strips_NCHW[..., : len(shares_H), left : left + len(shares_W)].addcmul_(
+            if kept_NCHW is None:
+                kept_NCHW = logits.new_zeros(*logits.shape[:2], len(shares_H), width)
+            kept_NCHW[..., : len(shares_H), left : left + len(shares_W)].addcmul_(
                 logits, torch.outer(shares_H, shares_W)
             )
-        assert strips_NCHW is not None
-        strip = strips_NCHW[..., : len(shares_H), :]
+        assert kept_NCHW is not None
+        strip = kept_NCHW[..., : len(shares_H), :]
         if below is not None:
             strip[..., : below.shape[-2], :] += below
         for first in range(0, end - top, piece):
