@@ -139,8 +139,9 @@ class LocalStorage:
         # All in one folder, so that one listing finds what a killed run left, however many tiles there are.
         partial = self.folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"  # processes of several machines have one number
         try:
-            self._make_way(path)
-            _make_folders(path.parent)
+            with _making_room:
+                self._make_way(path)
+                _make_folders(path.parent)
             with partial.open("wb") as file:
                 for piece in [data] if isinstance(data, bytes) else data:
                     file.write(piece)
@@ -209,19 +210,16 @@ class LocalStorage:
         return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
 
 
-_making_folders = threading.Lock()
+# One thread at a time: another one would take a folder that is made and not synced yet for a durable one, and delete a second time
+# what is in the way of both.
+_making_room = threading.Lock()
 
 
 def _make_folders(folder: Path) -> None:
-    """
-    Create a folder and those above it, each one durable in its parent before anything is put into it.
-
-    One thread at a time: another one would take a folder that is made and not synced yet for a durable one.
-    """
-    with _making_folders:
-        for path in _missing_from_the_top(folder):
-            path.mkdir(exist_ok=True)
-            _sync_folder(path.parent)
+    """Create a folder and those above it, each one durable in its parent before anything is put into it."""
+    for path in _missing_from_the_top(folder):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
 
 
 def _missing_from_the_top(folder: Path) -> Iterator[Path]:

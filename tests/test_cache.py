@@ -465,3 +465,20 @@ def test_a_changed_image_makes_its_tile_unfinished(cache, tmp_path, images):
     assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES) - {"Train/a"}
     (tmp_path / "c.zarr/manifest.json").unlink()
     assert set(finished_tiles(storage, RECIPE, images, whole_manifest(storage))) == set(SIZES) - {"Train/a"}
+
+
+def test_threads_that_find_the_same_file_in_the_place_of_a_folder_take_it_away_once(tmp_path, monkeypatch):
+    """Every tile below it is written again at once, each by a thread that sees the file."""
+    (tmp_path / "tiles").write_bytes(b"no folder")
+    is_file = Path.is_file
+
+    def seen_for_a_while(path):
+        found = is_file(path)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", seen_for_a_while)
+    storage = LocalStorage(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: storage.write(f"tiles/{n}/0.0.0", b"shard"), range(4)))
+    assert [storage.read(f"tiles/{n}/0.0.0") for n in range(4)] == [b"shard"] * 4
