@@ -133,11 +133,17 @@ def entropy_terms(levels: int) -> NDArray[np.float32]:
 
 
 def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
-    logs_CHW = np.maximum(probs_CHW, np.float32(1e-30))
-    np.log(logs_CHW, out=logs_CHW)
-    logs_CHW *= probs_CHW
-    # No integer is beyond the table, which `mode` need not find out.
-    lost_HW = entropy_terms(levels).take(units_CHW, mode="clip").sum(axis=0) - logs_CHW.sum(axis=0)
+    terms = entropy_terms(levels)
+    lost_HW, wanted_HW = np.zeros((2, *probs_CHW.shape[1:]), dtype=np.float32)
+    terms_HW = np.empty_like(lost_HW)
+    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # one by one, while a class is near
+        np.maximum(probs_HW, np.float32(1e-30), out=terms_HW)
+        np.log(terms_HW, out=terms_HW)
+        terms_HW *= probs_HW
+        wanted_HW += terms_HW
+        # No integer is beyond the table, which `mode` need not find out.
+        lost_HW += terms.take(units_HW, mode="clip", out=terms_HW)
+    lost_HW -= wanted_HW
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in lost_HW.shape)
     sums = np.add.reduceat(np.add.reduceat(lost_HW, rows, axis=0, dtype=np.float64), columns, axis=1)
     pixels = np.outer(

@@ -71,12 +71,13 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
     highest_CKRW = scaled_CKRW.astype(np.int16)
     # Up from `scaled - room`: one more than down, but for whole numbers, of which the lowest is as good.
     scaled_CKRW += 1 - 2 * room
-    # Of integers, so that a block's order does not hang on what lies beside it in memory.
-    order_KC = (-highest_CKRW.sum(axis=(2, 3), dtype=np.int64).T).argsort(axis=1, kind="stable")
+    # Of integers, so that a block's order does not hang on what lies beside it in memory; the rows of one do not exceed int16.
+    sums_CK = highest_CKRW.sum(axis=2, dtype=np.int16).sum(axis=2, dtype=np.int64)
+    order_KC = (-sums_CK.T).argsort(axis=1, kind="stable")
     upwards_W = np.arange(width) // STRIPE_PX % 2 == 1
-    lowest_RCKW, highest_RCKW = (
-        _turned(_by_rows(values_CKRW, order_KC), upwards_W) for values_CKRW in (scaled_CKRW, highest_CKRW)
-    )
+    lowest_RCKW, highest_RCKW = _by_rows(scaled_CKRW, order_KC), _by_rows(highest_CKRW, order_KC)
+    _turn(lowest_RCKW, upwards_W)
+    _turn(highest_RCKW, upwards_W)
 
     def row_of_blocks(row: int) -> NDArray[np.float32]:
         return np.where(upwards_W, probs_CHW[:, rows - 1 - row :: rows], probs_CHW[:, row::rows])
@@ -94,11 +95,11 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
             np.maximum(wanted_KW, lowest_KW, out=units_KW)
             np.minimum(units_KW, highest_KW, out=units_KW)
             np.subtract(units_KW, wanted_KW, out=excess_KW)
-        stuck = np.nonzero(excess_KW)  # where float32 left no room: entries that sum to a little more or less than one
-        if len(stuck[0]):
+        if excess_KW.any():  # where float32 left no room: entries that sum to a little more or less than one
+            stuck = np.nonzero(excess_KW)
             plain_Cn = simplex.encode(row_of_blocks(row)[:, stuck[0], stuck[1]][:, None], levels)[:, 0]
             units_CKW[:, stuck[0], stuck[1]] = np.take_along_axis(plain_Cn, order_KC[stuck[0]].T, axis=0)
-    units_RCKW = _turned(units_RCKW, upwards_W)
+    _turn(units_RCKW, upwards_W)
     for block, order in enumerate(order_KC):
         top = block * rows
         out_CHW[order, top : top + rows] = units_RCKW[:, :, block].transpose(1, 0, 2)
@@ -114,6 +115,10 @@ def _by_rows(values_CKRW: NDArray[Any], order_KC: NDArray[np.int64]) -> NDArray[
     return out_RCKW
 
 
-def _turned(values_RCKW: NDArray[np.int16], upwards_W: NDArray[np.bool_]) -> NDArray[np.int16]:
-    """With the rows of columns that go up in the opposite order."""
-    return np.where(upwards_W, values_RCKW[::-1], values_RCKW)
+def _turn(values_RCKW: NDArray[np.int16], upwards_W: NDArray[np.bool_]) -> None:
+    """Put the rows of columns that go up in the opposite order, in place."""
+    half = len(values_RCKW) // 2
+    first_rCKW, last_rCKW = values_RCKW[:half], values_RCKW[::-1][:half]
+    changes_rCKW = (first_rCKW ^ last_rCKW) & -upwards_W.astype(np.int16)  # in a third of the time of `np.where`
+    first_rCKW ^= changes_rCKW
+    last_rCKW ^= changes_rCKW
