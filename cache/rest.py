@@ -33,20 +33,25 @@ def fill_in(stored_CHW: NDArray[Any], levels: int, chunk_px: int, corner: tuple[
     `corner` is where in the tile the upper left pixel lies. Raises `ValueError` where a chunk has not exactly one class left out,
     as in zeros read in the place of missing data, or where the others of a pixel sum to more than `levels`.
     """
-    mark = int(np.iinfo(stored_CHW.dtype).max)
-    wide = np.min_scalar_type((len(stored_CHW) + 1) * mark)  # unsigned: less than nothing becomes more than `levels`
-    rest_HW = stored_CHW[0].astype(wide)  # one by one: in half the time of `sum`
-    for values_HW in stored_CHW[1:]:
-        rest_HW += values_HW
-    np.subtract(levels + mark, rest_HW, out=rest_HW)
-    # Wherever a second class is marked, the others sum to more than `levels`.
-    whole = rest_HW.max() <= levels
+    import cv2  # takes 0.1 s
+
+    mark, left_out = np.iinfo(stored_CHW.dtype).max, []
     for rows, columns in _squares(corner, stored_CHW, chunk_px):
         chunk_Chw = stored_CHW[:, rows, columns]
-        left_out = chunk_Chw[:, 0, 0].argmax()
-        if not whole or chunk_Chw[left_out].min() < mark:
+        class_hw = chunk_Chw[chunk_Chw[:, 0, 0].argmax()]
+        if class_hw.min() < mark:
             raise ValueError("its values do not sum to one")
-        chunk_Chw[left_out] = rest_HW[rows, columns]
+        class_hw[...] = 0
+        left_out.append((rows, columns, class_hw))
+    # OpenCV's sums end at the largest value, which is more than `levels`, instead of beginning anew at zero.
+    sums_HW = cv2.add(stored_CHW[0], stored_CHW[1])
+    for values_HW in stored_CHW[2:]:
+        cv2.add(sums_HW, values_HW, dst=sums_HW)
+    if sums_HW.max() > levels:
+        raise ValueError("its values do not sum to one")
+    rest_HW = np.subtract(levels, sums_HW, out=sums_HW)
+    for rows, columns, class_hw in left_out:
+        class_hw[...] = rest_HW[rows, columns]
 
 
 def _squares(corner: tuple[int, int], window_CHW: NDArray[Any], chunk_px: int) -> Iterator[tuple[slice, ...]]:

@@ -67,8 +67,8 @@ def test_each_chunk_leaves_out_the_class_that_changes_most_from_row_to_row():
 
 
 @pytest.mark.parametrize(
-    "pixel", [[0, 0, 0], [255, 255, 0], [255, 255, 255], [255, 200, 14], [100, 100, 13], [100, 255, 13]],
-    ids=["missing", "two left out", "all ones", "more than all", "none left out", "another left out"],
+    "pixel", [[0, 0, 0], [255, 255, 0], [255, 255, 255], [255, 200, 14], [255, 200, 100], [100, 100, 13], [100, 255, 13]],
+    ids=["missing", "two left out", "all ones", "more than all", "more than a byte holds", "none left out", "another left out"],
 )  # fmt: skip
 def test_a_pixel_that_no_tile_has_is_refused(pixel):
     stored = np.tile(np.array([255, 100, 13], dtype=np.uint8)[:, None, None], (1, 3, 4))
