@@ -72,7 +72,7 @@ def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dty
         dtype=dtype,
         chunks=(3, *chunk),
         shards=(3, -(-size[0] // chunk[0]) * chunk[0], -(-size[1] // chunk[1]) * chunk[1]),
-        compressors=[zarr.codecs.ZstdCodec(level=3), zarr.codecs.Crc32cCodec()],
+        compressors=[zarr.codecs.ZstdCodec(level=layout.ZSTD_LEVEL), zarr.codecs.Crc32cCodec()],
         filters=(),
         fill_value=0,
         dimension_names=("class", "row", "column"),
