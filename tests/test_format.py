@@ -12,8 +12,10 @@ import numpy as np
 import plain_reader
 import pytest
 from golden_cache import BITS, GOLDEN, GOLDEN_KEY_ROWS, GOLDEN_LOGITS, GOLDEN_REST, SIZES
+from test_cache import SIZES as CACHED_SIZES
+from test_cache import fill
 
-from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
+from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat, layout
 from kdpipe.cache.integrity import check_full
 from kdpipe.cache.logits import DEPTH
 from kdpipe.cache.reader import read_manifest, read_recipe
@@ -113,6 +115,32 @@ def test_levels_that_are_not_those_of_the_bits_are_damage(tmp_path):
     (tmp_path / "c/manifest.json").write_bytes(sign(manifest))
     with pytest.raises(CorruptCache, match="8 bits of 3 classes have 170 levels, not 171"):
         SoftTargetCache.open(str(tmp_path / "c"))
+
+
+def test_a_cache_begun_at_the_level_of_an_earlier_version_goes_on_with_its_tiles_as_they_are(tmp_path, monkeypatch):
+    path, images = tmp_path / "c.zarr", {tile: tmp_path / f"{number}.png" for number, tile in enumerate(CACHED_SIZES)}
+    for tile, image in images.items():
+        image.write_bytes(tile.encode())
+    first = next(iter(images))
+    monkeypatch.setattr(layout, "ZSTD_LEVEL", 3)
+    layout._array_metadata.cache_clear()
+    fill(path, images, tiles=[first], finish=False)
+    begun = {file: file.read_bytes() for file in (path / layout.tile_path(first)).iterdir()}
+    monkeypatch.undo()
+    layout._array_metadata.cache_clear()
+    fill(path, images)
+    assert {file: file.read_bytes() for file in begun} == begun
+    levels = {
+        tile: json.loads((path / layout.tile_path(tile) / "zarr.json").read_text())["codecs"][0]["configuration"][
+            "codecs"
+        ][1]
+        for tile in images
+    }
+    assert {tile: codec["configuration"]["level"] for tile, codec in levels.items()} == {
+        tile: 3 if tile == first else 7 for tile in images
+    }
+    storage = open_storage(str(path))
+    assert list(check_full(storage, read_manifest(storage), images)) == []
 
 
 def lines_of(content, but=()):
