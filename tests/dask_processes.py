@@ -41,6 +41,11 @@ def _be_scheduler(port, ttl_seconds):
     asyncio.run(run())
 
 
+def _known(folder, pid):
+    """Is there once the scheduler knows the worker `pid`."""
+    return Path(folder) / f"known.{pid}"
+
+
 def _be_worker(address, name, threads, folder, computed, slow):
     """Without a nanny. Writes a line of ids into `computed` for every batch that its teacher was asked about."""
     import asyncio
@@ -69,6 +74,7 @@ def _be_worker(address, name, threads, folder, computed, slow):
 
     async def run():
         async with Worker(address, nthreads=threads, name=name, dashboard=False, local_directory=folder) as worker:
+            _known(folder, os.getpid()).touch()
             await worker.finished()
 
     asyncio.run(run())
@@ -152,6 +158,14 @@ class DaskProcesses:
         self.workers.append(pid)
         return pid
 
+    def wait_for_workers(self):
+        """Until the scheduler knows all that were started: a client begins with those that are known to it."""
+        deadline = time.monotonic() + 30
+        while unknown := [pid for pid in self.workers if not _known(self.folder, pid).exists()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"workers {unknown} did not register: {self.errors.read_text()[-2000:]}")
+            time.sleep(0.02)
+
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
         # Its locks and its port go with it, a moment later.
@@ -170,6 +184,8 @@ class DaskProcesses:
             if pid:
                 with contextlib.suppress(ProcessLookupError):
                     self.kill(pid)
+        for known in self.folder.glob("known.*"):  # a number may come again
+            known.unlink()
         self.workers, self.scheduler = [], 0
 
     def close(self):

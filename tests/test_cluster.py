@@ -61,6 +61,7 @@ def two_workers(dask):
     dask.start_scheduler()
     dask.first = dask.start_worker("a")
     dask.second = dask.start_worker("b")
+    dask.wait_for_workers()
     return dask
 
 
@@ -251,6 +252,7 @@ def test_a_slow_worker_holds_up_no_more_than_its_own_tiles(dask, config, whole, 
     dask.computed.unlink(missing_ok=True)
     dask.start_scheduler()
     slow, fast = dask.start_worker("slow", slow=1.0), dask.start_worker("fast")
+    dask.wait_for_workers()
     run(config, dask.address)
     assert tree(tmp_path / "cache.zarr") == whole
     asked = [pid for pid, _ in dask.asked()]
@@ -326,6 +328,7 @@ def test_a_worker_that_was_thought_dead_and_comes_back_changes_nothing(dask, con
     dask.computed.unlink(missing_ok=True)
     dask.start_scheduler(ttl_seconds=5)
     sleeper, _ = dask.start_worker("sleeper", slow=0.2), dask.start_worker("b", slow=0.2)
+    dask.wait_for_workers()
     told = Told(tile4=lambda: dask.kill(sleeper, signal.SIGSTOP), tile15=lambda: dask.kill(sleeper, signal.SIGCONT))
     run(config, dask.address, told)
     time.sleep(1)

@@ -65,6 +65,7 @@ def main(tiles, pause, side=64):
         for count in (1, 2, 4, 8) if pause else (1, 2):
             while len(dask.workers) < count:
                 dask.start_worker(f"w{len(dask.workers)}", slow=pause)
+            dask.wait_for_workers()
             with Cluster(Silent(), "cpu", address=dask.address) as cluster:
                 run(f"warm{count}", workers=cluster)
                 pids = {"client": [os.getpid()], "scheduler": [dask.scheduler], "workers": dask.workers}
