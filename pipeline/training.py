@@ -211,13 +211,14 @@ class _Run:
         )
         self.position = Position()
         self._window_terms: list[LossTerms] = []
+        # Before the checkpoint is read: the optimizer's state is loaded to where its parameters are by then.
+        self.model, self._fabric_optimizer = self.fabric.setup(self.student, self.optimizer)
         if resume:
             self.position, precision_state = checkpoints.restore(
                 self.folder / checkpoints.LAST, config, self.fingerprint, self.student, self.optimizer, self.scheduler
             )
             self.fabric.strategy.precision.load_state_dict(precision_state)
             progress.say(f"resuming after step {self.position.steps}")
-        self.model, self._fabric_optimizer = self.fabric.setup(self.student, self.optimizer)
 
         dataset = training_samples(config, tiles, self.stretch, targets.source)
         self.per_epoch = batches_per_epoch(config, len(dataset))
