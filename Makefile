@@ -1,7 +1,7 @@
 # Two commands do everything from a fresh clone: `make demo` and `make test`. Both make and reuse .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard configs/*.py data/*.py cache/*.py pipeline/*.py pipeline/models/*.py pipeline/page.* configs/*.yaml configs/*/*.yaml)
+SOURCES := $(shell find configs data cache pipeline -name "*.py" -o -name "*.yaml" -o -name "page.*")
 
 .PHONY: demo test bench lint docs clean
 

@@ -1,6 +1,6 @@
 """The cache of soft targets or logits: a Zarr v3 group that says how its numbers were made and notices when they change."""
 
-from kdpipe.cache.logits import Softening
+from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.cache.recipe import LogitsRecipe, Recipe

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kdpipe.cache import layout, values
+from kdpipe.cache import codec as values
+from kdpipe.cache import tile as layout
+from kdpipe.cache.images import Source, is_unchanged
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
 from kdpipe.cache.records import TileRecord
-from kdpipe.cache.sources import Source, is_unchanged
-from kdpipe.cache.storage import Storage
+from kdpipe.cache.storage.base import Storage
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 READ_THREADS = 4  # hashing and decompression release the GIL

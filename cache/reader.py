@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import layout, logits, values
-from kdpipe.cache.logits import Softening
+from kdpipe.cache import codec as values
+from kdpipe.cache import tile as layout
+from kdpipe.cache.encoding import logits
+from kdpipe.cache.encoding.logits import Softening
+from kdpipe.cache.encoding.simplex import mean_over_pixels, mean_over_window
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, parse_manifest, reason_of, refuse_to_write
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRanges, Shard, open_shard
-from kdpipe.cache.simplex import mean_over_pixels, mean_over_window
-from kdpipe.cache.storage import LocalStorage, Storage, open_storage
+from kdpipe.cache.storage.base import LocalStorage, Storage, open_storage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
 Window = tuple[int, int, int, int]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdpipe.cache.storage import FULL, PARTIAL_SUFFIX, LocalStorage, Storage
+from kdpipe.cache.storage.base import FULL, PARTIAL_SUFFIX, LocalStorage, Storage
 from kdpipe.configs.errors import CacheError, DiskFull
 
 

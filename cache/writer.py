@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import layout
-from kdpipe.cache.lock import writer_lock
+from kdpipe.cache import tile as layout
+from kdpipe.cache.codec import encode, error_bound
+from kdpipe.cache.images import Source, is_unchanged
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.shard import SpilledShard
-from kdpipe.cache.sources import Source, is_unchanged
-from kdpipe.cache.storage import PARTIAL_SUFFIX, FileInfo, Storage
-from kdpipe.cache.values import encode, error_bound
+from kdpipe.cache.storage.base import PARTIAL_SUFFIX, FileInfo, Storage
+from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import CorruptCache, StaleCache
 
 

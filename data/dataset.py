@@ -18,8 +18,8 @@ from kdpipe.configs import Config
 from kdpipe.configs.errors import DataError
 from kdpipe.data.augment import change_colours, sample_plan
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
+from kdpipe.data.lru import Recent
 from kdpipe.data.rasters import image_size, read_image, read_mask
-from kdpipe.data.recent import Recent
 from kdpipe.data.tiles import Tile
 
 Stretch = Sequence[tuple[float, float]]

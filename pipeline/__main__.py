@@ -1,5 +1,5 @@
 """`python -m kdpipe.pipeline` is `kdpipe`."""
 
-from kdpipe.pipeline.cli import main
+from kdpipe.pipeline.commands.main import main
 
 main()

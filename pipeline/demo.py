@@ -27,12 +27,12 @@ from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.pictures import contact_sheet, paint_classes, paint_soft_target
+from kdpipe.pipeline.precompute.expected_recipe import configured_softening
 from kdpipe.pipeline.progress import Progress
-from kdpipe.pipeline.recipe import configured_softening
 
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_CROP, TEACHER_LR = 300, 8, 128, 2e-3
 SHOWN_TILES = 3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdpipe.pipeline.ranks import sums_over_ranks
+from kdpipe.pipeline.distributed import sums_over_ranks
 
 AUXILIARY_WEIGHT = 0.4  # UNetFormer, Wang et al. 2022, section 4
 SMOOTH = 0.05  # label smoothing of the cross entropy and smoothing of Dice, from the recipe (GeoSeg's configs)

@@ -1,25 +1,17 @@
-import gc
-import io
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.configs import tiny_config
 
-from kdpipe.configs import Config, parse_config
-from kdpipe.data.landscape import write_sample_data
-from kdpipe.pipeline import cli
-from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.models.teacher import FrozenTeacher
-from kdpipe.pipeline.models.transfers import Clock
-from kdpipe.pipeline.precompute import precompute
+from kdpipe.configs import Config
+from kdpipe.data.landscape.labels import write_sample_data
+from kdpipe.pipeline.models.smp import create_smp_model
+from kdpipe.pipeline.precompute.run import precompute
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -59,43 +51,6 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: object) -> Config:
-    """A config on the small landscape, with its cache in `folder`; overrides have dotted keys, written with `__`."""
-    raw: dict = {
-        "name": "tiny",
-        "group": "tests",
-        "seed": 7,
-        "classes": {"names": ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiNatural"]},
-        "data": {"train": [str(landscape / "Train")], "val": [str(landscape / "Val")]},
-        "teacher": {
-            "architecture": "unet",
-            "encoder": "mobilenet_v2",
-            "checkpoint": str(teacher_file),
-            "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
-        },
-        "class_map": {
-            "Tree": {"Forest": 1},
-            "Rangeland": {"Grassland": 0.7, "SemiNatural": 0.3},
-            "Cropland": {"Cropland": 1},
-            "Developed": {"Settlement": 1},
-            "Road": {"Settlement": 1},
-            "Bareland": {"SemiNatural": 1},
-            "Water": {"Background": 1},
-            "Background": {"Background": 1},
-        },
-        "cache": {"path": str(folder / "cache.zarr")},
-        "student": {"architecture": "unet", "encoder": "mobilenet_v2"},
-        "train": {"epochs": 2, "batch_size": 2, "crop": 64, "workers": 0, "lr": 1e-3, "backbone_lr": 1e-4},
-    }
-    for key, value in overrides.items():
-        *sections, last = key.split("__")
-        target = raw
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return parse_config(raw, "test")
-
-
 @pytest.fixture
 def make_config(
     landscape: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,75 +74,3 @@ def cached(make_config: Callable[..., Config], finished_cache: Path) -> Config:
     config = make_config()
     shutil.copytree(finished_cache, config.cache.path)
     return config
-
-
-def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """
-    `kdpipe ARGUMENTS` by its own `main`, in this process, which has imported torch already: as `subprocess.run` answers.
-
-    An error that `main` does not turn into an exit code is raised here, so that a traceback fails the test.
-    """
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["kdpipe", *map(str, arguments)])
-        # All are for the whole process, which other tests share.
-        patch.setattr(cli, "keep_freed_memory", lambda: False)
-        patch.setattr(cli, "ask_for_huge_pages", lambda: None)
-        for name in ("freeze", "disable"):
-            patch.setattr(gc, name, lambda: None)
-        if cwd is not None:
-            patch.chdir(cwd)
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-
-
-class Plain(torch.nn.Module):
-    """A student in which samples do not meet: no batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = torch.nn.Conv2d(3, 8, 3, padding=1)
-        self.head = torch.nn.Conv2d(8, 6, 1)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.encoder(x)))
-
-
-class CostlessTeacher(FrozenTeacher):
-    """Answers by the `cached_values` of a subclass, without a network; `by` takes the place of `open_teacher`."""
-
-    def __init__(self):
-        self._transfers = None
-        self._clock = Clock(torch.device("cpu"))
-
-    def by(self, config, recipe, device):
-        self._recipe = recipe
-        return self
-
-
-class Lines:
-    """A progress that keeps what is said."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, line):
-        self.said.append(line)
-
-    def bar(self, *args):
-        return nullcontext(lambda steps=1, **figures: None)

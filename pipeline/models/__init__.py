@@ -1,1 +1,1 @@
-"""The networks: teachers as they are loaded and asked, students as they are built."""
+"""Networks and their weights."""

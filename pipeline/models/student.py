@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.pipeline.models.published import load_encoder
-from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.weights import CLASSES_HINT, load_strictly, read_checkpoint
 

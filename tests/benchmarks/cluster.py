@@ -19,13 +19,13 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tree, write_image
-from dask_processes import DaskProcesses
+from helpers.dask_processes import DaskProcesses
+from helpers.files import tree, write_image
 
 from kdpipe.configs import load_config
-from kdpipe.pipeline.cluster import Cluster
-from kdpipe.pipeline.models.smp_models import create_smp_model
-from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.cluster.client import Cluster
+from kdpipe.pipeline.models.smp import create_smp_model
+from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.progress import Silent
 
 

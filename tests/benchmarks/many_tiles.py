@@ -46,7 +46,7 @@ def lay_out(folder: Path, count: int) -> None:
     import yaml
     from PIL import Image
 
-    from kdpipe.pipeline.models.smp_models import create_smp_model
+    from kdpipe.pipeline.models.smp import create_smp_model
 
     images_folder = folder / "Many" / "images"
     images_folder.mkdir(parents=True)
@@ -68,12 +68,14 @@ def write(path: str, images: dict[str, Path]) -> None:
     """The finished cache of these images, all of one content, without a sync and without the teacher."""
     import numpy as np
 
-    from kdpipe.cache import layout, values
-    from kdpipe.cache.sources import digest_image
-    from kdpipe.cache.storage import open_storage
+    from kdpipe.cache import codec as values
+    from kdpipe.cache import tile as layout
+    from kdpipe.cache.images import digest_image
+    from kdpipe.cache.storage.base import open_storage
     from kdpipe.cache.writer import open_writer
     from kdpipe.configs import load_config
-    from kdpipe.pipeline.recipe import complete_recipe, library_versions
+    from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+    from kdpipe.pipeline.versions import library_versions
 
     config = load_config("config.yaml")
     recipe = complete_recipe(config, None, None)

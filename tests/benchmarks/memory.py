@@ -23,7 +23,7 @@ import torch
 import yaml
 from rasterio.errors import NotGeoreferencedWarning
 
-from kdpipe.pipeline.models.smp_models import create_smp_model
+from kdpipe.pipeline.models.smp import create_smp_model
 
 warnings.simplefilter("ignore", NotGeoreferencedWarning)
 TILES, TILE_PX = (8, 32, 128), 256

@@ -36,18 +36,22 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache import SoftTargetCache, key_rows, logits, rest, simplex, steady
-from kdpipe.cache.layout import CHUNK_PX, ZSTD_LEVEL
+from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.encoding import implied_class as rest
+from kdpipe.cache.encoding import logits, simplex
+from kdpipe.cache.encoding import row_deltas as key_rows
+from kdpipe.cache.encoding import steady_rounding as steady
 from kdpipe.cache.records import ImageDigest
-from kdpipe.cache.storage import open_storage
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.tile import CHUNK_PX, ZSTD_LEVEL
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import load_config
 from kdpipe.data.rasters import read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
-from kdpipe.pipeline.models.teacher import open_teacher, resolve_device, soft_targets
-from kdpipe.pipeline.recipe import complete_recipe
+from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
+from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
 
 CROP_PX = 512
 READS = 300

@@ -33,7 +33,7 @@ def bare(config, tiles, device, folder):
     import numpy as np
     import torch
 
-    from kdpipe.pipeline.models.teacher import _exactly, load_teacher
+    from kdpipe.pipeline.teacher.frozen import _exactly, load_teacher
 
     model = load_teacher(config.teacher).to(device)
     batches = [
@@ -67,7 +67,7 @@ def naive(config, tiles, device, folder):
     from rasterio.errors import NotGeoreferencedWarning
 
     from kdpipe.data.rasters import read_image
-    from kdpipe.pipeline.models.teacher import load_teacher
+    from kdpipe.pipeline.teacher.frozen import load_teacher
 
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
     model = load_teacher(config.teacher).to(device)
@@ -102,8 +102,8 @@ def logits_of(model, images_N3HW, device):
 
 def decoded(config, tiles, device):
     """The batches that kdpipe makes of the tiles, read, uint8 `(N, H, W, 3)`."""
-    from kdpipe.pipeline.batches import load_batch, make_batches, teacher_batch_size
-    from kdpipe.pipeline.subjects import subjects
+    from kdpipe.pipeline.precompute.batches import load_batch, make_batches, teacher_batch_size
+    from kdpipe.pipeline.precompute.subjects import subjects
 
     batches, _ = make_batches(subjects(config, tiles, None), {}, teacher_batch_size(config, device))
     return [load_batch(batch).images_NHWC for batch in batches]
@@ -124,8 +124,8 @@ def wait_for(device):
 
 def kdpipe(config, tiles, device, folder):
     """`precompute` from its first tile on: the lists, the lock and the manifest are in its time, loading the teacher is not."""
-    from kdpipe.pipeline import plan
-    from kdpipe.pipeline import precompute as stage
+    from kdpipe.pipeline.precompute import plan
+    from kdpipe.pipeline.precompute import run as stage
 
     teacher = asked_teacher(config, decoded(config, tiles, device), device)
     plan.list_tiles = lambda data, split: tiles
@@ -139,8 +139,8 @@ def kdpipe(config, tiles, device, folder):
 
 def asked_teacher(config, batches, device):
     """The teacher as kdpipe has it, after first answers."""
-    from kdpipe.pipeline.models.teacher import open_teacher
-    from kdpipe.pipeline.recipe import complete_recipe
+    from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+    from kdpipe.pipeline.teacher.frozen import open_teacher
 
     teacher = open_teacher(config, complete_recipe(config, None, None), device)
     for images_NHWC in first_ones(batches, device):
@@ -156,9 +156,9 @@ def own_precision(options):
     """What `teacher.precision: auto` is on the device and these tiles."""
     from kdpipe.configs import load_config
     from kdpipe.data.tiles import list_tiles
-    from kdpipe.pipeline.models.teacher import resolve_device
-    from kdpipe.pipeline.precision import resolved
-    from kdpipe.pipeline.recipe import complete_recipe
+    from kdpipe.pipeline.devices import resolve_device
+    from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+    from kdpipe.pipeline.teacher.precision import resolved
 
     config, device = load_config(options.config, options.overrides), resolve_device(options.device)
     recipe = resolved(config, complete_recipe(config, None, None), list_tiles(config.data, "train"), None, device)
@@ -170,8 +170,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     """The whole loop in this process, which stops itself before its first tile and after its last."""
     from kdpipe.configs import load_config
     from kdpipe.data.tiles import list_tiles
-    from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
-    from kdpipe.pipeline.models.teacher import resolve_device
+    from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 
     if arm in ("prepared", "kdpipe"):  # the command does so before anything else
         ask_for_huge_pages()

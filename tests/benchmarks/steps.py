@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import in_turns, stop_here
 
 from kdpipe.configs import load_config
-from kdpipe.pipeline import training
-from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
+from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 from kdpipe.pipeline.models.student import build_student
-from kdpipe.pipeline.models.teacher import load_teacher, resolve_device
-from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.teacher.frozen import load_teacher
+from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.training.run import train, with_mode
 
 FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
 

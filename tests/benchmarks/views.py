@@ -27,11 +27,11 @@ from kdpipe.configs import load_config
 from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline import training
-from kdpipe.pipeline.precompute import precompute
+from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.progress import Silent
-from kdpipe.pipeline.targets import open_targets, training_samples
-from kdpipe.pipeline.training import train, with_mode
+from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.training.run import train, with_mode
+from kdpipe.pipeline.training.targets import open_targets, training_samples
 
 ROUNDS = 3
 WARM_UP_STEPS = 1

@@ -22,24 +22,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache import SoftTargetCache, layout, values
-from kdpipe.cache.storage import open_storage
+from kdpipe.cache import SoftTargetCache
+from kdpipe.cache import codec as values
+from kdpipe.cache import tile as layout
+from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import load_config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.fabric import open_fabric
-from kdpipe.pipeline.loaders import train_loader
+from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
+from kdpipe.pipeline.distributed import open_fabric
 from kdpipe.pipeline.losses import distillation_loss
-from kdpipe.pipeline.malloc import ask_for_huge_pages, keep_freed_memory
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.student import build_student
-from kdpipe.pipeline.models.teacher import open_teacher, resolve_device, soft_targets
-from kdpipe.pipeline.optimizer import make_optimizer
-from kdpipe.pipeline.packing import unpacked
-from kdpipe.pipeline.recipe import complete_recipe
-from kdpipe.pipeline.subjects import subjects
+from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
+from kdpipe.pipeline.training.loaders import train_loader
+from kdpipe.pipeline.training.optimizer import make_optimizer
+from kdpipe.pipeline.training.packing import unpacked
 
 
 class Parts:

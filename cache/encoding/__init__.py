@@ -1,0 +1,1 @@
+"""How probabilities and logits become integers that compress well."""

@@ -1,0 +1,216 @@
+"""
+Where things lie in a cache, and how one tile becomes the bytes of one shard (see FORMAT.md for the whole format).
+
+    <cache>/zarr.json                        group; its attributes hold the recipe
+    <cache>/tiles/<folder>/<stem>/0.0.0      one tile: one shard with all its inner chunks
+    <cache>/tiles/<folder>/<stem>/zarr.json  the tile's array metadata and receipt, written after the shard
+    <cache>/manifest.json                    written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.cache import codec as values
+from kdpipe.cache.encoding.simplex import ENTROPY_BLOCK_PX
+from kdpipe.cache.recipe import CacheRecipe
+from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
+from kdpipe.cache.spill import Spill
+
+CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
+TILES = "tiles"
+SHARD_NAME = "0.0.0"
+METADATA_NAME = "zarr.json"
+ATTRIBUTE = "kdpipe"
+SEAL = "receipt_sha256"  # the digest of the metadata's bytes without these digits
+ZSTD_LEVEL = 7  # written once, read at every step: fewer bytes than level 3 and a crop sooner, for 2 to 4 % of stage one (docs/size.md)
+ENTROPY_UNIT = 1e-6  # nats; integers are short, and far finer than what blocks can say
+
+
+def tile_path(tile_id: str) -> str:
+    """The folder of a tile, relative to the cache."""
+    return f"{TILES}/{tile_id}"
+
+
+def group_paths(tile_ids: list[str]) -> list[str]:
+    """Every folder that is a Zarr group, from the top: the cache itself, `tiles`, and those between it and the tiles."""
+    groups = {"", TILES}
+    for tile_id in tile_ids:
+        parts = tile_path(tile_id).split("/")
+        groups.update("/".join(parts[:end]) for end in range(2, len(parts)))
+    return sorted(groups)
+
+
+def group_metadata(path: str, recipe: CacheRecipe) -> bytes:
+    """The `zarr.json` of a group; the topmost one says how the numbers were made and how to decode them."""
+    attributes: dict[str, Any] = {}
+    if path == "":
+        attributes[ATTRIBUTE] = {
+            "format_version": recipe.format_version,
+            "decoding": values.decoding(recipe),
+            "recipe": recipe.model_dump(),
+        }
+    return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def encode_bands(
+    bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int, spill: Spill
+) -> tuple[SpilledShard, NDArray[np.float64] | None]:
+    """
+    The shard of a tile whose values come in bands of rows from the top, and its error of the entropy as `values.encode` gives it.
+
+    No more than a band is held: the shard lies in `spill`, whose errors are raised.
+    """
+    lost: list[NDArray[np.float64] | None] = []
+
+    def rows_of_chunks() -> Iterator[NDArray[Any]]:
+        for units_ChW, of_row in values.encode_bands(bands, recipe, height):
+            lost.append(of_row)
+            yield units_ChW
+
+    shard = spill_shard(rows_of_chunks(), height, _chunk_px(height, width), ZSTD_LEVEL, spill)
+    blocks = [of_row for of_row in lost if of_row is not None]
+    return shard, np.concatenate(blocks) if blocks else None
+
+
+def encode_tile(
+    units_CHW: NDArray[Any],
+    tile_id: str,
+    image: ImageDigest,
+    recipe: CacheRecipe,
+    entropy_error: NDArray[np.float64] | None,
+) -> tuple[bytes, bytes, TileRecord]:
+    """
+    The bytes of a tile's shard, those of its metadata, and its record.
+
+    `units_CHW` and `entropy_error` are what `values.encode` makes of a tile, uint8 or uint16 `(C, H, W)`, and nats a block, or None.
+    The shard is made in memory, so that its digest is that of what was meant to be written.
+    """
+    shard = encode_shard(units_CHW, _chunk_px(*units_CHW.shape[1:]), ZSTD_LEVEL)
+    return shard, *encode_receipt(units_CHW, len(shard), sha256(shard), tile_id, image, recipe, entropy_error)
+
+
+def encode_receipt(
+    units: NDArray[Any] | SpilledShard,
+    shard_bytes: int,
+    shard_sha256: str,
+    tile_id: str,
+    image: ImageDigest,
+    recipe: CacheRecipe,
+    entropy_error: NDArray[np.float64] | None,
+) -> tuple[bytes, TileRecord]:
+    """The bytes of a tile's metadata, and its record; `units` is what `encode_tile` takes, or the shard that `encode_bands` makes."""
+    num_classes, height, width = units.shape
+    metadata = json.loads(_array_metadata((num_classes, height, width), units.dtype.str, _chunk_px(height, width)))
+    receipt = {
+        "tile": tile_id,
+        "recipe_sha256": recipe.digest(),
+        "image": asdict(image),
+        "shard_bytes": shard_bytes,
+        "shard_sha256": shard_sha256,
+        SEAL: "",
+    }
+    if entropy_error is not None:
+        receipt["entropy_error"] = np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist()
+    metadata["attributes"] = {ATTRIBUTE: receipt}
+    receipt[SEAL] = sha256(_dump(metadata))
+    metadata_bytes = _dump(metadata)
+    record = TileRecord(
+        id=tile_id,
+        height=height,
+        width=width,
+        image=image,
+        shard_bytes=shard_bytes,
+        shard_sha256=shard_sha256,
+        metadata_sha256=sha256(metadata_bytes),
+    )
+    return metadata_bytes, record
+
+
+def is_sealed(metadata: bytes) -> bool:
+    """Whether a tile's metadata is as it was written, by its own word: what vouches for it while there is no manifest."""
+    match = re.search(rb'"%s": "([0-9a-f]{64})"' % SEAL.encode(), metadata)
+    return match is not None and sha256(metadata.replace(match[1], b"")) == match[1].decode()
+
+
+def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileRecord | None:
+    """The record of a finished tile from its metadata, None if that is no receipt, of another tile or of another recipe."""
+    try:
+        content = json.loads(metadata)
+        receipt = content["attributes"][ATTRIBUTE]
+        if receipt["tile"] != tile_id or receipt["recipe_sha256"] != recipe_digest:
+            return None
+        _, height, width = content["shape"]
+        return TileRecord(
+            id=tile_id,
+            height=height,
+            width=width,
+            image=ImageDigest(**receipt["image"]),
+            shard_bytes=receipt["shard_bytes"],
+            shard_sha256=receipt["shard_sha256"],
+            metadata_sha256=sha256(metadata),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def read_entropy_error(attributes: Mapping[str, Any], tile: TileRecord) -> NDArray[np.float64]:
+    """Nats by block, as `simplex.entropy_error` gives them, from the attributes of a tile's metadata; `ValueError` if of another size."""
+    blocks = np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
+    expected = (-(-tile.height // ENTROPY_BLOCK_PX), -(-tile.width // ENTROPY_BLOCK_PX))
+    if blocks.shape != expected:
+        raise ValueError(f"{blocks.shape} blocks, not {expected}")
+    return blocks
+
+
+def sha256(data: bytes) -> str:
+    """The sha256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int, int]) -> bytes:
+    """The `zarr.json` that zarr-python writes of such a tile: what any Zarr reader takes `encode_shard`'s bytes for."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    num_classes, height, width = shape
+    files: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        dtype=dtype,
+        chunks=(num_classes, *chunk_px),
+        shards=(num_classes, _round_up(height, chunk_px[0]), _round_up(width, chunk_px[1])),
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        filters=(),
+        fill_value=0,
+        dimension_names=("class", "row", "column"),
+        chunk_key_encoding={"name": "v2", "separator": "."},
+    )
+    metadata: bytes = files[METADATA_NAME].to_bytes()
+    return metadata
+
+
+def _chunk_px(height: int, width: int) -> tuple[int, int]:
+    """Of a tile's inner chunks."""
+    return min(CHUNK_PX, height), min(CHUNK_PX, width)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _dump(metadata: dict[str, Any]) -> bytes:
+    return (json.dumps(metadata, sort_keys=True, indent=1) + "\n").encode()

@@ -1,0 +1,52 @@
+"""Workers of this machine: a scheduler in this process and processes beside it, one a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dask
+import torch
+from distributed import Nanny, Scheduler, SpecCluster
+
+from kdpipe.configs.errors import ConfigError
+
+
+@contextmanager
+def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator[SpecCluster]:
+    """
+    A scheduler in this process and `count` worker processes, which end with it; each GPU has one of them.
+
+    Raises `ConfigError` where there are fewer GPUs than workers that would compute on them.
+    """
+    options = {
+        "nthreads": threads,
+        "memory_limit": 0,
+        "preload": ["kdpipe.pipeline.cluster.worker"],
+        "dashboard": False,
+        "silence_logs": logging.ERROR,
+    }
+    env: list[dict[str, str]] = [{} for _ in range(count)]
+    if device_name == "cuda" or (device_name is None and torch.cuda.is_available()):
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
+            ","
+        )
+        if count > len(gpus):
+            raise ConfigError(
+                f"--workers {count}: there are {len(gpus)} GPUs, and each worker needs one; say --workers {len(gpus)}, or --device cpu"
+            )
+        env = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
+    workers = {i: {"cls": Nanny, "options": {**options, "env": env[i]}} for i in range(count)}
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
+    }
+    # Not dask's own variables, which hold each worker to one thread and have it give freed memory back at once.
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),
+        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+    ):
+        cluster.wait_for_workers(count)
+        yield cluster

@@ -1,0 +1,319 @@
+"""
+What a dask worker does in stage one: it loads the teacher once, reads images, asks, encodes and stores, and returns receipts.
+
+The scheduler imports this module too, when it looks at tasks: nothing here imports torch before it is used.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed import Worker, WorkerPlugin, get_worker
+
+from kdpipe.cache.recipe import CacheRecipe
+from kdpipe.cache.records import TileRecord
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.storage.fence import within_fence
+from kdpipe.cache.writer import finished_tile, store_tile
+from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
+from kdpipe.configs.schema import Config
+from kdpipe.data.tiles import Tile
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.precompute.subjects import Sent, Subject
+    from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher
+
+# Batches that a worker has in hand at once, if it has as many threads: one is asked about, the others are read, encoded and
+# stored. To encode takes a core longer than a GPU takes to answer; more would be held in memory, 4 bytes a pixel and class.
+IN_HAND = 8
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides the bytes that a worker computes, beside the recipe: `processor` and `threads` only the last bits."""
+
+    device: str
+    libraries: dict[str, str]
+    processor: str
+    threads: int
+    fast_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    What the workers of a run have in common; `probe` is an image that all must see, with its size in bytes.
+
+    `tiles` are all of the run where it computes recorded views, which may show any of them; None where it computes tiles.
+    """
+
+    config: Config
+    recipe: CacheRecipe
+    stretch: Sequence[tuple[float, float]] | None
+    tiles: Sequence[Tile] | None
+    cache: str
+    token: str
+    batch_size: int
+    device: str
+    libraries: Mapping[str, str]
+    probe: tuple[str, int]
+
+
+@dataclass
+class Receipts:
+    """
+    What became of a task's batches: records of the tiles that were stored, causes for those whose image cannot be read.
+
+    `teacher_seconds` are those in which the teacher answered; `stopped` says that it was not asked any more.
+    """
+
+    worker: str
+    records: list[TileRecord] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    teacher_seconds: float = 0.0
+    stopped: bool = False
+
+    def add(self, other: Receipts) -> None:
+        """Take in those of a further batch."""
+        self.records += other.records
+        self.failed |= other.failed
+        self.teacher_seconds += other.teacher_seconds
+        self.stopped |= other.stopped
+
+
+def look(device_name: str | None, dask_worker: Worker) -> Facts:
+    """What a worker would compute with; `device_name` as in `--device`, `dask_worker` as `Client.run` gives it."""
+    import torch
+
+    from kdpipe.pipeline.devices import ask_for_huge_pages, is_fast_at_bf16, resolve_device
+    from kdpipe.pipeline.versions import library_versions
+
+    ask_for_huge_pages()  # the first tensor is made below
+    device = resolve_device(device_name)
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return Facts(str(device), library_versions(), processor, dask_worker.state.nthreads, is_fast_at_bf16(device))
+
+
+class Sampled(Sequence[Tile]):
+    """Some of very many tiles, in their places: a worker that compares precisions looks at few."""
+
+    def __init__(self, tiles: Sequence[Tile], numbers: Iterable[int]) -> None:
+        self._length, self._some = len(tiles), {number: tiles[number] for number in numbers}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._some[int(number)]
+
+
+def resolve_precision(
+    config: Config,
+    recipe: CacheRecipe,
+    tiles: Sequence[Tile],
+    stretch: Sequence[tuple[float, float]] | None,
+    device: str,
+) -> CacheRecipe:
+    """The task: `precision.resolved` on this worker's device."""
+    import torch
+
+    from kdpipe.pipeline.teacher import precision
+
+    return precision.resolved(config, recipe, tiles, stretch, torch.device(device))
+
+
+class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
+    """
+    One run's place in a worker process: the teacher, loaded at the first batch, and a thread of its own that asks it.
+
+    Several batches are in hand at once, each in a task's thread, so that reading and storing go on beside the teacher.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.name = station_name(job.token)
+        self._job = job
+
+    def setup(self, worker: Worker) -> None:
+        """Raises `ConfigError` or `DataError` where this worker computes otherwise than the run, or sees other files."""
+        from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory
+        from kdpipe.pipeline.precompute.subjects import Elsewhere
+
+        ask_for_huge_pages()  # a worker that came later was not looked at
+        self._address: str = worker.address
+        self._teacher: FrozenTeacher | None = None
+        self._asking = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(worker.state.nthreads,))
+        self._in_hand = threading.Semaphore(IN_HAND)
+        self._stopped = threading.Event()
+        self._check(worker)
+        self._subjects = Elsewhere(self._job.config, self._job.stretch, self._job.tiles)
+        self._storage = open_storage(self._job.cache)
+        self._recipe_digest = self._job.recipe.digest()
+        keep_freed_memory()
+
+    def teardown(self, worker: Worker) -> None:
+        """Let go of the teacher; what is being stored meets the fence."""
+        self._stopped.set()
+        self._asking.shutdown(wait=False, cancel_futures=True)
+        self._teacher = None
+
+    def stop(self) -> None:
+        """Ask the teacher no more; what it has answered is stored."""
+        self._stopped.set()
+
+    def compute(self, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
+        """Store the `wanted` tiles of batches; the others are computed beside them, as always, and thrown away."""
+        receipts = Receipts(self._address)
+        with self._in_hand:
+            for batch in batches:
+                receipts.add(self._compute([self._subjects.subject(found) for found in batch], wanted))
+        return receipts
+
+    def _compute(self, batch: list[Subject], wanted: frozenset[str]) -> Receipts:
+        from kdpipe.pipeline.precompute.batches import load_batch
+
+        receipts, job = Receipts(self._address), self._job
+        if self._stopped.is_set():
+            receipts.stopped = True
+            return receipts
+        # A batch comes again where the worker that had it is lost, or its answer was: what is stored is not computed again.
+        stored = (
+            finished_tile(self._storage, tile.id, tile.source, self._recipe_digest)
+            for tile in batch
+            if tile.id in wanted
+        )
+        receipts.records = [record for record in stored if record is not None]
+        wanted = wanted.intersection(tile.id for tile in batch).difference(record.id for record in receipts.records)
+        if not wanted:
+            return receipts
+        loaded = load_batch(batch)
+        receipts.failed = loaded.failed
+        if loaded.images_NHWC is None:
+            return receipts
+        answers = self._asking.submit(self._ask, loaded.images_NHWC).result()
+        if answers is None:
+            receipts.stopped = True
+            return receipts
+        for tile, encode in zip(loaded.tiles, answers, strict=True):
+            if tile.id in wanted and tile.id in loaded.digests:
+                encoded = encode()
+                with within_fence(self._storage, job.token):
+                    record = store_tile(self._storage, tile.id, encoded, loaded.digests[tile.id], job.recipe)
+                receipts.records.append(record)
+        if self._teacher is not None:
+            receipts.teacher_seconds = self._teacher.seconds_taken()  # other batches' too, which then have none
+        return receipts
+
+    def _ask(self, images_NHWC: Any) -> list[Callable[[], Encoded]] | None:
+        """`FrozenTeacher.encoded`, None once the run was asked to stop. In the one thread that asks."""
+        import torch
+
+        from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
+        from kdpipe.pipeline.teacher.frozen import open_teacher
+
+        if self._stopped.is_set():
+            return None
+        job, device = self._job, torch.device(self._job.device)
+        height, width = images_NHWC.shape[1:3]
+        advice = teacher_advice(job.config, job.batch_size, device, max(height, width))
+        size = sized("tile", len(images_NHWC), height, width)
+        with fits_in_memory(f"while the teacher answered {size} on worker {self._address}", advice):
+            if self._teacher is None:
+                self._teacher = open_teacher(job.config, job.recipe, device)
+            return self._teacher.encoded(images_NHWC)
+
+    def _check(self, worker: Worker) -> None:
+        from kdpipe.pipeline.precompute.expected_recipe import file_sha256
+
+        job, here = self._job, look(self._job.device, worker)
+        if dict(here.libraries) != dict(job.libraries):
+            raise ConfigError(
+                f"worker {self._address} has other versions than the run: {version_differences(here.libraries, job.libraries)}; "
+                "install the same ones everywhere"
+            )
+        image, size_bytes = job.probe
+        try:
+            found = Path(image).stat().st_size
+        except OSError as err:
+            raise DataError(
+                f"worker {self._address} does not see the image {image} ({err.strerror}): workers need the same folders at the "
+                "same paths, on a file system that all of them share"
+            ) from err
+        if found != size_bytes:
+            raise DataError(
+                f"worker {self._address} sees another image {image}: {found} bytes, not {size_bytes}; workers need the same "
+                "folders at the same paths"
+            )
+        for key, (member, teacher) in zip(
+            job.config.members, zip(job.config.members.values(), job.recipe.teachers, strict=True), strict=True
+        ):
+            try:
+                sha256 = file_sha256(member.checkpoint)
+            except OSError as err:
+                raise CheckpointError(
+                    f"{key}.checkpoint: worker {self._address} has no file at {member.checkpoint} ({err.strerror})"
+                ) from err
+            if sha256 != teacher.checkpoint_sha256:
+                raise CheckpointError(
+                    f"{key}.checkpoint: worker {self._address} has another file at {member.checkpoint}: its sha256 is {sha256[:12]}…, "
+                    f"not {teacher.checkpoint_sha256[:12]}…"
+                )
+        _check_sees_cache(job, self._address)
+
+
+def compute_batches(token: str, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
+    """The task: one batch of the plan, or those of the views of one tile, by the station of its run in this worker."""
+    station = get_worker().plugins[station_name(token)]
+    assert isinstance(station, Station)
+    return station.compute(batches, wanted)
+
+
+def stop_station(token: str, dask_worker: Worker) -> None:
+    """Ask a worker's station of a run to end what it has in hand and begin nothing new."""
+    station = dask_worker.plugins.get(station_name(token))
+    if isinstance(station, Station):
+        station.stop()
+
+
+def station_name(token: str) -> str:
+    """Of the plugin that a run installs in its workers."""
+    return f"kdpipe-{token}"
+
+
+def version_differences(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """`torch 2.9.0, not 2.10.0` for each library that differs."""
+    return ", ".join(f"{name} {found[name]}, not {there}" for name, there in expected.items() if found[name] != there)
+
+
+def dask_setup(worker: Worker) -> None:
+    """
+    Preloaded by the workers of `--workers`, before they are known to the scheduler.
+
+    Ctrl-C reaches their process group too, and the main process lets them finish; importing what a teacher needs takes seconds.
+    """
+    import kdpipe.pipeline.models.recognise
+    import kdpipe.pipeline.precompute.run  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check_sees_cache(job: Job, address: str) -> None:
+    try:
+        with within_fence(open_storage(job.cache), job.token):
+            pass
+    except ShutOut as err:
+        raise ConfigError(
+            f"worker {address} does not see the cache {job.cache} that this run writes: workers need it at the same path, on a file "
+            "system that all of them share, or cache.path as a URL (s3://…)"
+        ) from err
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)

@@ -1,0 +1,1 @@
+"""The `kdpipe` command line: the only code that knows click."""

@@ -1,0 +1,1 @@
+"""Scores of students and teachers on labelled tiles."""

@@ -1,0 +1,262 @@
+"""
+Runs side by side over seeds: what one arm scores more than another, with the interval that the seeds allow.
+
+An arm is all runs that differ in nothing but seed and name. Arms are compared by pairs of runs of one seed, at the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from kdpipe.configs.errors import DataError, summarise
+from kdpipe.pipeline.runs.checkpoint import flat_keys
+from kdpipe.pipeline.runs.record import Run, Validation
+
+CONFIDENCE = 0.95
+MEAN = "mean"  # the name under which mIoU stands among the classes' IoU
+
+# Keys that may differ within an arm: who a run is, and how it is fed. The cache is told by its fingerprint.
+NOT_AN_ARMS = (
+    "name",
+    "group",
+    "seed",
+    "cache.path",
+    "train.workers",
+    "train.val_batch_size",
+    "train.checkpoint_every_steps",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    The mean over paired seeds of (this arm's IoU - the baseline's), in 0..1, and the 95 % interval of that mean.
+
+    The interval is Student's t of the paired differences, with one degree of freedom less than there are pairs; None where
+    there is but one pair.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    by_seed: dict[int, float]
+
+
+@dataclass
+class Arm:
+    """Runs of one configuration over seeds, and how they stand against the baseline (None for the baseline itself)."""
+
+    label: str
+    runs: dict[int, Run]
+    settings: dict[str, Any] = field(default_factory=dict)  # dotted keys in which the arm differs from the baseline
+    differences: dict[str, Difference] | None = None  # by class, and MEAN
+    reaches: Validation | None = None  # the first validation whose mean mIoU is at least the baseline's last
+
+    def iou(self, seed: int) -> dict[str, float | None]:
+        """IoU after the last step, by class and `MEAN`."""
+        last = self.runs[seed].history[-1]
+        return {**last.iou, MEAN: last.miou}
+
+    def mean_iou(self, name: str) -> float | None:
+        """The mean over seeds of a class's IoU after the last step, None if no seed has one."""
+        found = [value for seed in self.runs if (value := self.iou(seed)[name]) is not None]
+        return float(np.mean(found)) if found else None
+
+    def seconds_per_step(self) -> float:
+        """The mean over seeds of the time of a step, waiting for data included, validation not."""
+        return float(np.mean([run.history[-1].seconds / run.history[-1].steps for run in self.runs.values()]))
+
+    def curve(self) -> list[Validation]:
+        """The mean over seeds of every validation that all of them have."""
+        common = set.intersection(*({found.steps for found in run.history} for run in self.runs.values()))
+        return [_mean_validation(self.runs.values(), step) for step in sorted(common)]
+
+
+@dataclass
+class Comparison:
+    """Arms, the baseline first."""
+
+    steps: int
+    classes: list[str]
+    arms: list[Arm]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "steps": self.steps,
+            "baseline": self.arms[0].label,
+            "arms": [
+                {
+                    "label": arm.label,
+                    "runs": {seed: run.name for seed, run in arm.runs.items()},
+                    "settings": arm.settings,
+                    "cache": next(iter(arm.runs.values())).model_dump()["cache"],
+                    "iou": {name: {seed: arm.iou(seed)[name] for seed in arm.runs} for name in [*self.classes, MEAN]},
+                    "differences": {name: asdict(d) for name, d in arm.differences.items()}
+                    if arm.differences
+                    else None,
+                    "seconds_per_step": arm.seconds_per_step(),
+                    "curve": [point.model_dump() for point in arm.curve()],
+                    "reaches_baseline": arm.reaches.model_dump() if arm.reaches else None,
+                }
+                for arm in self.arms
+            ],
+        }
+
+
+def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
+    """
+    Group runs into arms and compare each with the baseline: the arm of the run named so, else the one without
+    distillation if there is just one, else the first run's.
+
+    Raises `DataError` for runs of different length, classes or validation data, unfinished ones, and two of one seed in an arm.
+    """
+    _refuse_unlike(runs)
+    arms = _arms(runs)
+    if len(arms) < 2:
+        raise DataError(
+            f"the {len(runs)} runs are all of one arm, {arms[0].label}: they differ in nothing but "
+            f"{', '.join(NOT_AN_ARMS)}; name runs of another configuration too"
+        )
+    first = _baseline(arms, baseline)
+    arms.sort(key=lambda arm: arm is not first)
+    classes = list(runs[0].history[-1].iou)
+    for arm in arms[1:]:
+        arm.settings = _settings(arm, first)
+        arm.differences = _differences(arm, first, classes)
+        goal = first.mean_iou(MEAN)
+        arm.reaches = next((p for p in arm.curve() if p.miou is not None and goal is not None and p.miou >= goal), None)
+    return Comparison(runs[0].total_steps, classes, arms)
+
+
+def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Difference | None:
+    """The difference over the seeds that both have a score for, None if there is no such seed."""
+    by_seed = {
+        seed: ours[seed] - theirs[seed]  # type: ignore[operator]
+        for seed in sorted(ours.keys() & theirs.keys())
+        if ours[seed] is not None and theirs[seed] is not None
+    }
+    if not by_seed:
+        return None
+    values = np.array(list(by_seed.values()))
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Difference(mean, None, None, by_seed)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
+    return Difference(mean, mean - half, mean + half, by_seed)
+
+
+def _refuse_unlike(runs: Sequence[Run]) -> None:
+    if len(runs) < 2:
+        raise DataError(f"a comparison needs two runs at least, found {len(runs)}")
+    unfinished = [
+        f"{r.name} ({r.history[-1].steps} of {r.total_steps})" for r in runs if r.history[-1].steps < r.total_steps
+    ]
+    if unfinished:
+        raise DataError(
+            f"runs that are not finished cannot be compared: {summarise(unfinished)} steps; finish them with --resume"
+        )
+    for what, value_of in (
+        ("steps", lambda run: run.total_steps),
+        ("classes", lambda run: list(run.history[-1].iou)),
+        ("data.val", lambda run: run.config["data"]["val"]),
+        ("classes.not_scored", lambda run: run.config["classes"]["not_scored"]),
+    ):
+        values: dict[str, str] = {}
+        for run in runs:
+            values.setdefault(json.dumps(value_of(run)), run.name)
+        if len(values) > 1:
+            found = "; ".join(f"{name} has {value}" for value, name in values.items())
+            raise DataError(f"only runs with the same {what} can be compared: {found}")
+
+
+def _arms(runs: Sequence[Run]) -> list[Arm]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_key(run), sort_keys=True), []).append(run)
+    arms = []
+    for members in groups.values():
+        by_seed: dict[int, Run] = {}
+        for run in members:
+            if run.seed in by_seed:
+                raise DataError(
+                    f"{by_seed[run.seed].name} and {run.name} are two runs of one configuration and one seed ({run.seed}): "
+                    "they would count twice; leave one out"
+                )
+            by_seed[run.seed] = run
+        arms.append(Arm(label=_label(members), runs=dict(sorted(by_seed.items()))))
+    labels = [arm.label for arm in arms]
+    for arm in arms:
+        if labels.count(arm.label) > 1:
+            arm.label = next(iter(arm.runs.values())).name
+    return arms
+
+
+def _key(run: Run) -> dict[str, Any]:
+    settings = {key: value for key, value in flat_keys(run.config).items() if key not in NOT_AN_ARMS}
+    return {**settings, "cache": run.cache.fingerprint if run.cache else None}
+
+
+def _label(runs: Sequence[Run]) -> str:
+    """The runs' name without their seed: `kd` of `kd-s42` and `kd-s43`, or of `s42-kd` and `s43-kd`."""
+    names = {re.sub(rf"[-_.]?(s|seed)?[-_.]?{run.seed}(?!\d)", "", run.name).strip("-_.") or run.name for run in runs}
+    return names.pop() if len(names) == 1 else runs[0].name
+
+
+def _baseline(arms: list[Arm], name: str | None) -> Arm:
+    if name is not None:
+        chosen = [arm for arm in arms if name == arm.label or any(run.name == name for run in arm.runs.values())]
+        if not chosen:
+            raise DataError(f"--baseline: no run is called {name!r}; arms: {', '.join(arm.label for arm in arms)}")
+        return chosen[0]
+    without = [arm for arm in arms if next(iter(arm.runs.values())).mode == "none"]
+    return without[0] if len(without) == 1 else arms[0]
+
+
+def _settings(arm: Arm, baseline: Arm) -> dict[str, Any]:
+    ours, theirs = (flat_keys(next(iter(a.runs.values())).config) for a in (arm, baseline))
+    return {
+        key: ours.get(key)
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in NOT_AN_ARMS and ours.get(key) != theirs.get(key)
+    }
+
+
+def _differences(arm: Arm, baseline: Arm, classes: list[str]) -> dict[str, Difference]:
+    found = {}
+    for name in [*classes, MEAN]:
+        ours, theirs = ({seed: a.iou(seed)[name] for seed in a.runs} for a in (arm, baseline))
+        difference = paired_difference(ours, theirs)
+        if difference is not None:
+            found[name] = difference
+    if MEAN not in found:
+        raise DataError(
+            f"{arm.label} (seeds {list(arm.runs)}) and {baseline.label} (seeds {list(baseline.runs)}) have no seed in common: "
+            "differences are taken between runs of one seed"
+        )
+    return found
+
+
+def _mean_validation(runs: Any, step: int) -> Validation:
+    points = [next(found for found in run.history if found.steps == step) for run in runs]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    return Validation(
+        steps=step,
+        seconds=float(np.mean([point.seconds for point in points])),
+        miou=mean([point.miou for point in points]),
+        overall_accuracy=mean([point.overall_accuracy for point in points]),
+        iou={name: mean([point.iou[name] for point in points]) for name in points[0].iou},
+    )

@@ -1,0 +1,316 @@
+"""
+Scores of a trained student, or of the mapped teacher, on labelled tiles: one root of tiles at a time, and all together.
+
+Whole tiles are asked and counted one by one, so that memory depends on the largest tile and not on their number. Every
+score comes from sums of counts over pixels, never from means over tiles. Not covered: which of two runs is better
+(that takes seeds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
+from kdpipe.configs.schema import Config, Percentiles
+from kdpipe.data.dataset import ValTiles
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline.evaluation.boundary import BoundaryScores, boundary_counts, boundary_scores
+from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibration, calibration_counts
+from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
+from kdpipe.pipeline.memory import fits_in_memory, sized
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import STRIDE, averaged_logits, blended_logits
+from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.runs.checkpoint import load_trained
+from kdpipe.pipeline.teacher.frozen import open_teacher
+
+BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
+MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
+
+Stretch = Sequence[tuple[float, float]] | None
+Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""From an image, uint8 `(H, W, 3)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network and how it is asked: in `window`s of so many px or for the whole tile, from the views of `tta` at `scales`."""
+
+    checkpoint: str
+    window: int | None
+    tta: str
+    scales: list[float]
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window % STRIDE:
+            raise ConfigError(
+                f"--window must be a multiple of {STRIDE} px, so that windows meet in a network's grid; found {self.window}"
+            )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is evaluated: a student, or one or several networks that answer as one teacher."""
+
+    description: str
+    networks: list[Network]
+    answer: Answer
+    config: Config
+    stretch: Stretch
+    trained_on: list[str]
+
+
+@dataclass
+class Counts:
+    """Sums over tiles from which every score follows; C classes."""
+
+    confusion_LP: NDArray[np.int64]
+    boundary_4C: NDArray[np.int64]
+    calibration_3B: NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, num_classes: int) -> Counts:
+        """No tile."""
+        return cls(
+            np.zeros((num_classes, num_classes), np.int64), np.zeros((4, num_classes), np.int64), np.zeros((3, BINS))
+        )
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.confusion_LP + other.confusion_LP,
+            self.boundary_4C + other.boundary_4C,
+            self.calibration_3B + other.calibration_3B,
+        )
+
+
+@dataclass
+class RootScores:
+    """The scores on one root of tiles, or on all of them, and which tiles say nothing."""
+
+    root: str
+    tiles: int
+    confusion_LP: NDArray[np.int64]
+    scores: Scores
+    boundary: BoundaryScores
+    calibration: Calibration
+    without_mask: list[str] = field(default_factory=list)
+    without_label: list[str] = field(default_factory=list)
+    trained_on: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "root": self.root,
+            "tiles": self.tiles,
+            "pixels": int(self.confusion_LP.sum()),
+            "trained_on": self.trained_on,
+            "without_mask": self.without_mask,
+            "without_label": self.without_label,
+            "scores": self.scores.as_dict(),
+            "boundary": self.boundary.as_dict(),
+            "calibration": self.calibration.as_dict(),
+            "confusion": self.confusion_LP.tolist(),
+        }
+
+
+@dataclass
+class Evaluation:
+    """The scores of one model; `together` sums the counts of all roots."""
+
+    model: str
+    networks: list[Network]
+    classes: list[str]
+    roots: list[RootScores]
+    together: RootScores
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model": self.model,
+            "networks": [asdict(network) for network in self.networks],
+            "classes": self.classes,
+            "roots": [root.as_dict() for root in self.roots],
+            "together": self.together.as_dict(),
+        }
+
+
+def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | None, window: int | None) -> Model:
+    """
+    The student of a checkpoint of `train-student`, in float32; `tta` None is none, `window` None is the whole tile.
+
+    Logits are averaged over views in the image's own frame, as a teacher's are, and softmax comes last. Raises
+    `CheckpointError` where the file is no such checkpoint.
+    """
+    trained = load_trained(checkpoint)
+    config = trained.config
+    network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
+    return Model(
+        description=f"{config.name} after step {trained.position.steps}",
+        networks=[network],
+        answer=_student_answer(trained.student, network, config, device),
+        config=config,
+        stretch=trained.stretch,
+        trained_on=[*config.data.train, *config.data.unlabelled],
+    )
+
+
+def teacher_model(config: Config, device: torch.device, *, tta: str | None, window: int | None) -> Model:
+    """
+    The mapped teacher, `softmax(z) @ M`: what a student is compared with. Several answer as one.
+
+    T is 1, whatever `distill.temperature` is: T is part of the teaching, not of the teacher's answer. `tta` and `window`
+    replace those of every configured teacher where they are not None; its `scales` and `precision` hold. Raises
+    `CheckpointError` where a teacher's file cannot be used.
+    """
+    told = {key: value for key, value in (("tta", tta), ("window", window)) if value is not None}
+    config = config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update=told) if config.teacher else None,
+            "teachers": [member.model_copy(update=told) for member in config.teachers],
+            "distill": config.distill.model_copy(update={"temperature": 1.0}),
+        }
+    )
+    # Percentiles are those of the training tiles; anything else needs none of them.
+    by_tiles = isinstance(config.data.stretch, Percentiles)
+    stretch = resolve_stretch(config.data, list_tiles(config.data, "train") if by_tiles else [])
+    teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
+    return Model(
+        description=f"the teacher of {config.name}",
+        networks=[Network(m.checkpoint, m.window, m.tta, m.scales) for m in config.members.values()],
+        answer=lambda image_HWC: teacher.soft_targets(image_HWC[None])[0],
+        config=config,
+        stretch=stretch,
+        trained_on=[],  # what a teacher was trained on, its config does not say
+    )
+
+
+def evaluate(
+    model: Model,
+    roots: Sequence[str] = (),
+    *,
+    boundary_width_px: int = BOUNDARY_WIDTH_PX,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """
+    The scores of a model on each of `roots`, folders with images and masks, and on all of them together.
+
+    Without roots, on the `data.val` of the model's config. Tiles without a mask are left out, and named in the result.
+    Raises `ConfigError` where there is no root or one is given twice, `DataError` where files cannot be used or a root has
+    nothing to score, `KdpipeError` where an answer is not finite.
+    """
+    progress = progress or Silent()
+    config, names = model.config, model.config.classes.names
+    roots = list(roots) or config.data.val
+    _check_roots(roots)
+    tiles_of = {root: _labelled_tiles(root, config) for root in roots}
+    results = []
+    with progress.bar("evaluate", sum(len(tiles) for tiles, _ in tiles_of.values()), "tiles") as advance:
+        total = Counts.zero(len(names))
+        for root, (tiles, without_mask) in tiles_of.items():
+            counts, without_label = Counts.zero(len(names)), []
+            dataset = ValTiles(tiles, config, model.stretch)
+            for i, tile in enumerate(tiles):
+                sample = dataset[i]
+                of_tile = _count(model, sample["image"], sample["mask"], boundary_width_px, tile)
+                if not of_tile.confusion_LP.any():
+                    without_label.append(tile.id)
+                counts += of_tile
+                advance(1)
+            result = _scored(root, len(tiles), counts, config, boundary_width_px)
+            result.without_mask, result.without_label = without_mask, without_label
+            result.trained_on = Path(root).resolve() in {Path(folder).resolve() for folder in model.trained_on}
+            results.append(result)
+            total += counts
+    together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
+    together.without_mask = [tile for result in results for tile in result.without_mask]
+    together.without_label = [tile for result in results for tile in result.without_label]
+    together.trained_on = any(result.trained_on for result in results)
+    return Evaluation(model=model.description, networks=model.networks, classes=names, roots=results, together=together)
+
+
+def _student_answer(student: nn.Module, network: Network, config: Config, device: torch.device) -> Answer:
+    student = student.to(device).to(memory_format=torch.channels_last)
+
+    def ask(images_NCHW: Tensor) -> Tensor:
+        inputs_NCHW = normalized(images_NCHW.to(device), config.student.normalize)
+        # fp32 means fp32: TF32 would give a GPU's scores another last digit than a CPU's.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return averaged_logits(student, inputs_NCHW, tta=network.tta, scales=network.scales)
+
+    @torch.inference_mode()
+    def answer(image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        image_NCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
+        window = network.window
+        logits_NCHW = ask(image_NCHW) if window is None else blended_logits(ask, image_NCHW, window)
+        probs: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].cpu().numpy()
+        return probs
+
+    return answer
+
+
+def _count(
+    model: Model, image_CHW: NDArray[np.uint8], labels_HW: NDArray[np.int64], boundary_width_px: int, tile: Tile
+) -> Counts:
+    """The counts of one tile."""
+    num_classes, ignore_index = len(model.config.classes.names), model.config.classes.ignore_index
+    with fits_in_memory(f"while evaluating {sized('tile', 1, *labels_HW.shape)}", MEMORY_ADVICE):
+        probs_CHW = model.answer(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
+    if not np.isfinite(probs_CHW).all():
+        raise KdpipeError(
+            f"{model.description} answers {tile.id} with numbers that are not finite: it cannot be scored"
+        )
+    answers_HW, confidence_HW = probs_CHW.argmax(axis=0), probs_CHW.max(axis=0)
+    return Counts(
+        count_pairs(labels_HW, answers_HW, num_classes, num_classes, ignore_index),
+        boundary_counts(labels_HW, answers_HW, num_classes, ignore_index, boundary_width_px),
+        calibration_counts(labels_HW, answers_HW, confidence_HW, ignore_index),
+    )
+
+
+def _scored(root: str, tiles: int, counts: Counts, config: Config, boundary_width_px: int) -> RootScores:
+    classes = config.classes
+    result = RootScores(
+        root=root,
+        tiles=tiles,
+        confusion_LP=counts.confusion_LP,
+        scores=scores(counts.confusion_LP, classes.names, classes.not_scored),
+        boundary=boundary_scores(counts.boundary_4C, classes.names, classes.not_scored, boundary_width_px),
+        calibration=calibration(counts.calibration_3B),
+    )
+    if set(result.scores.left_out) == set(classes.names):
+        reasons = ", ".join(f"{name} {reason}" for name, reason in result.scores.left_out.items())
+        raise DataError(f"{root} has nothing to score in its {tiles} tiles with a mask: {reasons}")
+    return result
+
+
+def _check_roots(roots: Sequence[str]) -> None:
+    if not roots:
+        raise ConfigError("there is nothing to evaluate on: name a ROOT, a folder of tiles, as data.val names none")
+    folders = [Path(root).resolve() for root in roots]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise ConfigError(f"the root {folder} is given twice: its tiles would count twice")
+
+
+def _labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
+    """The tiles of one root that have a mask, and the ids of those that have none."""
+    only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True}
+    data = config.data.model_copy(update=only)
+    tiles = list_tiles(data, "train")
+    labelled = [tile for tile in tiles if tile.mask is not None]
+    if not labelled:
+        raise DataError(
+            f"none of the {len(tiles)} images of {root} has a mask: scores need {Path(root) / data.masks}, with masks of the "
+            "images' stems"
+        )
+    return labelled, [tile.id for tile in tiles if tile.mask is None]

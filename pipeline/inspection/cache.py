@@ -1,0 +1,80 @@
+"""What a cache says of itself, and in what a configuration would have it otherwise. Reads the manifest, no tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdpipe.cache.integrity import check_tiles_listed
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.reader import read_manifest
+from kdpipe.cache.recipe import differences
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.configs.schema import Config
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.precompute.expected_recipe import expected_fields
+from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.versions import other_libraries
+
+
+@dataclass(frozen=True)
+class CacheInspection:
+    """
+    A cache's manifest, and what differs from a configuration (None where none was asked for).
+
+    `other_libraries` names the libraries that had another version when the cache was computed: a warning, never a refusal.
+    """
+
+    url: str
+    manifest: Manifest
+    differences: list[str] | None
+    other_libraries: dict[str, tuple[str, str]]
+
+    @property
+    def pixels(self) -> int:
+        """Of all tiles together."""
+        return sum(tile.height * tile.width for tile in self.manifest.tiles)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all shards together."""
+        return sum(tile.shard_bytes for tile in self.manifest.tiles)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "url": self.url,
+            "pixels": self.pixels,
+            "size_bytes": self.size_bytes,
+            "differences": self.differences,
+            "other_libraries": self.other_libraries,
+            "manifest": self.manifest.model_dump(),
+        }
+
+
+def is_cache(path: str) -> bool:
+    """Whether `kdpipe inspect PATH` means a cache: a folder or a URL, and not a file of weights."""
+    return "://" in path or Path(path).is_dir()
+
+
+def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
+    """
+    What the cache at a folder or URL holds, compared with `config` if one is given.
+
+    Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed, and
+    `DataError` where the configuration's tiles cannot be listed.
+    """
+    storage = open_storage(path)
+    manifest = read_manifest(storage)
+    found = None
+    if config is not None:
+        tiles = list_tiles(config.data, "train")
+        stretch = resolve_stretch(config.data, tiles)
+        expected = expected_fields(config, stretch)
+        asked = {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
+        listed = check_tiles_listed(manifest, asked)
+        found = [*differences(manifest.recipe, expected), *(f"{finding.tile}: {finding.message}" for finding in listed)]
+    others = other_libraries(manifest.libraries)
+    return CacheInspection(storage.url, manifest, found, others)

@@ -1,0 +1,99 @@
+"""What a checkpoint file is: its network as recognised, its channels, where in the file its weights lie. Nothing in it is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from kdpipe.pipeline.models.recognise import Network, recognise
+from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint, unwrapped
+from kdpipe.pipeline.precompute.expected_recipe import file_sha256
+from kdpipe.pipeline.runs.checkpoint import FORMAT
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """
+    The run of `kdpipe train-student` that a checkpoint was saved by; best mIoU in 0..1.
+
+    `classes` are those of its channels in their order, `normalize` is `student.normalize` of its configuration.
+    """
+
+    name: str
+    mode: str
+    steps: int
+    best_miou: float | None
+    fingerprint: str | None
+    classes: list[str]
+    normalize: Any
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """
+    A checkpoint file: size in bytes, sha256, network, and how its weights lie in it.
+
+    `nest` is the key they lie under, `prefix` what all their names begin with beside it; `dtypes` counts tensors. `parameters`
+    counts floating-point numbers, buffers such as a batch norm's statistics included. `student` is None where the file is
+    not a checkpoint of `kdpipe train-student`.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+    network: Network
+    nest: str | None
+    prefix: str
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    other_keys: list[str]
+    student: StudentRun | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def inspect_checkpoint(path: str) -> Inspection:
+    """
+    What the file at `path` is.
+
+    Raises `CheckpointError` where it is not readable without executing code, or holds no tensors.
+    """
+    content = read_checkpoint(path)
+    weights = unwrapped(content)
+    check_tensors(weights.state, origin=path)
+    state: dict[str, Tensor] = weights.state
+    student, encoder = None, None
+    if content.get("format") == FORMAT and "kdpipe" in content:
+        recorded, position = content["kdpipe"], content["position"]
+        config = yaml.safe_load(recorded["config"])
+        encoder = config["student"]["encoder"]
+        student = StudentRun(
+            f"{config['group']}/{config['name']}",
+            recorded["mode"],
+            position["steps"],
+            position["best_miou"],
+            recorded["fingerprint"],
+            config["classes"]["names"],
+            config["student"]["normalize"],
+        )
+    return Inspection(
+        path=path,
+        size_bytes=Path(path).stat().st_size,
+        sha256=file_sha256(path),
+        network=recognise(state, likely_encoder=encoder),
+        nest=weights.nest,
+        prefix=weights.prefix,
+        tensors=len(state),
+        parameters=sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point()),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())),
+        other_keys=[] if weights.nest is None else [str(key) for key in content if key != weights.nest],
+        student=student,
+    )

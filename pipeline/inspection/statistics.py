@@ -1,0 +1,322 @@
+"""
+What the numbers in a cache look like: class shares, entropy, confidence, sizes, and the tiles that are unlike the others.
+
+Out of core with dask.array: blocks of a tile are read, reduced and forgotten, so that memory does not grow with tiles or
+with their sizes. Threads alone: kdpipe's reader of shards needs no event loop, and zstd and NumPy release the GIL.
+
+Shapes: C classes, H W a tile's pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdpipe.cache.codec import probability_bound
+from kdpipe.cache.encoding.logits import Softening
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.recipe import LogitsRecipe
+from kdpipe.cache.records import TileRecord
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.configs.errors import ConfigError, IncompleteCache
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+BLOCK_PX = 512  # side of what a thread holds at once: whole inner chunks, some 40 MB with what is computed of 6 classes
+THREADS = 4
+TILES_AT_ONCE = 32  # whose blocks the threads share; a graph of all tiles would grow with the cache
+BINS = 20
+# Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993): a modified z-score, 0.6745 (x - median) / MAD, beyond 3.5.
+MAD_TO_SIGMA = 0.6745
+OUTLIER_SCORE = 3.5
+MIN_TILES = 8  # below, the median of the deviations says nothing
+
+
+@dataclass(frozen=True)
+class TileStatistics:
+    """One tile: sizes, mean entropy in nats, mean confidence (the largest probability), shares in the order of the classes."""
+
+    tile: str
+    height: int
+    width: int
+    shard_bytes: int
+    entropy: float
+    entropy_lost: float
+    largest_entropy_lost: float
+    confidence: float
+    shares: list[float]
+    argmax_shares: list[float]
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels it has."""
+        return self.height * self.width
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        """Of its shard."""
+        return self.shard_bytes / self.pixels
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A tile that is unlike the others: in which figure, its value there, the median of all tiles, and the robust z-score."""
+
+    tile: str
+    figure: str
+    value: float
+    median: float
+    score: float
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """
+    A cache's numbers; means are over pixels, entropies in nats.
+
+    Of logits they are the teacher's own classes at T 1, and what rounding took from the entropy is not known (0).
+    `entropy_histogram` counts pixels in `BINS` equal bins of 0..ln C, `confidence_histogram` in those of 0..1.
+    `largest_entropy_lost` is that of a block of 64 px: what rounding did is known only so far, as the teacher is not asked
+    (`verify-cache --level parity` asks it). `without_spread` names the figures by which no tile is judged, because more than
+    half of the tiles agree in them; with fewer than `MIN_TILES` tiles none is judged by any.
+    """
+
+    kind: str
+    classes: list[str]
+    pixels: int
+    shard_bytes: int
+    error_bound: float
+    entropy: float
+    confidence: float
+    entropy_lost: float
+    largest_entropy_lost: float
+    shares: list[float]
+    argmax_shares: list[float]
+    entropy_histogram: list[int]
+    confidence_histogram: list[int]
+    tiles: list[TileStatistics]
+    outliers: list[Outlier]
+    without_spread: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the tiles as in the table."""
+        plain = {key: value for key, value in vars(self).items() if key not in {"tiles", "outliers"}}
+        return {
+            **plain,
+            "entropy_bins": [0.0, math.log(len(self.classes))],
+            "confidence_bins": [0.0, 1.0],
+            "bytes_per_pixel": self.shard_bytes / self.pixels,
+            "outlier_score": OUTLIER_SCORE,
+            "outliers": [vars(outlier) for outlier in self.outliers],
+            "tiles": list(self.rows()),
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row a tile for a table: its figures, shares by class, and the largest outlier score (None if it is none)."""
+        scores: dict[str, Outlier] = {}
+        for outlier in self.outliers:  # the largest come first
+            scores.setdefault(outlier.tile, outlier)
+        for tile in self.tiles:
+            worst = scores.get(tile.tile)
+            yield {
+                "tile": tile.tile,
+                "height": tile.height,
+                "width": tile.width,
+                "shard_bytes": tile.shard_bytes,
+                "bytes_per_pixel": tile.bytes_per_pixel,
+                "entropy": tile.entropy,
+                "entropy_lost": tile.entropy_lost,
+                "largest_entropy_lost": tile.largest_entropy_lost,
+                "confidence": tile.confidence,
+                **{f"share {name}": share for name, share in zip(self.classes, tile.shares, strict=True)},
+                **{f"argmax {name}": share for name, share in zip(self.classes, tile.argmax_shares, strict=True)},
+                "outlier_in": worst.figure if worst else None,
+                "outlier_score": worst.score if worst else None,
+            }
+
+
+def open_as_answered(path: str) -> SoftTargetCache:
+    """The cache at a folder or URL; logits as the probabilities of the teacher's own classes, at T 1: no configuration is asked."""
+    storage = open_storage(path)
+    manifest = read_manifest(storage)
+    if not isinstance(manifest.recipe, LogitsRecipe):
+        return SoftTargetCache(storage, manifest)
+    own_classes = np.eye(len(manifest.recipe.channels), dtype=np.float32)
+    return SoftTargetCache(storage, manifest, Softening(1.0, own_classes))
+
+
+def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lambda: None) -> CacheStatistics:
+    """
+    The statistics of all tiles of a cache as `open_as_answered` opens it, each block read once. `on_tile` is called once a
+    tile is done.
+
+    Raises `CorruptCache` where a tile is damaged.
+    """
+    import dask
+
+    manifest = cache.manifest
+    if not manifest.tiles:
+        raise IncompleteCache("the cache has no tiles, and so no statistics")
+    classes = manifest.recipe.channels
+    tiles: list[TileStatistics] = []
+    histograms = np.zeros((2, BINS), dtype=np.int64)
+    for start in range(0, len(manifest.tiles), TILES_AT_ONCE):
+        batch = manifest.tiles[start : start + TILES_AT_ONCE]
+        lazy = [_reductions(cache, record) for record in batch]
+        for record, found in zip(batch, dask.compute(lazy, scheduler="threads", num_workers=THREADS)[0], strict=True):
+            sums_C, argmax_C, entropy, confidence, by_entropy, by_confidence = found
+            pixels = record.height * record.width
+            histograms += np.stack([by_entropy, by_confidence])
+            tiles.append(
+                TileStatistics(
+                    tile=record.id, height=record.height, width=record.width, shard_bytes=record.shard_bytes,
+                    entropy=float(entropy) / pixels, entropy_lost=cache.entropy_error(record.id),
+                    largest_entropy_lost=cache.largest_entropy_error(record.id),
+                    confidence=float(confidence) / pixels,
+                    shares=(sums_C / pixels).tolist(), argmax_shares=(argmax_C / pixels).tolist(),
+                )
+            )  # fmt: skip
+            on_tile()
+    weights = np.array([tile.pixels for tile in tiles], dtype=np.float64)
+    outliers, without_spread = find_outliers(tiles, classes)
+
+    def mean(figures: Sequence[Any]) -> Any:
+        return (weights @ np.asarray(figures, dtype=np.float64) / weights.sum()).tolist()
+
+    return CacheStatistics(
+        kind=manifest.recipe.kind,
+        classes=classes,
+        pixels=int(weights.sum()),
+        shard_bytes=sum(tile.shard_bytes for tile in tiles),
+        error_bound=probability_bound(manifest, temperature=1),
+        entropy=mean([tile.entropy for tile in tiles]),
+        confidence=mean([tile.confidence for tile in tiles]),
+        entropy_lost=mean([tile.entropy_lost for tile in tiles]),
+        largest_entropy_lost=max((tile.largest_entropy_lost for tile in tiles), key=abs),
+        shares=mean([tile.shares for tile in tiles]),
+        argmax_shares=mean([tile.argmax_shares for tile in tiles]),
+        entropy_histogram=histograms[0].tolist(),
+        confidence_histogram=histograms[1].tolist(),
+        tiles=tiles,
+        outliers=outliers,
+        without_spread=without_spread,
+    )
+
+
+def _blocks(cache: SoftTargetCache, record: TileRecord) -> da.Array:
+    """
+    A tile `(C, H, W)` as a dask array in blocks of `BLOCK_PX`, each read when it is asked for.
+
+    Stored integers of soft targets, whose logarithms are looked up; of logits float32 probabilities.
+    """
+    import dask.array as da
+
+    recipe = cache.manifest.recipe
+    logits = isinstance(recipe, LogitsRecipe)
+
+    def read(block_info: Any = None) -> NDArray[Any]:
+        _, (top, bottom), (left, right) = block_info[None]["array-location"]
+        window = (top, left, bottom - top, right - left)
+        return cache.read(record.id, window) if logits else cache.read_units(record.id, window)
+
+    dtype = np.dtype("float32") if logits else recipe.dtype
+    sides = (da.core.normalize_chunks(BLOCK_PX, shape=(side,))[0] for side in (record.height, record.width))
+    chunks = ((len(recipe.channels),), *sides)
+    return da.map_blocks(read, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+
+
+def _reductions(cache: SoftTargetCache, record: TileRecord) -> tuple[Any, ...]:
+    """Lazily: sums of probability and counts of argmax by class, sums of entropy and confidence, and the histograms of both."""
+    import dask.array as da
+
+    blocks_CHW, recipe = _blocks(cache, record), cache.manifest.recipe
+    num_classes, largest = len(recipe.channels), math.log(len(recipe.channels))
+    if isinstance(recipe, LogitsRecipe):
+        scale = 1
+        terms_CHW = blocks_CHW.map_blocks(lambda p: -p * np.log(np.maximum(p, 1e-30)), dtype=np.float32)
+        sums_C = blocks_CHW.sum(axis=(1, 2), dtype=np.float64)
+    else:
+        scale = recipe.levels
+        levels = np.arange(scale + 1, dtype=np.float64) / scale
+        terms = -levels * np.log(np.where(levels > 0, levels, 1))
+        terms_CHW = blocks_CHW.map_blocks(lambda units: terms[units], dtype=np.float64)
+        sums_C = blocks_CHW.sum(axis=(1, 2), dtype=np.uint64)
+    entropy_HW = da.minimum(terms_CHW.sum(axis=0), largest)
+    confidence_HW = da.minimum(blocks_CHW.max(axis=0) / scale, 1)
+    return (
+        sums_C / scale,
+        da.bincount(blocks_CHW.argmax(axis=0).ravel(), minlength=num_classes),
+        entropy_HW.sum(dtype=np.float64),
+        confidence_HW.sum(dtype=np.float64),
+        da.histogram(entropy_HW, bins=BINS, range=(0, largest))[0],
+        da.histogram(confidence_HW, bins=BINS, range=(0, 1))[0],
+    )
+
+
+def find_outliers(tiles: Sequence[TileStatistics], classes: Sequence[str]) -> tuple[list[Outlier], list[str]]:
+    """
+    Tiles unlike the others, the farthest first, and the figures in which more than half of the tiles agree.
+
+    A tile is one if in entropy, confidence, bytes a pixel or a class's share its modified z-score, 0.6745 (x - median) / MAD,
+    lies beyond ±3.5 (Iglewicz and Hoaglin, 1993). Tiles count alike, however large they are.
+    """
+    if len(tiles) < MIN_TILES:
+        return [], []
+    figures = {
+        "entropy": [tile.entropy for tile in tiles],
+        "confidence": [tile.confidence for tile in tiles],
+        "bytes_per_pixel": [tile.bytes_per_pixel for tile in tiles],
+        **{f"share {name}": [tile.shares[i] for tile in tiles] for i, name in enumerate(classes)},
+    }
+    outliers, without_spread = [], []
+    for figure, listed in figures.items():
+        values = np.array(listed)
+        median = np.median(values)
+        spread = np.median(np.abs(values - median))
+        if spread == 0:
+            without_spread.append(figure)
+            continue
+        scores = MAD_TO_SIGMA * (values - median) / spread
+        outliers += [
+            Outlier(tiles[i].tile, figure, values[i].item(), median.item(), scores[i].item())
+            for i in np.flatnonzero(np.abs(scores) > OUTLIER_SCORE).tolist()
+        ]
+    return sorted(outliers, key=lambda outlier: -abs(outlier.score)), without_spread
+
+
+def write_table(statistics: CacheStatistics, path: Path) -> None:
+    """
+    One row a tile (see `CacheStatistics.rows`), as CSV or Parquet by the name's ending.
+
+    Raises `ConfigError` for another ending, and for Parquet without pyarrow.
+    """
+    require_table_format(path)
+    rows = list(statistics.rows())
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def require_table_format(path: Path) -> None:
+    """Raise `ConfigError`, before any work, for a table that cannot be written."""
+    from importlib.util import find_spec
+
+    if path.suffix not in {".csv", ".parquet"}:
+        raise ConfigError(f"--table {path}: expected a name that ends in .csv or .parquet")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(f"--table {path}: Parquet needs pyarrow (pip install 'kdpipe[parquet]'); .csv needs nothing")

@@ -1,0 +1,116 @@
+"""The batches that the teacher answers at once: which tiles, the same in every run, and their images, read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.cache.recipe import CacheRecipe
+from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import batches_of_equal_size
+from kdpipe.pipeline.precompute.subjects import Subject, WholeTile
+from kdpipe.pipeline.teacher.frozen import answers_in_bands
+
+ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
+HEADER_READERS = 16  # threads that ask images for their size, which wait on a network's file system
+HEADERS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """
+    One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read.
+
+    A `scene` has neither: it is read while the teacher is asked.
+    """
+
+    tiles: list[Subject]
+    digests: dict[str, ImageDigest]
+    images_NHWC: NDArray[np.uint8] | None
+    failed: dict[str, str]
+    scene: WholeTile | None = None
+
+
+def teacher_batch_size(config: Config, device: torch.device) -> int:
+    """Tiles of equal size in a forward pass: the smallest that a teacher's configuration says, or what is usual on the device."""
+    usual = 1 if device.type == "cpu" else ACCELERATOR_BATCH
+    return min(member.batch_size or usual for member in config.members.values())
+
+
+def make_batches(
+    tiles: Sequence[Subject], finished: Mapping[str, TileRecord], batch_size: int
+) -> tuple[list[list[Subject]], dict[str, str]]:
+    """
+    Batches of equal size of all tiles, not of the missing ones alone, and why a tile's header cannot be read, by id.
+
+    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones. An image
+    without a readable header is taken to be as large as the one before it: it keeps its place, and fails when it is read.
+    """
+    if batch_size == 1:
+        return [[tile] for tile in tiles], {}
+
+    def size_of(tile: Subject) -> tuple[int, int] | DataError:
+        record = finished.get(tile.id)
+        try:
+            return (record.height, record.width) if record else tile.size()
+        except DataError as err:
+            return err
+
+    sizes: list[tuple[int, int] | None] = []
+    failed = {}
+    with ThreadPoolExecutor(HEADER_READERS) as threads:
+        for start in range(0, len(tiles), HEADERS_AT_ONCE):
+            block = tiles[start : start + HEADERS_AT_ONCE]
+            for tile, found in zip(block, threads.map(size_of, block), strict=True):
+                if isinstance(found, DataError):
+                    failed[tile.id] = str(found)
+                    sizes.append(sizes[-1] if sizes else None)
+                else:
+                    sizes.append(found)
+    first = next((size for size in sizes if size), (0, 0))  # of tiles before any that is readable
+    return [
+        [tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)
+    ], failed
+
+
+def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
+    """As `load_batch`, but for a single tile that is larger than the teacher's window: memory is to be flat, whatever its size."""
+    (first, *others) = batch
+    try:
+        if not others and isinstance(first, WholeTile) and answers_in_bands(recipe, (1, *first.size(), 3)):
+            return LoadedBatch(batch, {}, None, {}, scene=first)
+    except DataError:  # which reading says again
+        pass
+    return load_batch(batch)
+
+
+def load_batch(batch: list[Subject]) -> LoadedBatch:
+    """
+    The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
+    would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
+    """
+    images: list[NDArray[np.uint8] | None] = []
+    digests, failed = {}, {}
+    for tile in batch:
+        try:
+            image_HWC, digest = tile.load()
+        except (DataError, OSError) as err:
+            failed[tile.id] = str(err)
+            images.append(None)
+            continue
+        digests[tile.id] = digest
+        images.append(image_HWC)
+    whole = next((image for image in images if image is not None), None)
+    if whole is None:
+        return LoadedBatch(batch, digests, None, failed)
+    if len(images) == 1:
+        return LoadedBatch(batch, digests, whole[None], failed)
+    images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
+    return LoadedBatch(batch, digests, images_NHWC, failed)

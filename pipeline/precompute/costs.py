@@ -1,0 +1,72 @@
+"""
+What stage one has cost so far, noted in a file beside a cache on this disk, so that a training run can say what it saved.
+
+Not within the cache: its bytes are the same however it came about. Nothing depends on the note but what is printed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.precompute.plan import Summary
+
+SUFFIX = ".costs.json"
+
+
+class StageOneCosts(BaseModel):
+    """Sums over all runs that stored tiles of one recipe: seconds, those of the teacher, tiles (or views), pixels and bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe_sha256: str
+    seconds: PositiveFloat
+    teacher_seconds: PositiveFloat
+    tiles: PositiveInt
+    pixels: PositiveInt
+    bytes: PositiveInt
+
+
+def costs_file(cache_path: str) -> Path | None:
+    """Where they are noted; None for a cache that is not on this disk."""
+    return None if "://" in cache_path else Path(f"{cache_path.rstrip('/')}{SUFFIX}")
+
+
+def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
+    """What is noted of a cache of this recipe; None where nothing is, or it cannot be read."""
+    file = costs_file(cache_path)
+    with suppress(OSError, ValidationError):
+        found = StageOneCosts.model_validate_json(file.read_bytes()) if file else None
+        return found if found and found.recipe_sha256 == recipe_sha256 else None
+    return None
+
+
+def note_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
+    """Add a run to what is noted; one that stored nothing, or whose note cannot be written, leaves it as it is."""
+    file = costs_file(cache_path)
+    if file is None or not summary.computed or not summary.teacher_seconds:
+        return
+    before = read_costs(cache_path, recipe_sha256) if summary.kept else None  # of a cache that was deleted since
+    total = StageOneCosts(
+        recipe_sha256=recipe_sha256,
+        seconds=summary.seconds + (before.seconds if before else 0),
+        teacher_seconds=summary.teacher_seconds + (before.teacher_seconds if before else 0),
+        tiles=summary.computed + (before.tiles if before else 0),
+        pixels=summary.pixels + (before.pixels if before else 0),
+        bytes=summary.bytes_written + (before.bytes if before else 0),
+    )
+    with suppress(OSError):  # half of a note is none
+        file.write_text(total.model_dump_json() + "\n", encoding="utf-8")
+
+
+def teacher_seconds(config: Config, total: float, tiles: int, pixels: int) -> tuple[float, float]:
+    """
+    A live teacher's for a whole tile of the mean size and for a crop, if it took `total` for so many tiles (or views) of so many pixels.
+
+    Where it sees recorded crops, both are those of a crop.
+    """
+    tile = total / tiles
+    return tile, tile if config.distill.teacher_view == "crop" else total / pixels * config.train.crop**2

@@ -1,0 +1,124 @@
+"""What a configuration says about a cache: the recipe of its values, and whether a cache on disk still follows it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdpipe.cache.encoding.logits import Softening
+from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
+from kdpipe.cache.encoding.simplex import levels_of
+from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
+from kdpipe.cache.tile import CHUNK_PX
+from kdpipe.configs.errors import CheckpointError, StaleCache
+from kdpipe.configs.schema import Config, Teacher
+from kdpipe.pipeline.models.normalize import mean_std
+
+
+def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | None) -> dict[str, Any]:
+    """
+    The fields of a cache's recipe that the configuration decides; logits know no temperature, class map or student's classes.
+
+    Of each teacher, without `precision` where that is `auto` (any recorded one will do), and without `checkpoint_sha256`
+    where the file is not on this disk (training from the cache does not need it).
+    """
+    mapped = {
+        "classes": config.classes.names,
+        "class_map": config.class_map_matrix().tolist(),
+        "temperature": config.distill.temperature,
+        "levels": levels_of(config.cache.bits, len(config.classes.names)),
+        "key_row_px": KEY_ROW_PX,
+    }
+    return {
+        "teachers": [_teacher_fields(member) for member in config.members.values()],
+        "bands": list(config.data.bands),
+        "stretch": [list(pair) for pair in stretch] if stretch else None,
+        **(mapped if config.cache.kind == "soft" else {}),
+        "kind": config.cache.kind,
+        "bits": config.cache.bits,
+        "chunk_px": CHUNK_PX,
+        "views": _views_fields(config),
+    }
+
+
+def _views_fields(config: Config) -> dict[str, Any] | None:
+    """
+    How recorded views are drawn; None where the teacher sees whole tiles.
+
+    Neither how many there are (more of them are more tiles: those that are there stay) nor how many an epoch shows.
+    """
+    if config.distill.teacher_view == "tile":
+        return None
+    train = config.train
+    return {
+        "crop": train.crop,
+        "scales": train.scales,
+        "max_class_share": train.max_class_share,
+        "mosaic": train.mosaic,
+        "photometric": train.photometric,
+        "ignore_index": config.classes.ignore_index,
+    }
+
+
+def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
+    mean, std = mean_std(teacher.normalize)
+    fields: dict[str, Any] = {
+        "architecture": teacher.architecture.lower(),
+        "encoder": teacher.encoder,
+        "classes": teacher.classes,
+        "drop_channels": sorted(teacher.drop_channels),
+        "weight": teacher.weight,
+        "normalize_mean": mean,
+        "normalize_std": std,
+        "tta": teacher.tta,
+        "scales": teacher.scales,
+        "window": teacher.window,
+    }
+    if teacher.precision != "auto":
+        fields["precision"] = teacher.precision
+    if Path(teacher.checkpoint).is_file():
+        fields["checkpoint_sha256"] = file_sha256(teacher.checkpoint)
+    return fields
+
+
+def complete_recipe(
+    config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: CacheRecipe | None
+) -> CacheRecipe:
+    """
+    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32 (see `precision.resolved`).
+
+    Raises `CheckpointError` where a teacher's file is missing.
+    """
+    fields = expected_fields(config, stretch)
+    before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
+    for i, (key, member) in enumerate(config.members.items()):
+        teacher = fields["teachers"][i]
+        if "checkpoint_sha256" not in teacher:
+            raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
+        teacher.setdefault("precision", before[i].precision if before else "fp32")
+    return parse_recipe(fields)
+
+
+def configured_softening(config: Config) -> Softening | None:
+    """How the configuration reads a cache of logits; None for one of soft targets."""
+    if config.cache.kind == "soft":
+        return None
+    return Softening(config.distill.temperature, config.class_map_matrix())
+
+
+def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -> None:
+    """Raise `StaleCache`, naming every field in which a cache differs from what the configuration expects."""
+    changed = differences(recipe, expected)
+    if changed:
+        raise StaleCache(
+            f"{url} was made from something else than what is configured: {'; '.join(changed)}. "
+            "Set the configuration back, or run `kdpipe precompute-teacher` into another cache.path"
+        )
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Maps of whole scenes, and exported students."""

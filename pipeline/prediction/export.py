@@ -1,0 +1,336 @@
+"""
+A student as a file that other programs run: ONNX, TorchScript, or torch.export's pt2; kept only if it answers as the checkpoint does.
+
+ONNX and TorchScript are recorded by tracing, with the padding that a network needs inside the graph, so that they take images of any
+size. torch.export cannot: it proves its graph for all sizes at once, and does so for multiples of 32 px (and not for padding, nor for the
+smallest maps, where a window of attention holds everything). Its own road to ONNX has the same limits and takes minutes: the tracing
+exporter is used although torch calls it deprecated.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, KdpipeError
+from kdpipe.configs.outputs import output_path
+from kdpipe.data.rasters import read_image
+from kdpipe.data.scenes import list_scenes
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import STRIDE, padded_logits
+from kdpipe.pipeline.prediction.model import (
+    CARD_KEY,
+    INPUT,
+    INSTALL,
+    ONNX_SUFFIX,
+    OTHER_SUFFIXES,
+    OUTPUT,
+    PROVIDERS,
+    Card,
+    card_of,
+    open_session,
+    require_onnxruntime,
+)  # fmt: skip
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
+
+Format = Literal["onnx", "torchscript", "pt2"]
+SUFFIXES: dict[Format, str] = {"onnx": ONNX_SUFFIX, "torchscript": OTHER_SUFFIXES[0], "pt2": OTHER_SUFFIXES[1]}
+CARD_FILE = "kdpipe.json"  # within a TorchScript or pt2 archive
+OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 reads it
+PT2_LEAST_PX, PT2_MOST_PX = 288, 65536
+SIZES: dict[Format, str] = {
+    "onnx": "any size",
+    "torchscript": "any size",
+    "pt2": f"sides that are multiples of {STRIDE} px, from {PT2_LEAST_PX} px up",
+}
+# A file's kernels add in another order: measured 3e-7 to 3e-5. Far below the 0.002 by which a stored probability is rounded.
+MAX_DIFFERENCE = 1e-3
+VERIFIED_TILES = 4  # spread over all there are
+EXAMPLE = (2, 3, 97, 130)  # of a trace: no side a multiple of the stride, none of them alike
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The file, and what verifying it found: over `images` made of `tiles`, compared pixel by pixel with the checkpoint."""
+
+    file: str
+    format: Format
+    network: str
+    classes: list[str]
+    sizes: str
+    tiles: int
+    images: int
+    pixels: int
+    largest_difference: float
+    same_class: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class AnySize(nn.Module):
+    """A student in one graph for all sizes: mirrored to multiples of `STRIDE` as `views.padded_logits` does, and cropped back."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.eval()  # else torch.onnx.export would put the student back into training mode with it
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits `(N, C, H, W)` of normalised images `(N, 3, H, W)`."""
+        height, width = images_NCHW.shape[-2:]
+        padded = images_NCHW
+        for dim, size in ((-2, height), (-1, width)):
+            # Without a branch on sizes. Rounded up as sums of positive numbers: ONNX rounds a negative quotient up, Python down.
+            target = (size + STRIDE - 1) // STRIDE * STRIDE
+            last = torch.arange(size, device=padded.device)[-1]
+            period = (2 * last).clamp(min=1)
+            position = torch.arange(target, device=padded.device) % period
+            padded = padded.index_select(dim, torch.minimum(torch.minimum(position, period - position), last))
+        logits: Tensor = self.student(padded)
+        return logits[..., :height, :width]
+
+
+def export_student(
+    checkpoint: str | Path,
+    format_: Format,
+    out: str | Path | None = None,
+    *,
+    tiles: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """
+    Write the student of a checkpoint to `out` (beside the checkpoint by default), and compare its answers with the checkpoint's.
+
+    `tiles` are images or folders of them, by default those of the `data.val` of the checkpoint's config. The file is at `out` only once it
+    has passed. Raises `CheckpointError` for the checkpoint, `ConfigError` where a package is missing, the file is there already, or there
+    is nothing to verify with, `DataError` for images, and `KdpipeError` where the network cannot be exported or answers otherwise.
+    """
+    progress = progress or Silent()
+    if format_ == "onnx":
+        _require_onnx()
+    trained = load_trained(checkpoint)
+    file = output_path(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), "--out")
+    if file.exists() and not overwrite:
+        raise ConfigError(f"{file} is there already: choose another --out, or add --overwrite to replace it")
+    images = _images(trained, tiles)
+    card = card_of(trained, checkpoint, SIZES[format_])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        progress.say(f"exporting {card.network} as {format_}")
+        with _explained(format_, card.network):
+            WRITERS[format_](trained.student, partial, card)
+        found = _compare(trained, READERS[format_](partial), images, format_, progress)
+        result = Exported(str(file), format_, card.network, card.classes, card.sizes, len(images), *found)
+        if not result.largest_difference <= MAX_DIFFERENCE:
+            raise KdpipeError(
+                f"the {format_} file of {checkpoint} answers otherwise than the checkpoint: a probability differs by "
+                f"{result.largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
+            )
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def read_card(path: str | Path) -> Card:
+    """
+    What an exported file says of itself, whichever of the three formats it has; TorchScript and pt2 are told from their suffixes.
+
+    Raises `CheckpointError` where it is none that `kdpipe export` wrote.
+    """
+    content = {CARD_FILE: ""}
+    if Path(path).suffix == SUFFIXES["onnx"]:
+        session = open_session(Path(path), [PROVIDERS["cpu"]])
+        content[CARD_FILE] = session.get_modelmeta().custom_metadata_map.get(CARD_KEY, "")
+    elif Path(path).suffix == SUFFIXES["pt2"]:
+        torch.export.load(path, extra_files=content)
+    else:
+        _load_torchscript(Path(path), content)
+    text = content[CARD_FILE]
+    if not text:
+        raise CheckpointError(f"{path} does not say what it is: expected a file that `kdpipe export` wrote")
+    return Card.model_validate_json(text)
+
+
+def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
+    import onnx
+
+    axes = {0: "n", 2: "height", 3: "width"}
+    torch.onnx.export(
+        AnySize(student),
+        (torch.randn(EXAMPLE),),
+        str(file),
+        dynamo=False,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_axes={INPUT: axes, OUTPUT: axes},
+    )
+    model = onnx.load(str(file))
+    onnx.helper.set_model_props(model, {CARD_KEY: card.model_dump_json()})
+    model.producer_name, model.producer_version = "kdpipe", card.kdpipe
+    onnx.checker.check_model(model)
+    onnx.save(model, str(file))
+
+
+def _write_torchscript(student: nn.Module, file: Path, card: Card) -> None:
+    trace: Any = torch.jit.trace
+    graph = trace(AnySize(student), torch.randn(EXAMPLE), check_trace=False)
+    torch.jit.save(graph, file, _extra_files={CARD_FILE: card.model_dump_json()})
+
+
+def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
+    sides = {
+        dim: STRIDE * torch.export.Dim(name, min=PT2_LEAST_PX // STRIDE, max=PT2_MOST_PX // STRIDE)
+        for dim, name in ((2, "rows"), (3, "columns"))
+    }
+    shapes = ({0: torch.export.Dim("n"), **sides},)
+    example = torch.randn(2, 3, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
+    program = torch.export.export(student, (example,), dynamic_shapes=shapes)
+    with file.open("wb") as stream:  # by name, torch insists on its own suffix
+        torch.export.save(program, stream, extra_files={CARD_FILE: card.model_dump_json()})
+
+
+def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
+    session = open_session(file, [PROVIDERS["cpu"]])
+    return lambda inputs_NCHW: torch.from_numpy(session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})[0])
+
+
+def _read_torchscript(file: Path) -> Callable[[Tensor], Tensor]:
+    graph: Callable[[Tensor], Tensor] = _load_torchscript(file, {})
+    return graph
+
+
+def _load_torchscript(file: Path, extra_files: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        # torch's, of TorchScript as a whole: its class depends on the version.
+        warnings.filterwarnings("ignore", message="`torch.jit.load` is")
+        load: Any = torch.jit.load
+        return load(file, map_location="cpu", _extra_files=extra_files)
+
+
+def _read_pt2(file: Path) -> Callable[[Tensor], Tensor]:
+    with file.open("rb") as stream:
+        program = torch.export.load(stream)
+    module: Callable[[Tensor], Tensor] = program.module()
+    return module
+
+
+WRITERS: dict[Format, Callable[[nn.Module, Path, Card], None]] = {
+    "onnx": _write_onnx,
+    "torchscript": _write_torchscript,
+    "pt2": _write_pt2,
+}
+READERS: dict[Format, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+    "onnx": _read_onnx,
+    "torchscript": _read_torchscript,
+    "pt2": _read_pt2,
+}
+
+
+def _require_onnx() -> None:
+    require_onnxruntime()
+    try:
+        import onnx  # noqa: F401
+    except ImportError as err:
+        raise ConfigError(f"--format onnx needs the package onnx, which is not installed here: {INSTALL}") from err
+
+
+def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
+    """Some of the tiles, uint8 `(H, W, 3)`, evenly spread over all."""
+    data = trained.config.data
+    folders = tiles or [str(Path(root) / data.images) for root in data.val]
+    if not folders:
+        raise ConfigError(
+            "there is nothing to verify the file with, as data.val names no tiles: name images with --tiles"
+        )
+    try:
+        paths = list_scenes(folders)
+    except DataError as err:
+        raise ConfigError(f"there is nothing to verify the file with: {err}; name images with --tiles") from err
+    chosen = (
+        [paths[i * len(paths) // VERIFIED_TILES] for i in range(VERIFIED_TILES)]
+        if len(paths) > VERIFIED_TILES
+        else paths
+    )
+    return [read_image(Path(path), data.bands, trained.stretch) for path in chosen]
+
+
+@torch.inference_mode()
+def _compare(
+    trained: Trained,
+    run: Callable[[Tensor], Tensor],
+    images: Sequence[NDArray[np.uint8]],
+    format_: Format,
+    progress: Progress,
+) -> tuple[int, int, float, float]:
+    """Images and pixels compared, the largest difference of a probability, and the share of pixels with the same class, 0..1."""
+    count = pixels = same = 0
+    largest = 0.0
+    with progress.bar("verify", len(images), "tiles") as advance:
+        for image_HWB in images:
+            for part_NCHW in _parts(image_HWB, format_):
+                inputs_NCHW = normalized(part_NCHW, trained.config.student.normalize)
+                expected = padded_logits(trained.student, inputs_NCHW)
+                found = run(inputs_NCHW)
+                if found.shape != expected.shape:
+                    raise KdpipeError(
+                        f"the {format_} file answers images of {tuple(inputs_NCHW.shape)} with {tuple(found.shape)}, expected "
+                        f"{tuple(expected.shape)}: its size is not dynamic. Try another --format"
+                    )
+                difference = (found.softmax(dim=1) - expected.softmax(dim=1)).abs().max().item()
+                largest = difference if difference > largest or np.isnan(difference) else largest
+                same += int((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+                count, pixels = count + len(inputs_NCHW), pixels + expected[:, 0].numel()
+            advance(1)
+    return count, pixels, largest, same / pixels
+
+
+def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
+    """The image as a whole, and two corners of it as one batch: two sizes, neither the traced one. For pt2, of sizes it takes."""
+    image_NCHW = torch.from_numpy(image_HWB).permute(2, 0, 1)[None]
+    height, width = image_NCHW.shape[-2:]
+    if format_ != "pt2":
+        yield image_NCHW
+        h, w = (height + 1) // 2, (width * 2 + 2) // 3
+        yield torch.cat([image_NCHW[..., :h, :w], image_NCHW[..., height - h :, width - w :]])
+        return
+    # Repeated where an image is smaller than the least: its pixels stay real.
+    repeats = [1, 1, *(-(-PT2_LEAST_PX // size) for size in (height, width))]
+    image_NCHW = image_NCHW.repeat(repeats)
+    height, width = (size // STRIDE * STRIDE for size in image_NCHW.shape[-2:])
+    yield image_NCHW[..., :height, :width]
+    least = PT2_LEAST_PX
+    yield torch.cat([image_NCHW[..., :least, :least], image_NCHW[..., -least:, -least:]])
+
+
+@contextmanager
+def _explained(format_: Format, network: str) -> Iterator[None]:
+    """What an exporter raises, as a `KdpipeError`; its own warnings are none of the user's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except KdpipeError:
+        raise
+    except Exception as err:  # torch's exporters raise classes of many modules
+        raise KdpipeError(
+            f"{network} cannot be written as {format_}: {str(err).strip().splitlines()[0]}. Try another --format, or --debug for all of it"
+        ) from err

@@ -1,0 +1,330 @@
+"""
+Maps of scenes of any size: windows with overlap, blended, in memory that does not grow with a scene's height.
+
+Of a scene are held a strip of one row of windows, 3 bytes a pixel, and its logits, 4 bytes a pixel and class. What is written is
+final: argmax of the blended logits, softmax of them where probabilities are asked for.
+
+Shapes: N windows, C classes, B bands, H W pixels of a scene, h w of a strip or a window.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.configs.errors import ConfigError, DataError, Interrupted, KdpipeError
+from kdpipe.configs.outputs import output_path
+from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_layer, new_map, probability_layer
+from kdpipe.data.scenes import Scene, list_scenes, open_scene
+from kdpipe.pipeline.memory import fits_in_memory, sized
+from kdpipe.pipeline.models.views import STRIDE
+from kdpipe.pipeline.models.windows import Span, spans
+from kdpipe.pipeline.progress import Advance, Progress, Silent
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.prediction.model import Predictor
+
+WINDOW_PX = 1024
+OVERLAP_PX = 128  # see `windows.MARGIN` for what it costs to have less
+GPU_BATCH = 4  # windows of 1024 px fill a GPU; a CPU gains nothing from more than one at a time
+ROWS_AT_ONCE = 64  # of a strip, whose classes and probabilities are taken together
+
+CLASSES, CONFIDENCE, PROBABILITIES = "classes", "confidence", "probabilities"
+SUFFIXES = {CLASSES: ".tif", CONFIDENCE: ".confidence.tif", PROBABILITIES: ".probabilities.tif"}
+
+
+@dataclass
+class Map:
+    """A map that was written: of which scene, where, and how many pixels each class has."""
+
+    scene: str
+    files: dict[str, str]
+    height: int
+    width: int
+    pixels: dict[str, int]
+    no_data: int
+    seconds: float
+
+
+@dataclass
+class MapSummary:
+    """What `predict` did; `failed` are scenes with the reason why there is no map of them."""
+
+    model: str
+    device: str
+    tta: str
+    window: int
+    overlap: int
+    classes: list[str]
+    maps: list[Map] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def predict(
+    predictor: Predictor,
+    inputs: Sequence[str],
+    out: str | Path,
+    *,
+    window: int = WINDOW_PX,
+    overlap: int = OVERLAP_PX,
+    batch_size: int | None = None,
+    confidence: bool = False,
+    probabilities: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> MapSummary:
+    """
+    Write a map of each scene that `inputs` name (`list_scenes`) into the folder `out`, and say what was written.
+
+    A scene that cannot be read is named in the result, and the others go on. Away from the borders of windows of `window` px, which share
+    `overlap` px, a map is that of asking for the whole scene. `batch_size` windows are asked at once. Raises `ConfigError` for sizes that
+    cannot be, `DataError` for inputs that name nothing, maps that would have one name, or are there already unless `overwrite`,
+    `KdpipeError` where a map cannot be written or an answer is not finite, `Interrupted` where `stop` was set.
+    """
+    _check_sizes(window, overlap)
+    progress, stop = progress or Silent(), stop or threading.Event()
+    folder = output_path(out, "--out")
+    kinds = [CLASSES, *([CONFIDENCE] if confidence else []), *([PROBABILITIES] if probabilities else [])]
+    targets = _targets(list_scenes(inputs), folder, kinds, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
+    card = predictor.card
+    summary = MapSummary(predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes))
+    counts = {}
+    for scene_path in targets:
+        try:
+            with open_scene(scene_path, card.bands, card.stretch) as scene:
+                counts[scene_path] = _num_windows(scene, window, overlap)
+        except DataError as err:
+            summary.failed[scene_path] = str(err)
+    drawer = _Drawer(predictor, window, overlap, batch_size or (GPU_BATCH if predictor.device != "cpu" else 1), stop)
+    with progress.bar("predict", sum(counts.values()), "windows") as advance:
+        for scene_path, total in counts.items():
+            counted = _Counted(advance)
+            try:
+                summary.maps.append(drawer.draw(scene_path, targets[scene_path], counted))
+            except DataError as err:
+                summary.failed[scene_path] = str(err)
+                advance(total - counted.done)
+            except Interrupted as err:
+                raise Interrupted(
+                    f"stopped in {scene_path}, of which nothing is kept; {len(summary.maps)} of {len(targets)} scenes have their map in "
+                    f"{folder}: name the others to go on"
+                ) from err
+    return summary
+
+
+class _Drawer:
+    """Draws one scene after another."""
+
+    def __init__(self, predictor: Predictor, window: int, overlap: int, batch_size: int, stop: threading.Event) -> None:
+        self._predictor, self._window, self._overlap = predictor, window, overlap
+        self._batch_size, self._stop = batch_size, stop
+
+    def draw(self, path: str, files: dict[str, Path], advance: Advance) -> Map:
+        card, start = self._predictor.card, time.monotonic()
+        counts = np.zeros(len(card.classes), np.int64)
+        no_data = 0
+        with ExitStack() as stack:
+            scene = stack.enter_context(open_scene(path, card.bands, card.stretch))
+            # The map of classes is opened first, so that it is renamed last: where it is, the others are.
+            writers = {
+                kind: stack.enter_context(
+                    new_map(file, self._layer(kind), scene.height, scene.width, scene.georeference)
+                )
+                for kind, file in files.items()
+            }
+            for logits_ChW, data_hW in self._finished_rows(scene, advance):
+                classes_hW = _write_rows(logits_ChW, data_hW, writers, card.ignore_index)
+                counts += np.bincount(classes_hW[data_hW], minlength=len(counts))
+                no_data += int(data_hW.size - np.count_nonzero(data_hW))
+        return Map(
+            scene=path,
+            files={kind: str(file) for kind, file in files.items()},
+            height=scene.height,
+            width=scene.width,
+            pixels=dict(zip(card.classes, counts.tolist(), strict=True)),
+            no_data=no_data,
+            seconds=round(time.monotonic() - start, 3),
+        )
+
+    def _finished_rows(self, scene: Scene, advance: Advance) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
+        """
+        From top to bottom, logits float32 `(C, h, W)` that no further window adds to, and where there is data, bool `(h, W)`.
+
+        Both are valid until the next are asked for. Logits where no window has data are zero.
+        """
+        rows, columns = (spans(size, self._window, self._overlap) for size in (scene.height, scene.width))
+        side = len(rows[0].shares)
+        image_hWB = np.empty((side, scene.width, 3), np.uint8)
+        data_hW = np.empty((side, scene.width), np.bool_)
+        total_ChW = torch.zeros(len(self._predictor.card.classes), side, scene.width)
+        held = 0  # rows of the strip that the windows before have read
+        for row, below in zip(rows, [*rows[1:], None], strict=True):
+            height = min(side, scene.height - row.start)
+            if held < height:
+                image_hWB[held:height], data_hW[held:height] = scene.read(row.start + held, height - held)
+            self._add_windows(image_hWB[:height], data_hW[:height], total_ChW[:, :height], row, columns, scene, advance)
+            finished = below.start - row.start if below else height
+            yield total_ChW[:, :finished], data_hW[:finished]
+            held = height - finished
+            # Copies, as source and destination may overlap.
+            image_hWB[:held] = image_hWB[finished:height].copy()
+            data_hW[:held] = data_hW[finished:height].copy()
+            total_ChW[:, :held] = total_ChW[:, finished:height].clone()
+            total_ChW[:, held:] = 0
+
+    def _add_windows(
+        self,
+        image_hWB: NDArray[np.uint8],
+        data_hW: NDArray[np.bool_],
+        total_ChW: Tensor,
+        row: Span,
+        columns: Sequence[Span],
+        scene: Scene,
+        advance: Advance,
+    ) -> None:
+        """Ask for one row of windows, and add their shares to the strip's logits; all of a window without data stays no data."""
+        height, total_width = data_hW.shape
+        widths = [min(len(column.shares), total_width - column.start) for column in columns]
+        wanted = [
+            (column, width)
+            for column, width in zip(columns, widths, strict=True)
+            if data_hW[:, column.start : column.start + width].any()
+        ]
+        advance(len(columns) - len(wanted))
+        image_BhW = torch.from_numpy(image_hWB).permute(2, 0, 1)
+        for batch in _batches(wanted, self._batch_size):
+            if self._stop.is_set():
+                raise Interrupted("stopped")
+            width = batch[0][1]
+            images_NBhw = torch.stack([image_BhW[..., column.start : column.start + width] for column, _ in batch])
+            with fits_in_memory(
+                f"while asking for {sized('window', len(batch), height, width)}", _advice(self._window)
+            ):
+                logits_NChw = self._predictor.ask(images_NBhw)
+            if not torch.isfinite(logits_NChw).all():
+                raise KdpipeError(
+                    f"{self._predictor.origin} answers {scene.path} with numbers that are not finite near row {row.start}, column "
+                    f"{batch[0][0].start}: it cannot be drawn"
+                )
+            for (column, _), logits_Chw in zip(batch, logits_NChw, strict=True):
+                shares_hw = torch.outer(row.shares[:height], column.shares[:width])
+                total_ChW[..., column.start : column.start + width].addcmul_(logits_Chw, shares_hw)
+            advance(len(batch))
+
+    def _layer(self, kind: str) -> Layer:
+        card = self._predictor.card
+        tags = {
+            "model": f"{card.run} after step {card.step}, {card.network}",
+            "checkpoint_sha256": card.checkpoint_sha256,
+            "windows": f"{self._window} px, {self._overlap} px shared, TTA {self._predictor.tta}",
+            "TIFFTAG_SOFTWARE": f"kdpipe {card.kdpipe}",
+        }
+        if kind == CLASSES:
+            return class_layer(card.classes, card.palette, card.ignore_index, tags)
+        return probability_layer(["confidence"] if kind == CONFIDENCE else card.classes, tags)
+
+
+class _Counted:
+    """Passes on what advances the bar, and keeps count for the scene that ends early."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self.done = advance, 0
+
+    def __call__(self, steps: int = 1) -> None:
+        self.done += steps
+        self._advance(steps)
+
+
+def _write_rows(
+    logits_ChW: Tensor, data_hW: NDArray[np.bool_], writers: dict[str, RowWriter], no_class: int
+) -> NDArray[np.int64]:
+    """Write finished rows to all maps; returns the classes, `(h, W)`, also where there is no data."""
+    classes_hW = np.empty(data_hW.shape, np.int64)
+    for top in range(0, len(data_hW), ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        logits, data = logits_ChW[:, rows], data_hW[rows]
+        classes_hW[rows] = logits.argmax(dim=0).numpy()
+        if len(writers) == 1:
+            continue
+        stored = np.where(data, as_bytes(torch.softmax(logits, dim=0).numpy()), np.uint8(NO_PROBABILITY))
+        if PROBABILITIES in writers:
+            writers[PROBABILITIES].write(stored)
+        if CONFIDENCE in writers:
+            # Of stored probabilities, in which 255 is no data: there it stays 255.
+            writers[CONFIDENCE].write(stored.max(axis=0, keepdims=True))
+    dtype = np.uint8 if max(no_class, len(logits_ChW) - 1) <= np.iinfo(np.uint8).max else np.uint16
+    writers[CLASSES].write(np.where(data_hW, classes_hW, no_class).astype(dtype)[None])
+    return classes_hW
+
+
+def _batches(windows: Sequence[tuple[Span, int]], batch_size: int) -> Iterator[list[tuple[Span, int]]]:
+    """At most `batch_size` windows at a time, all of one width: the last may be cut off by the scene's border."""
+    for _, same in groupby(windows, key=lambda window: window[1]):
+        group = list(same)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _num_windows(scene: Scene, window: int, overlap: int) -> int:
+    return len(spans(scene.height, window, overlap)) * len(spans(scene.width, window, overlap))
+
+
+def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrite: bool) -> dict[str, dict[str, Path]]:
+    """The files of each scene's maps, by kind; `DataError` where two would be one, or one is there already or is an input."""
+    targets = {scene: {kind: folder / (_stem(scene) + SUFFIXES[kind]) for kind in kinds} for scene in scenes}
+    taken: dict[Path, str] = {}
+    sources = {Path(scene).resolve() for scene in scenes}
+    for scene, files in targets.items():
+        for file in files.values():
+            if file in taken:
+                raise DataError(
+                    f"{taken[file]} and {scene} would both have the map {file}: map them in two runs with an --out each, or rename one"
+                )
+            if file.resolve() in sources:
+                raise DataError(f"the map {file} would replace a scene that it is made from: choose another --out")
+            taken[file] = scene
+    present = [file for file in taken if file.exists()]
+    if present and not overwrite:
+        more = f" and {len(present) - 1} more maps are" if len(present) > 1 else " is"
+        raise DataError(f"{present[0]}{more} there already: choose another --out, or add --overwrite to replace them")
+    return targets
+
+
+def _stem(scene: str) -> str:
+    """A scene's name without folder and last suffix, of a path or a URL."""
+    return Path(scene.rstrip("/").rpartition("/")[2]).stem
+
+
+def _check_sizes(window: int, overlap: int) -> None:
+    for name, value, least in (("--window", window, 2 * STRIDE), ("--overlap", overlap, 0)):
+        if value < least or value % STRIDE:
+            raise ConfigError(
+                f"{name} must be a multiple of {STRIDE} px, from {least} up, so that windows meet in a network's grid; found {value}"
+            )
+    if overlap > window // 2:
+        raise ConfigError(f"--overlap must be at most half of --window, {window // 2} px, found {overlap}")
+
+
+def _advice(window: int) -> list[str]:
+    smaller = [f"--window {window // 2 // STRIDE * STRIDE} (now {window})"] if window >= 4 * STRIDE else []
+    return ["--batch-size 1", *smaller, "--device cpu"]

@@ -1,0 +1,1 @@
+"""Results as text, plots and HTML pages."""

@@ -1,0 +1,35 @@
+"""A comparison of runs as tables and text: what `kdpipe compare` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from kdpipe.pipeline.evaluation.compare import MEAN, Comparison
+from kdpipe.pipeline.reports.html.comparison import cache_text, points_text, reached_text
+from kdpipe.pipeline.reports.html.page import percent_text
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
+    """Arms side by side, then their classes; narrow enough for a terminal of 80 columns with three arms."""
+    arms = Table(title=f"After {comparison.steps} steps: mIoU in percent", title_justify="left")
+    for column in ("arm", "seeds", "mIoU", "difference [95 %]", "s/step", "baseline's last mIoU after"):
+        arms.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in comparison.arms:
+        arms.add_row(
+            arm.label, str(len(arm.runs)), percent_text(arm.mean_iou(MEAN)),
+            points_text(arm.differences[MEAN]) if arm.differences else "baseline",
+            f"{arm.seconds_per_step():.3f}", reached_text(arm) if arm.differences else "",
+        )  # fmt: skip
+    yield arms
+    classes = Table(title="IoU by class: baseline, and differences [95 %]", title_justify="left")
+    for column in ("class", *(arm.label for arm in comparison.arms)):
+        classes.add_column(column, justify="left" if column == "class" else "right")
+    for name in [*comparison.classes, MEAN]:
+        rest = [points_text((arm.differences or {}).get(name)) for arm in comparison.arms[1:]]
+        classes.add_row(name, percent_text(comparison.arms[0].mean_iou(name)), *rest)
+    yield classes
+    for arm in comparison.arms:
+        settings = ", ".join(f"{key} {value}" for key, value in arm.settings.items())
+        yield f"{arm.label}: {cache_text(arm)}" + (f"; {settings}" if settings else "")

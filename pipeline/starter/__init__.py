@@ -1,0 +1,1 @@
+"""The first config that `kdpipe init` writes."""

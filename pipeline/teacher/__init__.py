@@ -1,0 +1,1 @@
+"""The frozen teacher: loading it and predicting with it."""

@@ -1,0 +1,132 @@
+"""
+The integers of a cache, made where the teacher's answer lies, so that a quarter of the bytes is copied from the device.
+
+Bit for bit those of `kdpipe.cache.codec` (`steady.py`, `simplex.py`, `logits.py`, which say why), as tests compare. On a processor
+those are the faster: they work in bands that stay in a core's cache, these in few steps over a whole batch.
+
+Shapes: N tiles, C classes, H W their pixels, K blocks of R rows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdpipe.cache.encoding import logits, simplex
+from kdpipe.cache.encoding import steady_rounding as steady
+from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
+
+
+class Rounded(NamedTuple):
+    """
+    Of a batch: integers of all classes, `(N, C, H, W)`, uint8 or uint16; what rounding took from the entropy, float64, a value a block
+    (see `simplex.entropy_error`), empty for logits; and whether the values were such as can be stored, one bool.
+    """
+
+    units_NCHW: Tensor
+    lost: Tensor
+    valid: Tensor
+
+
+def rounded(values_NCHW: Tensor, recipe: CacheRecipe) -> Rounded:
+    """As `values.units_of` of each tile of a batch, float32, without waiting for the device."""
+    storage = torch.uint8 if recipe.bits <= 8 else torch.uint16
+    if isinstance(recipe, LogitsRecipe):
+        units_NCHW, lost = _logits(values_NCHW, recipe.bits), values_NCHW.new_empty(len(values_NCHW), 0, 0)
+        return Rounded(units_NCHW.to(storage), lost.double(), torch.isfinite(values_NCHW).all())
+    sums_NHW, tolerance = values_NCHW.sum(dim=1), simplex.SUM_TOLERANCE
+    valid = ((sums_NHW - 1).abs() <= tolerance).all() & (values_NCHW >= -tolerance).all()
+    units_NCHW = _plain(values_NCHW, recipe.levels)
+    if recipe.bits <= steady.MAX_BITS:
+        units_NCHW = _steady(values_NCHW, units_NCHW, recipe.bits, recipe.levels)
+    return Rounded(units_NCHW.to(storage), _entropy_error(values_NCHW, units_NCHW, recipe.levels), valid)
+
+
+def _logits(logits_NCHW: Tensor, bits: int) -> Tensor:
+    exact_NCHW, top = logits_NCHW.double(), simplex.total(bits)
+    depth_NCHW = exact_NCHW.amax(dim=1, keepdim=True) - exact_NCHW
+    return (top - (top * (depth_NCHW / logits.DEPTH[bits]).clamp(max=1).sqrt()).round()).int()
+
+
+def _plain(probs_NCHW: Tensor, levels: int) -> Tensor:
+    """By largest remainder, int32."""
+    remainders_NCHW = probs_NCHW.clamp(0, 1) * levels
+    floors_NCHW = remainders_NCHW.floor()
+    remainders_NCHW -= floors_NCHW
+    missing_N1HW = levels - floors_NCHW.sum(dim=1, keepdim=True)
+    rank_NCHW = torch.zeros_like(probs_NCHW, dtype=torch.int16)
+    for i in range(probs_NCHW.shape[1]):
+        for j in range(i):
+            lower_first_NHW = remainders_NCHW[:, j] >= remainders_NCHW[:, i]
+            rank_NCHW[:, i] += lower_first_NHW
+            rank_NCHW[:, j] += ~lower_first_NHW
+    return floors_NCHW.int() + (rank_NCHW < missing_N1HW)
+
+
+def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> Tensor:
+    """Values that are taken over from the row above wherever the bits let them; `plain_NCHW` is what `_plain` makes, int16 the result."""
+    height = probs_NCHW.shape[2]
+    whole = height - height % KEY_ROW_PX
+    room = steady.room(bits, levels, probs_NCHW.shape[1])
+    parts = [
+        _steady_blocks(probs_NCHW[:, :, part], plain_NCHW[:, :, part].short(), levels, room)
+        for part in (slice(0, whole), slice(whole, height))
+        if part.stop > part.start
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np.float32) -> Tensor:
+    """All blocks row by row at once, each as high as the others; no step depends on what another found, for which it would wait."""
+    count, num_classes, height, width = probs_NCHW.shape
+    rows = min(KEY_ROW_PX, height)
+    probs_NCKRW, plain_NCKRW = (x.reshape(count, num_classes, -1, rows, width) for x in (probs_NCHW, plain_NCHW))
+    scaled_NCKRW = probs_NCKRW * levels + float(room)
+    highest_NCKRW = scaled_NCKRW.short()
+    lowest_NCKRW = (scaled_NCKRW + float(1 - 2 * room)).short()
+    order_NCK11 = (-highest_NCKRW.sum(dim=(3, 4), keepdim=True, dtype=torch.int64)).argsort(dim=1, stable=True)
+    upwards_W = torch.arange(width, device=probs_NCHW.device) // steady.STRIPE_PX % 2 == 1
+
+    def turned(values_NCKRW: Tensor) -> Tensor:
+        return torch.where(upwards_W, values_NCKRW.flip(3), values_NCKRW)
+
+    def by_rows(values_NCKRW: Tensor) -> Tensor:
+        return turned(values_NCKRW.take_along_dim(order_NCK11, dim=1)).permute(3, 1, 0, 2, 4).contiguous()
+
+    lowest_RCNKW, highest_RCNKW, plain_RCNKW = map(by_rows, (lowest_NCKRW, highest_NCKRW, plain_NCKRW))
+    units_RCNKW = plain_RCNKW.clone()
+    for row in range(1, rows):
+        lowest_CNKW, highest_CNKW = lowest_RCNKW[row], highest_RCNKW[row]
+        units_CNKW = units_RCNKW[row - 1].clamp(lowest_CNKW, highest_CNKW)
+        excess_NKW = units_CNKW.sum(dim=0, dtype=torch.int16) - levels
+        for units_NKW, lowest_NKW, highest_NKW in zip(units_CNKW, lowest_CNKW, highest_CNKW, strict=True):
+            wanted_NKW = units_NKW - excess_NKW
+            torch.clamp(wanted_NKW, lowest_NKW, highest_NKW, out=units_NKW)
+            excess_NKW = units_NKW - wanted_NKW
+        # Where float32 left no room, plain rounding stays.
+        torch.where(excess_NKW == 0, units_CNKW, units_RCNKW[row], out=units_RCNKW[row])
+    units_NCKRW = turned(units_RCNKW.permute(2, 1, 3, 0, 4))
+    return units_NCKRW.take_along_dim(order_NCK11.argsort(dim=1), dim=1).flatten(2, 3)
+
+
+def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tensor:
+    side = simplex.ENTROPY_BLOCK_PX
+    of_units = _entropy_terms(levels, probs_NCHW.device)
+    lost_NHW = of_units[units_NCHW.int()].sum(dim=1) - (probs_NCHW.clamp(min=1e-30).log() * probs_NCHW).sum(dim=1)
+
+    def sums(values_NHW: Tensor) -> Tensor:
+        count, height, width = values_NHW.shape
+        padded = torch.nn.functional.pad(values_NHW.double(), (0, -width % side, 0, -height % side))
+        return padded.reshape(count, -(-height // side), side, -(-width // side), side).sum(dim=(2, 4))
+
+    return sums(lost_NHW) / sums(torch.ones_like(lost_NHW[:1]))
+
+
+@cache  # for good: graphs hold its address
+def _entropy_terms(levels: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(simplex.entropy_terms(levels)).to(device)

@@ -1,0 +1,136 @@
+"""Where stage two's soft targets come from: the cache, the live teacher, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.cache.images import digest_pixels
+from kdpipe.cache.integrity import check_quick
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, summarise
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import TrainTiles
+from kdpipe.data.recorded_views import RecordedViews
+from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.precompute.costs import StageOneCosts, read_costs
+from kdpipe.pipeline.precompute.expected_recipe import (
+    complete_recipe,
+    configured_softening,
+    expected_fields,
+    refuse_unexpected,
+)
+from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.teacher import precision
+from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.training.loaders import OnlineTargets
+from kdpipe.pipeline.versions import library_note
+
+Stretch = Sequence[tuple[float, float]] | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """
+    A source of soft targets (None without distillation), and of the cache behind it, if one is, the fingerprint, a line on
+    libraries that have another version now, and what stage one cost, where that is known.
+    """
+
+    source: SoftTargetCache | CachedViews | OnlineTargets | None
+    fingerprint: str | None = None
+    note: str | None = None
+    costs: StageOneCosts | None = None
+
+
+def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device: torch.device) -> Targets:
+    """
+    The soft targets that `distill.mode` asks for.
+
+    `cached` needs no teacher, neither in memory nor on disk; where its file is there, its digest is compared. Raises
+    `IncompleteCache`, `StaleCache` or `CorruptCache` where the cache does not hold what the configuration describes.
+    """
+    if config.distill.mode == "none":
+        return Targets(None)
+    if config.distill.mode == "online":
+        recipe = precision.resolved(config, complete_recipe(config, stretch, None), tiles, stretch, device)
+        teacher = open_teacher(config, recipe, device)
+        return Targets(OnlineTargets(teacher, tiles, config, stretch))
+    cache = open_fresh_cache(config, tiles, stretch)
+    source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
+    manifest = cache.manifest
+    costs = read_costs(config.cache.path, manifest.recipe.digest())
+    if costs:  # repaired tiles are paid for twice, and lie there once
+        costs = costs.model_copy(update={"bytes": sum(tile.shard_bytes for tile in manifest.tiles)})
+    return Targets(source, manifest.fingerprint, library_note(manifest.libraries), costs)
+
+
+def training_samples(
+    config: Config,
+    tiles: Sequence[Tile],
+    stretch: Stretch,
+    source: SoftTargetCache | CachedViews | OnlineTargets | None,
+) -> TrainTiles:
+    """
+    The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or their recorded views.
+
+    The latter in every mode, so that runs with and without teacher see the same crops.
+    """
+    if config.distill.teacher_view == "tile":
+        assert not isinstance(source, CachedViews)
+        return TrainTiles(tiles, config, stretch, source)
+    assert not isinstance(source, SoftTargetCache)
+    return RecordedViews(tiles, config, stretch, source)
+
+
+class CachedViews:
+    """The soft targets of recorded views out of a cache, each for the very crop that the teacher saw and no other."""
+
+    def __init__(self, cache: SoftTargetCache) -> None:
+        self._cache = cache
+
+    def answer(
+        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], float]:
+        """
+        The soft target of a view, float32 `(C, H, W)`, and what rounding took from its entropy, mean over the pixels inside.
+
+        Raises `StaleCache` where the crop is not, to the last bit, the one that was answered.
+        """
+        if digest_pixels(image_3HW) != self._cache.image_sha256(view_id):
+            note = library_note(self._cache.manifest.libraries)
+            raise StaleCache(
+                f"the crop that view {view_id} shows now is not the one that the teacher answered: an image or a mask has changed, or "
+                "this machine or its libraries resample or change colours otherwise"
+                + (f" ({note.removeprefix('note: ').partition(';')[0]})" if note else "")
+                + "; run `kdpipe precompute-teacher --repair`, which computes just such views again"
+            )
+        return self._cache.read(view_id), self._cache.entropy_error_over(view_id, inside_HW)
+
+
+def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> SoftTargetCache:
+    """The cache of a configuration, refused where it is unfinished, made otherwise, or lacks a tile as it is now."""
+    storage = open_storage(config.cache.path)
+    manifest = read_manifest(storage)
+    refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
+    findings = check_quick(
+        storage, manifest, {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
+    )
+    edited = [finding.message for finding in findings if finding.code == "damaged-manifest"]
+    if edited:
+        raise CorruptCache(
+            f"{storage.url}: {edited[0]}; restore it, or delete it and run `kdpipe precompute-teacher` again: finished tiles are kept"
+        )
+    advice = "run `kdpipe precompute-teacher` again: it computes just these"
+    for code, error in (("missing-tile", IncompleteCache), ("stale-tile", StaleCache), ("damaged-tile", CorruptCache)):
+        found = [finding for finding in findings if finding.code == code]
+        if found:
+            names = summarise(finding.tile or "" for finding in found)
+            raise error(
+                f"{storage.url}: {len(found)} {code.replace('-', ' ')}s: {names} ({found[0].message}); {advice}"
+            )
+    return SoftTargetCache(storage, manifest, configured_softening(config))

@@ -1,0 +1,42 @@
+"""Whole validation tiles, and the scores of a network on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from kdpipe.configs.schema import Config
+from kdpipe.pipeline.distributed import computed_precision, sums_over_ranks
+from kdpipe.pipeline.evaluation.confusion import Scores, scores
+from kdpipe.pipeline.memory import fits_in_memory, sized, validation_advice
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import padded_logits
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
+    """
+    Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode.
+
+    Of several ranks, each brings the tiles of its own loader, and all have the scores of all tiles.
+    """
+    num_classes = len(config.classes.names)
+    counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
+    model.eval()
+    advice = validation_advice(config, computed_precision(config, device))
+    for batch in loader:
+        with fits_in_memory(f"while validating {batch_size_text(batch, 'tile')}", advice):
+            logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
+        counts.update(logits.argmax(dim=1), batch["mask"])
+    confusion: Any = counts.confmat  # and not compute(), which would warn of a rank without a tile
+    (whole,) = sums_over_ranks(confusion)
+    return scores(whole.to(confusion.dtype).cpu().numpy(), config.classes.names, config.classes.not_scored)
+
+
+def batch_size_text(batch: dict[str, Tensor], noun: str) -> str:
+    """How large a batch is, for errors: `4 tiles of 512 x 640 px`."""
+    count, _, height, width = batch["image"].shape
+    return sized(noun, count, height, width)

@@ -1,0 +1,248 @@
+"""The gate between the stages: is the cache whole, fresh, and what the teacher would have said?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.cache.codec import probability_bound
+from kdpipe.cache.images import Source
+from kdpipe.cache.integrity import Finding, check_full, check_quick
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.recipe import differences
+from kdpipe.cache.storage.base import Storage, open_storage
+from kdpipe.configs.errors import CorruptCache, IncompleteCache
+from kdpipe.configs.schema import Config
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
+from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
+from kdpipe.pipeline.precompute.expected_recipe import configured_softening, expected_fields
+from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_answers
+from kdpipe.pipeline.verify.parity import PRECISION_SLACK, TileParity, compare, middle_window
+from kdpipe.pipeline.versions import library_note, other_libraries
+
+Level = Literal["quick", "full", "parity"]
+DEFAULT_SAMPLE = 12  # tiles on which the teacher is run again
+
+
+class _Labelled(Protocol):
+    @property
+    def mask(self) -> Path | None: ...
+
+
+T = TypeVar("T", bound=_Labelled)
+
+
+@dataclass
+class Report:
+    """What was checked and found; without findings the cache passes."""
+
+    cache: str
+    level: Level
+    noun: str = "tiles"
+    tiles: int = 0
+    fingerprint: str | None = None
+    error_bound: float | None = None
+    other_libraries: dict[str, tuple[str, str]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    parity: list[TileParity] = field(default_factory=list)
+    labels: Scores | None = None
+    label_tiles: int = 0
+    confusion: list[list[int]] | None = None
+    teacher_classes: list[TeacherClass] = field(default_factory=list)
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "cache": self.cache,
+            "level": self.level,
+            "passes": self.passes,
+            "tiles": self.tiles,
+            "fingerprint": self.fingerprint,
+            "error_bound": self.error_bound,
+            "other_libraries": self.other_libraries,
+            "findings": [asdict(finding) for finding in self.findings],
+            "parity": [tile.as_dict() for tile in self.parity],
+            "labels": self.labels.as_dict() if self.labels else None,
+            "label_tiles": self.label_tiles,
+            "confusion": self.confusion,
+            "teacher_classes": [row.as_dict() for row in self.teacher_classes],
+        }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A tile on which parity ran the teacher again: cached and live targets, float32 `(C, H, W)`, and what was measured."""
+
+    subject: Subject
+    cached_CHW: NDArray[np.float32]
+    live_CHW: NDArray[np.float32]
+    parity: TileParity
+
+
+def verify(
+    config: Config,
+    level: Level,
+    device: torch.device,
+    *,
+    sample: int = DEFAULT_SAMPLE,
+    student: str | None = None,
+    on_parity: Callable[[Compared], None] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """
+    Check a cache against its configuration; what is wrong is in the report's findings.
+
+    `quick` reads names, sizes and times; `full` every byte; `parity` also runs the teacher again on `sample` tiles chosen
+    by the seed, compares what a student (`student`: a checkpoint, or else a fresh one) would learn, and compares the class
+    map with the labels; `on_parity` is handed each tile of the sample. Raises `DataError` or `ConfigError` where the data
+    cannot be listed, `CheckpointError` for a missing teacher at level parity.
+    """
+    progress = progress or Silent()
+    tiles = list_tiles(config.data, "train")
+    stretch = resolve_stretch(config.data, tiles)
+    asked = subjects(config, tiles, stretch)
+    images = {subject.id: subject.source for subject in asked}
+    storage = open_storage(config.cache.path)
+    report = Report(cache=storage.url, level=level, noun=subject_noun(config), tiles=len(asked))
+    try:
+        manifest = read_manifest(storage)
+    except (IncompleteCache, CorruptCache) as err:
+        code = "incomplete" if isinstance(err, IncompleteCache) else "damaged-manifest"
+        report.findings.append(Finding(code, None, str(err)))
+        return report
+    report.fingerprint = manifest.fingerprint
+    report.error_bound = probability_bound(manifest, config.distill.temperature)
+    report.other_libraries = other_libraries(manifest.libraries)
+    note = library_note(manifest.libraries)
+    if note:
+        progress.say(note)
+    report.findings += [
+        Finding("stale-recipe", None, line) for line in differences(manifest.recipe, expected_fields(config, stretch))
+    ]
+    report.findings += _check_files(storage, manifest, images, report, progress)
+    if level == "parity" and not report.findings:
+        cache = SoftTargetCache(storage, manifest, configured_softening(config))
+        _check_parity(
+            config, cache, asked, device, sample, student, report, progress, on_parity or (lambda compared: None)
+        )
+        _check_labels(config, cache, asked, report, progress)
+    elif level == "parity":
+        progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")
+    return report
+
+
+def _check_files(
+    storage: Storage, manifest: Manifest, images: Mapping[str, Source], report: Report, progress: Progress
+) -> list[Finding]:
+    if report.level == "quick":
+        return check_quick(storage, manifest, images)
+    with progress.bar("every byte", len(manifest.tiles), report.noun) as advance:
+        return check_full(storage, manifest, images, advance)
+
+
+def _check_parity(
+    config: Config, cache: SoftTargetCache, tiles: list[Subject], device: torch.device,
+    sample: int, checkpoint: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None],
+) -> None:  # fmt: skip
+    """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
+    from kdpipe.pipeline.models.student import build_student  # which `quick` and `full` need not wait for
+
+    manifest = cache.manifest
+    teacher = open_teacher(config, manifest.recipe, device)
+    torch.manual_seed(config.seed)
+    student = build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        encoder=config.student.encoder,
+        checkpoint=checkpoint or config.student.checkpoint,
+        replace_head=config.student.replace_head,
+    )
+    student.to(device).eval()
+    precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
+    counts = []
+    chosen = sampled_tiles(tiles, sample, config.seed)
+    with progress.bar("parity", len(chosen), report.noun) as advance:
+        for tile in chosen:
+            image_HWC = tile.image()
+            size = sized("tile", 1, *image_HWC.shape[:2])
+            advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
+            with fits_in_memory(f"while {size} was compared with the teacher", advice):
+                logits_NTHW = teacher.logits(image_HWC[None])
+                live_CHW = teacher.targets_of(logits_NTHW)[0]
+                lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
+                cached_CHW = cache.read(tile.id)
+                result = compare(
+                    tile.id, cached_CHW, live_CHW, image_HWC, student, config,
+                    probability_bound(manifest, config.distill.temperature), lost, precision, device,
+                )  # fmt: skip
+            report.parity.append(result)
+            on_parity(Compared(tile, cached_CHW, live_CHW, result))
+            report.findings += [
+                Finding(
+                    "parity", tile.id,
+                    f"{name} is {m.value:.4g}, which should be {'at least' if m.at_least else 'at most'} {m.tolerance:.4g}",
+                )
+                for name, m in result.measures().items() if not m.passes
+            ]  # fmt: skip
+            if tile.mask is not None:
+                answers_HW = logits_NTHW[0].argmax(dim=0).cpu().numpy()
+                counts.append(count_answers(answers_HW, tile.labels(), config))
+            advance()
+    if counts:
+        report.teacher_classes = check_class_map(np.stack(counts), config)
+        report.findings += [
+            Finding(
+                "class-map", None,
+                f"where the teacher answers {row.name}, {100 * row.fitting_share:.0f} % of the labels say {row.fitting} and "
+                f"{100 * row.configured_share:.0f} % {row.configured}: mapping it to {row.fitting} raises mIoU by "
+                f"{100 * row.gain:.1f} points. Is the order of teacher.classes that of the checkpoint's channels?",
+            )
+            for row in report.teacher_classes if row.clearly_better
+        ]  # fmt: skip
+
+
+def _check_labels(
+    config: Config, cache: SoftTargetCache, tiles: list[Subject], report: Report, progress: Progress
+) -> None:
+    """The confusion of the cached targets' argmax with the masks, over every labelled tile."""
+    labelled = [tile for tile in tiles if tile.mask is not None]
+    if not labelled:
+        progress.say("no tile has labels: the class map cannot be compared with any")
+        return
+    num_classes = len(config.classes.names)
+    total = np.zeros((num_classes, num_classes), dtype=np.int64)
+    with progress.bar("labels", len(labelled), report.noun) as advance:
+        for tile in labelled:
+            answers = cache.read(tile.id).argmax(axis=0)
+            total += count_pairs(tile.labels(), answers, num_classes, num_classes, config.classes.ignore_index)
+            advance()
+    report.label_tiles = len(labelled)
+    report.confusion = total.tolist()
+    report.labels = scores(total, config.classes.names, config.classes.not_scored)
+
+
+def sampled_tiles(tiles: Sequence[T], sample: int, seed: int) -> list[T]:
+    """A seeded sample, labelled and unlabelled tiles in turn while there are both, so that the class map can be judged."""
+    order = [tiles[i] for i in np.random.default_rng(seed).permutation(len(tiles))]
+    labelled = [tile for tile in order if tile.mask is not None]
+    unlabelled = [tile for tile in order if tile.mask is None]
+    turns = max(len(labelled), len(unlabelled))
+    mixed = [group[turn] for turn in range(turns) for group in (labelled, unlabelled) if turn < len(group)]
+    return mixed[:sample]

@@ -1,0 +1,373 @@
+"""A cache on S3 (moto's server, on loopback, behind a proxy that fails): the same bytes, or an error that says what to do."""
+
+import functools
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import caches
+from helpers.caches import (
+    distributions,
+    fill,
+)
+from helpers.commands import arguments, run_command
+from helpers.doubles import StopAfter
+from helpers.files import tree
+
+from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache
+from kdpipe.cache.storage import remote
+from kdpipe.cache.storage.base import LocalStorage, open_storage
+from kdpipe.cache.storage.lock import writer_lock
+from kdpipe.configs import dump_config
+from kdpipe.configs.errors import ConfigError, Interrupted
+from kdpipe.pipeline.commands.main import cli
+from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.verify.gate import verify
+
+pytest.importorskip("moto", reason="needs moto[server] and s3fs: pip install 'kdpipe[dev]'")
+pytest.importorskip("s3fs", reason="needs s3fs: pip install 'kdpipe[s3]'")
+from helpers.faulty_server import FaultyServer, every
+
+pytestmark = pytest.mark.timeout(300)  # seconds of a loaded machine: alone, each takes a few
+CPU = torch.device("cpu")
+FAULTS = ["503", "cut upload", "500", "lost", "cut"]
+
+
+@pytest.fixture(scope="module")
+def moto_port():
+    from botocore.loaders import JSONFileLoader
+    from moto.server import ThreadedMotoServer
+    from werkzeug.serving import WSGIRequestHandler
+
+    # Each storage that is opened makes a client of its own, which would parse megabytes of the same JSON for half a second.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(JSONFileLoader, "load_file", functools.cache(JSONFileLoader.load_file))
+    monkeypatch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def s3(moto_port, monkeypatch):
+    """The proxy before an S3 server with an empty bucket; `s3.url` is where a cache may lie."""
+    import fsspec.config
+
+    proxy = FaultyServer(moto_port)
+    endpoint = f"http://127.0.0.1:{proxy.port}"
+    for name, value in {
+        "FSSPEC_S3_ENDPOINT_URL": endpoint,  # for processes that tests start
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    bucket = f"bucket-{uuid.uuid4().hex}"  # a port comes again, and the server keeps what lay in a bucket
+    open_storage(f"s3://{bucket}/x")._fs.mkdir(bucket)
+    proxy.url = f"s3://{bucket}/caches/c.zarr"
+    proxy.count()
+    yield proxy
+    proxy.fault = lambda method, path: None
+    proxy.close()
+
+
+def objects(url):
+    """Every object below a URL, by relative path."""
+    fs, root = open_storage(url)._fs, url.partition("://")[2]
+    return {path.removeprefix(root + "/"): fs.cat_file(path) for path in sorted(fs.find(root))}
+
+
+def test_the_whole_pipeline_on_a_failing_network_makes_the_bytes_of_a_local_cache(make_config, finished_cache, s3):
+    away = make_config(cache__path=s3.url)
+    s3.fault = every(5, FAULTS)
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        precompute(away, CPU, StopAfter(1, stop), stop)
+    with pytest.raises(IncompleteCache, match="is not finished"):
+        SoftTargetCache.open(s3.url)
+    assert not verify(away, "quick", CPU).passes
+    resumed = precompute(away, CPU)
+    assert resumed.kept >= 1
+    assert resumed.computed == 6 - resumed.kept
+    assert verify(away, "quick", CPU).passes
+    assert verify(away, "full", CPU).passes
+    s3.fault = lambda method, path: None
+    assert objects(s3.url) == tree(finished_cache)
+    assert open_storage(f"{s3.url}.lock").info("") is None
+
+
+def test_inspect_says_of_a_cache_on_s3_what_it_says_of_a_local_one(make_config, s3, tmp_path):
+    s3.fault = every(5, FAULTS)
+    said = []
+    for number, path in enumerate((str(tmp_path / "cache.zarr"), s3.url)):
+        config = make_config(cache__path=path)
+        precompute(config, CPU)
+        (tmp_path / "c.yaml").write_text(dump_config(config))
+        target = tmp_path / f"{number}.json"
+        for options in ([], ["--diff", tmp_path / "c.yaml"], ["--stats"]):
+            result = CliRunner().invoke(
+                cli, ["inspect", path, *map(str, options), "--json", str(target)], catch_exceptions=False
+            )
+            assert result.exit_code == 0, result.output
+            said.append(json.loads(target.read_text().replace(path, "PATH")))
+    assert said[:3] == said[3:]
+
+
+def test_repair_of_a_damaged_object_brings_its_bytes_back(make_config, s3):
+    config = make_config(cache__path=s3.url)
+    precompute(config, CPU)
+    before, storage = objects(s3.url), open_storage(s3.url)
+    name = next(name for name in before if name.endswith("/0.0.0"))
+    tile = name.removeprefix("tiles/").removesuffix("/0.0.0")
+    storage.write(name, before[name][:-1] + bytes([before[name][-1] ^ 1]))
+    assert [finding.tile for finding in verify(config, "full", CPU).findings] == [tile]
+    with pytest.raises(CorruptCache, match=tile):
+        SoftTargetCache.open(s3.url).read(tile)
+    s3.fault = every(6, FAULTS)
+    assert list(precompute(config, CPU, repair=True).damaged) == [tile]
+    s3.fault = lambda method, path: None
+    assert objects(s3.url) == before
+
+
+def test_a_student_trained_from_s3_by_spawned_workers_has_the_weights_of_one_trained_locally(make_config, s3, tmp_path):
+    from kdpipe.pipeline.training.run import train
+
+    weights = []
+    for path, workers in ((str(tmp_path / "cache.zarr"), 0), (s3.url, 1)):
+        config = make_config(cache__path=path, train__workers=workers, train__epochs=1, name=f"run{workers}")
+        precompute(config, CPU)
+        train(config, CPU)
+        (last,) = tmp_path.rglob(f"*run{workers}*/last.ckpt")
+        weights.append(torch.load(last, weights_only=False))
+    for key, value in weights[0]["state_dict"].items():
+        torch.testing.assert_close(weights[1]["state_dict"][key], value, rtol=0, atol=0)
+
+
+def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, tmp_path, images, monkeypatch):
+    """From the n-th change on the server fails: every n, so also between a shard and its receipt, and before the manifest."""
+    two = ("Train/a", "Other/c")  # enough for a stop within a tile, between two and after the last
+    monkeypatch.setattr(caches, "SIZES", {tile: caches.SIZES[tile] for tile in two})
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    fill(tmp_path / "c.zarr", images)
+    expected = tree(tmp_path / "c.zarr")
+    for n in range(1, 100):
+        url, seen = f"{s3.url}-{n}", [0]
+
+        def fault(method, path, n=n, seen=seen):
+            seen[0] += method == "PUT"
+            return ("cut upload", "503")[n % 2] if seen[0] >= n else None
+
+        s3.fault = fault
+        try:
+            fill(url, images)
+            break
+        except CacheUnreachable:
+            s3.fault = lambda method, path: None
+            with pytest.raises(IncompleteCache):
+                SoftTargetCache.open(url)
+            fill(url, images)  # takes over the lock that could not be deleted
+            assert objects(url) == expected
+    assert n > len(expected)  # each file, and the lock
+
+
+def test_while_tiles_are_rewritten_there_is_no_manifest_to_believe(s3, images):
+    fill(s3.url, images)
+    cache = SoftTargetCache.open(s3.url)
+    tile = cache.tile_ids[0]
+    fill(s3.url, images, finish=False)
+    with pytest.raises(IncompleteCache, match="is not finished"):
+        SoftTargetCache.open(s3.url)
+    storage = open_storage(s3.url)
+    storage.write(f"tiles/{tile}/0.0.0", b"other")
+    with pytest.raises(IncompleteCache, match="is not what was written.*a run has begun to write the cache since"):
+        SoftTargetCache(storage, cache.manifest).read(tile)
+
+
+def test_after_the_first_touch_a_window_asks_for_its_chunks_alone(s3, tmp_path):
+    from helpers.caches import RECIPE
+
+    from kdpipe.cache.records import ImageDigest
+    from kdpipe.cache.writer import open_writer
+
+    probs = distributions(len(RECIPE.classes), 1024, 1024)
+    with open_writer(open_storage(s3.url), RECIPE, device="cpu", libraries={}) as writer:
+        writer.begin()
+        s3.count()
+        record = writer.write("T/a", probs, ImageDigest(size_bytes=1, sha256="0" * 64))
+        written = s3.count()
+        writer.finish([record])
+    assert written == {"PUT": 2, "GET": 2}, "a shard, a receipt, and two listings that find nothing there"
+    cache = SoftTargetCache.open(s3.url)
+    s3.count()
+    cache.read("T/a", window=(0, 0, 100, 100))
+    whole = sum(size for _, _, size in s3.requests)
+    assert whole > record.shard_bytes, "the first touch compares the whole shard's digest"
+    assert s3.count() == {"GET": 3}, "metadata and shard for their digests, in which the index is found; then one chunk"
+    cache.read("T/a", window=(200, 200, 100, 100))
+    transferred = sum(size for _, _, size in s3.requests)
+    assert s3.count() == {"GET": 4}, "a chunk each"
+    assert transferred < 0.3 * record.shard_bytes, "4 of 16 chunks"
+
+    all_four = threading.Barrier(4)
+    s3.fault = lambda method, path: all_four.wait(timeout=20) and None
+    np.testing.assert_allclose(
+        cache.read("T/a", window=(300, 300, 400, 400)), probs[:, 300:700, 300:700], atol=cache.manifest.error_bound
+    )
+    assert s3.count() == {"GET": 4}, "at the same time: one that waited for another would break the barrier"
+
+
+def test_a_quick_look_and_a_run_with_nothing_to_do_list_the_cache_instead_of_asking_tile_by_tile(make_config, s3):
+    away = make_config(cache__path=s3.url)
+    assert precompute(away, CPU).computed == 6
+    s3.count()
+    assert verify(away, "quick", CPU).passes
+    assert s3.count() == {"GET": 4}, "the manifest, the topmost group by digest and by content, and one list"
+    assert precompute(away, CPU).computed == 0
+    assert s3.count() == {"GET": 5}, (
+        "the manifest, the topmost group, and lists: of the folder, of the whole cache, of left-over files"
+    )
+
+
+def test_of_many_writers_that_start_at_once_one_holds_the_lock(s3):
+    def attempt(n):
+        try:
+            open_storage(f"{s3.url}.lock").create("", b"%d" % n)
+        except FileExistsError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(attempt, range(8))) == 1
+
+
+def test_an_object_whose_creation_was_answered_into_the_void_is_created_and_no_other_one_is(s3):
+    answers = iter(["lost", None, "lost"])
+    s3.fault = lambda method, path: next(answers, None) if method == "PUT" else None
+    lock = open_storage(f"{s3.url}.lock")
+    lock.create("", b"mine")
+    with pytest.raises(FileExistsError):
+        lock.create("", b"yours")
+    assert lock.read("") == b"mine"
+
+
+def test_the_second_writer_is_told_who_writes_and_exits_with_3(make_config, s3, tmp_path):
+    config = make_config(cache__path=s3.url)
+    with writer_lock(open_storage(s3.url)):
+        with pytest.raises(CacheLocked, match=f"process {os.getpid()} on"):
+            precompute(config, CPU)
+        done = run_command(*arguments(config, "precompute-teacher", folder=tmp_path))
+    assert done.returncode == 3, done.stderr
+    assert f"is being written by process {os.getpid()} on {socket.gethostname()} since" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dead_holders_lock_is_taken_over_and_one_of_another_host_is_not(s3):
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    holder = {"host": socket.gethostname(), "pid": int(child.stdout), "since": "yesterday"}
+    lock = open_storage(f"{s3.url}.lock")
+    lock.write("", json.dumps(holder).encode())
+    with writer_lock(open_storage(s3.url)):
+        assert json.loads(lock.read(""))["pid"] == os.getpid()
+    assert lock.info("") is None
+    lock.write("", json.dumps(holder | {"host": "elsewhere"}).encode())
+    with pytest.raises(CacheLocked, match=r"on elsewhere since yesterday; .* delete s3://.*c\.zarr\.lock"):  # noqa: SIM117
+        with writer_lock(open_storage(s3.url)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("503", r"reading s3://.*/manifest\.json: 3 attempts failed .*check the network"),
+        ("slow", r"3 attempts failed \(ReadTimeoutError"),
+        ("cut", r"3 attempts failed \(ClientPayloadError"),
+        ("denied", r"access was refused .*may list, read, write and delete"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_named_with_what_to_do(s3, images, monkeypatch, caplog, fault, said):
+    fill(s3.url, images)
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    if fault == "slow":
+        monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
+    s3.fault = lambda method, path: fault
+    s3.count()
+    with pytest.raises(CacheUnreachable, match=said):
+        SoftTargetCache.open(s3.url)
+    assert s3.count().total() <= 3 + (fault == "cut")
+    assert len(caplog.records) == (fault != "denied"), "one line, however many attempts"
+
+
+def test_an_answer_that_comes_too_late_is_asked_for_again(s3, images, monkeypatch):
+    fill(s3.url, images)
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
+    answers = iter(["slow"])  # then those of a network that works
+    s3.fault = lambda method, path: next(answers, None)
+    assert SoftTargetCache.open(s3.url).tile_ids == list(images)
+
+
+def test_a_mistyped_bucket_is_named_and_not_created(s3, images):
+    with pytest.raises(CacheUnreachable, match="there is no such bucket .*correct cache.path"):
+        fill("s3://mistyped/c.zarr", images)
+    with pytest.raises(CacheUnreachable, match="there is no such bucket"):
+        fill("s3://mistyped/c.zarr", images)
+    with pytest.raises(ConfigError, match="a name below the bucket is missing, such as s3://bucket/cache.zarr"):
+        open_storage("s3://bucket")
+
+
+def test_missing_credentials_and_a_refused_connection_are_told_apart(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(CacheUnreachable, match="there are no credentials .*set AWS_ACCESS_KEY_ID"):
+        open_storage(s3.url).read("x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    s3.close()
+    with pytest.raises(CacheUnreachable, match="6 attempts failed .*Could not connect"):
+        open_storage(s3.url).read("x")
+
+
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_a_name_with_brackets_is_no_pattern_when_it_is_deleted(s3, scheme):
+    storage = open_storage(s3.url.replace("s3", scheme, 1) if scheme == "s3" else "memory://tests/brackets")
+    storage.write("tiles/a[1]/0.0.0", b"1")
+    storage.write("tiles/a1/0.0.0", b"2")
+    storage.remove("tiles/a[1]")
+    storage.remove("tiles/none")
+    assert storage.children("tiles") == ["a1"]
+
+
+@pytest.mark.parametrize("scheme", ["file://", "local://"])
+def test_local_urls_are_folders_with_durable_writes(scheme, tmp_path, images):
+    fill(f"{scheme}{tmp_path}/c.zarr", images)
+    assert isinstance(open_storage(f"{scheme}{tmp_path}/c.zarr"), LocalStorage)
+    fill(tmp_path / "d.zarr", images)
+    assert tree(tmp_path / "c.zarr") == tree(tmp_path / "d.zarr")
+
+
+def test_values_from_memory_and_s3_are_those_of_a_local_cache(s3, tmp_path, images):
+    caches = []
+    for url in (tmp_path / "c.zarr", "memory://tests/same.zarr", s3.url):
+        fill(url, images)
+        caches.append(SoftTargetCache.open(str(url)))
+    for tile in caches[0].tile_ids:
+        for other in caches[1:]:
+            np.testing.assert_array_equal(other.read(tile), caches[0].read(tile))
+    assert Path(tmp_path / "c.zarr").is_dir()

@@ -1,0 +1,132 @@
+"""The commands as people meet them: fast help, one paragraph of error, the documented exit codes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.commands import run_command
+
+from kdpipe.configs import dump_config
+from kdpipe.data.landscape.labels import write_sample_data
+from kdpipe.pipeline.commands.main import cli
+
+
+def run_process(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "kdpipe.pipeline", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in sorted(cli.commands))], ids=lambda c: " ".join(c) or "kdpipe"
+)
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys; sys.argv = ['kdpipe', *%r, '--help']\n"
+        "from kdpipe.pipeline.commands.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'zarr', 'pydantic', 'rich', 'lightning'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    ) % (command,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: kdpipe" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["precompute-teacher"], ["verify-cache", "--level", "quick"]], ids=" ".join)
+def test_a_command_that_computes_nothing_imports_nothing_to_compute_with(command, cached, tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(cached))
+    code = (
+        "import gc, sys; sys.argv = ['kdpipe', *%r, '-c', 'config.yaml', '--device', 'cpu']\n"
+        "from kdpipe.pipeline.commands.main import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'segmentation_models_pytorch', 'timm', 'torchvision', 'lightning', 'torchmetrics', 'scipy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert 'torch' in sys.modules and gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()"
+    ) % (command,)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search("nothing to do|PASS", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["precompute-teacher"], 2, "Missing option '-c'"),
+        (["precompute-teacher", "-c", "dubai/linknet_kdd"], 2, "did you mean dubai/linknet_kd?"),
+        (
+            ["precompute-teacher", "-c", "demo", "--set", "train.epoch=2"],
+            2,
+            "unknown key train.epoch; did you mean train.epochs?",
+        ),
+        (["precompute-teacher", "-c", "demo", "--set", "train.epochs=many"], 2, "train.epochs: "),
+        (["precompute-teacher", "-c", "demo"], 2, "demo_output/data/Train"),
+        (["train-student", "-c", "demo", "--kd", "offline"], 2, "'offline' is not one of"),
+        (["verify-cache", "-c", "demo", "--level", "deep"], 2, "'deep' is not one of"),
+        (["precompute-teacher", "-c", "demo", "--device", "nonsense"], 2, "--device nonsense cannot be used here"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+    ],
+)
+def test_mistakes_end_in_one_paragraph_and_their_exit_code(arguments, code, message, tmp_path):
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = run_command("precompute-teacher", "-c", "demo", "--debug", cwd=tmp_path)
+    assert "Traceback" in done.stderr
+
+
+def test_a_process_of_its_own_ends_with_that_paragraph_and_exit_code(tmp_path):
+    arguments = ("inspect", "gone.zarr", "--debug")
+    done, here = run_process(*arguments, cwd=tmp_path), run_command(*arguments, cwd=tmp_path)
+    assert done.stdout == here.stdout == ""
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == here.stderr.splitlines()[-1]
+    assert done.returncode == here.returncode != 0
+
+
+def test_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert version("kdpipe") in run_process("--version").stdout
+
+
+def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(write_sample_data.__kwdefaults__, "side", (65, 110))  # a tenth of the pixels to draw
+    done = run_command("sample-data", "land", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 24
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.txt").write_text("mine")
+    done = run_command("sample-data", "mine", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (tmp_path / "mine" / "photo.txt").read_text() == "mine"
+
+
+def test_a_cache_inside_a_package_is_refused(landscape, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "__init__.py").touch()
+    (tmp_path / "demo_output").mkdir()
+    (tmp_path / "demo_output" / "data").symlink_to(landscape)
+    (tmp_path / "demo_output" / "teacher.pth").write_bytes(b"x")
+    done = run_command("precompute-teacher", "-c", "demo", "--set", "cache.path=cache/soft.zarr", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lies in the Python package" in done.stderr
+    assert os.listdir(tmp_path / "cache") == ["__init__.py"]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, c in cli.commands.items() if any(p.name == "json_path" for p in c.params))
+)
+def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    needed = ["-c", "demo"] if any(p.name == "source" and p.required for p in cli.commands[name].params) else ["x"]
+    done = run_command(name, *needed, "--json", "file/result.json", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "--json file/result.json: its folder cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,326 @@
+"""docs/troubleshooting.md quotes what the program prints: every quoted message is raised here and compared."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.doubles import Lines, Plain
+from helpers.files import write_image
+from helpers.out_of_memory import CUDA, Exhausted
+from PIL import Image
+
+from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.storage.base import LocalStorage, open_storage
+from kdpipe.cache.storage.lock import writer_lock
+from kdpipe.configs.errors import KdpipeError, OutOfMemory
+from kdpipe.data.rasters import read_image, read_mask
+from kdpipe.pipeline.evaluation.evaluate import evaluate, teacher_model
+from kdpipe.pipeline.memory import fits_in_memory
+from kdpipe.pipeline.models.student import build_student
+from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.teacher.frozen import FrozenTeacher
+from kdpipe.pipeline.training import batch_size
+from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.training.divergence import growth_hint
+from kdpipe.pipeline.training.run import train, with_mode
+from kdpipe.pipeline.verify.gate import verify
+
+CPU = torch.device("cpu")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md").read_text()
+
+
+def quotes() -> dict[str, str]:
+    """Every quoted message by `heading`, or `heading (2)` for the second under one."""
+    found: dict[str, str] = {}
+    for section in re.split(r"^#{2,3} ", PAGE, flags=re.MULTILINE)[1:]:
+        heading = section.splitlines()[0]
+        for i, text in enumerate(re.findall(r"```text\n(.+?)\n```", section, flags=re.DOTALL)):
+            found[heading if i == 0 else f"{heading} ({i + 1})"] = text
+    return found
+
+
+CASES = {}
+
+
+def case(name):
+    def register(function):
+        assert name not in CASES
+        CASES[name] = function
+        return function
+
+    return register
+
+
+class Context:
+    """What a case may use: configs on the small landscape, a complete cache, and a place to write."""
+
+    def __init__(self, make_config, tmp_path, monkeypatch, landscape, finished_cache):
+        self.make, self.folder, self.patch, self.landscape = make_config, tmp_path, monkeypatch, landscape
+        self._finished_cache = finished_cache
+
+    def cached(self, **changes):
+        shutil.copytree(self._finished_cache, self.make().cache.path)
+        return self.make(**changes)
+
+    def student(self, module):
+        self.patch.setattr(training, "build_student", lambda *args, **options: module)
+
+
+@case("The file has another number of channels than teacher.classes")
+def _(c):
+    precompute(c.make(teacher__classes=[*"abcdefghi"], class_map={k: {"Forest": 1} for k in "abcdefghi"}), CPU)
+
+
+@case("The file holds another network")
+def _(c):
+    precompute(c.make(teacher__encoder="resnet18"), CPU)
+
+
+@case("The file would execute code")
+def _(c):
+    torch.save({"weights": Path("x"), "code": print}, c.folder / "code.pth")
+    precompute(c.make(teacher__checkpoint=str(c.folder / "code.pth")), CPU)
+
+
+@case("The file does not exist")
+def _(c):
+    precompute(c.make(teacher__checkpoint="gone.pth"), CPU)
+
+
+@case("student.num_classes is 8")
+def _(c):
+    c.make(student__num_classes=8)
+
+
+@case("student.checkpoint has 8 classes")
+def _(c):
+    torch.save(build_student("unet", 8, encoder="mobilenet_v2").state_dict(), c.folder / "eight.pth")
+    train(c.cached(student__checkpoint=str(c.folder / "eight.pth")), CPU)
+
+
+@case("student.checkpoint has 8 classes (2)")
+def _(c):
+    torch.save(build_student("unetformer", 8, encoder="resnet18").state_dict(), c.folder / "eight.pth")
+    build_student("unetformer", 6, encoder="resnet18", checkpoint=str(c.folder / "eight.pth"))
+
+
+@case("student.checkpoint is the teacher's file")
+def _(c):
+    c.make(student__checkpoint=c.make().teacher.checkpoint)
+
+
+@case("The masks hold values up to 7")
+def _(c):
+    Image.fromarray(np.arange(8, dtype=np.uint8)[None]).save(c.folder / "mask.png")
+    read_mask(c.folder / "mask.png", 6, 255)
+
+
+@case("Training")
+def _(c):
+    c.student(Exhausted(CUDA))
+    train(c.cached(), CPU)
+
+
+@case("Training (2)")
+def _(c):
+    def build(*args, **options):
+        student = Plain()
+        student.register_forward_pre_hook(lambda module, inputs: _raise_above(2, len(inputs[0])))
+        return student
+
+    c.patch.setattr(batch_size, "build_student", build)
+    lines = Lines()
+    batch_size.resolve_batch_size(c.make(train__batch_size="auto"), CPU, lines)
+    return lines.said[0]
+
+
+@case("Validation")
+def _(c):
+    student = Exhausted(CUDA)
+    student.training_too = False
+    c.student(student)
+    train(c.cached(), CPU)
+
+
+@case("Validation (2)")
+def _(c):
+    c.patch.setattr(FrozenTeacher, "logits", _exhausted)
+    evaluate(teacher_model(c.make(), CPU, tta=None, window=None))
+
+
+@case("The teacher, in precompute-teacher and verify-cache")
+def _(c):
+    for name in "abc":
+        write_image(c.folder / "Same" / "images" / f"{name}.png", 70, 80)
+    (c.folder / "Same" / "masks").mkdir()
+    c.patch.setattr(FrozenTeacher, "logits", _exhausted)
+    precompute(c.make(teacher__batch_size=3, data__train=[str(c.folder / "Same")], data__allow_missing_masks=True), CPU)
+
+
+@case("The teacher, online")
+def _(c):
+    c.patch.setattr(FrozenTeacher, "logits", _exhausted)
+    train(with_mode(c.make(), "online"), CPU)
+
+
+@case("A worker of the data loader died")
+def _(c):
+    with fits_in_memory("while training", [], workers=4):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@case("A worker of the data loader died (2)")
+def _(c):
+    with fits_in_memory("while training", [], workers=4):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ")
+
+
+@case("The loss is NaN or infinite")
+def _(c):
+    c.student(Plain())
+    train(c.cached(train__lr=1e30, train__backbone_lr=1e30), CPU)
+
+
+@case("The soft targets are not finite")
+def _(c):
+    read = SoftTargetCache.read
+    c.patch.setattr(SoftTargetCache, "read", lambda *args, **options: read(*args, **options) * np.float32("nan"))
+    c.student(Plain())
+    train(c.cached(), CPU)
+
+
+@case("The loss grows")
+def _(c):
+    return growth_hint([1.0] * 50 + [2.0] * 50, c.make(), "fp32")
+
+
+@case("The teacher's classes are in another order")
+def _(c):
+    """Labels that are the teacher's own answers, and a config in which two of its channels have changed places."""
+    config = c.make()
+    root = c.folder / "Own"
+    for i in range(4):
+        write_image(root / "images" / f"{i}.png", 64, 64, seed=i)
+    (root / "masks").mkdir()
+    changes = {"data__train": [str(root)], "data__allow_missing_masks": True}
+    plain = c.make(cache__path=str(c.folder / "own.zarr"), **changes)
+    precompute(plain, CPU)
+    cache = SoftTargetCache.open(plain.cache.path)
+    for tile in cache.tile_ids:
+        labels = cache.read(tile).argmax(axis=0).astype(np.uint8)
+        Image.fromarray(labels).save(root / "masks" / f"{tile.split('/')[1]}.png")
+    order = list(config.teacher.classes)
+    report = verify(plain, "parity", CPU)
+    common = [row.name for row in sorted(report.teacher_classes, key=lambda row: -row.pixels)]
+    row = {name: tuple(config.class_map[name]) for name in order}
+    first = common[0]
+    second = next(name for name in common[1:] if row[name] != row[first])
+    i, j = order.index(first), order.index(second)
+    order[i], order[j] = order[j], order[i]
+    wrong = c.make(teacher__classes=order, cache__path=str(c.folder / "wrong.zarr"), **changes)
+    precompute(wrong, CPU)
+    return next(f.message for f in verify(wrong, "parity", CPU).findings if f.code == "class-map")
+
+
+@case("The cache is stale")
+def _(c):
+    train(c.cached(distill__temperature=4.0), CPU)
+
+
+@case("The cache is missing or unfinished")
+def _(c):
+    train(c.make(), CPU)
+
+
+@case("A tile is damaged")
+def _(c):
+    config = c.cached()
+    shard = next(Path(config.cache.path).glob("tiles/Train/*/0.0.0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    train(config, CPU)
+
+
+@case("Another process is writing the cache")
+def _(c):
+    config = c.make()
+    with writer_lock(open_storage(config.cache.path)):
+        precompute(config, CPU)
+
+
+@case("The disk is full")
+def _(c):
+    c.patch.setattr(LocalStorage, "free_bytes", lambda self: 0)
+    precompute(c.make(), CPU)
+
+
+@case("The cache was read and then forked")
+def _(c):
+    config = c.make(cache__path="memory://kdpipe-tests/troubleshooting.zarr")
+    precompute(config, CPU)
+    cache = SoftTargetCache.open(config.cache.path)
+    cache.read(cache.tile_ids[0])
+    c.patch.setattr("os.getpid", lambda: 1)
+    cache.read(cache.tile_ids[0])
+
+
+@case("Resuming is refused")
+def _(c):
+    c.student(Plain())
+    config = c.cached(train__max_steps=1, data__val=[])
+    train(config, CPU)
+    train(c.make(train__max_steps=1, data__val=[], train__lr=0.5), CPU, resume=True)
+
+
+@case("The run exists")
+def _(c):
+    c.student(Plain())
+    config = c.cached(train__max_steps=1, data__val=[])
+    train(config, CPU)
+    train(config, CPU)
+
+
+@case("Some tiles have no labels")
+def _(c):
+    write_image(c.folder / "Bare" / "images" / "a.png", 64, 64)
+    (c.folder / "Bare" / "masks").mkdir()
+    precompute(c.make(data__train=[str(c.folder / "Bare")]), CPU)
+
+
+@case("An epoch has fewer samples than a step")
+def _(c):
+    train(c.cached(train__accumulate=4), CPU)
+
+
+@case("Images are not 8 bits")
+def _(c):
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(c.folder / "wide.tif")
+    read_image(c.folder / "wide.tif", (1, 1, 1), None)
+
+
+def _raise_above(most, size):
+    if size > most:
+        raise CUDA
+
+
+def _exhausted(self, images):
+    raise CUDA
+
+
+def test_every_quoted_message_has_a_case_and_every_case_a_quote():
+    assert set(quotes()) == set(CASES)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_program_prints_what_the_page_quotes(name, make_config, tmp_path, monkeypatch, landscape, finished_cache):
+    context = Context(make_config, tmp_path, monkeypatch, landscape, finished_cache)
+    try:
+        message = CASES[name](context)
+    except KdpipeError as err:
+        message = str(err)
+        assert isinstance(err, OutOfMemory) == message.startswith(("out of memory", "a worker", "the data loader"))
+    assert message is not None, "nothing was raised"
+    pattern = ".*".join(re.escape(part) for part in quotes()[name].split("…"))
+    assert re.fullmatch(pattern, message, flags=re.DOTALL), f"the page says\n{quotes()[name]}\nthe program\n{message}"

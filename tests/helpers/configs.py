@@ -1,0 +1,42 @@
+"""A small configuration on the generated landscape, with overrides."""
+
+from pathlib import Path
+
+from kdpipe.configs import Config, parse_config
+
+
+def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: object) -> Config:
+    """A config on the small landscape, with its cache in `folder`; overrides have dotted keys, written with `__`."""
+    raw: dict = {
+        "name": "tiny",
+        "group": "tests",
+        "seed": 7,
+        "classes": {"names": ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiNatural"]},
+        "data": {"train": [str(landscape / "Train")], "val": [str(landscape / "Val")]},
+        "teacher": {
+            "architecture": "unet",
+            "encoder": "mobilenet_v2",
+            "checkpoint": str(teacher_file),
+            "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
+        },
+        "class_map": {
+            "Tree": {"Forest": 1},
+            "Rangeland": {"Grassland": 0.7, "SemiNatural": 0.3},
+            "Cropland": {"Cropland": 1},
+            "Developed": {"Settlement": 1},
+            "Road": {"Settlement": 1},
+            "Bareland": {"SemiNatural": 1},
+            "Water": {"Background": 1},
+            "Background": {"Background": 1},
+        },
+        "cache": {"path": str(folder / "cache.zarr")},
+        "student": {"architecture": "unet", "encoder": "mobilenet_v2"},
+        "train": {"epochs": 2, "batch_size": 2, "crop": 64, "workers": 0, "lr": 1e-3, "backbone_lr": 1e-4},
+    }
+    for key, value in overrides.items():
+        *sections, last = key.split("__")
+        target = raw
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = value
+    return parse_config(raw, "test")

@@ -1,0 +1,102 @@
+"""The caches below `golden/` as they were made: their input, by integer arithmetic that every machine does alike."""
+
+from pathlib import Path
+
+import numpy as np
+from helpers import plain_reader
+
+from kdpipe.cache.encoding.simplex import levels_of
+from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.recipe import LogitsRecipe, Recipe, TeacherRecord
+from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.writer import open_writer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1.0"
+GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
+GOLDEN_REST = GOLDEN.with_name("cache-3.0")
+GOLDEN_KEY_ROWS = GOLDEN.with_name("cache-4.0")
+SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
+CLASSES = {
+    6: ["water", "forest", "meadow", "field"],
+    8: ["water", "forest", "meadow"],
+    16: ["water", "forest", "meadow", "field", "town"],
+}
+BITS = {
+    "first": (8, 16),
+    "logits": (8, 16),
+    "third": (6, 8, 16),
+    "soft": (6, 8, 16),
+}  # "first" and "third": soft targets of those formats
+
+
+def probs(bits: int, height: int, width: int) -> np.ndarray:
+    """Float32 `(C, H, W)`: ratios of small whole numbers, and squares of 40 px where one class is certain."""
+    num_classes = len(CLASSES[bits])
+    row, column = np.mgrid[:height, :width]
+    weights = np.stack([
+        1 + (row // (32 + c) * (c + 3) + column // (40 + c) + c) % (4 + c) for c in range(num_classes)
+    ])  # fmt: skip
+    certain = (row // 40 + column // 40) % 3 == 1
+    one_hot = np.arange(num_classes)[:, None, None] == (row // 40) % num_classes
+    weights = np.where(certain, one_hot, weights).astype(np.float32)
+    return weights / weights.sum(axis=0)
+
+
+def recipe(bits: int) -> Recipe:
+    """One teacher up to 8 bits; two of them, a stretch and a window at 16."""
+    classes = CLASSES[bits]
+    first = TeacherRecord(
+        checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
+        drop_channels=[0], weight=1.0, normalize_mean=[0.485, 0.456, 0.406], normalize_std=[0.229, 0.224, 0.225],
+        precision="fp32", tta="none", scales=[1.0], window=None,
+    )  # fmt: skip
+    second = first.model_copy(update={"checkpoint_sha256": "2" * 64, "weight": 0.5, "tta": "d4", "window": 512})
+    rows = [[0.0] * len(classes) for _ in range(3)]
+    rows[0][0], rows[1][1], rows[1][2], rows[2][-1] = 1.0, np.float32(0.7).item(), np.float32(0.3).item(), 1.0
+    return Recipe(
+        teachers=[first, second] if bits == 16 else [first], bands=[4, 3, 2],
+        stretch=None if bits < 16 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
+        classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, levels=levels_of(bits, len(classes)), key_row_px=64,
+        chunk_px=256,
+    )  # fmt: skip
+
+
+def logits(bits: int, height: int, width: int) -> np.ndarray:
+    """Float32 `(3, H, W)`: quarters, most of them within 10 of the largest, and squares of 40 px where one class lies at -100."""
+    row, column = np.mgrid[:height, :width]
+    steps = np.stack([(row // (8 + c) * (c + 2) + column // (6 + c) * (bits // 8 + c)) % (30 + c) for c in range(3)])
+    deep = ((row // 40 + column // 40) % 3 == 1) & (np.arange(3)[:, None, None] == 2)
+    return np.where(deep, -100, steps / 4).astype(np.float32)
+
+
+def logits_recipe(bits: int) -> LogitsRecipe:
+    """That of the soft targets, without what logits do not know."""
+    free = {"classes", "class_map", "temperature", "levels", "key_row_px"}
+    return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
+
+
+def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
+    """What the writer of today makes of it."""
+    made, values = (recipe(bits), probs) if kind == "soft" else (logits_recipe(bits), logits)
+    with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
+        writer.begin()
+        return writer.finish([
+            writer.write(tile, values(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
+            for number, (tile, size) in enumerate(SIZES.items(), start=1)
+        ])  # fmt: skip
+
+
+def write_golden(folder: Path, kind: str = "soft") -> None:
+    """
+    How `cache-4.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
+
+    Raises `FileExistsError` where there is one: it is never regenerated.
+    """
+    folder.mkdir(parents=True)
+    expected = {}
+    for bits in BITS[kind]:
+        write(folder / f"{bits}-bits.zarr", bits, kind)
+        cache = plain_reader.Cache(folder / f"{bits}-bits.zarr")
+        expected |= {f"{bits}-{number}": cache.read(tile) for number, tile in enumerate(SIZES)}
+    np.savez_compressed(folder / "expected.npz", **expected)

@@ -1,0 +1,99 @@
+"""`kdpipe inspect` says what a file is, and nothing that it does not know."""
+
+import hashlib
+import json
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from click.testing import CliRunner
+
+from kdpipe.configs.errors import CheckpointError
+from kdpipe.pipeline.commands.main import cli
+from kdpipe.pipeline.inspection.checkpoint import inspect_checkpoint
+from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.training.run import train
+
+CPU = torch.device("cpu")
+
+
+def inspected(*arguments):
+    done = CliRunner().invoke(cli, ["inspect", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.output
+
+
+def test_a_teachers_file_is_told_with_its_nest_prefix_and_numbers(tmp_path):
+    network = smp.Unet("resnet18", encoder_weights=None, classes=9, decoder_attention_type="scse")
+    state = {f"teacher.model.{name}": value.half() if value.is_floating_point() else value
+             for name, value in network.state_dict().items()}  # fmt: skip
+    path = tmp_path / "t.ckpt"
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    found = inspect_checkpoint(str(path))
+    assert str(found.network) == "unet with resnet18 and scSE attention, 9 channels"
+    assert (found.nest, found.prefix, found.other_keys, found.student) == (
+        "state_dict",
+        "teacher.model.",
+        ["epoch"],
+        None,
+    )
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.size_bytes == len(path.read_bytes())
+    integers = sum(not value.is_floating_point() for value in state.values())
+    assert found.dtypes == {"float16": len(state) - integers, "int64": integers}
+    learnt = sum(parameter.numel() for parameter in network.parameters())
+    statistics = sum(buffer.numel() for buffer in network.buffers() if buffer.is_floating_point())
+    assert found.parameters == learnt + statistics
+
+
+def test_the_table_and_the_json_say_the_same(teacher_file, tmp_path):
+    output = inspected(teacher_file, "--json", tmp_path / "out" / "t.json")
+    content = json.loads((tmp_path / "out" / "t.json").read_text())
+    assert content["network"] == {"architecture": "unet", "encoder": "mobilenet_v2", "attention": None, "channels": 8}
+    lines = dict(line.split(None, 1) for line in output.splitlines()[1:])
+    assert lines["architecture"].strip() == "unet"
+    assert lines["encoder"].strip() == "mobilenet_v2"
+    assert lines["what"].strip() == "weights of a network"
+    assert lines["sha256"].strip() == content["sha256"]
+
+
+def test_a_students_checkpoint_is_told_with_its_run(make_config):
+    config = make_config(train__max_steps=1, student__encoder="tu-mobilenetv3_small_050")
+    fingerprint = precompute(config, CPU).fingerprint
+    train(config, CPU)
+    path = "model_weights/tests/tiny/last.ckpt"
+    found = inspect_checkpoint(path)
+    assert str(found.network) == "unet with tu-mobilenetv3_small_050, 6 channels"
+    assert (found.student.name, found.student.mode, found.student.steps) == ("tests/tiny", "cached", 1)
+    assert found.student.fingerprint == fingerprint
+    assert found.prefix == "student."
+    output = inspected(path)
+    assert "a student's checkpoint of kdpipe train-student" in output
+    assert "tests/tiny, mode cached, after step 1" in output
+    assert fingerprint in output
+
+
+def test_what_is_not_recognised_is_said_to_be_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(smp.encoders, "get_encoder_names", lambda: ["resnet18"])
+    torch.save({"encoder.conv.weight": torch.zeros(4, 3, 3, 3), "head.bias": torch.zeros(4)}, tmp_path / "odd.pth")
+    output = inspected(tmp_path / "odd.pth")
+    assert "architecture  not recognised" in output
+    assert "encoder       not recognised" in output
+    assert "channels      not recognised" in output
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.pth", "no checkpoint at /.*/absent.pth"),
+        ("words.pth", "words.pth is not a readable checkpoint: damaged, or not a file that torch.save wrote"),
+        ("optimizer.pth", "should be a bare state dict of tensors, found the keys lr"),
+    ],
+)
+def test_other_things_are_refused_with_exit_code_2(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.pth").write_text("not weights")
+    torch.save({"lr": 0.1}, tmp_path / "optimizer.pth")
+    with pytest.raises(CheckpointError, match=message) as refused:
+        inspect_checkpoint(path)
+    assert refused.value.exit_code == 2

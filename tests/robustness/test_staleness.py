@@ -1,0 +1,352 @@
+"""What determines the values is in the fingerprint, and nothing else is; what changed is named, what does not matter is let be."""
+
+import os
+import shutil
+import types
+from pathlib import Path
+from typing import Union, get_args, get_origin
+
+import numpy as np
+import pytest
+import torch
+from helpers.doubles import Lines
+from PIL import Image
+from pydantic import BaseModel
+
+from kdpipe.cache import IncompleteCache, SoftTargetCache, StaleCache
+from kdpipe.cache.manifest import fingerprint
+from kdpipe.configs import Config, parse_config
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import versions
+from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.training.run import train
+from kdpipe.pipeline.training.targets import open_fresh_cache
+from kdpipe.pipeline.verify.gate import verify
+
+CPU = torch.device("cpu")
+
+# For each key of the config another value, and what that changes: the recipe of every tile, the set of tiles and their
+# images (which are in the fingerprint beside the recipe), or nothing that a cache holds. Keys of `teachers` are those of
+# `teacher`, except `weight`, which a single teacher does not have.
+CHANGES = {
+    "name": ("other", "nothing"),
+    "group": ("other", "nothing"),
+    "seed": (43, "nothing"),
+    "classes.names": (["Forest", "Background", "Grassland", "Cropland", "Settlement", "SemiNatural"], "recipe"),
+    "classes.ignore_index": (254, "nothing"),
+    "classes.not_scored": (["Forest"], "nothing"),
+    "data.train": (["{data}/Train", "{data}/Unlabelled"], "tiles"),
+    "data.val": ([], "nothing"),
+    "data.unlabelled": (["{data}/Unlabelled"], "tiles"),
+    "data.images": ("edited", "tiles"),
+    "data.masks": ("edited masks", "nothing"),
+    "data.allow_missing_masks": (False, "nothing"),
+    "data.bands": ([3, 2, 1], "recipe"),
+    "data.stretch.range": ([0, 200], "recipe"),
+    "data.stretch.percentiles": ([2, 98], "recipe"),
+    "teacher.architecture": ("fpn", "recipe"),
+    "teacher.encoder": ("resnet18", "recipe"),
+    "teacher.checkpoint": ("{data}/other.pth", "recipe"),
+    "teacher.classes": (["Rangeland", "Tree", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"], "recipe"),
+    "teacher.normalize": ("imagenet", "recipe"),
+    "teacher.normalize.mean": ({"mean": [0.1, 0, 0], "std": [1, 1, 1]}, "recipe"),
+    "teacher.normalize.std": ({"mean": [0, 0, 0], "std": [1, 1, 0.5]}, "recipe"),
+    "teacher.precision": ("bf16", "recipe"),
+    "teacher.tta": ("flips", "recipe"),
+    "teacher.scales": ([1.0, 1.5], "recipe"),
+    "teacher.window": (64, "recipe"),
+    "teacher.batch_size": (3, "nothing"),
+    "teacher.drop_channels": ([0], "recipe"),
+    "teachers.1.weight": (2.0, "recipe"),
+    "class_map": ({"Road": {"Background": 1}}, "recipe"),
+    "cache.path": ("elsewhere.zarr", "nothing"),
+    "cache.kind": ("logits", "recipe"),
+    "cache.bits": (16, "recipe"),
+    "cache.views": (2, "recipe"),
+    "distill.mode": ("none", "nothing"),
+    "distill.teacher_view": ("crop", "recipe"),
+    "distill.temperature": (1.0, "recipe"),
+    "distill.alpha": (0.1, "nothing"),
+    "student.architecture": ("linknet", "nothing"),
+    "student.encoder": ("resnet18", "nothing"),
+    "student.encoder_weights": ("x.pth", "nothing"),
+    "student.checkpoint": ("x.pth", "nothing"),
+    "student.replace_head": (True, "nothing"),
+    "student.num_classes": (6, "nothing"),
+    "student.normalize": ("unit", "nothing"),
+    "student.normalize.mean": ({"mean": [0.1, 0, 0], "std": [1, 1, 1]}, "nothing"),
+    "student.normalize.std": ({"mean": [0, 0, 0], "std": [1, 1, 0.5]}, "nothing"),
+    "train.epochs": (3, "nothing"),
+    "train.max_steps": (5, "nothing"),
+    "train.batch_size": (3, "nothing"),
+    "train.devices": (2, "nothing"),
+    "train.effective_batch_size": (2, "nothing"),
+    "train.val_batch_size": (2, "nothing"),
+    "train.crops_per_tile": (2, "nothing"),
+    "train.unlabelled_crops_per_tile": (2, "nothing"),
+    "train.lr": (1e-2, "nothing"),
+    "train.backbone_lr": (1e-2, "nothing"),
+    "train.weight_decay": (0.1, "nothing"),
+    "train.lookahead": (True, "nothing"),
+    "train.restart_epochs": (3, "nothing"),
+    "train.restart_mult": (3, "nothing"),
+    "train.crop": (96, "nothing"),
+    "train.scales": ([1.0], "nothing"),
+    "train.max_class_share": (1.0, "nothing"),
+    "train.mosaic": (0.0, "nothing"),
+    "train.photometric": (0.0, "nothing"),
+    "train.accumulate": (2, "nothing"),
+    "train.clip_norm": (1.0, "nothing"),
+    "train.precision": ("bf16", "nothing"),
+    "train.workers": (1, "nothing"),
+    "train.val_every_epochs": (2, "nothing"),
+    "train.checkpoint_every_steps": (9, "nothing"),
+}  # fmt: skip
+
+
+# Of recorded views, what makes a crop matters as well; how many of them there are decides only which are there.
+WITH_VIEWS = {
+    "cache.views": (3, "tiles"),
+    "distill.teacher_view": ("tile", "recipe"),
+    "train.crop": (96, "recipe"),
+    "train.scales": ([1.0], "recipe"),
+    "train.max_class_share": (1.0, "recipe"),
+    "train.mosaic": (0.0, "recipe"),
+    "train.photometric": (0.0, "recipe"),
+}
+
+# What a cache of logits does not hold: they come when it is read.
+FREE_WITH_LOGITS = {"classes.names", "class_map", "distill.temperature"}
+
+
+def leaves(model, prefix=""):
+    """Every key of a section that holds a value, dotted; where a value or a section may stand, both."""
+    for name, field in model.model_fields.items():
+        kinds = members(field.annotation)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        for section in sections:
+            yield from leaves(section, f"{prefix}{name}.")
+        if not sections or set(kinds) - {*sections, type(None)}:
+            yield prefix + name
+
+
+def members(annotation):
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in members(part)]
+    if get_origin(annotation) is list and issubclass_of_model(get_args(annotation)[0]):
+        return [get_args(annotation)[0]]
+    return [annotation]
+
+
+def issubclass_of_model(kind):
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def test_every_key_of_the_configuration_has_its_side():
+    keys = {key for key in leaves(Config) if not key.startswith("teachers.")} - {"teacher.weight"} | {
+        "teachers.1.weight"
+    }
+    assert keys == set(CHANGES)
+
+
+@pytest.fixture(scope="module")
+def data(landscape, teacher_file, tmp_path_factory):
+    """The landscape with a second folder of images, one of which differs, a second one of masks, and a second teacher."""
+    folder = tmp_path_factory.mktemp("stale") / "data"
+    shutil.copytree(landscape, folder)
+    for root in ("Train", "Val"):
+        shutil.copytree(folder / root / "images", folder / root / "edited")
+        shutil.copytree(folder / root / "masks", folder / root / "edited masks")
+    image = sorted((folder / "Train/edited").iterdir())[0]
+    pixels = np.asarray(Image.open(image)).copy()
+    pixels ^= 1
+    Image.fromarray(pixels).save(image)
+    shutil.copy(teacher_file, folder / "same.pth")
+    (folder / "other.pth").write_bytes(b"other weights")
+    return folder
+
+
+@pytest.fixture
+def raw(make_config, data):
+    return make_config(
+        data__train=[str(data / "Train")], data__val=[str(data / "Val")], data__allow_missing_masks=True
+    ).model_dump(mode="json")
+
+
+def changed(raw, key, value, data):
+    """The config with another value under a dotted key; `{data}` stands for the folder of the data."""
+
+    def place(value):
+        if isinstance(value, list):
+            return [place(item) for item in value]
+        return value.format(data=data) if isinstance(value, str) else value
+
+    raw = parse_config(raw, "test").model_dump(mode="json")  # a copy
+    if key == "teachers.1.weight":
+        return parse_config(
+            raw | {"teacher": None, "teachers": [raw["teacher"], raw["teacher"] | {"weight": value}]}, "test"
+        )
+    *parents, last = key.split(".")
+    if key == "class_map":
+        raw["class_map"] |= value
+    elif parents[1:] == ["normalize"]:
+        raw[parents[0]]["normalize"] = value
+    elif parents[1:] == ["stretch"]:
+        raw["data"]["stretch"] = {last: value}
+    else:
+        section = raw
+        for parent in parents:
+            section = section[parent]
+        section[last] = place(value)
+    if raw["cache"]["views"] is not None and raw["distill"]["teacher_view"] == "tile":
+        # Neither key of recorded views goes without the other.
+        if key == "cache.views":
+            raw["distill"]["teacher_view"] = "crop"
+        else:
+            raw["cache"]["views"] = None
+    if raw["cache"]["views"] is None and raw["distill"]["teacher_view"] == "crop":
+        raw["cache"]["views"] = 2
+    if key == "teacher.drop_channels":
+        del raw["class_map"]["Tree"]
+    return parse_config(raw, "test")
+
+
+def digests(config):
+    """The digest of the recipe, and the fingerprint."""
+    tiles = list_tiles(config.data, "train")
+    recipe = complete_recipe(config, resolve_stretch(config.data, tiles), None)
+    images = {subject.id: subject.load()[1] for subject in subjects(config, tiles, resolve_stretch(config.data, tiles))}
+    return recipe.digest(), fingerprint(recipe, images)
+
+
+@pytest.mark.parametrize(("kind", "views"), [("soft", None), ("logits", None), ("soft", 2)])
+def test_each_key_changes_the_recipe_the_tiles_or_nothing(raw, data, kind, views):
+    raw["cache"] |= {"kind": kind, "views": views}
+    raw["distill"]["teacher_view"] = "tile" if views is None else "crop"
+    before = digests(parse_config(raw, "test"))
+    two = digests(changed(raw, "teachers.1.weight", 1.0, data))
+    for key, (value, side) in (CHANGES if views is None else CHANGES | WITH_VIEWS).items():
+        if views is not None and key == "classes.ignore_index":
+            continue  # masks that hold 255 cannot be read by another; see test_recorded_views
+        if kind == "logits" and key in FREE_WITH_LOGITS:
+            side = "nothing"
+        if kind == "logits" and key == "cache.kind":
+            value = "soft"
+        config = changed(raw, key, value, data)
+        assert key.startswith("teachers") or config != parse_config(raw, "test"), f"{key} did not change"
+        recipe, whole = digests(config)
+        old_recipe, old_whole = two if key.startswith("teachers") else before
+        assert (recipe != old_recipe) == (side == "recipe"), key
+        assert (whole != old_whole) == (side != "nothing"), key
+
+
+def test_the_file_of_a_checkpoint_counts_and_not_its_name(raw, data):
+    assert digests(changed(raw, "teacher.checkpoint", "{data}/same.pth", data)) == digests(parse_config(raw, "test"))
+
+
+def units(config, number, path):
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(path / f"{number}.zarr")})})
+    precompute(config, CPU)
+    cache = SoftTargetCache.open(config.cache.path)
+    return {tile: cache.read_units(tile) for tile in cache.tile_ids}
+
+
+@pytest.mark.parametrize("side", ["recipe", "nothing"])
+def test_keys_of_the_recipe_change_values_and_others_do_not(raw, data, side, tmp_path):
+    keys = {
+        "recipe": ["data.bands", "data.stretch.range", "teacher.normalize.mean", "teacher.tta", "teacher.window", "class_map",
+                   "distill.temperature", "cache.bits"],
+        "nothing": ["seed", "classes.not_scored", "teacher.batch_size", "distill.alpha", "train.crop", "student.normalize"],
+    }[side]  # fmt: skip
+    before = units(parse_config(raw, "test"), 0, tmp_path)
+    for number, key in enumerate(keys, start=1):
+        after = units(changed(raw, key, CHANGES[key][0], data), number, tmp_path)
+        same = all(np.array_equal(before[tile], after[tile]) for tile in before)
+        assert same == (side == "nothing"), key
+
+
+@pytest.fixture
+def cached(make_config, landscape, tmp_path):
+    """A finished cache over images of its own."""
+    shutil.copytree(landscape, tmp_path / "data")
+    config = make_config(data__train=[str(tmp_path / "data/Train")], train__max_steps=1)
+    precompute(config, CPU)
+    return config, sorted((tmp_path / "data/Train/images").iterdir())
+
+
+def open_for_training(config):
+    return open_fresh_cache(config, list_tiles(config.data, "train"), None)
+
+
+def found(config, level):
+    return {(finding.code, finding.tile) for finding in verify(config, level, CPU).findings}
+
+
+def other_pixels(image: Path, seconds: float) -> None:
+    """Change an image's last byte, and give it the time of its last change plus some seconds."""
+    stat = image.stat()
+    data = bytearray(image.read_bytes())
+    data[-1] ^= 1
+    image.write_bytes(data)
+    os.utime(image, (stat.st_atime, stat.st_mtime + seconds))
+
+
+def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(cached):
+    config, images = cached
+    other_pixels(images[0], 3600)
+    stale = ("stale-tile", f"Train/{images[0].stem}")
+    assert found(config, "quick") == found(config, "full") == {stale}
+    with pytest.raises(
+        StaleCache, match=f"1 stale tiles: {stale[1]} .*is not the image that the tile was computed from"
+    ):
+        open_for_training(config)
+
+
+def test_an_image_touched_or_copied_without_a_change_is_not_stale(cached):
+    config, images = cached
+    for image in images:
+        os.utime(image, (image.stat().st_atime, image.stat().st_mtime + 3600))
+    assert found(config, "quick") == found(config, "full") == set()
+    open_for_training(config)
+
+
+def test_an_image_changed_behind_the_clock_is_found_by_full_alone(cached):
+    """Same size, older than its tile: `quick` takes it for unchanged, as make would; only reading it all tells."""
+    config, images = cached
+    other_pixels(images[0], 0)
+    assert found(config, "quick") == set()
+    assert found(config, "full") == {("stale-tile", f"Train/{images[0].stem}")}
+
+
+def test_an_added_and_a_removed_image_are_found(cached):
+    config, images = cached
+    mask = images[0].parents[1] / "masks" / images[0].name
+    new = images[0].with_name("new.png")
+    images[0].rename(new)
+    mask.rename(mask.with_name("new.png"))
+    expected = {("missing-tile", "Train/new"), ("extra-tile", f"Train/{images[0].stem}")}
+    assert found(config, "quick") == expected
+    assert found(config, "full") == expected
+    with pytest.raises(IncompleteCache, match=r"1 missing tiles: Train/new"):
+        open_for_training(config)
+
+
+def test_other_versions_of_libraries_are_said_in_a_line_and_refused_by_nobody(cached, monkeypatch):
+    config, _ = cached
+    now = versions.library_versions()
+    monkeypatch.setattr(versions, "library_versions", lambda: {**now, "timm": "99.0", "zarr": "98.1"})
+    line = (
+        f"note: the cache was computed with timm {now['timm']}, installed is 99.0; zarr {now['zarr']}, installed is 98.1; "
+        "the values are not recomputed for that"
+    )
+    progress = Lines()
+    report = verify(config, "full", CPU, progress=progress)
+    assert report.passes
+    assert report.as_dict()["other_libraries"] == {"timm": (now["timm"], "99.0"), "zarr": (now["zarr"], "98.1")}
+    assert progress.said.count(line) == 1
+    progress = Lines()
+    train(config, CPU, progress=progress)
+    assert progress.said.count(line) == 1
