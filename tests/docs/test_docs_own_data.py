@@ -15,6 +15,7 @@ from kdpipe.data import survey
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.starter.classes import NO_LABEL_VALUES
 from kdpipe.pipeline.starter.draft import TEST_NAMES, VAL_NAMES, WINDOW_FROM_PX
+from kdpipe.pipeline.training.run import with_mode
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "own-data.md").read_text()
 COMMANDS = re.findall(
@@ -61,6 +62,19 @@ def test_the_snippet_of_the_page_makes_indices_of_colours(tmp_path):
     colours[0, 1], colours[1, 2] = names["COLOURS"]
     Image.fromarray(colours).save(tmp_path / "mask.png")
     np.testing.assert_array_equal(names["indices"](tmp_path / "mask.png"), [[255, 0, 255], [255, 255, 1]])
+
+
+def test_stretches_of_the_page_are_accepted():
+    assert "`data.bands: [4, 3, 2]`" in PAGE
+    for stretch in ("{range: [0, 3000]}", "{percentiles: [2, 98]}"):
+        assert stretch in PAGE
+        load_config("demo", ["data.bands=[4, 3, 2]", f"data.stretch={stretch}"])
+
+
+def test_a_run_of_another_mode_has_the_name_that_the_page_says():
+    assert "`kdpipe train-student -c mine.yaml --kd none`" in PAGE
+    assert "`mine-none`" in PAGE
+    assert with_mode(load_config("demo", ["name=mine"]), "none").name == "mine-none"
 
 
 def test_names_and_numbers_of_the_page_are_the_programs():
