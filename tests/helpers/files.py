@@ -52,3 +52,10 @@ def write_scene(path, pixels_BHW, *, mask=None, **options):
             if mask is not None:
                 raster.write_mask(mask)
     return path
+
+
+def flip(path):
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.crash_disk import Disk, Killed, full
-from helpers.doubles import CostlessTeacher
-from helpers.files import tree, write_image
+from helpers.files import tree
+from helpers.small_world import PixelTeacher, write_tile
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache
 from kdpipe.cache import tile as layout
@@ -22,24 +22,11 @@ from kdpipe.pipeline.precompute.costs import SUFFIX
 from kdpipe.pipeline.precompute.run import precompute
 
 CPU = torch.device("cpu")
-SIDES = {"t0": (9, 12), "t1": (9, 12), "t2": (7, 5)}
-
-
-class Teacher(CostlessTeacher):
-    """Answers at once, from the image alone: float32 `(N, 6, H, W)`."""
-
-    def cached_values(self, images_NHWC):
-        weights = np.stack([images_NHWC.sum(axis=-1) % (c + 3) + 1 for c in range(6)], axis=1).astype(np.float32)
-        return weights / weights.sum(axis=1, keepdims=True)
 
 
 @pytest.fixture
-def make(make_config, tmp_path, monkeypatch):
-    """A function from the name of a cache to its config, over three tiny images, a teacher that costs nothing, and shards made once."""
-    for seed, (name, side) in enumerate(SIDES.items()):
-        write_image(tmp_path / f"data/Mine/images/{name}.png", *side, seed=seed)
-    monkeypatch.setattr(stage, "open_teacher", Teacher().by)
-    monkeypatch.setattr("kdpipe.pipeline.precompute.expected_recipe.file_sha256", lambda path: "0" * 64)
+def config_of(make, monkeypatch):
+    """A function from the path of a cache to its config; each shard is encoded once."""
     encode, made = layout.encode_tile, {}
 
     def encode_once(units, tile, image, recipe, lost):
@@ -49,25 +36,23 @@ def make(make_config, tmp_path, monkeypatch):
         return made[key]
 
     monkeypatch.setattr(layout, "encode_tile", encode_once)
-    return lambda path: make_config(
-        data__train=[str(tmp_path / "data/Mine")], data__allow_missing_masks=True, cache__path=str(path)
-    )
+    return lambda path: make(cache__path=str(path))
 
 
 def change_an_image(tmp_path):
-    write_image(tmp_path / "data/Mine/images/t1.png", *SIDES["t1"], seed=9)
+    write_tile(tmp_path / "data/Mine/images/t1.tif", seed=9)
 
 
 @pytest.fixture(params=["a fresh cache", "a changed image in a finished cache"])
-def scene(request, make, tmp_path):
+def scene(request, config_of, tmp_path):
     """What lies on the disk before a run, and every file after it where nothing disturbs it."""
     before, whole = tmp_path / "before", tmp_path / "whole"
     before.mkdir()
     if request.param != "a fresh cache":
-        precompute(make(before / "c.zarr"), CPU)
+        precompute(config_of(before / "c.zarr"), CPU)
         change_an_image(tmp_path)
     shutil.copytree(before, whole)
-    precompute(make(whole / "c.zarr"), CPU)
+    precompute(config_of(whole / "c.zarr"), CPU)
     return before, stored(whole)
 
 
@@ -76,7 +61,7 @@ def stored(folder):
     return {name: data for name, data in tree(folder).items() if not name.endswith(SUFFIX)}
 
 
-def run(disk, make, monkeypatch):
+def run(disk, config_of, monkeypatch):
     """Whether the run came to its end, and the tiles that it had promised to be on disk."""
     promised, write = [], CacheWriter.write
 
@@ -88,7 +73,7 @@ def run(disk, make, monkeypatch):
     with disk.installed(monkeypatch), monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "write", writing)
         try:
-            precompute(make(disk.root / "c.zarr"), CPU)
+            precompute(config_of(disk.root / "c.zarr"), CPU)
         except Killed:
             return False, promised
     return True, promised
@@ -106,14 +91,14 @@ def assert_readable_or_unfinished(path):
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between", "within"])
 def test_killed_or_without_power_at_any_file_operation_a_run_goes_on_to_the_same_bytes(
-    scene, make, tmp_path, monkeypatch, torn
+    scene, config_of, tmp_path, monkeypatch, torn
 ):
     before, expected = scene
     rng = np.random.default_rng(0)
     points, done = 0, False
     while not done:
         disk = Disk(shutil.copytree(before, tmp_path / "disk"), kill_at=points, torn=torn)
-        done, promised = run(disk, make, monkeypatch)
+        done, promised = run(disk, config_of, monkeypatch)
         places = {"killed": disk.root, "least": tmp_path / "least", "some": tmp_path / "some"}
         disk.after_power_loss(places["least"])
         disk.after_power_loss(places["some"], rng)
@@ -121,7 +106,7 @@ def test_killed_or_without_power_at_any_file_operation_a_run_goes_on_to_the_same
             if torn and not done and [what for what, _ in disk.operations[-1:]] != ["write"]:
                 break  # the test without torn writes has been here
             assert_readable_or_unfinished(place / "c.zarr")
-            summary = precompute(make(place / "c.zarr"), CPU)
+            summary = precompute(config_of(place / "c.zarr"), CPU)
             assert summary.kept >= len(promised), (kind, points, disk.operations[-1:])
             left = stored(place)
             left.pop("c.zarr.lock", None)  # beside a finished cache a dead writer's lock is of no account
@@ -134,7 +119,7 @@ def test_killed_or_without_power_at_any_file_operation_a_run_goes_on_to_the_same
 
 @pytest.mark.parametrize("kind", ["full", "failing"])
 def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on(
-    scene, make, tmp_path, monkeypatch, kind
+    scene, config_of, tmp_path, monkeypatch, kind
 ):
     before, expected = scene
     point, reported = 0, 0
@@ -142,7 +127,7 @@ def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on
         failure = full() if kind == "full" else OSError(errno.EIO, "Input/output error")
         disk = Disk(shutil.copytree(before, tmp_path / "disk"), fail_at=point, failure=failure, lasting=kind == "full")
         try:
-            run(disk, make, monkeypatch)
+            run(disk, config_of, monkeypatch)
         except DiskFull as err:
             assert kind == "full"
             assert "no room for" in str(err)
@@ -152,7 +137,7 @@ def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on
             assert kind == "failing", disk.operations[-1]
             assert err.errno == errno.EIO
             reported += 1
-        precompute(make(disk.root / "c.zarr"), CPU)
+        precompute(config_of(disk.root / "c.zarr"), CPU)
         left = stored(disk.root)
         left.pop("c.zarr.lock", None)
         assert left == expected, (point, disk.operations[point : point + 1])
@@ -178,30 +163,32 @@ def break_once(function, error, at=1):
 
 
 @pytest.mark.parametrize("where", ["reader", "teacher", "writer"])
-def test_an_exception_in_any_thread_ends_the_run_and_the_next_one_goes_on(scene, make, tmp_path, monkeypatch, where):
+def test_an_exception_in_any_thread_ends_the_run_and_the_next_one_goes_on(
+    scene, config_of, tmp_path, monkeypatch, where
+):
     before, expected = scene
     disk = shutil.copytree(before, tmp_path / "disk")
     at = 0 if (before / "c.zarr").exists() else 1
     broken = {
         "reader": (subjects, "read_image", read_image),
-        "teacher": (Teacher, "cached_values", Teacher.cached_values),
+        "teacher": (PixelTeacher, "cached_values", PixelTeacher.cached_values),
         "writer": (layout, "encode_tile", layout.encode_tile),
     }[where]
     with monkeypatch.context() as patch:
         breaking = break_once(broken[2], RuntimeError("by the test"), at)
         patch.setattr(*broken[:2], breaking)
         with pytest.raises(RuntimeError, match="by the test"):
-            precompute(make(disk / "c.zarr"), CPU)
+            precompute(config_of(disk / "c.zarr"), CPU)
     assert (breaking.calls[at] == threading.main_thread().name) == (where == "teacher")
     assert not (disk / "c.zarr/manifest.json").exists()
-    precompute(make(disk / "c.zarr"), CPU)
+    precompute(config_of(disk / "c.zarr"), CPU)
     assert stored(disk) == expected
 
 
 @pytest.mark.parametrize("moment", ["listing", "reading", "digesting"])
-def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(make, tmp_path, monkeypatch, moment):
-    precompute(make(tmp_path / "whole.zarr"), CPU)
-    image, away = tmp_path / "data/Mine/images/t1.png", tmp_path / "t1.png"
+def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(config_of, tmp_path, monkeypatch, moment):
+    precompute(config_of(tmp_path / "whole.zarr"), CPU)
+    image, away = tmp_path / "data/Mine/images/t1.tif", tmp_path / "t1.tif"
 
     def vanishing(function, when):
         def run(*args, **kwargs):
@@ -226,43 +213,43 @@ def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(make, tmp_path
     name, when = hooked[moment]
     with monkeypatch.context() as patch:
         # `list_tiles` is asked twice; the second answer is what counts
-        plan = stage.make_plan(make(tmp_path / "c.zarr"), lambda recipe, *_: recipe)
+        plan = stage.make_plan(config_of(tmp_path / "c.zarr"), lambda recipe, *_: recipe)
         patch.setattr(stage, "make_plan", lambda *arguments: plan)
         if moment == "listing":
             image.rename(away)
         else:
             patch.setattr(subjects, name, vanishing(getattr(subjects, name), when))
-        summary = precompute(make(tmp_path / "c.zarr"), CPU)
+        summary = precompute(config_of(tmp_path / "c.zarr"), CPU)
     assert list(summary.failed) == ["Mine/t1"]
-    assert "t1.png" in summary.failed["Mine/t1"]
+    assert "t1.tif" in summary.failed["Mine/t1"]
     assert (summary.computed, summary.fingerprint) == (2, None)
     away.rename(image)
-    assert precompute(make(tmp_path / "c.zarr"), CPU).computed == 1
+    assert precompute(config_of(tmp_path / "c.zarr"), CPU).computed == 1
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "whole.zarr")
 
 
 def test_an_image_that_is_rewritten_while_it_is_read_is_not_cached_under_the_new_ones_digest(
-    make, tmp_path, monkeypatch
+    config_of, tmp_path, monkeypatch
 ):
     def rewriting(path, *args):
         pixels = read_image(path, *args)
-        if path.name == "t1.png":
+        if path.name == "t1.tif":
             change_an_image(tmp_path)
         return pixels
 
     with monkeypatch.context() as patch:
         patch.setattr(subjects, "read_image", rewriting)
-        summary = precompute(make(tmp_path / "c.zarr"), CPU)
+        summary = precompute(config_of(tmp_path / "c.zarr"), CPU)
     assert list(summary.failed) == ["Mine/t1"]
-    assert "t1.png changed while it was read" in summary.failed["Mine/t1"]
-    precompute(make(tmp_path / "c.zarr"), CPU)
-    precompute(make(tmp_path / "whole.zarr"), CPU)
+    assert "t1.tif changed while it was read" in summary.failed["Mine/t1"]
+    precompute(config_of(tmp_path / "c.zarr"), CPU)
+    precompute(config_of(tmp_path / "whole.zarr"), CPU)
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "whole.zarr")
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_killed_runs_left_is_swept_even_where_nothing_is_to_do(make, tmp_path, finished):
-    config = make(tmp_path / "c.zarr")
+def test_what_killed_runs_left_is_swept_even_where_nothing_is_to_do(config_of, tmp_path, finished):
+    config = config_of(tmp_path / "c.zarr")
     precompute(config, CPU)
     expected = tree(tmp_path / "c.zarr")
     if not finished:
@@ -273,8 +260,8 @@ def test_what_killed_runs_left_is_swept_even_where_nothing_is_to_do(make, tmp_pa
 
 
 @pytest.mark.parametrize("digit", ["entropy_error", "shard_bytes", "shard_sha256", "sha256", "shape"])
-def test_a_receipt_with_a_changed_digit_is_not_believed_while_there_is_no_manifest(make, tmp_path, digit):
-    config = make(tmp_path / "c.zarr")
+def test_a_receipt_with_a_changed_digit_is_not_believed_while_there_is_no_manifest(config_of, tmp_path, digit):
+    config = config_of(tmp_path / "c.zarr")
     precompute(config, CPU)
     expected = tree(tmp_path / "c.zarr")
     (tmp_path / "c.zarr/manifest.json").unlink()

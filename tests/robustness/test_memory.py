@@ -141,12 +141,12 @@ def test_precompute_says_the_tiles_and_the_teachers_keys(make_config, exhausted_
     monkeypatch.setattr(batches, "ACCELERATOR_BATCH", 3)
     config = make_config(teacher__batch_size=3, teacher__scales=[1.0, 1.5])
     message = (
-        r"while the teacher answered \d tiles? of \d+ x \d+ px .* To fit: teacher\.batch_size: 1 \(now 3\); teacher\.scales without "
+        r"while the teacher predicted \d tiles? of \d+ x \d+ px .* To fit: teacher\.batch_size: 1 \(now 3\); teacher\.scales without "
         r"those above 1 \(now \[1\.0, 1\.5\]; other values: another cache\.path\); smaller tiles$"
     )
     with pytest.raises(OutOfMemory, match=message):
         precompute(config, CPU)
-    with pytest.raises(OutOfMemory, match=r"while the teacher answered 1 tile of \d+ x \d+ px"):
+    with pytest.raises(OutOfMemory, match=r"while the teacher predicted 1 tile of \d+ x \d+ px"):
         estimate(config, CPU)
 
 

@@ -1,0 +1,51 @@
+"""One small world for the tests of damage, crashes and repair: three tiny images, a teacher without a network, a finished cache."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.configs import tiny_config
+from helpers.small_world import PixelTeacher, write_tiles
+
+from kdpipe.pipeline.precompute import run as stage
+from kdpipe.pipeline.precompute.run import precompute
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """Takes the place of the network in `precompute` and `verify`."""
+    monkeypatch.setattr("kdpipe.pipeline.precompute.expected_recipe.file_sha256", lambda path: "0" * 64)
+    found = PixelTeacher()
+    monkeypatch.setattr(stage, "open_teacher", found.by)
+    return found
+
+
+@pytest.fixture
+def make(make_config, teacher, tmp_path):
+    """A function from overrides to a config over the three images; without overrides its cache is `tmp_path / "cache.zarr"`."""
+    write_tiles(tmp_path / "data")
+    return lambda **overrides: make_config(
+        **{"data__train": [str(tmp_path / "data/Mine")], "data__allow_missing_masks": True, **overrides}
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_world(landscape, teacher_file, tmp_path_factory):
+    """`data` and `cache.zarr` as `make` lays them out, finished, for copies."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiles(folder / "data")
+    config = tiny_config(
+        landscape, teacher_file, folder, data__train=[str(folder / "data/Mine")], data__allow_missing_masks=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdpipe.pipeline.precompute.expected_recipe.file_sha256", lambda path: "0" * 64)
+        patch.setattr(stage, "open_teacher", PixelTeacher().by)
+        precompute(config, torch.device("cpu"))
+    return folder
+
+
+@pytest.fixture
+def finished(make, tmp_path, finished_world):
+    """`make`, and its cache is complete."""
+    shutil.copytree(finished_world, tmp_path, dirs_exist_ok=True)
+    return make
