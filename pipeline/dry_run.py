@@ -20,11 +20,11 @@ from kdpipe.pipeline.precompute.run import stage_threads
 from kdpipe.pipeline.precompute.subjects import subject_noun
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher import precision
-from kdpipe.pipeline.teacher.frozen import FrozenTeacher, answers_in_bands, open_teacher
+from kdpipe.pipeline.teacher.frozen import FrozenTeacher, open_teacher, predicts_in_bands
 from kdpipe.pipeline.training.worth import Worth, measure
 
 SAMPLE = 3  # tiles that are computed, in memory, to predict the others
-TRIALS = 3  # of a batch on CUDA: the first sets up its kernels, the second a graph of them
+TRIALS = 3  # runs of a batch on CUDA: the first sets up its kernels
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     that tiles compress and compute alike per pixel, one at a time; where a CUDA device rounds, that whichever is slowest, it or the
     threads that read or that store, is never kept waiting.
     """
-    plan = make_plan(config, lambda recipe, tiles, stretch: precision.resolved(config, recipe, tiles, stretch, device))
+    plan = make_plan(config, lambda recipe, tiles, stretch: precision.resolve(config, recipe, tiles, stretch, device))
     unreadable, sizes = {}, {}
     for tile in plan.missing:
         try:
@@ -92,12 +92,12 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
             read = time.perf_counter() - start
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
-            with fits_in_memory(f"while the teacher answered {size}", advice):
+            with fits_in_memory(f"while the teacher predicted {size}", advice):
                 answer = _answer(teacher, image_HWC, teacher_batch_size(config, device))
             start = time.perf_counter()
             shard, metadata, _ = encode_tile(answer.units_CHW, tile.id, digest, plan.recipe, answer.lost)
             stored = time.perf_counter() - start
-            if teacher.rounds:
+            if teacher.rounds_on_device:
                 readers, writers = stage_threads(device)
                 seconds += max(read / readers, answer.seconds, stored / writers)
             else:
@@ -108,10 +108,9 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
             written += len(shard) + len(metadata)
     total = sum(areas.values())
     share = total / pixels if pixels else 0.0
-    in_windows = [areas[tile] for tile, size in sizes.items() if answers_in_bands(plan.recipe, (1, *size, 3))]
+    in_windows = [areas[tile] for tile, size in sizes.items() if predicts_in_bands(plan.recipe, (1, *size, 3))]
     seconds *= share
     if pixels:
-        teacher.drop_graphs()  # the student's trial needs the memory
         shapes = len({readable[index].size() for index in sampled})
         seconds += set_up / shapes * len(set(sizes.values()))
         tile_seconds = teacher_seconds * share / len(areas)
@@ -149,7 +148,7 @@ class _Answer:
 
 def _answer(teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], batch_size: int) -> _Answer:
     start = time.perf_counter()
-    if not teacher.rounds:
+    if not teacher.rounds_on_device:
         (encode,) = teacher.encoded(image_HWC[None])
         units_CHW, lost = encode()
         return _Answer(units_CHW, lost, time.perf_counter() - start, teacher.seconds_taken())

@@ -58,7 +58,7 @@ from kdpipe.pipeline.versions import library_versions
 
 Answer = TypeVar("Answer")
 
-SAMPLED = 100  # tiles, in the order in which `precision.resolved` tries them: it needs three that can be read
+SAMPLED = 100  # tiles, in the order in which `precision.resolve` tries them: it needs three that can be read
 PATIENCE_SECONDS = 300.0  # for a scheduler that is being started again, and for the first worker of a queue
 CONNECT_SECONDS = 5.0
 ASK_SECONDS = 2.0  # between two questions to the scheduler, how many workers it has
@@ -119,7 +119,7 @@ class Cluster:
     def resolved(
         self, config: Config, recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch, stop: threading.Event
     ) -> CacheRecipe:
-        """The recipe of a new cache as `precision.resolved` has it on a worker: `teacher.precision: auto` is decided there."""
+        """The recipe of a new cache as `precision.resolve` has it on a worker: `teacher.precision: auto` is decided there."""
         self.start(stop)
         if not self._fast_bf16 or all(member.precision != "auto" for member in config.members.values()):
             return recipe

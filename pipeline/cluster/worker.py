@@ -22,6 +22,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.fence import within_fence
 from kdpipe.cache.writer import finished_tile, store_tile
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
+from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config
 from kdpipe.data.tiles import Tile
 
@@ -120,12 +121,12 @@ def resolve_precision(
     stretch: Sequence[tuple[float, float]] | None,
     device: str,
 ) -> CacheRecipe:
-    """The task: `precision.resolved` on this worker's device."""
+    """The task: `precision.resolve` on this worker's device."""
     import torch
 
     from kdpipe.pipeline.teacher import precision
 
-    return precision.resolved(config, recipe, tiles, stretch, torch.device(device))
+    return precision.resolve(config, recipe, tiles, stretch, torch.device(device))
 
 
 class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
@@ -222,14 +223,12 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         height, width = images_NHWC.shape[1:3]
         advice = teacher_advice(job.config, job.batch_size, device, max(height, width))
         size = sized("tile", len(images_NHWC), height, width)
-        with fits_in_memory(f"while the teacher answered {size} on worker {self._address}", advice):
+        with fits_in_memory(f"while the teacher predicted {size} on worker {self._address}", advice):
             if self._teacher is None:
                 self._teacher = open_teacher(job.config, job.recipe, device)
             return self._teacher.encoded(images_NHWC)
 
     def _check(self, worker: Worker) -> None:
-        from kdpipe.pipeline.precompute.expected_recipe import file_sha256
-
         job, here = self._job, look(self._job.device, worker)
         if dict(here.libraries) != dict(job.libraries):
             raise ConfigError(

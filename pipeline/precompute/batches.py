@@ -16,7 +16,7 @@ from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import batches_of_equal_size
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile
-from kdpipe.pipeline.teacher.frozen import answers_in_bands
+from kdpipe.pipeline.teacher.frozen import predicts_in_bands
 
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
 HEADER_READERS = 16  # threads that ask images for their size, which wait on a network's file system
@@ -84,7 +84,7 @@ def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatc
     """As `load_batch`, but for a single tile that is larger than the teacher's window: memory is to be flat, whatever its size."""
     (first, *others) = batch
     try:
-        if not others and isinstance(first, WholeTile) and answers_in_bands(recipe, (1, *first.size(), 3)):
+        if not others and isinstance(first, WholeTile) and predicts_in_bands(recipe, (1, *first.size(), 3)):
             return LoadedBatch(batch, {}, None, {}, scene=first)
     except DataError:  # which reading says again
         pass

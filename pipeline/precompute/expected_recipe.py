@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from kdpipe.cache.encoding.simplex import levels_of
 from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
 from kdpipe.cache.tile import CHUNK_PX
 from kdpipe.configs.errors import CheckpointError, StaleCache
+from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.pipeline.models.normalize import mean_std
 
@@ -87,7 +87,7 @@ def complete_recipe(
     config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: CacheRecipe | None
 ) -> CacheRecipe:
     """
-    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32 (see `precision.resolved`).
+    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32 (see `precision.resolve`).
 
     Raises `CheckpointError` where a teacher's file is missing.
     """
@@ -116,9 +116,3 @@ def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -
             f"{url} was made from something else than what is configured: {'; '.join(changed)}. "
             "Set the configuration back, or run `kdpipe precompute-teacher` into another cache.path"
         )
-
-
-def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,7 +45,7 @@ from kdpipe.pipeline.precompute.batches import LoadedBatch, load_batch_or_scene,
 from kdpipe.pipeline.precompute.costs import note_costs, teacher_seconds
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.plan import Plan, Summary, already_text, begun, make_plan, nothing_to_do
-from kdpipe.pipeline.precompute.subjects import Stretch, Subject, WholeTile, asked_per_sample, subjects
+from kdpipe.pipeline.precompute.subjects import Stretch, Subject, WholeTile, predictions_per_sample, subjects
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_teacher
@@ -66,7 +66,7 @@ class Workers(Protocol):
     def resolved(
         self, config: Config, recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch, stop: threading.Event
     ) -> CacheRecipe:
-        """The recipe of a new cache as `precision.resolved` has it on their device; starts them if need be."""
+        """The recipe of a new cache as `precision.resolve` has it on their device; starts them if need be."""
 
     def compute(
         self, config: Config, plan: Plan, writer: CacheWriter, batches: list[list[Subject]], summary: Summary,
@@ -100,7 +100,7 @@ def precompute(
     def resolved(recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch) -> CacheRecipe:
         if workers is not None:
             return workers.resolved(config, recipe, tiles, stretch, stop)
-        return precision.resolved(config, recipe, tiles, stretch, device)
+        return precision.resolve(config, recipe, tiles, stretch, device)
 
     written = open_storage(config.cache.path).last_write()
     plan = make_plan(config, resolved)
@@ -161,7 +161,7 @@ def _counted(summary: Summary, config: Config, plan: Plan, start: float) -> Iter
         summary.seconds = time.perf_counter() - start
         if summary.computed:
             tile, crop = teacher_seconds(config, summary.teacher_seconds, summary.computed, summary.pixels)
-            summary.online_seconds = plan.samples * asked_per_sample(config) * tile
+            summary.online_seconds = plan.samples * predictions_per_sample(config) * tile
             summary.crops_seconds = plan.samples * crop
         note_costs(config.cache.path, plan.recipe.digest(), summary)
 
@@ -228,7 +228,7 @@ def _compute(
                 if images is None or loaded.images_NHWC is None:
                     continue
                 size = sized("tile", *loaded.images_NHWC.shape[:3])
-                with fits_in_memory(f"while the teacher answered {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
+                with fits_in_memory(f"while the teacher predicted {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
                     answers = teacher.encoded(images)
                 pixels = loaded.images_NHWC[0, ..., 0].size
                 for tile, answer in zip(loaded.tiles, answers, strict=True):
@@ -256,7 +256,7 @@ def _answer_scene(
     start = time.perf_counter()
     with scene.open_rows() as (rows, digest):
         size = sized("tile", 1, rows.height, rows.width)
-        with fits_in_memory(f"while the teacher answered {size}", advice(max(rows.height, rows.width))):
+        with fits_in_memory(f"while the teacher predicted {size}", advice(max(rows.height, rows.width))):
             bands = teacher.cached_bands(rows.read, rows.height, rows.width)
             encoded = encode_bands(_until(stop, bands, summary), recipe, rows.height, rows.width, spill)
     summary.teacher_seconds += time.perf_counter() - start

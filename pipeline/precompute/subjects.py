@@ -72,7 +72,7 @@ def subject_noun(config: Config) -> str:
     return "tiles" if config.distill.teacher_view == "tile" else "views"
 
 
-def asked_per_sample(config: Config) -> float:
+def predictions_per_sample(config: Config) -> float:
     """How often a live teacher is asked about a sample: about the tile of each of its views, a mean, or once about the crop."""
     return views_per_sample(config.train) if config.distill.teacher_view == "tile" else 1
 

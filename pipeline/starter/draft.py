@@ -22,7 +22,7 @@ from kdpipe.pipeline.models.student import FORMERS
 from kdpipe.pipeline.starter.classes import read_labels
 from kdpipe.pipeline.starter.training import train_keys
 from kdpipe.pipeline.starter.yaml import Item, Key, as_yaml, comment
-from kdpipe.pipeline.teacher.frozen import KNOWN_ORDERS
+from kdpipe.pipeline.teacher.loading import KNOWN_ORDERS
 
 VAL_NAMES = ("val", "valid", "validation")
 TEST_NAMES = ("test", "testing")

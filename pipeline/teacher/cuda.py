@@ -1,6 +1,5 @@
 """
-Copies between main memory and a CUDA device beside what the device computes: from and to pinned memory, in streams of their own;
-and the time it took, without waiting for it.
+Copies between main memory and a CUDA device while it computes, and the time that it computes, without waiting for it.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams" and "Use pinned memory buffers".
 """
@@ -21,85 +20,73 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class OnItsWay:
-    """What is being copied; `arrived` is recorded once it is all there."""
+class PendingCopy:
+    """Tensors that are being copied; the event `arrived` is recorded after the last of them."""
 
     tensors: Sequence[Tensor]
     arrived: Any  # a torch.cuda.Event
 
     def arrays(self) -> list[NDArray[Any]]:
-        """Of what was copied to main memory, once it is there; other threads go on meanwhile."""
+        """The tensors in main memory, as arrays; waits for them, and lets other threads run meanwhile."""
         self.arrived.synchronize()
         return [tensor.numpy() for tensor in self.tensors]
 
 
 class Transfers:
     """
-    One stream there and one back, one for what is done beside the networks, and one in which graphs are recorded.
+    Copies to and from a CUDA device through pinned memory, each direction in a stream of its own.
 
-    `send` is for any thread, the rest for one.
+    `send` may be called in any thread, the other methods in one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Made together, so that they are not one and the same: torch has 32, which it hands out in turn.
-        streams = [torch.cuda.Stream(device) for _ in range(4)]  # type: ignore[no-untyped-call]
-        self._there, self._beside, self._back, self.recording = streams
-        self._handed_on: torch.cuda.Event | None = None
-        self._fetched: torch.cuda.Event | None = None
+        # Made together, so that they differ: torch hands out 32 streams in turn.
+        streams = [torch.cuda.Stream(device) for _ in range(3)]  # type: ignore[no-untyped-call]
+        self._to_device, self._beside, self._to_host = streams
 
-    def send(self, array: NDArray[Any]) -> OnItsWay:
+    def send(self, array: NDArray[Any]) -> PendingCopy:
         """Begin to copy an array to the device."""
-        with torch.cuda.stream(self._there):
+        with torch.cuda.stream(self._to_device):
             sent = torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
-            return OnItsWay([sent], self._there.record_event())
+            return PendingCopy([sent], self._to_device.record_event())
 
-    def take(self, sent: OnItsWay) -> Tensor:
-        """What was sent, for the stream that computes, which waits for it, and for what was handed on before."""
+    def receive(self, sent: PendingCopy) -> Tensor:
+        """What `send` copied, for the current stream, which waits for it."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(sent.arrived)
-        if self._handed_on is not None:
-            computing.wait_event(self._handed_on)
         (tensor,) = sent.tensors
-        tensor.record_stream(computing)  # its memory is not given to others before this stream has read it
+        tensor.record_stream(computing)  # keeps its memory until this stream has read it
         return tensor
 
     @contextmanager
-    def beside(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """
-        Copies of what the current stream computes, for what is asked for in the context, which runs beside what that stream does next.
-
-        It may write over what was fetched before: that has been copied.
-        """
+    def beside(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """A stream that reads `tensors` of the current stream, and runs beside what the current stream does next."""
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in tensors:
+            tensor.record_stream(self._beside)
         with torch.cuda.stream(self._beside):
-            copies = [tensor.clone() for tensor in tensors]
-            for tensor in tensors:
-                tensor.record_stream(self._beside)
-            self._handed_on = self._beside.record_event()
-            if self._fetched is not None:
-                self._beside.wait_event(self._fetched)
-            yield copies
+            yield
 
-    def fetch(self, tensors: Sequence[Tensor]) -> OnItsWay:
-        """Begin to copy what the current stream computes to main memory, once it has done so."""
-        self._back.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._back):
+    def fetch(self, tensors: Sequence[Tensor]) -> PendingCopy:
+        """Begin to copy tensors of the current stream to main memory, once they are computed."""
+        self._to_host.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._to_host):
             fetched = []
             for tensor in tensors:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 fetched.append(host.copy_(tensor, non_blocking=True))
-                tensor.record_stream(self._back)
-            # Blocking: threads that wait for it leave their cores to those that compress.
-            self._fetched = self._back.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
-            return OnItsWay(fetched, self._fetched)
+                tensor.record_stream(self._to_host)
+            # A blocking event: threads that wait for it leave their cores to those that compress.
+            arrived = self._to_host.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+            return PendingCopy(fetched, arrived)
 
 
 class Clock:
     """
-    How long a device took for what was asked of it in `timed`.
+    The time that a device took for the work started within `timed`.
 
-    CUDA says so itself, later, as a process that asks it does not wait; elsewhere it is the time that passes.
+    A CUDA device reports it later, from events, as its callers do not wait for it; elsewhere it is wall time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,7 +97,7 @@ class Clock:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """What is asked of the current stream in the context."""
+        """Count the time of what is started in the current stream within the context."""
         began = time.perf_counter()
         start, end = (torch.cuda.Event(enable_timing=True) if self._cuda else None for _ in range(2))  # type: ignore[no-untyped-call]
         if start is not None:
@@ -122,16 +109,16 @@ class Clock:
             else:
                 end.record()
                 self._running.append((start, end))
-                self._sum_up()
+                self._add_finished()
 
     def taken(self) -> float:
-        """Seconds that the device took since this was last called, for what it is through with."""
+        """Seconds of the work that has finished since the last call."""
         with self._lock:
-            self._sum_up()
+            self._add_finished()
             seconds, self._seconds = self._seconds, 0.0
             return seconds
 
-    def _sum_up(self) -> None:
+    def _add_finished(self) -> None:
         while self._running and self._running[0][1].query():  # type: ignore[no-untyped-call]
             start, end = self._running.popleft()
             self._seconds += start.elapsed_time(end) / 1000

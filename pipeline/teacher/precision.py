@@ -1,4 +1,4 @@
-"""What `teacher.precision: auto` means: bf16 where the device is fast at it and the soft targets stay what they are, else fp32."""
+"""`teacher.precision: auto`: bf16 where the device is fast at it and the soft targets hardly change, else fp32."""
 
 from __future__ import annotations
 
@@ -16,65 +16,60 @@ from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.devices import is_fast_at_bf16
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
-SAMPLE, SAMPLE_PX = 3, 512  # tiles on which both precisions are compared, and how much of each
+SAMPLE, SAMPLE_PX = 3, 512  # tiles on which the precisions are compared, and the side of their windows
 Stretch = Sequence[tuple[float, float]] | None
 
 
-def resolved(
+def resolve(
     config: Config, recipe: CacheRecipe, tiles: Sequence[Tile], stretch: Stretch, device: torch.device
 ) -> CacheRecipe:
     """
-    The recipe of a new cache, with `auto` precisions decided: all of them together, since their logits are averaged.
+    The recipe of a new cache with `auto` precisions decided, for all teachers together, as their logits are averaged.
 
-    `recipe` has fp32 in their place (see `recipe.complete_recipe`). Raises what `open_teacher` raises.
+    `recipe` holds fp32 in their place (see `complete_recipe`). Raises what `open_teacher` raises.
     """
     auto = [member.precision == "auto" for member in config.members.values()]
     if not any(auto) or not is_fast_at_bf16(device):
         return recipe
     records = zip(recipe.teachers, auto, strict=True)
-    short = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
-    half = recipe.model_copy(update={"teachers": short})
-    return half if _stays_the_same(config, recipe, half, tiles, stretch, device) else recipe
-
-
-def _stays_the_same(
-    config: Config,
-    recipe: CacheRecipe,
-    half: CacheRecipe,
-    tiles: Sequence[Tile],
-    stretch: Stretch,
-    device: torch.device,
-) -> bool:
-    """
-    Whether bf16 moves the teacher's soft targets by no more, on average over each image, than half a step of the cache's integers.
-
-    Compared on windows of a seeded sample of tiles. Single pixels may move by several steps; with 16 bits no network passes.
-    """
+    teachers = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
+    half = recipe.model_copy(update={"teachers": teachers})
     images_NHWC = _sample(config, tiles, stretch)
     if images_NHWC is None:
-        return False
+        return recipe
+    return half if _targets_stay(config, recipe, half, images_NHWC, device) else recipe
+
+
+def _targets_stay(
+    config: Config, recipe: CacheRecipe, half: CacheRecipe, images_NHWC: NDArray[np.uint8], device: torch.device
+) -> bool:
+    """
+    Whether bf16 moves the soft targets of each image by at most half a step of the cache's integers, on average.
+
+    Single pixels may move by several steps. With 16 bits no network passes.
+    """
     exact, short = (open_teacher(config, r, device) for r in (recipe, half))
     try:
         moved_NCHW = np.abs(exact.soft_targets(images_NHWC) - short.soft_targets(images_NHWC))
-    except KdpipeError:  # numbers that are not finite
+    except KdpipeError:  # logits that are not finite
         return False
     return bool(moved_NCHW.mean(axis=(1, 2, 3)).max() <= 0.5 / (2**recipe.bits - 1))
 
 
 def _sample(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> NDArray[np.uint8] | None:
-    """Windows of one size, as large as fits into all, from the middle of tiles drawn by the seed; None if none can be read."""
+    """Windows `(N, H, W, 3)` from the middle of tiles drawn by `config.seed`, of the largest common size; None if none is readable."""
     images: list[NDArray[np.uint8]] = []
     for index in np.random.default_rng(config.seed).permutation(len(tiles)):
         try:
             images.append(read_image(tiles[index].image, config.data.bands, stretch))
-        except DataError:  # which stage one will name
+        except DataError:  # stage one will name it
             continue
         if len(images) == SAMPLE:
             break
     if not images:
         return None
     height, width = (min(SAMPLE_PX, *(image.shape[axis] for image in images)) for axis in (0, 1))
-    tops = [((image.shape[0] - height) // 2, (image.shape[1] - width) // 2) for image in images]
+    corners = [((image.shape[0] - height) // 2, (image.shape[1] - width) // 2) for image in images]
     return np.stack(
-        [image[top : top + height, left : left + width] for image, (top, left) in zip(images, tops, strict=True)]
+        [image[top : top + height, left : left + width] for image, (top, left) in zip(images, corners, strict=True)]
     )

@@ -1,8 +1,8 @@
 """
-The integers of a cache, made where the teacher's answer lies, so that a quarter of the bytes is copied from the device.
+The integers of a cache, computed on the teacher's device, so that a quarter of the bytes leaves it.
 
-Bit for bit those of `kdpipe.cache.codec` (`steady.py`, `simplex.py`, `logits.py`, which say why), as tests compare. On a processor
-those are the faster: they work in bands that stay in a core's cache, these in few steps over a whole batch.
+They are bit for bit those of `kdpipe.cache.codec` (whose `encoding` modules say why), and tests compare them. This code takes few steps
+over a whole batch; on a CPU the codec is faster, as its bands stay in a core's cache.
 
 Shapes: N tiles, C classes, H W their pixels, K blocks of R rows.
 """
@@ -24,8 +24,8 @@ from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 
 class Rounded(NamedTuple):
     """
-    Of a batch: integers of all classes, `(N, C, H, W)`, uint8 or uint16; what rounding took from the entropy, float64, a value a block
-    (see `simplex.entropy_error`), empty for logits; and whether the values were such as can be stored, one bool.
+    A batch as integers, `(N, C, H, W)`, uint8 or uint16; the entropy that rounding took from each block, float64 (see
+    `simplex.entropy_error`; empty for logits); and one bool, whether the values can be stored.
     """
 
     units_NCHW: Tensor
@@ -34,7 +34,7 @@ class Rounded(NamedTuple):
 
 
 def rounded(values_NCHW: Tensor, recipe: CacheRecipe) -> Rounded:
-    """As `values.units_of` of each tile of a batch, float32, without waiting for the device."""
+    """`codec.units_of` of every tile of a float32 batch, without waiting for the device."""
     storage = torch.uint8 if recipe.bits <= 8 else torch.uint16
     if isinstance(recipe, LogitsRecipe):
         units_NCHW, lost = _logits(values_NCHW, recipe.bits), values_NCHW.new_empty(len(values_NCHW), 0, 0)
@@ -54,7 +54,7 @@ def _logits(logits_NCHW: Tensor, bits: int) -> Tensor:
 
 
 def _plain(probs_NCHW: Tensor, levels: int) -> Tensor:
-    """By largest remainder, int32."""
+    """Integers by largest remainder, int32."""
     remainders_NCHW = probs_NCHW.clamp(0, 1) * levels
     floors_NCHW = remainders_NCHW.floor()
     remainders_NCHW -= floors_NCHW
@@ -69,7 +69,7 @@ def _plain(probs_NCHW: Tensor, levels: int) -> Tensor:
 
 
 def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> Tensor:
-    """Values that are taken over from the row above wherever the bits let them; `plain_NCHW` is what `_plain` makes, int16 the result."""
+    """Integers, int16, that repeat the row above wherever the error bound allows; `plain_NCHW` is the result of `_plain`."""
     height = probs_NCHW.shape[2]
     whole = height - height % KEY_ROW_PX
     room = steady.room(bits, levels, probs_NCHW.shape[1])
@@ -82,7 +82,7 @@ def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> T
 
 
 def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np.float32) -> Tensor:
-    """All blocks row by row at once, each as high as the others; no step depends on what another found, for which it would wait."""
+    """All blocks at once, row by row; every block is as high. No step branches on values, which would wait for the device."""
     count, num_classes, height, width = probs_NCHW.shape
     rows = min(KEY_ROW_PX, height)
     probs_NCKRW, plain_NCKRW = (x.reshape(count, num_classes, -1, rows, width) for x in (probs_NCHW, plain_NCHW))
@@ -108,7 +108,7 @@ def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np
             wanted_NKW = units_NKW - excess_NKW
             torch.clamp(wanted_NKW, lowest_NKW, highest_NKW, out=units_NKW)
             excess_NKW = units_NKW - wanted_NKW
-        # Where float32 left no room, plain rounding stays.
+        # Where float32 leaves no room, plain rounding stays.
         torch.where(excess_NKW == 0, units_CNKW, units_RCNKW[row], out=units_RCNKW[row])
     units_NCKRW = turned(units_RCNKW.permute(2, 1, 3, 0, 4))
     return units_NCKRW.take_along_dim(order_NCK11.argsort(dim=1), dim=1).flatten(2, 3)
@@ -116,8 +116,8 @@ def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np
 
 def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tensor:
     side = simplex.ENTROPY_BLOCK_PX
-    of_units = _entropy_terms(levels, probs_NCHW.device)
-    lost_NHW = of_units[units_NCHW.int()].sum(dim=1) - (probs_NCHW.clamp(min=1e-30).log() * probs_NCHW).sum(dim=1)
+    unit_terms = _entropy_terms(levels, probs_NCHW.device)
+    lost_NHW = unit_terms[units_NCHW.int()].sum(dim=1) - (probs_NCHW.clamp(min=1e-30).log() * probs_NCHW).sum(dim=1)
 
     def sums(values_NHW: Tensor) -> Tensor:
         count, height, width = values_NHW.shape
@@ -127,6 +127,6 @@ def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tenso
     return sums(lost_NHW) / sums(torch.ones_like(lost_NHW[:1]))
 
 
-@cache  # for good: graphs hold its address
+@cache  # a copy to a GPU waits for all that the GPU still has to do
 def _entropy_terms(levels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(simplex.entropy_terms(levels)).to(device)

@@ -62,7 +62,7 @@ class OnlineTargets:
 
     def _ask(self, image_HW3: NDArray[np.uint8], noun: str) -> NDArray[np.float32]:
         size = sized(noun, 1, *image_HW3.shape[:2])
-        with fits_in_memory(f"while the teacher answered {size} beside the student", ONLINE_ADVICE):
+        with fits_in_memory(f"while the teacher predicted {size} beside the student", ONLINE_ADVICE):
             start = time.perf_counter()
             probs_CHW: NDArray[np.float32] = self._teacher.soft_targets(image_HW3[None])[0]
             self.teacher_seconds += time.perf_counter() - start

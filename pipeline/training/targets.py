@@ -57,7 +57,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     if config.distill.mode == "none":
         return Targets(None)
     if config.distill.mode == "online":
-        recipe = precision.resolved(config, complete_recipe(config, stretch, None), tiles, stretch, device)
+        recipe = precision.resolve(config, complete_recipe(config, stretch, None), tiles, stretch, device)
         teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)

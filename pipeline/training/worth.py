@@ -18,7 +18,7 @@ from kdpipe.configs.schema import Config, TeacherView
 from kdpipe.pipeline.distributed import computed_precision
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.precompute.costs import StageOneCosts, teacher_seconds
-from kdpipe.pipeline.precompute.subjects import asked_per_sample
+from kdpipe.pipeline.precompute.subjects import predictions_per_sample
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.training.batch_size import resolve_batch_size, take_steps
@@ -142,7 +142,7 @@ def _worth(
         tile_seconds=tile,
         crop_seconds=crop,
         samples_per_step=config.train.samples_per_step,
-        views_per_sample=asked_per_sample(config),
+        views_per_sample=predictions_per_sample(config),
         steps=steps,
         epochs=epochs,
         teacher_view=config.distill.teacher_view,

@@ -33,13 +33,14 @@ def bare(config, tiles, device, folder):
     import numpy as np
     import torch
 
-    from kdpipe.pipeline.teacher.frozen import _exactly, load_teacher
+    from kdpipe.pipeline.teacher.frozen import computing_in
+    from kdpipe.pipeline.teacher.loading import load_teacher
 
     model = load_teacher(config.teacher).to(device)
     batches = [
         np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)) for images_NHWC in decoded(config, tiles, device)
     ]
-    with torch.inference_mode(), _exactly(config.teacher.precision, device):
+    with torch.inference_mode(), computing_in(config.teacher.precision, device):
         for images_N3HW in first_ones(batches, device):
             logits_of(model, images_N3HW, device)
         wait_for(device)
@@ -67,7 +68,7 @@ def naive(config, tiles, device, folder):
     from rasterio.errors import NotGeoreferencedWarning
 
     from kdpipe.data.rasters import read_image
-    from kdpipe.pipeline.teacher.frozen import load_teacher
+    from kdpipe.pipeline.teacher.loading import load_teacher
 
     warnings.simplefilter("ignore", NotGeoreferencedWarning)
     model = load_teacher(config.teacher).to(device)
@@ -158,10 +159,10 @@ def own_precision(options):
     from kdpipe.data.tiles import list_tiles
     from kdpipe.pipeline.devices import resolve_device
     from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-    from kdpipe.pipeline.teacher.precision import resolved
+    from kdpipe.pipeline.teacher.precision import resolve
 
     config, device = load_config(options.config, options.overrides), resolve_device(options.device)
-    recipe = resolved(config, complete_recipe(config, None, None), list_tiles(config.data, "train"), None, device)
+    recipe = resolve(config, complete_recipe(config, None, None), list_tiles(config.data, "train"), None, device)
     (record,) = recipe.teachers
     return record.precision
 

@@ -30,7 +30,7 @@ from turns import in_turns, stop_here
 from kdpipe.configs import load_config
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 from kdpipe.pipeline.models.student import build_student
-from kdpipe.pipeline.teacher.frozen import load_teacher
+from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.run import train, with_mode
 

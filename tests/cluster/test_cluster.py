@@ -503,7 +503,7 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config, monkeypatch)
         assert cluster.resolved(config, recipe, tiles, None, threading.Event()) == recipe
         cluster._fast_bf16 = True
         # The worker's own processor decides in the end; that it was asked with the tiles it needs is what is seen here.
-        expected = precision.resolved(config, recipe, tiles, None, CPU)
+        expected = precision.resolve(config, recipe, tiles, None, CPU)
         assert cluster.resolved(config, recipe, tiles, None, threading.Event()) == expected
     sampled = Sampled(tiles, [3, 5])
     assert (len(sampled), sampled[np.int64(5)]) == (TILES, tiles[5])

@@ -1,15 +1,15 @@
-"""Folded batch norms: the same answers, and only where the network's graph is what it seems."""
+"""Folded batch norms and cast weights: the same logits, and only where the network's structure allows it."""
 
 import pytest
 import torch
 from torch import nn
 
 from kdpipe.pipeline.models.smp import create_smp_model
-from kdpipe.pipeline.teacher.fold import folded, lowered
+from kdpipe.pipeline.teacher.fold import folded, with_cast_weights
 
 
-def restless(model):
-    """In eval mode, with statistics as training leaves them: fresh ones would let any mistake pass."""
+def trained(model):
+    """The model in eval mode with batch statistics as training leaves them: fresh ones would let any mistake pass."""
     generator = torch.Generator().manual_seed(0)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -27,7 +27,7 @@ def norms(model):
 @pytest.mark.parametrize(
     ("architecture", "encoder", "left"),
     [
-        ("unet", "efficientnet-b0", 1),  # that of the classifier, which is never asked
+        ("unet", "efficientnet-b0", 1),  # the classifier's, which never runs
         ("unet", "resnet18", 0),
         ("fpn", "mobilenet_v2", 0),
         ("linknet", "tu-regnetx_002", 5),  # timm's norms, which hold their activation; those after transposed ones stay
@@ -36,7 +36,7 @@ def norms(model):
 )
 def test_a_folded_network_gives_the_same_logits(architecture, encoder, left):
     torch.manual_seed(0)
-    model = restless(create_smp_model(architecture, encoder, 8, key="teacher"))
+    model = trained(create_smp_model(architecture, encoder, 8, key="teacher"))
     images = torch.randn(2, 3, 70, 90)
     fold = folded(model, images)
     assert fold is not model
@@ -45,11 +45,11 @@ def test_a_folded_network_gives_the_same_logits(architecture, encoder, left):
     with torch.inference_mode():
         expected, found = model(other), fold(other)
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
-    assert norms(model) > left, "the network itself is as it was"
+    assert norms(model) > left, "the network itself is unchanged"
 
 
 class Forked(nn.Module):
-    """Its convolution feeds a batch norm and, past it, something else."""
+    """A convolution that feeds a batch norm and something else."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class Twice(nn.Module):
 
 
 class Reversed(nn.Module):
-    """Declared in another order than they are asked in."""
+    """A batch norm that runs before the convolution declared ahead of it."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Reversed(nn.Module):
 @pytest.mark.parametrize("network", [Forked, Twice, Reversed])
 def test_a_network_that_cannot_be_folded_stays_as_it_is(network):
     torch.manual_seed(0)
-    model = restless(network())
+    model = trained(network())
     images = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         expected = model(images)
@@ -94,11 +94,11 @@ def test_a_network_that_cannot_be_folded_stays_as_it_is(network):
 
 
 @pytest.mark.parametrize("architecture", ["unet", "linknet", "segformer"])
-def test_weights_held_in_the_type_of_autocast_give_the_same_bits(architecture):
+def test_cast_weights_give_the_same_bits_under_autocast(architecture):
     torch.manual_seed(0)
     encoder = "mit_b0" if architecture == "segformer" else "resnet18"
-    model = restless(create_smp_model(architecture, encoder, 8, key="teacher"))
-    low = lowered(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
+    model = trained(create_smp_model(architecture, encoder, 8, key="teacher"))
+    low = with_cast_weights(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
     assert low is not model
     assert {m.weight.dtype for m in low.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -108,14 +108,14 @@ def test_weights_held_in_the_type_of_autocast_give_the_same_bits(architecture):
 
 
 class Standardised(nn.Conv2d):
-    """Computes with its weights before they are used, as weight standardisation does."""
+    """A layer that computes with its weights before use, as weight standardisation does."""
 
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
 class Refusing(nn.Linear):
-    """Takes its weights in float32 alone."""
+    """A layer that takes float32 weights only."""
 
     def forward(self, x):
         if self.weight.dtype != torch.float32:
@@ -124,6 +124,6 @@ class Refusing(nn.Linear):
 
 
 @pytest.mark.parametrize("layer", [Standardised(3, 8, 3, padding=1), Refusing(3, 3)], ids=["standardised", "refusing"])
-def test_a_network_whose_answer_that_would_change_stays_as_it_is(layer):
+def test_a_network_whose_logits_cast_weights_would_change_stays_as_it_is(layer):
     torch.manual_seed(0)
-    assert lowered(layer.eval(), torch.randn(1, 3, 64, 64), torch.bfloat16) is layer
+    assert with_cast_weights(layer.eval(), torch.randn(1, 3, 64, 64), torch.bfloat16) is layer

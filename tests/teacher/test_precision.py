@@ -1,4 +1,4 @@
-"""`teacher.precision: auto`: bf16 where the device is fast at it and the soft targets stay what they are."""
+"""`teacher.precision: auto`: bf16 where the device is fast at it and the soft targets hardly change."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def fast(monkeypatch):
-    """A processor that is fast at bf16, as far as the program knows."""
+    """The program takes this CPU for one that is fast at bf16."""
     monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: True)
 
 
@@ -21,7 +21,7 @@ def recorded(config):
     return [record.precision for record in SoftTargetCache.open(config.cache.path).manifest.recipe.teachers]
 
 
-def test_a_device_that_only_emulates_bf16_computes_in_fp32_and_no_tile_is_tried(make_config, monkeypatch):
+def test_a_device_that_only_emulates_bf16_computes_in_fp32_without_a_trial(make_config, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(precision, "open_teacher", None)
     config = make_config()
@@ -38,18 +38,18 @@ def test_a_processor_with_amx_is_fast_and_apples_gpu_is_not(monkeypatch):
         assert precision.is_fast_at_bf16(torch.device("cuda")) == fast
 
 
-def test_bf16_is_taken_where_it_moves_the_targets_less_than_their_rounding(make_config, fast, monkeypatch):
+def test_bf16_is_chosen_where_it_moves_soft_targets_less_than_rounding_does(make_config, fast, monkeypatch):
     config = make_config()
     precompute(config, CPU)
     assert recorded(config) == ["bf16"]
     findings = verify(config, "parity", CPU, sample=2).findings
     assert {finding.code for finding in findings} <= {"class-map"}, "a random teacher's classes fit no label"
-    # Whoever goes on with the cache, on whatever device, goes on in its precision.
+    # A resumed run keeps the cache's precision, on any device.
     monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: False)
     assert precompute(config, CPU).kept == 6
 
 
-def test_a_teacher_that_bf16_changes_answers_in_fp32(make_config, fast, tmp_path):
+def test_a_teacher_whose_soft_targets_bf16_changes_computes_in_fp32(make_config, fast, tmp_path):
     config = make_config()
     state = torch.load(config.teacher.checkpoint, weights_only=True)
     state["segmentation_head.0.weight"] *= 300  # so that rounding its features to 8 bits decides classes
@@ -59,13 +59,13 @@ def test_a_teacher_that_bf16_changes_answers_in_fp32(make_config, fast, tmp_path
     assert recorded(config) == ["fp32"]
 
 
-def test_what_is_stored_in_16_bits_is_computed_in_fp32(make_config, fast):
+def test_a_cache_of_16_bits_is_computed_in_fp32(make_config, fast):
     config = make_config(cache__bits=16)
     precompute(config, CPU)
     assert recorded(config) == ["fp32"]
 
 
-def test_a_stated_precision_is_not_questioned(make_config, fast, monkeypatch):
+def test_a_configured_precision_is_not_tried(make_config, fast, monkeypatch):
     monkeypatch.setattr(precision, "open_teacher", None)
     config = make_config(teacher__precision="fp32")
     precompute(config, CPU)

@@ -1,4 +1,4 @@
-"""The integers that are made on the device are those that the cache makes in NumPy, bit for bit."""
+"""Integers rounded on the teacher's device equal the codec's, bit for bit."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,13 +11,13 @@ from helpers.caches import distributions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe.cache import codec as values
+from kdpipe.cache import codec
 from kdpipe.cache.encoding import simplex
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline import dry_run as forecasts
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.teacher.cuda import OnItsWay
+from kdpipe.pipeline.teacher.cuda import PendingCopy
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.teacher.rounding import rounded
 
@@ -26,7 +26,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
 def recipe_of(bits, num_classes):
-    """What rounding reads of a recipe."""
+    """The fields of a recipe that rounding reads."""
     return SimpleNamespace(bits=bits, levels=simplex.levels_of(bits, num_classes))
 
 
@@ -36,7 +36,7 @@ def assert_same(batch_NCHW, recipe, device):
     for values_CHW, units_CHW, lost in zip(
         batch_NCHW, found.units_NCHW.cpu().numpy(), found.lost.cpu().numpy(), strict=True
     ):
-        expected_CHW, expected_lost = values.units_of(values_CHW, recipe)
+        expected_CHW, expected_lost = codec.units_of(values_CHW, recipe)
         assert units_CHW.dtype == expected_CHW.dtype
         np.testing.assert_array_equal(units_CHW, expected_CHW)
         np.testing.assert_allclose(lost, expected_lost, rtol=0, atol=1e-5)
@@ -55,7 +55,7 @@ def test_soft_targets_become_the_same_integers(device, num_classes, height, widt
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", [6, 8, 16])
-def test_smooth_values_are_taken_over_from_row_to_row_in_the_same_places(device, bits):
+def test_smooth_values_repeat_the_row_above_in_the_same_places(device, bits):
     rng = np.random.default_rng(bits)
     scores = rng.normal(0, 0.05, (2, 6, 200, 70)).cumsum(axis=2).cumsum(axis=3)
     batch = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
@@ -65,7 +65,7 @@ def test_smooth_values_are_taken_over_from_row_to_row_in_the_same_places(device,
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("total", [1 - 9e-5, 1 + 9e-5])
 @pytest.mark.parametrize("num_classes", [2, 6, 200])
-def test_so_do_entries_that_sum_to_a_little_more_or_less_than_one(device, num_classes, total):
+def test_sums_a_little_off_one_become_the_same_integers(device, num_classes, total):
     batch = distributions(num_classes, 70, 20, sharpness=0.1)[None] * np.float32(total)
     assert_same(batch, recipe_of(8, num_classes), device)
 
@@ -75,16 +75,16 @@ def test_so_do_entries_that_sum_to_a_little_more_or_less_than_one(device, num_cl
 def test_logits_become_the_same_integers(device, bits):
     recipe = golden_cache.logits_recipe(bits)
     batch = np.random.default_rng(0).normal(0, 8, (2, len(recipe.channels), 90, 50)).astype(np.float32)
-    batch[:, :, :9] *= 20  # deeper than any is stored
+    batch[:, :, :9] *= 20  # deeper than the stored range
     found = rounded(torch.from_numpy(batch).to(device), recipe)
     assert found.valid
     for logits, units in zip(batch, found.units_NCHW.cpu().numpy(), strict=True):
-        np.testing.assert_array_equal(units, values.units_of(logits, recipe)[0])
+        np.testing.assert_array_equal(units, codec.units_of(logits, recipe)[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 0.9])
-def test_what_cannot_be_stored_is_said_to_be_so(device, bad):
+def test_values_that_cannot_be_stored_are_flagged(device, bad):
     batch = np.stack([distributions(3, 70, 5, seed) for seed in range(2)])
     batch[1, 2, 66, 3] = bad
     assert not rounded(torch.from_numpy(batch).to(device), recipe_of(8, 3)).valid
@@ -93,34 +93,34 @@ def test_what_cannot_be_stored_is_said_to_be_so(device, bad):
 
 
 class AtOnce:
-    """`Transfers` between main memory and itself."""
+    """`Transfers` within main memory."""
 
     def send(self, array):
-        return OnItsWay([torch.from_numpy(array)], self)
+        return PendingCopy([torch.from_numpy(array)], self)
 
-    def take(self, sent):
+    def receive(self, sent):
         return sent.tensors[0]
 
     def beside(self, tensors):
-        return nullcontext(tensors)
+        return nullcontext()
 
     def fetch(self, tensors):
-        return OnItsWay(tensors, self)
+        return PendingCopy(tensors, self)
 
     def synchronize(self):
         pass
 
 
 @pytest.mark.parametrize("overrides", [{}, {"cache__bits": 16}, {"cache__kind": "logits"}], ids=str)
-def test_a_teacher_that_rounds_on_its_device_gives_what_one_gives_that_leaves_it_to_the_cache(make_config, overrides):
+def test_a_teacher_that_rounds_on_its_device_returns_what_the_codec_returns(make_config, overrides):
     config = make_config(**overrides)
     recipe = complete_recipe(config, None, None)
     teacher = open_teacher(config, recipe, torch.device("cpu"))
     images = np.random.default_rng(0).integers(0, 256, (2, 70, 130, 3), dtype=np.uint8)
     expected = [encode() for encode in teacher.encoded(images)]
     teacher._transfers = AtOnce()
-    for asked_about in (images, teacher.send(images)):
-        found = [encode() for encode in teacher.encoded(asked_about)]
+    for batch in (images, teacher.send(images)):
+        found = [encode() for encode in teacher.encoded(batch)]
         for (units, lost), (expected_units, expected_lost) in zip(found, expected, strict=True):
             np.testing.assert_array_equal(units, expected_units)
             assert (lost is None) == (expected_lost is None) == ("cache__kind" in overrides)
@@ -131,41 +131,41 @@ def test_a_teacher_that_rounds_on_its_device_gives_what_one_gives_that_leaves_it
 @pytest.mark.parametrize(
     ("logit", "map_share", "error", "text"),
     [
-        (torch.nan, 1, KdpipeError, "numbers that are not finite in precision fp32; set teacher.precision"),
-        (-torch.inf, 1, KdpipeError, "numbers that are not finite in precision fp32; set teacher.precision"),
-        (0.0, 0.5, ValueError, "is not soft targets that sum to one"),
+        (torch.nan, 1, KdpipeError, "logits that are not finite, in precision fp32; set teacher.precision"),
+        (-torch.inf, 1, KdpipeError, "logits that are not finite, in precision fp32; set teacher.precision"),
+        (0.0, 0.5, ValueError, "the teacher's soft targets do not sum to one"),
     ],
 )
-def test_values_that_cannot_be_stored_are_refused_once_they_have_come_from_the_device(
+def test_values_that_cannot_be_stored_are_refused_after_they_left_the_device(
     make_config, monkeypatch, logit, map_share, error, text
 ):
     config = make_config()
     teacher = open_teacher(config, complete_recipe(config, None, None), torch.device("cpu"))
     teacher._transfers = AtOnce()
     teacher._class_map_TS *= map_share
-    answer = torch.zeros(1, 8, 64, 64)
-    answer[0, 3, 5, 7] = logit
-    monkeypatch.setattr(teacher, "_logits", lambda images, checked: answer)
+    logits = torch.zeros(1, 8, 64, 64)
+    logits[0, 3, 5, 7] = logit
+    monkeypatch.setattr(teacher, "_logits", lambda images, checked: logits)
     (encode,) = teacher.encoded(np.zeros((1, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(error, match=text):
         encode()
 
 
-def test_a_forecast_where_the_device_rounds_is_of_its_batches_beside_threads(make_config, monkeypatch):
+def test_a_dry_run_where_the_device_rounds_times_whole_batches(make_config, monkeypatch):
     config = make_config(teacher__batch_size=4)
     plain = estimate(config, torch.device("cpu"))
-    asked = []
+    sizes = []
 
     def opened(config, recipe, device):
         teacher = open_teacher(config, recipe, device)
         teacher._transfers = AtOnce()
-        ask = teacher._values
-        monkeypatch.setattr(teacher, "_values", lambda images: asked.append(len(images)) or ask(images))
+        values = teacher._values
+        monkeypatch.setattr(teacher, "_values", lambda images: sizes.append(len(images)) or values(images))
         return teacher
 
     monkeypatch.setattr(forecasts, "open_teacher", opened)
     monkeypatch.setattr(forecasts, "stage_threads", lambda device: (1, 10**6))
     rounding = estimate(config, torch.device("cpu"))
-    assert asked == [4] * 3 * forecasts.TRIALS
+    assert sizes == [4] * 3 * forecasts.TRIALS
     assert (rounding.bytes, rounding.pixels) == (plain.bytes, plain.pixels)
     assert 0 < rounding.seconds < 3600

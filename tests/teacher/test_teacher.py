@@ -15,13 +15,15 @@ from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.pipeline.devices import resolve_device
-from kdpipe.pipeline.models import views
+from kdpipe.pipeline.models import windows
 from kdpipe.pipeline.models.recognise import recognise
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.student import build_student
-from kdpipe.pipeline.models.views import averaged_logits, blended_bands, blended_logits, padded_logits
+from kdpipe.pipeline.models.views import averaged_logits, padded_logits
+from kdpipe.pipeline.models.windows import blended_bands, blended_logits
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.teacher.frozen import load_teacher, open_teacher, soft_targets
+from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
+from kdpipe.pipeline.teacher.loading import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -293,7 +295,7 @@ def test_windows_of_a_local_network_blend_to_the_whole_image(size):
 
 
 def test_a_wide_scene_comes_in_few_rows_at_a_time_that_keep_nothing_else_in_memory(monkeypatch):
-    monkeypatch.setattr(views, "PIECE_PX", 7 * 200)
+    monkeypatch.setattr(windows, "PIECE_PX", 7 * 200)
     x = torch.rand(1, 3, 133, 200, generator=torch.Generator().manual_seed(3))
     model = nn.Conv2d(3, 2, 1).requires_grad_(False)
     bands = list(blended_bands(model, lambda top, bottom: x[..., top:bottom, :], 133, 200, 64))
@@ -541,7 +543,7 @@ def test_numbers_that_are_not_finite_stop_with_advice(make_config, tmp_path):
     broken = config.model_copy(
         update={"teacher": config.teacher.model_copy(update={"checkpoint": str(tmp_path / "t.pth")})}
     )
-    with pytest.raises(KdpipeError, match="not finite in precision fp32"):
+    with pytest.raises(KdpipeError, match="not finite, in precision fp32"):
         asked(broken).soft_targets(images(32, 32))
 
 
