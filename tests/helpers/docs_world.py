@@ -66,7 +66,8 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     best = "model_weights/dubai/dubai-linknet-kd/best.ckpt"
     assert run(monkeypatch, ["export", "--checkpoint", best, "--format", "onnx", "--out", "student.onnx"]) == 0
     mine = load_config(
-        "dubai/linknet_kd", ["name=mine", "cache.path=caches/mine.zarr", "train.crops_per_tile=1", *SHORT]
+        "dubai/linknet_kd",
+        ["name=mine", "group=default", "cache.path=caches/mine.zarr", "train.crops_per_tile=1", *SHORT],
     )
     Path("mine.yaml").write_text(yaml.safe_dump(mine.model_dump(mode="json")))
     shutil.copytree("caches/dubai.zarr", "caches/mine.zarr")
