@@ -15,9 +15,8 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
-from kdpipe.cache.canonical import canonical, compact
 from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
-from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, node_path, parse_record
+from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 # By major version of whole tiles and of recorded views: another major version cannot be read, recorded views can by a reader of

@@ -21,7 +21,8 @@ from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, parse_manifest, reaso
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRanges, Shard, open_shard
-from kdpipe.cache.storage.base import LocalStorage, Storage, open_storage
+from kdpipe.cache.storage.base import Storage, open_storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
 Window = tuple[int, int, int, int]

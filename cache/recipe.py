@@ -13,10 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationInfo, model_validator
 
-from kdpipe.cache.canonical import digest_of
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.encoding.simplex import levels_of, storage_type, total
-from kdpipe.cache.records import Sha256
+from kdpipe.cache.records import Sha256, digest_of
 
 
 class Record(BaseModel):

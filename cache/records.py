@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -72,3 +74,18 @@ def parse_record(fields: Any, *, newer: bool) -> TileRecord:
     if unknown and not newer:
         raise ValueError(f"unknown fields {unknown}")
     return record
+
+
+def canonical(content: Any) -> bytes:
+    """What a file holds: sorted keys, a line for each member, ASCII."""
+    return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def compact(content: Any) -> str:
+    """What digests are taken of: sorted keys, no space, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest_of(content: Any) -> str:
+    """The sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(compact(content).encode()).hexdigest()

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdpipe.cache.storage.base import FULL, PARTIAL_SUFFIX, LocalStorage, Storage
+from kdpipe.cache.storage.base import FULL, Storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.configs.errors import CacheError, DiskFull
+from kdpipe.configs.files import PARTIAL_SUFFIX
 
 
 class Spill:

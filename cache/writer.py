@@ -18,9 +18,10 @@ from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.shard import SpilledShard
-from kdpipe.cache.storage.base import PARTIAL_SUFFIX, FileInfo, Storage
+from kdpipe.cache.storage.base import FileInfo, Storage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import CorruptCache, StaleCache
+from kdpipe.configs.files import PARTIAL_SUFFIX
 
 
 def finished_tiles(

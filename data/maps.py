@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError, KdpipeError
+from kdpipe.configs.files import partial_path, publish
 from kdpipe.data.scenes import Georeference, open_quietly
 
 BLOCK_PX = 512  # of a tile of the file
@@ -110,8 +111,8 @@ def new_map(file: Path, layer: Layer, height: int, width: int, place: Georeferen
 
     Raises `KdpipeError` where it cannot be written, `DataError` where another process is writing it.
     """
-    partial = file.with_name(f".{file.name}.partial")
-    with _locked(partial) as descriptor, _explained(file):
+    partial = partial_path(file)
+    with _locked(partial), _explained(file):
         raster = _create(partial, layer, height, width, place)
         try:
             writer = RowWriter(raster)
@@ -122,17 +123,16 @@ def new_map(file: Path, layer: Layer, height: int, width: int, place: Georeferen
         factors = _overview_factors(height, width)
         _add_overviews(partial, layer.resampling, factors)
         _require_whole(partial, layer, factors)
-        os.fsync(descriptor)
         names = file.with_name(f"{file.name}.aux.xml")
         names.unlink(missing_ok=True)  # of an older map of this name
         if layer.classes:
             names.write_text(_category_names(layer.classes), encoding="utf-8")
-        partial.replace(file)
+        publish(partial, file)
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[int]:
-    """The open descriptor of a file that no other process writes; the file is gone afterwards, unless renamed."""
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold a file that no other process writes; it is deleted afterwards, unless it was renamed."""
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as err:
@@ -143,7 +143,7 @@ def _locked(partial: Path) -> Iterator[int]:
         except BlockingIOError as err:
             raise DataError(f"another process is writing {partial}: wait for it, or choose another --out") from err
         try:
-            yield descriptor
+            yield
         finally:
             partial.unlink(missing_ok=True)
     finally:

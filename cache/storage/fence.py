@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdpipe.cache.storage.base import LocalStorage, Storage
+from kdpipe.cache.storage.base import Storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.remote import RemoteStorage
 from kdpipe.configs.errors import CacheLocked, ShutOut
 

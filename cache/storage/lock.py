@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from kdpipe.cache.storage.base import FULL, LocalStorage, Storage
+from kdpipe.cache.storage.base import FULL, Storage
 from kdpipe.cache.storage.fence import shut_out_workers
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.remote import RemoteStorage
 from kdpipe.configs.errors import CacheLocked, CacheUnreachable, DiskFull
 

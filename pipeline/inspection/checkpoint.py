@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from kdpipe.configs.files import file_sha256
 from kdpipe.pipeline.models.recognise import Network, recognise
 from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint, unwrapped
-from kdpipe.pipeline.precompute.expected_recipe import file_sha256
 from kdpipe.pipeline.runs.checkpoint import FORMAT
 
 

@@ -9,7 +9,6 @@ exporter is used although torch calls it deprecated.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, KdpipeError
+from kdpipe.configs.files import partial_path, publish
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image
 from kdpipe.data.scenes import list_scenes
@@ -129,7 +129,7 @@ def export_student(
     images = _images(trained, tiles)
     card = card_of(trained, checkpoint, SIZES[format_])
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = partial_path(file)
     try:
         progress.say(f"exporting {card.network} as {format_}")
         with _explained(format_, card.network):
@@ -141,9 +141,7 @@ def export_student(
                 f"the {format_} file of {checkpoint} answers otherwise than the checkpoint: a probability differs by "
                 f"{result.largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
             )
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
+        publish(partial, file)
     finally:
         partial.unlink(missing_ok=True)
     return result

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import MeanStd
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
-from kdpipe.pipeline.precompute.expected_recipe import file_sha256
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
 CARD_KEY = "kdpipe"  # in an ONNX file's metadata

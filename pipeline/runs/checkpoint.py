@@ -1,12 +1,7 @@
-"""
-A student's checkpoint: weights, everything needed to go on, and what it was trained from.
-
-A file is whole or absent: it is written beside its place, synced, and renamed.
-"""
+"""A student's checkpoint: its weights, all that a resumed run needs, and what it was trained from."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +13,14 @@ from torch import Tensor, nn
 
 from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
+from kdpipe.configs.files import write_atomically
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+from kdpipe.pipeline.runs.layout import BEST
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 FORMAT = 1
-
-# Keys that may differ when a run is resumed: how long, how it is fed and where things lie, not what is computed.
+# Keys that may differ when a run is resumed: they change how long it trains or where its data lie, not what is computed.
 RESUMABLE_KEYS = (
     "train.epochs",
     "train.max_steps",
@@ -40,10 +35,10 @@ RESUMABLE_KEYS = (
 @dataclass(frozen=True)
 class Position:
     """
-    How far a run has come: batches and optimizer steps done, and the best validation mIoU so far with its step.
+    How far a run has come: batches and optimizer steps done, the best validation mIoU with its step, and times over all resumes.
 
-    `seconds` is the time spent in steps, waiting for data included and validation not; `history` holds what each validation
-    found, as `runs.Validation` reads it.
+    `seconds` is the time spent in steps, waiting for data included, `wall_seconds` that of the whole run, validation and set-up
+    included. `seconds_per_step` is the median step. `history` holds each validation as `record.Validation` reads it.
     """
 
     batches: int = 0
@@ -51,6 +46,8 @@ class Position:
     best_miou: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
+    wall_seconds: float = 0.0
+    seconds_per_step: float | None = None
     history: tuple[dict[str, Any], ...] = ()
 
 
@@ -63,7 +60,7 @@ def save(
     position: Position,
     record: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; `record` says what the run is (config, mode, fingerprint, library versions)."""
+    """Write a checkpoint, whole or not at all; `record` describes the run: config, mode, fingerprint, stretch, library versions."""
     content = {
         "format": FORMAT,
         "kdpipe": dict(record),
@@ -74,19 +71,12 @@ def save(
         "precision": dict(precision_state),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_atomically(path) as file:
+        torch.save(content, file)
 
 
 def recorded_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a checkpoint, as plain values; `CheckpointError` where the file is no whole one."""
+    """The resolved configuration in a checkpoint, as plain values; `CheckpointError` where the file is not a whole checkpoint."""
     config: dict[str, Any] = yaml.safe_load(_content(path)["kdpipe"]["config"])
     return config
 
@@ -100,10 +90,10 @@ def restore(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> tuple[Position, dict[str, Any]]:
     """
-    Put a run back where its checkpoint left it; returns the position and the precision's state.
+    Load a checkpoint into a student, its optimizer and scheduler; returns the position and the precision plugin's state.
 
-    Raises `ConfigError` where the configuration differs in more than `RESUMABLE_KEYS`, `StaleCache` where the cache's
-    fingerprint is another one, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
+    Raises `ConfigError` where the configuration differs in more than `RESUMABLE_KEYS`, `StaleCache` where the cache has another
+    fingerprint, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
     """
     content = _content(path)
     recorded = content["kdpipe"]
@@ -128,7 +118,7 @@ def restore(
 
 @dataclass(frozen=True)
 class Trained:
-    """A student as `train-student` left it, in eval mode, float32, on the CPU, with what its images must go through."""
+    """A trained student in eval mode, float32, on the CPU, with its configuration and the stretch that its images need."""
 
     student: nn.Module
     config: Config
@@ -138,9 +128,9 @@ class Trained:
 
 def load_trained(path: str | Path) -> Trained:
     """
-    The student in a checkpoint of `train-student`, built from the configuration that it carries.
+    The student in a checkpoint of `train-student`, built from the configuration in it.
 
-    Raises `CheckpointError` where the file is no such checkpoint, `ConfigError` where its configuration is of another version.
+    Raises `CheckpointError` where the file is not such a checkpoint, `ConfigError` where its configuration is not valid today.
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path} is a folder, and a checkpoint is a file in it, such as {Path(path) / BEST}")
@@ -174,7 +164,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """`key: was a, is b` for every dotted key, other than `RESUMABLE_KEYS`, in which two resolved configurations differ."""
+    """`key: was a, is b` for every dotted key in which two resolved configurations differ, `RESUMABLE_KEYS` excepted."""
     before, after = flat_keys(recorded), flat_keys(current)
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
@@ -184,7 +174,7 @@ def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> lis
 
 
 def flat_keys(content: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys: `{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
+    """A nested mapping flattened to dotted keys: `{"train": {"lr": 1}}` becomes `{"train.lr": 1}`."""
     if not isinstance(content, Mapping) or not content:
         return {prefix: content}
     flat: dict[str, Any] = {}

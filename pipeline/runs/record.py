@@ -1,7 +1,5 @@
 """
-What a run of stage two leaves behind to be compared with others: `run.json` in its folder, written anew at each validation.
-
-It holds the resolved configuration, the cache that was learnt from, and the score of every validation with its step and time.
+`run.json` in a run's folder: what later runs and reports compare it by. It is rewritten at each validation and at the run's end.
 """
 
 from __future__ import annotations
@@ -14,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.files import write_atomically
+from kdpipe.pipeline.runs.layout import CONFIG, RUN
 
-RUN, CONFIG = "run.json", "config.yaml"
 UNVALIDATED = "has no validation yet: let it train on, or give it data.val"
 
 
@@ -24,7 +23,7 @@ class _Record(BaseModel):
 
 
 class Validation(_Record):
-    """Scores (0..1, None where no label is scored) after `steps` steps, which took `seconds` without validation."""
+    """Scores in 0..1 (None where no label is scored) after `steps` steps that took `seconds`, validation not included."""
 
     steps: int
     seconds: float
@@ -34,7 +33,7 @@ class Validation(_Record):
 
 
 class CacheUsed(_Record):
-    """The cache that a run learnt from."""
+    """The cache that a run was trained from."""
 
     path: str
     fingerprint: str
@@ -42,7 +41,12 @@ class CacheUsed(_Record):
 
 
 class Run(_Record):
-    """One run: who it is, what it was configured as, what it learnt from, and how it went."""
+    """
+    One run: configuration, cache, scores of each validation, and times.
+
+    `wall_seconds` is the time from start to now over all resumes, `seconds_per_step` the median step, waiting for data included, and
+    `stage_one_seconds` the wall time of the cache's stage one; None where it is not known.
+    """
 
     name: str
     seed: int
@@ -53,49 +57,22 @@ class Run(_Record):
     cache: CacheUsed | None
     libraries: dict[str, str]
     history: list[Validation]
+    wall_seconds: float | None = None
+    seconds_per_step: float | None = None
+    stage_one_seconds: float | None = None
 
 
 def write_run(folder: Path, run: Run) -> None:
     """Write `run.json` into a run's folder, whole or not at all."""
-    partial = folder / f".{RUN}.partial"
-    partial.write_text(run.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / RUN)
-
-
-def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
-    """
-    Seconds a step of the runs that `--kd` made beside a run of `mode`, by name; one that was never validated, or is damaged,
-    has none to say.
-
-    A run's name ends in its mode where that is not its config's own (`training.with_mode`).
-    """
-    name = folder.name.removesuffix(f"-{mode}")
-    paces = {}
-    for other in (name, f"{name}-cached", f"{name}-online", f"{name}-none"):
-        file = folder.with_name(other) / RUN
-        if other == folder.name or not file.is_file():
-            continue
-        with suppress(DataError):  # another run's file must not end this one
-            first, last = (history := read_run(file).history)[0], history[-1]
-            # Where two validations are told, without the first steps, which take longer.
-            paces[other] = (
-                (last.seconds - first.seconds) / (last.steps - first.steps)
-                if last.steps > first.steps
-                else last.seconds / last.steps
-            )
-    return paces
-
-
-def run_folder(path: str | Path) -> Path:
-    """The folder of a run that is named by its folder or by its `run.json`."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
+    with write_atomically(folder / RUN) as file:
+        file.write(f"{run.model_dump_json(indent=1)}\n".encode())
 
 
 def read_run(path: str | Path) -> Run:
     """
     The run in a folder of `kdpipe train-student`, or in its `run.json`.
 
-    Raises `DataError` where there is none, it is damaged, or it has no validation to show.
+    Raises `DataError` where there is none, it is damaged, or it has no validation yet.
     """
     file = Path(path) / RUN if Path(path).is_dir() else Path(path)
     try:
@@ -112,3 +89,20 @@ def read_run(path: str | Path) -> Run:
     if not run.history:
         raise DataError(f"{file} {UNVALIDATED}")
     return run
+
+
+def paces_of_other_modes(folder: Path, mode: str) -> dict[str, float]:
+    """
+    Seconds per step of the runs that `--kd` made beside the run of `mode` in `folder`, by name.
+
+    Such a run's name ends in its mode unless the config itself asks for that mode. A run without a recorded pace is left out.
+    """
+    name = folder.name.removesuffix(f"-{mode}")
+    paces = {}
+    for other in (name, f"{name}-cached", f"{name}-online", f"{name}-none"):
+        if other == folder.name:
+            continue
+        with suppress(DataError):  # absent, or damaged: no reason to fail at the end of this one
+            if (pace := read_run(folder.with_name(other)).seconds_per_step) is not None:
+                paces[other] = pace
+    return paces

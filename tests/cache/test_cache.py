@@ -33,8 +33,9 @@ from kdpipe.cache.encoding.simplex import (
 )
 from kdpipe.cache.images import digest_image
 from kdpipe.cache.integrity import check_full
-from kdpipe.cache.storage import base as storage_module
-from kdpipe.cache.storage.base import LocalStorage, open_storage
+from kdpipe.cache.storage import local as storage_module
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.writer import finished_tiles, open_writer, whole_manifest
 from kdpipe.configs.errors import CacheError, DiskFull
 
@@ -386,7 +387,7 @@ def test_one_writer_at_a_time_and_a_killed_ones_lock_is_free(tmp_path, images):
 def test_no_thread_builds_on_a_folder_that_another_has_made_and_not_synced(tmp_path, monkeypatch):
     """After a power cut the folder could be gone, and with it a tile that was called finished."""
     storage = open_storage(str(tmp_path / "c"))
-    made, go_on, sync = threading.Event(), threading.Event(), storage_module._sync_folder
+    made, go_on, sync = threading.Event(), threading.Event(), storage_module.sync_folder
 
     def slow_once(folder):
         if not made.is_set():
@@ -394,7 +395,7 @@ def test_no_thread_builds_on_a_folder_that_another_has_made_and_not_synced(tmp_p
             assert go_on.wait(60)
         sync(folder)
 
-    monkeypatch.setattr(storage_module, "_sync_folder", slow_once)
+    monkeypatch.setattr(storage_module, "sync_folder", slow_once)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(storage.write, "tiles/a/0", b"1")
         assert made.wait(60)

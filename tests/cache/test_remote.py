@@ -27,7 +27,8 @@ from helpers.files import tree
 
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache
 from kdpipe.cache.storage import remote
-from kdpipe.cache.storage.base import LocalStorage, open_storage
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, Interrupted

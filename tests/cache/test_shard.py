@@ -14,7 +14,7 @@ from kdpipe.cache.encoding.simplex import encode, entropy_error
 from kdpipe.cache.reader import in_memory
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.shard import open_shard
-from kdpipe.cache.storage.base import LocalStorage
+from kdpipe.cache.storage.local import LocalStorage
 
 SIZES = [(1, 1), (64, 700), (256, 256), (257, 511), (600, 300)]
 

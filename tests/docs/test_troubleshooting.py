@@ -13,7 +13,8 @@ from helpers.out_of_memory import CUDA, Exhausted
 from PIL import Image
 
 from kdpipe.cache import SoftTargetCache
-from kdpipe.cache.storage.base import LocalStorage, open_storage
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import KdpipeError, OutOfMemory
 from kdpipe.data.rasters import read_image, read_mask

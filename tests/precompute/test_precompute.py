@@ -269,7 +269,7 @@ def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
 
 def test_a_disk_that_will_be_too_small_is_refused_early_and_keeps_what_is_done(make_config, monkeypatch):
     config = make_config()
-    monkeypatch.setattr("kdpipe.cache.storage.base.LocalStorage.free_bytes", lambda self: 10)
+    monkeypatch.setattr("kdpipe.cache.storage.local.LocalStorage.free_bytes", lambda self: 10)
     with pytest.raises(
         DiskFull, match=r"needs about .* kB more for 3 tiles, and its disk has 10 B free; make room .* the 3 finished"
     ):
@@ -289,7 +289,7 @@ def test_dry_run_predicts_bytes_and_writes_nothing(make_config, tmp_path):
 
 
 def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdpipe.cache.storage.base.LocalStorage.free_bytes", lambda self: 10)
+    monkeypatch.setattr("kdpipe.cache.storage.local.LocalStorage.free_bytes", lambda self: 10)
     assert not estimate(make_config(), CPU).fits
 
 
@@ -303,7 +303,7 @@ def test_dry_run_counts_the_temporary_file_of_the_largest_scene_that_is_asked_in
     ]
     assert forecast.temporary_bytes == pytest.approx(forecast.bytes * max(areas) / sum(areas), abs=1)
     assert f"and {size_text(forecast.temporary_bytes)} for a moment besides" in estimate_text(forecast)
-    monkeypatch.setattr("kdpipe.cache.storage.base.LocalStorage.free_bytes", lambda self: forecast.bytes + 1)
+    monkeypatch.setattr("kdpipe.cache.storage.local.LocalStorage.free_bytes", lambda self: forecast.bytes + 1)
     assert not estimate(config, CPU).fits
 
 

@@ -1,0 +1,145 @@
+"""A cache in a folder of a local or mounted disk, whose writes survive a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from kdpipe.cache.storage.base import FULL, FileInfo
+from kdpipe.configs.errors import CorruptCache, DiskFull
+from kdpipe.configs.files import PARTIAL_SUFFIX, sync_folder, write_atomically
+
+
+class LocalStorage:
+    """A folder on a local or mounted disk; see `Storage` for what each method promises."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = str(folder)
+        self._real = os.path.realpath(folder)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; `FileNotFoundError` if there is none."""
+        return self._path(name).read_bytes()
+
+    def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """
+        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end.
+
+        Unlike `read`, this follows links out of the cache: the check takes a tenth of a crop's time, and the caller compares
+        every chunk with a file that `read` returned before.
+        """
+        with open(f"{self.url}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
+            size = os.fstat(file.fileno()).st_size
+            return [
+                os.pread(file.fileno(), length, start if start >= 0 else max(0, size + start))
+                for start, length in spans
+            ]
+
+    def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """
+        Make `name` hold exactly `data`, or all its pieces, atomically and durably; one piece at a time is in memory.
+
+        A folder in the place of a file, or a file in the place of a folder, is damage and is deleted.
+        Raises `DiskFull` and leaves no partial file where the disk is full.
+        """
+        path = self._path(name)
+        # At the top of the cache, so that one listing finds what killed runs left; unique among machines that share the disk.
+        partial = self.folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+        try:
+            with _making_room:
+                self._make_way(path)
+                _make_folders(path.parent)
+            with write_atomically(path, partial) as file:
+                for piece in [data] if isinstance(data, bytes) else data:
+                    file.write(piece)
+        except OSError as err:
+            if err.errno not in FULL:
+                raise
+            size = f"{len(data)} bytes" if isinstance(data, bytes) else "all bytes"
+            raise DiskFull(
+                f"no room for {size} of {path} (free: {self.free_bytes()} bytes); "
+                "make room and run the same command again: what is finished is kept"
+            ) from err
+
+    def info(self, name: str) -> FileInfo | None:
+        """Size and time of a file, None if there is none."""
+        try:
+            found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  a Path for each of 100,000 tiles costs more than the call
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
+
+    def infos(self) -> Callable[[str], FileInfo | None]:
+        """`info`: a disk is asked file by file."""
+        return self.info
+
+    def last_write(self) -> float | None:
+        """The time of the topmost folder, which changes at every write because `write` puts its partial file there."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return self.folder.stat().st_mtime
+        return None
+
+    def children(self, name: str) -> list[str]:
+        """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
+        try:
+            return sorted(os.listdir(self._path(name)))  # noqa: PTH208  only names are needed
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, name: str) -> None:
+        """Delete a file, or a folder with all its content; do nothing if there is none."""
+        path = self._path(name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            sync_folder(path.parent)
+
+    def free_bytes(self) -> int | None:
+        """The free space of the disk that holds, or will hold, the folder."""
+        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+
+    def _path(self, name: str) -> Path:
+        """The path of a file to read, write or list; `CorruptCache` if it, or a link on the way, leads out of the cache."""
+        path = os.path.join(self.folder, name)  # noqa: PTH118  a tenth of a Path's time, once a read
+        real = os.path.realpath(path)
+        if real != self._real and not real.startswith(self._real + os.sep):
+            raise CorruptCache(
+                f"{path} leads out of the cache, to {real}: nothing is read or written there; delete the link and run "
+                "`kdpipe precompute-teacher --repair`"
+            )
+        return Path(path)
+
+    def _make_way(self, path: Path) -> None:
+        """Delete a folder in the place of a file, and files in the place of folders above it, but nothing above the cache."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        for folder in path.parents:
+            if folder == self.folder:
+                break
+            if folder.is_file():
+                folder.unlink()
+
+
+# One thread at a time: another would take a folder that is made but not synced for a durable one, and delete what is in the way
+# of both a second time.
+_making_room = threading.Lock()
+
+
+def _make_folders(folder: Path) -> None:
+    """Create a folder and those above it, each made durable in its parent before anything is put into it."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
