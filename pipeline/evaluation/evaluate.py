@@ -1,9 +1,11 @@
 """
-Scores of a trained student, or of the mapped teacher, on labelled tiles: one root of tiles at a time, and all together.
+Scores of a trained student, or of the mapped teacher, on labelled tiles: for each root of tiles, and for all together.
 
-Whole tiles are asked and counted one by one, so that memory depends on the largest tile and not on their number. Every
-score comes from sums of counts over pixels, never from means over tiles. Not covered: which of two runs is better
-(that takes seeds).
+Tiles are predicted and counted one by one, so that memory depends on the largest tile and not on their number. Every score
+comes from sums of counts over pixels, never from means over tiles. Not covered: which of two runs is better, which takes
+several seeds.
+
+Shapes: H W a tile's pixels, C classes, L labels, P predictions, B bins of confidence.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibratio
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.views import STRIDE, averaged_logits, blended_logits
+from kdpipe.pipeline.models.views import STRIDE, averaged_logits
+from kdpipe.pipeline.models.windows import blended_logits
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import load_trained
@@ -38,13 +41,13 @@ BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
 MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
 Stretch = Sequence[tuple[float, float]] | None
-Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """From an image, uint8 `(H, W, 3)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One network and how it is asked: in `window`s of so many px or for the whole tile, from the views of `tta` at `scales`."""
+    """A network and how it is run: on windows of `window` px or on whole tiles (None), averaged over `tta` and `scales`."""
 
     checkpoint: str
     window: int | None
@@ -54,17 +57,17 @@ class Network:
     def __post_init__(self) -> None:
         if self.window is not None and self.window % STRIDE:
             raise ConfigError(
-                f"--window must be a multiple of {STRIDE} px, so that windows meet in a network's grid; found {self.window}"
+                f"--window must be a multiple of {STRIDE} px, so that windows lie in the network's grid; found {self.window}"
             )
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is evaluated: a student, or one or several networks that answer as one teacher."""
+    """A student, or the one or several networks of a teacher, ready to be evaluated."""
 
     description: str
     networks: list[Network]
-    answer: Answer
+    predict: Predict
     config: Config
     stretch: Stretch
     trained_on: list[str]
@@ -72,7 +75,7 @@ class Model:
 
 @dataclass
 class Counts:
-    """Sums over tiles from which every score follows; C classes."""
+    """Sums over tiles from which every score follows."""
 
     confusion_LP: NDArray[np.int64]
     boundary_4C: NDArray[np.int64]
@@ -80,7 +83,7 @@ class Counts:
 
     @classmethod
     def zero(cls, num_classes: int) -> Counts:
-        """No tile."""
+        """Counts of no tile."""
         return cls(
             np.zeros((num_classes, num_classes), np.int64), np.zeros((4, num_classes), np.int64), np.zeros((3, BINS))
         )
@@ -95,7 +98,7 @@ class Counts:
 
 @dataclass
 class RootScores:
-    """The scores on one root of tiles, or on all of them, and which tiles say nothing."""
+    """The scores on one root of tiles, or on all roots, and the ids of the tiles that could not count."""
 
     root: str
     tiles: int
@@ -107,25 +110,10 @@ class RootScores:
     without_label: list[str] = field(default_factory=list)
     trained_on: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "root": self.root,
-            "tiles": self.tiles,
-            "pixels": int(self.confusion_LP.sum()),
-            "trained_on": self.trained_on,
-            "without_mask": self.without_mask,
-            "without_label": self.without_label,
-            "scores": self.scores.as_dict(),
-            "boundary": self.boundary.as_dict(),
-            "calibration": self.calibration.as_dict(),
-            "confusion": self.confusion_LP.tolist(),
-        }
-
 
 @dataclass
 class Evaluation:
-    """The scores of one model; `together` sums the counts of all roots."""
+    """The scores of one model on each root; `together` is scored from the counts of all roots."""
 
     model: str
     networks: list[Network]
@@ -135,20 +123,15 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "model": self.model,
-            "networks": [asdict(network) for network in self.networks],
-            "classes": self.classes,
-            "roots": [root.as_dict() for root in self.roots],
-            "together": self.together.as_dict(),
-        }
+        roots, together = [_plain(root) for root in self.roots], _plain(self.together)
+        return {**asdict(self), "roots": roots, "together": together}
 
 
 def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | None, window: int | None) -> Model:
     """
-    The student of a checkpoint of `train-student`, in float32; `tta` None is none, `window` None is the whole tile.
+    The student of a checkpoint of `train-student`, in float32; no TTA and whole tiles where `tta` and `window` are None.
 
-    Logits are averaged over views in the image's own frame, as a teacher's are, and softmax comes last. Raises
+    Logits are averaged over views in the image's own frame, as for a teacher, and softmax comes last. Raises
     `CheckpointError` where the file is no such checkpoint.
     """
     trained = load_trained(checkpoint)
@@ -157,7 +140,7 @@ def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | No
     return Model(
         description=f"{config.name} after step {trained.position.steps}",
         networks=[network],
-        answer=_student_answer(trained.student, network, config, device),
+        predict=_student_predict(trained.student, network, config, device),
         config=config,
         stretch=trained.stretch,
         trained_on=[*config.data.train, *config.data.unlabelled],
@@ -166,31 +149,31 @@ def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | No
 
 def teacher_model(config: Config, device: torch.device, *, tta: str | None, window: int | None) -> Model:
     """
-    The mapped teacher, `softmax(z) @ M`: what a student is compared with. Several answer as one.
+    The mapped teacher, `softmax(z) @ M`, to compare a student with; several teachers predict as one.
 
-    T is 1, whatever `distill.temperature` is: T is part of the teaching, not of the teacher's answer. `tta` and `window`
-    replace those of every configured teacher where they are not None; its `scales` and `precision` hold. Raises
+    T is 1, whatever `distill.temperature` is, because T softens targets and not predictions. `tta` and `window` replace
+    those of each configured teacher where they are not None; `scales` and `precision` stay as configured. Raises
     `CheckpointError` where a teacher's file cannot be used.
     """
-    told = {key: value for key, value in (("tta", tta), ("window", window)) if value is not None}
+    given = {key: value for key, value in (("tta", tta), ("window", window)) if value is not None}
     config = config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update=told) if config.teacher else None,
-            "teachers": [member.model_copy(update=told) for member in config.teachers],
+            "teacher": config.teacher.model_copy(update=given) if config.teacher else None,
+            "teachers": [member.model_copy(update=given) for member in config.teachers],
             "distill": config.distill.model_copy(update={"temperature": 1.0}),
         }
     )
-    # Percentiles are those of the training tiles; anything else needs none of them.
+    # Percentiles are taken from the training tiles; any other stretch needs none of them.
     by_tiles = isinstance(config.data.stretch, Percentiles)
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train") if by_tiles else [])
     teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
     return Model(
         description=f"the teacher of {config.name}",
         networks=[Network(m.checkpoint, m.window, m.tta, m.scales) for m in config.members.values()],
-        answer=lambda image_HWC: teacher.soft_targets(image_HWC[None])[0],
+        predict=lambda image_HWC: teacher.soft_targets(image_HWC[None])[0],
         config=config,
         stretch=stretch,
-        trained_on=[],  # what a teacher was trained on, its config does not say
+        trained_on=[],  # unknown: a config does not name the teacher's training data
     )
 
 
@@ -204,9 +187,9 @@ def evaluate(
     """
     The scores of a model on each of `roots`, folders with images and masks, and on all of them together.
 
-    Without roots, on the `data.val` of the model's config. Tiles without a mask are left out, and named in the result.
+    Without roots, `data.val` of the model's config is scored. Tiles without a mask are left out and named in the result.
     Raises `ConfigError` where there is no root or one is given twice, `DataError` where files cannot be used or a root has
-    nothing to score, `KdpipeError` where an answer is not finite.
+    nothing to score, `KdpipeError` where a prediction is not finite.
     """
     progress = progress or Silent()
     config, names = model.config, model.config.classes.names
@@ -238,24 +221,30 @@ def evaluate(
     return Evaluation(model=model.description, networks=model.networks, classes=names, roots=results, together=together)
 
 
-def _student_answer(student: nn.Module, network: Network, config: Config, device: torch.device) -> Answer:
+def _plain(root: RootScores) -> dict[str, Any]:
+    """The scores of a root as plain values for JSON."""
+    rest = {key: value for key, value in asdict(root).items() if key != "confusion_LP"}
+    return {**rest, "pixels": int(root.confusion_LP.sum()), "confusion": root.confusion_LP.tolist()}
+
+
+def _student_predict(student: nn.Module, network: Network, config: Config, device: torch.device) -> Predict:
     student = student.to(device).to(memory_format=torch.channels_last)
 
-    def ask(images_NCHW: Tensor) -> Tensor:
+    def logits(images_NCHW: Tensor) -> Tensor:
         inputs_NCHW = normalized(images_NCHW.to(device), config.student.normalize)
-        # fp32 means fp32: TF32 would give a GPU's scores another last digit than a CPU's.
+        # fp32 means fp32: with TF32, the last digit of a score would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return averaged_logits(student, inputs_NCHW, tta=network.tta, scales=network.scales)
 
     @torch.inference_mode()
-    def answer(image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         image_NCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
         window = network.window
-        logits_NCHW = ask(image_NCHW) if window is None else blended_logits(ask, image_NCHW, window)
-        probs: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].cpu().numpy()
-        return probs
+        logits_NCHW = logits(image_NCHW) if window is None else blended_logits(logits, image_NCHW, window)
+        probs_CHW: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].cpu().numpy()
+        return probs_CHW
 
-    return answer
+    return predict
 
 
 def _count(
@@ -264,16 +253,16 @@ def _count(
     """The counts of one tile."""
     num_classes, ignore_index = len(model.config.classes.names), model.config.classes.ignore_index
     with fits_in_memory(f"while evaluating {sized('tile', 1, *labels_HW.shape)}", MEMORY_ADVICE):
-        probs_CHW = model.answer(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
+        probs_CHW = model.predict(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
     if not np.isfinite(probs_CHW).all():
         raise KdpipeError(
-            f"{model.description} answers {tile.id} with numbers that are not finite: it cannot be scored"
+            f"{model.description} predicts {tile.id} with numbers that are not finite, which cannot be scored"
         )
-    answers_HW, confidence_HW = probs_CHW.argmax(axis=0), probs_CHW.max(axis=0)
+    predicted_HW, confidence_HW = probs_CHW.argmax(axis=0), probs_CHW.max(axis=0)
     return Counts(
-        count_pairs(labels_HW, answers_HW, num_classes, num_classes, ignore_index),
-        boundary_counts(labels_HW, answers_HW, num_classes, ignore_index, boundary_width_px),
-        calibration_counts(labels_HW, answers_HW, confidence_HW, ignore_index),
+        count_pairs(labels_HW, predicted_HW, num_classes, num_classes, ignore_index),
+        boundary_counts(labels_HW, predicted_HW, num_classes, ignore_index, boundary_width_px),
+        calibration_counts(labels_HW, predicted_HW, confidence_HW, ignore_index),
     )
 
 
@@ -310,7 +299,7 @@ def _labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
     labelled = [tile for tile in tiles if tile.mask is not None]
     if not labelled:
         raise DataError(
-            f"none of the {len(tiles)} images of {root} has a mask: scores need {Path(root) / data.masks}, with masks of the "
-            "images' stems"
+            f"none of the {len(tiles)} images of {root} has a mask: scores need {Path(root) / data.masks}, with masks named "
+            "like the images"
         )
     return labelled, [tile.id for tile in tiles if tile.mask is None]

@@ -29,7 +29,7 @@ from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_l
 from kdpipe.data.scenes import Scene, list_scenes, open_scene
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.views import STRIDE
-from kdpipe.pipeline.models.windows import Span, spans
+from kdpipe.pipeline.models.windows import Span, blended_rows, spans, tapered_overlap
 from kdpipe.pipeline.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
@@ -168,50 +168,38 @@ class _Drawer:
 
     def _finished_rows(self, scene: Scene, advance: Advance) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
         """
-        From top to bottom, logits float32 `(C, h, W)` that no further window adds to, and where there is data, bool `(h, W)`.
+        Final logits float32 `(C, h, W)` from top to bottom, and where the scene has data, bool `(h, W)`.
 
-        Both are valid until the next are asked for. Logits where no window has data are zero.
+        The mask is valid until the next band is requested. Logits are zero where no window has data.
         """
-        rows, columns = (spans(size, self._window, self._overlap) for size in (scene.height, scene.width))
-        side = len(rows[0].shares)
-        image_hWB = np.empty((side, scene.width, 3), np.uint8)
-        data_hW = np.empty((side, scene.width), np.bool_)
-        total_ChW = torch.zeros(len(self._predictor.card.classes), side, scene.width)
-        held = 0  # rows of the strip that the windows before have read
-        for row, below in zip(rows, [*rows[1:], None], strict=True):
-            height = min(side, scene.height - row.start)
-            if held < height:
-                image_hWB[held:height], data_hW[held:height] = scene.read(row.start + held, height - held)
-            self._add_windows(image_hWB[:height], data_hW[:height], total_ChW[:, :height], row, columns, scene, advance)
-            finished = below.start - row.start if below else height
-            yield total_ChW[:, :finished], data_hW[:finished]
-            held = height - finished
-            # Copies, as source and destination may overlap.
-            image_hWB[:held] = image_hWB[finished:height].copy()
-            data_hW[:held] = data_hW[finished:height].copy()
-            total_ChW[:, :held] = total_ChW[:, finished:height].clone()
-            total_ChW[:, held:] = 0
+        rows, columns = (
+            spans(size, self._window, self._overlap, tapered_overlap) for size in (scene.height, scene.width)
+        )
+        strip, top = _Strip(scene, len(rows[0].shares)), 0
 
-    def _add_windows(
-        self,
-        image_hWB: NDArray[np.uint8],
-        data_hW: NDArray[np.bool_],
-        total_ChW: Tensor,
-        row: Span,
-        columns: Sequence[Span],
-        scene: Scene,
-        advance: Advance,
-    ) -> None:
-        """Ask for one row of windows, and add their shares to the strip's logits; all of a window without data stays no data."""
-        height, total_width = data_hW.shape
-        widths = [min(len(column.shares), total_width - column.start) for column in columns]
+        def logits_of(row: Span) -> Iterator[tuple[Span, Tensor]]:
+            strip.move_to(row.start)
+            return self._windows(strip, columns, advance)
+
+        for logits_1ChW in blended_rows(logits_of, rows, scene.height, scene.width):
+            height = logits_1ChW.shape[-2]
+            yield logits_1ChW[0], strip.data_hW[top - strip.top :][:height]
+            top += height
+
+    def _windows(self, strip: _Strip, columns: Sequence[Span], advance: Advance) -> Iterator[tuple[Span, Tensor]]:
+        """The windows of a strip and their logits `(1, C, h, w)`; the model does not see windows without data."""
+        height, total_width = strip.data_hW.shape
+        side = len(columns[0].shares)
+        widths = [min(side, total_width - column.start) for column in columns]
         wanted = [
             (column, width)
             for column, width in zip(columns, widths, strict=True)
-            if data_hW[:, column.start : column.start + width].any()
+            if strip.data_hW[:, column.start : column.start + width].any()
         ]
         advance(len(columns) - len(wanted))
-        image_BhW = torch.from_numpy(image_hWB).permute(2, 0, 1)
+        if not wanted:
+            yield columns[0], torch.zeros(1, len(self._predictor.card.classes), height, widths[0])
+        image_BhW = torch.from_numpy(strip.image_hWB).permute(2, 0, 1)
         for batch in _batches(wanted, self._batch_size):
             if self._stop.is_set():
                 raise Interrupted("stopped")
@@ -223,12 +211,11 @@ class _Drawer:
                 logits_NChw = self._predictor.ask(images_NBhw)
             if not torch.isfinite(logits_NChw).all():
                 raise KdpipeError(
-                    f"{self._predictor.origin} answers {scene.path} with numbers that are not finite near row {row.start}, column "
+                    f"{self._predictor.origin} answers {strip.scene.path} with numbers that are not finite near row {strip.top}, column "
                     f"{batch[0][0].start}: it cannot be drawn"
                 )
-            for (column, _), logits_Chw in zip(batch, logits_NChw, strict=True):
-                shares_hw = torch.outer(row.shares[:height], column.shares[:width])
-                total_ChW[..., column.start : column.start + width].addcmul_(logits_Chw, shares_hw)
+            for (column, _), logits_1Chw in zip(batch, logits_NChw.split(1), strict=True):
+                yield column, logits_1Chw
             advance(len(batch))
 
     def _layer(self, kind: str) -> Layer:
@@ -242,6 +229,36 @@ class _Drawer:
         if kind == CLASSES:
             return class_layer(card.classes, card.palette, card.ignore_index, tags)
         return probability_layer(["confidence"] if kind == CONFIDENCE else card.classes, tags)
+
+
+class _Strip:
+    """The rows of a scene that one row of windows covers: `image_hWB` uint8, `data_hW` bool; `top` is the first of them."""
+
+    def __init__(self, scene: Scene, side: int) -> None:
+        self.scene, self._side, self.top = scene, side, 0
+        self._image = np.empty((side, scene.width, 3), np.uint8)
+        self._data = np.empty((side, scene.width), np.bool_)
+        self._held = 0
+
+    @property
+    def image_hWB(self) -> NDArray[np.uint8]:
+        return self._image[: self._held]
+
+    @property
+    def data_hW(self) -> NDArray[np.bool_]:
+        return self._data[: self._held]
+
+    def move_to(self, top: int) -> None:
+        """Start at row `top`: keep the rows held from there on, and read the others."""
+        kept = self._held - (top - self.top)
+        # Copies, as source and destination may overlap.
+        self._image[:kept] = self._image[self._held - kept : self._held].copy()
+        self._data[:kept] = self._data[self._held - kept : self._held].copy()
+        self.top, self._held = top, min(self._side, self.scene.height - top)
+        if kept < self._held:
+            self._image[kept : self._held], self._data[kept : self._held] = self.scene.read(
+                top + kept, self._held - kept
+            )
 
 
 class _Counted:
@@ -286,7 +303,8 @@ def _batches(windows: Sequence[tuple[Span, int]], batch_size: int) -> Iterator[l
 
 
 def _num_windows(scene: Scene, window: int, overlap: int) -> int:
-    return len(spans(scene.height, window, overlap)) * len(spans(scene.width, window, overlap))
+    rows, columns = (spans(size, window, overlap, tapered_overlap) for size in (scene.height, scene.width))
+    return len(rows) * len(columns)
 
 
 def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrite: bool) -> dict[str, dict[str, Path]]:

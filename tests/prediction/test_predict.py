@@ -26,7 +26,7 @@ from kdpipe.data.maps import Layer, class_layer, new_map
 from kdpipe.data.scenes import Georeference, list_scenes, open_scene
 from kdpipe.pipeline.commands.main import main
 from kdpipe.pipeline.models.views import padded_logits
-from kdpipe.pipeline.models.windows import spans
+from kdpipe.pipeline.models.windows import spans, tapered_overlap
 from kdpipe.pipeline.prediction import maps as prediction
 from kdpipe.pipeline.prediction.maps import predict
 from kdpipe.pipeline.prediction.model import Card, Predictor, open_predictor
@@ -115,7 +115,7 @@ def trained(make_config, made, tmp_path):
 @pytest.mark.parametrize(("side", "overlap"), [(64, 0), (64, 32), (128, 32), (128, 64), (256, 96)])
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 65, 97, 128, 129, 160, 300, 1000])
 def test_shares_sum_to_one_on_the_grid_and_neighbours_overlap_enough(size, side, overlap):
-    found = spans(size, side, overlap)
+    found = spans(size, side, overlap, tapered_overlap)
     padded = -(-size // 32) * 32
     total = torch.zeros(padded)
     for span in found:
@@ -131,7 +131,7 @@ def test_shares_sum_to_one_on_the_grid_and_neighbours_overlap_enough(size, side,
 
 
 def test_a_window_says_nothing_in_its_margin_and_all_where_it_is_alone():
-    first, second = spans(224, 128, 32)
+    first, second = spans(224, 128, 32, tapered_overlap)
     assert (first.start, second.start) == (0, 96)
     shares = first.shares.numpy()
     np.testing.assert_array_equal(shares[:108], 1)  # 96, and the neighbour's margin of 12
@@ -174,7 +174,7 @@ def test_a_real_students_map_is_that_of_whole_tiles(dubai, trained, tmp_path):
 
     tile = dubai / "data" / "dubai" / "Val" / "images" / "t2_001.jpg"
     predict(open_predictor(trained, "cpu"), [str(tile)], tmp_path / "out", window=576)
-    expected = student_model(trained, CPU, tta=None, window=None).answer(read_image(tile)).argmax(axis=0)
+    expected = student_model(trained, CPU, tta=None, window=None).predict(read_image(tile)).argmax(axis=0)
     np.testing.assert_array_equal(read(tmp_path / "out" / "t2_001.tif")[0], expected)
 
 
@@ -184,7 +184,7 @@ def test_views_are_averaged(trained, tmp_path):
     pixels = noise(70, 90)
     scene = write_scene(tmp_path / "scene.tif", pixels)
     predict(open_predictor(trained, "cpu", tta="d4"), [str(scene)], tmp_path / "out", confidence=True)
-    probs = student_model(trained, CPU, tta="d4", window=None).answer(pixels.transpose(1, 2, 0))
+    probs = student_model(trained, CPU, tta="d4", window=None).predict(pixels.transpose(1, 2, 0))
     np.testing.assert_array_equal(read(tmp_path / "out" / "scene.tif")[0], probs.argmax(axis=0))
     stored = read(tmp_path / "out" / "scene.confidence.tif")[0]
     assert np.abs(stored / 254 - probs.max(axis=0)).max() <= 0.5 / 254 + 1e-5

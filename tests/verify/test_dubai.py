@@ -7,7 +7,7 @@ from PIL import Image
 
 from kdpipe.configs import load_config
 from kdpipe.data.rasters import read_image
-from kdpipe.pipeline.models.views import blended_logits
+from kdpipe.pipeline.models.windows import blended_logits, full_taper
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.teacher.frozen import open_teacher
@@ -63,12 +63,12 @@ def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(conf
     findings = verify(wrong, "parity", CPU, sample=2).findings
     assert {finding.code for finding in findings} == {"class-map"}
     messages = " ".join(finding.message for finding in findings)
-    assert "where the teacher answers Water" in messages
-    assert "where the teacher answers Bareland" in messages
+    assert "where the teacher predicts Water" in messages
+    assert "where the teacher predicts Bareland" in messages
 
 
 @pytest.mark.timeout(900)
-def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles, monkeypatch):
+def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles):
     """
     Windows of 256 px against the whole image: across the lines where windows begin and end, the targets change no more than the
     whole's do there. Without blending they change at least twice as much, so that a seam would be seen.
@@ -83,13 +83,12 @@ def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles, monkeypatch)
             answers[place] = teacher.logits(np.ascontiguousarray(part_NCHW.permute(0, 2, 3, 1).numpy()))
         return answers[place]
 
-    def targets():
-        return teacher.targets_of(blended_logits(ask, torch.from_numpy(image_HWC).permute(2, 0, 1)[None], 256))[0]
+    def targets(weights):
+        image_1CHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
+        return teacher.targets_of(blended_logits(ask, image_1CHW, 256, weights))[0]
 
-    whole, blended = teacher.soft_targets(image_HWC[None])[0], targets()
-    monkeypatch.setattr("kdpipe.pipeline.models.views._taper", torch.ones)
-    cut = targets()
-    monkeypatch.undo()
+    whole, blended = teacher.soft_targets(image_HWC[None])[0], targets(full_taper)
+    cut = targets(lambda side, *_: torch.ones(side))
     lines_y, lines_x = [95, 191, 255, 351], [95, 223, 255, 351]  # windows start at 0, 96, 192 and at 0, 96, 224
 
     def change(probs_CHW):
