@@ -19,10 +19,8 @@ from kdpipe.configs.errors import DataError
 from kdpipe.data.augment import change_colours, sample_plan
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
 from kdpipe.data.lru import Recent
-from kdpipe.data.rasters import image_size, read_image, read_mask
+from kdpipe.data.rasters import Stretch, image_size, read_image, read_mask
 from kdpipe.data.tiles import Tile
-
-Stretch = Sequence[tuple[float, float]]
 
 # Of decoded tiles, in each process: 100 tiles of 1024 px. Reading a crop from a JPEG means decoding all of it, which took half
 # of the time of a small student's step.
@@ -80,7 +78,7 @@ class TrainTiles:
         self,
         tiles: Sequence[Tile],
         config: Config,
-        stretch: Stretch | None = None,
+        stretch: Stretch = None,
         targets: TargetSource | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
@@ -181,7 +179,7 @@ class ValTiles:
     file cannot be used, or image and mask differ in size.
     """
 
-    def __init__(self, tiles: Sequence[Tile], config: Config, stretch: Stretch | None = None) -> None:
+    def __init__(self, tiles: Sequence[Tile], config: Config, stretch: Stretch = None) -> None:
         self.tiles = list(tiles)
         self._config = config
         self._stretch = stretch
@@ -233,7 +231,7 @@ def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
     return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]
 
 
-def _read_image(tile: Tile, config: Config, stretch: Stretch | None, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+def _read_image(tile: Tile, config: Config, stretch: Stretch, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     image = read_image(tile.image, config.data.bands, stretch)
     if size is not None and image.shape[:2] != tuple(size):
         raise DataError(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # one is a mosaic still to be cut into tiles, or a header that lies: it is refused before anything is allocated.
 MAX_PIXELS = 2**30
 
+Stretch = Sequence[tuple[float, float]] | None
+"""A `(low, high)` for each of the three bands, in the files' own units; None takes 8-bit values as they are."""
+
 _DRIVERS = ["PNG", "JPEG", "GTiff"]  # no VRT or the like, which could name any other file or URL
 _GDAL_OPTIONS = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # by default a truncated JPEG is a warning, and its rest is grey
@@ -87,9 +90,7 @@ def read_header(path: Path) -> Header:
         )
 
 
-def read_image(
-    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Sequence[tuple[float, float]] | None = None
-) -> NDArray[np.uint8]:
+def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> NDArray[np.uint8]:
     """
     The image as uint8 `(H, W, 3)`, values 0..255.
 
@@ -114,9 +115,7 @@ def read_image(
 class Rows:
     """An open image of which rows are read as they are asked for, the last ones kept: neighbours share some."""
 
-    def __init__(
-        self, path: Path, raster: DatasetReader, bands: Sequence[int], stretch: Sequence[tuple[float, float]] | None
-    ) -> None:
+    def __init__(self, path: Path, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
         self.height, self.width = raster.height, raster.width
         self._path, self._raster, self._bands, self._stretch = path, raster, list(bands), stretch
         self._top, self._kept_hW3 = 0, np.empty((0, raster.width, 3), dtype=np.uint8)
@@ -142,9 +141,7 @@ class Rows:
 
 
 @contextmanager
-def open_rows(
-    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Sequence[tuple[float, float]] | None = None
-) -> Iterator[Rows]:
+def open_rows(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> Iterator[Rows]:
     """The image as `read_image` gives it, to be read row by row; `DataError` as there, where it is opened and where it is read."""
     with _opened(path) as raster:
         if stretch is None:

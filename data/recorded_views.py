@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import Config
 from kdpipe.data.augment import sample_plan, source_tiles
-from kdpipe.data.dataset import Stretch, TrainSample, TrainTiles
+from kdpipe.data.dataset import TrainSample, TrainTiles
 from kdpipe.data.geometry import Plan
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 
 
@@ -54,7 +55,7 @@ class RecordedViews(TrainTiles):
         self,
         tiles: Sequence[Tile],
         config: Config,
-        stretch: Stretch | None = None,
+        stretch: Stretch = None,
         answers: ViewTargets | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:

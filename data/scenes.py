@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data.rasters import bands_and_nodata, require_8_bit, stretched
+from kdpipe.data.rasters import Stretch, bands_and_nodata, require_8_bit, stretched
 from kdpipe.data.tiles import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class Georeference:
 class Scene:
     """An open raster of `height` x `width` px."""
 
-    def __init__(
-        self, path: str, raster: DatasetReader, bands: Sequence[int], stretch: Sequence[tuple[float, float]] | None
-    ) -> None:
+    def __init__(self, path: str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
         from rasterio.enums import MaskFlags
 
         self.path = path
@@ -95,7 +93,7 @@ class Scene:
 
 
 @contextmanager
-def open_scene(path: str, bands: Sequence[int], stretch: Sequence[tuple[float, float]] | None) -> Iterator[Scene]:
+def open_scene(path: str, bands: Sequence[int], stretch: Stretch) -> Iterator[Scene]:
     """
     The open scene; `bands` and `stretch` are those that the student was trained with (`rasters.read_image`).
 

@@ -33,6 +33,7 @@ from kdpipe.cache.storage.fence import open_fence
 from kdpipe.cache.writer import CacheWriter, sweep
 from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
 from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.cluster.local import local_cluster
 from kdpipe.pipeline.cluster.worker import (
@@ -52,7 +53,7 @@ from kdpipe.pipeline.cluster.worker import (
 from kdpipe.pipeline.memory import teacher_advice
 from kdpipe.pipeline.precompute.plan import Plan, Summary
 from kdpipe.pipeline.precompute.run import stopped_text
-from kdpipe.pipeline.precompute.subjects import Sent, Stretch, Subject, ViewOfTile, WholeTile, absolute_tile, sent
+from kdpipe.pipeline.precompute.subjects import Sent, Subject, ViewOfTile, WholeTile, absolute_tile, sent
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.versions import library_versions
 

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.configs.errors import DataError, KdpipeError
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import read_image
+from kdpipe.data.rasters import Stretch, read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.devices import is_fast_at_bf16
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 SAMPLE, SAMPLE_PX = 3, 512  # tiles on which the precisions are compared, and the side of their windows
-Stretch = Sequence[tuple[float, float]] | None
 
 
 def resolve(

@@ -16,6 +16,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.recorded_views import RecordedViews
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.precompute.costs import StageOneCosts, read_costs
@@ -30,8 +31,6 @@ from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.training.loaders import OnlineTargets
 from kdpipe.pipeline.versions import library_note
-
-Stretch = Sequence[tuple[float, float]] | None
 
 
 @dataclass(frozen=True)
