@@ -19,6 +19,7 @@ lint: .venv/installed
 
 # -W: a link that leads nowhere, a page that no other names and a docstring that does not render are errors.
 docs: .venv/installed
+	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs site
 	@echo "the site is in site/index.html"
 

@@ -1,17 +1,15 @@
 """
-The site: `make docs` builds it from these pages, the docstrings, the commands and the schema.
+Sphinx builds the site from these pages and the docstrings: `make docs`.
 
-Nothing is asked of the network, neither by the build nor by whoever reads the pages: formulas are MathML, made here.
+Neither the build nor a reader needs a network: formulas are written as MathML.
 """
 
 import sys
 import tomllib
 from pathlib import Path
 
-from sphinx.application import Sphinx
-
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "_extensions"))
+sys.path[:0] = [str(HERE), str(HERE / "_extensions")]
 
 project = "kdpipe"
 author = "The kdpipe authors"
@@ -22,17 +20,17 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_click",
-    "configuration_keys",
+    "autodoc_names",
     "mathml",
 ]
 exclude_patterns = ["_*"]
 
-# Pages are GitHub's Markdown: a fence of math is a formula, headings are anchors.
+# Pages are GitHub's Markdown: a fence of math is a formula, headings are anchors, two hyphens begin an option.
+smartquotes = False
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
-# Docstrings are written for people and editors: what stands in single backticks is code.
+# Docstrings are Markdown for editors: single backticks mean code.
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
@@ -45,12 +43,3 @@ html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
 templates_path: list[str] = []
-
-
-def setup(app: Sphinx) -> None:
-    """Help texts are plain text: a star in them is a star."""
-
-    def escape(_app: Sphinx, _context: object, lines: list[str]) -> None:
-        lines[:] = [line.replace("*", r"\*") for line in lines]
-
-    app.connect("sphinx-click-process-description", escape)

@@ -15,11 +15,10 @@ import click
 import numpy as np
 import pytest
 from helpers import docs_world
-from helpers.docs_pages import PAGES, ROOT, blocks, inline_code, page_text, with_snippet
+from helpers.docs_pages import COMMANDS, PAGES, ROOT, blocks, inline_code, page_text, with_snippet
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import load_config
-from kdpipe.pipeline.commands.main import cli
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -96,7 +95,7 @@ def parse(arguments):
     """Raise `click.UsageError` for what `kdpipe ARGUMENTS` would refuse to read."""
     if arguments == ["--help"]:
         return
-    command = cli.commands[arguments[0]]
+    command = COMMANDS[arguments[0]]
     with click.Context(command, resilient_parsing="--help" in arguments) as context:
         command.parse_args(context, arguments[1:])
 
@@ -134,7 +133,7 @@ def test_commands_options_and_files_named_in_prose_exist(page):
             assert (ROOT / words[1]).is_file(), code
         if words[:1] != ["kdpipe"] or len(words) == 1 or not re.fullmatch(r"[a-z][a-z-]+", words[1]):
             continue
-        command = cli.commands[words[1]]
+        command = COMMANDS[words[1]]
         options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         assert {word for word in words if re.fullmatch(r"--[a-z-]+", word)} <= options, code
 

@@ -1,4 +1,4 @@
-"""The project's pages as blocks that can be run: fences of Markdown, the reason why one is not run, and shell lines of one."""
+"""The project's pages as blocks that can be run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+import click
 import yaml
 
 from kdpipe.configs import Config, load_config, parse_config
+from kdpipe.pipeline.commands.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAME = re.compile(r"```{include} (\S+)\n```\n")  # a page of the site that is a file elsewhere
@@ -23,11 +25,12 @@ FENCE = re.compile(
     r"(?:^ *<!-- not run: (?P<reason>[^\n]+?) -->\n)?^(?P<indent> *)```(?P<language>[\w{}-]*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+COMMANDS = {name: cli.get_command(click.Context(cli), name) for name in cli.list_commands(click.Context(cli))}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `reason` says why it is not run; `output` is the text block right below it, which shows what it prints."""
+    """A fenced block, with the reason why it is not run, and the text block right below it: the output that the page shows."""
 
     page: str
     line: int
@@ -41,13 +44,13 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def commands(self) -> list[list[str]]:
-        """The lines of a shell block as words, without comments and prompts; a continued line is one."""
+        """The lines of a shell block, each split into words, without comments; continued lines are joined."""
         joined = self.text.replace("\\\n", " ")
         return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def page_text(page: str) -> str:
-    """The source of a page, or of the file that it is a frame for."""
+    """The source of a page, or of the file that it includes."""
     text = (ROOT / page).read_text(encoding="utf-8")
     included = FRAME.fullmatch(text)
     return (ROOT / page).parent.joinpath(included[1]).read_text(encoding="utf-8") if included else text
@@ -67,12 +70,12 @@ def blocks(page: str) -> list[Block]:
 
 
 def inline_code(page: str) -> list[str]:
-    """What stands in single backticks outside of fences."""
+    """Text in single backticks, outside of fences."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", page_text(page)))
 
 
 def with_snippet(snippet: str) -> Config:
-    """The guide's configuration with the keys of a YAML snippet; a whole configuration stands for itself."""
+    """The guide's configuration with the keys of a YAML snippet."""
     given = yaml.safe_load(snippet)
     raw = load_config("biodiversity/ftunetformer_kd").model_dump(mode="json")
     for key, value in given.items():

@@ -1,4 +1,4 @@
-"""The keys of the configuration as Markdown tables, in the place of `<!-- keys -->` in a page: straight from the schema."""
+"""The keys of the configuration as Markdown tables, from the schema."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from _tables.markdown import cell
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic.fields import FieldInfo
-from sphinx.application import Sphinx
 
 from kdpipe.configs.schema import Config, Section
 
-MARK = "<!-- keys -->"
-MOST_LISTED = 2  # keys of a section that its users see in one line
-END_OF_DOCUMENT = "...\n"  # what PyYAML puts after a value alone
+MOST_LISTED = 2  # a section with no more keys is named by them
+END_OF_DOCUMENT = "...\n"  # PyYAML writes it after a bare value
 
 
-def keys_page() -> str:
-    """A heading and a table for each section, those within it right after it."""
+def section(_given: str = "") -> str:
+    """A heading and a table for each section, followed by the sections within it."""
     parts, seen = [], set()
 
-    def add(key: str, section: type[Section]) -> None:
-        if section in seen:
+    def add(key: str, kind: type[Section]) -> None:
+        if kind in seen:
             return
-        seen.add(section)
-        names = [f"`{name}`" for name in section.model_fields]
+        seen.add(kind)
+        names = [f"`{name}`" for name in kind.model_fields]
         title = f"`{key}`" if len(names) > MOST_LISTED else f"`{key}` with {' and '.join(names)}"
-        parts.append(
-            f"## {title if key else 'At the top'}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n{_table(section)}"
-        )
-        for name, field in section.model_fields.items():
+        heading = title if key else "Top level"
+        parts.append(f"## {heading}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(kind)}")
+        for name, field in kind.model_fields.items():
             for inner in _sections(field.annotation):
                 add(f"{key}.{name}".strip("."), inner)
 
@@ -41,10 +39,10 @@ def keys_page() -> str:
 
 def _table(section: type[Section]) -> str:
     rows = [
-        f"| `{name}` | {_type(field.annotation, field.metadata)} | {_default(field)} | {_cell(field.description or '')} |"
+        f"| `{name}` | {_type(field.annotation, field.metadata)} | {_default(field)} | {cell(field.description or '')} |"
         for name, field in section.model_fields.items()
     ]
-    return "\n".join(["| key | type | default | what |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
 def _default(field: FieldInfo) -> str:
@@ -52,13 +50,13 @@ def _default(field: FieldInfo) -> str:
         return "**required**"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Section):
-        return "its keys'"
+        return "see its keys"
     plain = list(value) if isinstance(value, tuple) else value
     return f"`{yaml.safe_dump(plain, default_flow_style=True).removesuffix(END_OF_DOCUMENT).strip()}`"
 
 
 def _type(kind: Any, constraints: list[Any] = []) -> str:  # noqa: B006, only read
-    """A type in words, with the range that values are kept to."""
+    """A type in words, with the allowed range."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _type(inner[0], [part for more in inner[1:] for part in getattr(more, "metadata", [more])])
@@ -104,18 +102,3 @@ def _sections(kind: Any) -> list[type[Section]]:
     if isinstance(kind, type) and issubclass(kind, Section):
         return [kind]
     return [section for part in get_args(kind) for section in _sections(part)]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
-def _fill(app: Sphinx, docname: str, source: list[str]) -> None:
-    if MARK in source[0]:
-        source[0] = source[0].replace(MARK, keys_page())
-
-
-def setup(app: Sphinx) -> dict[str, bool]:
-    """Fill the page as it is read."""
-    app.connect("source-read", _fill)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
