@@ -75,7 +75,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
     precompute = ["-m", "kdpipe.pipeline", "precompute-teacher", "-c", config, *settings(cache)]
     scripts = {
         "stage_one": ["stage_one.py", config, "--tiles", tiles, "--rounds", "3"],
-        "size": ["size.py", config, "--temperature", "1", "2", "--plot", f"{folder}/size.png"],
+        "size": ["size.py", config, "--temperature", "1", "2"],
         **{
             name: ["steps.py", config, "--d4", "--steps", steps, *settings([*training, *student])]
             for name, student in STUDENTS.items()

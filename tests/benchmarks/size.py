@@ -1,36 +1,28 @@
 """
-How few bytes hold a real teacher's soft targets, at which error, and how fast a crop of them is read: all ways side by side.
+How few bytes hold a real teacher's soft targets, at which error, and how fast a crop of them is read: alternatives side by side.
 
-    python tests/benchmarks/size.py [CONFIG] [--tiles 12] [--temperature 1 2] [--json FILE] [--plot FILE] [--set KEY=VALUE …]
+    python tests/benchmarks/size.py [CONFIG] [--tiles 12] [--temperature 1 2] [--json FILE] [--set KEY=VALUE …]
 
-Asks the configuration's teacher about tiles spread over its training set, encodes its answers in every way of `WAYS`, and prints
-bytes a pixel, errors and times; then writes the same answers once as kdpipe does and once as zarr-python does by default
-(float16, one chunk a tile) into a temporary folder, and reads the same random crops from both in turns.
+The configured teacher predicts tiles spread over its training set. Its predictions are encoded in every way of `WAYS`, with bytes per
+pixel, errors and times. Then they are written once as kdpipe does and once as zarr-python does by default (float16, one chunk a
+tile) into a temporary folder, and the same random crops are read from both in turns.
 
-`pip install imagecodecs pcodec zstandard` adds JPEG-LS, JPEG XL, pcodec and dictionaries of Zstandard, which no cache is written with.
-
-Shapes: C classes (of logits the teacher's), H W a tile's pixels, h w a chunk's.
+Shapes: C classes (the teacher's where they are logits), H W a tile's pixels, h w a chunk's.
 """
 
 import argparse
-import importlib.util
-import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import zarr
 from numcodecs.abc import Codec
-from numcodecs.blosc import Blosc
-from numcodecs.gzip import GZip
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from rich.console import Console
@@ -56,165 +48,54 @@ from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
 CROP_PX = 512
 READS = 300
 BLOCK_PX = 8  # a network sees no single pixel: errors that cancel out over such a square hardly reach it
-DICTIONARY_BYTES, SAMPLE_BYTES = 112_640, 16_384
 Tiles = list[NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The teacher's answers on all tiles, as soft targets `(C, H, W)` and as the logits that these are made of."""
+class Predictions:
+    """The teacher's predictions of all tiles, as soft targets `(C, H, W)` and as the logits that they are made of."""
 
     probs: Tiles
     logits: Tiles
     softening: logits.Softening
 
 
-@dataclass(frozen=True)
-class Images:
-    """A lossless image codec of `imagecodecs` by name; each class is an image of its own, with its length before it."""
-
-    name: str
-    options: dict[str, Any]
-
-    def encode(self, units_Chw: NDArray[np.uint8]) -> bytes:
-        import imagecodecs
-
-        write = getattr(imagecodecs, f"{self.name}_encode")
-        images = (bytes(write(np.ascontiguousarray(units_hw), **self.options)) for units_hw in units_Chw)
-        return b"".join(len(image).to_bytes(4, "little") + image for image in images)
-
-    def decode(self, data: bytes) -> bytes:
-        import imagecodecs
-
-        read, planes = getattr(imagecodecs, f"{self.name}_decode"), []
-        while data:
-            end = 4 + int.from_bytes(data[:4], "little")
-            planes.append(read(data[4:end]).tobytes())
-            data = data[end:]
-        return b"".join(planes)
-
-
-class Pcodec:
-    """Of 16 bits: of 8 it wants none."""
-
-    def encode(self, units_Chw: NDArray[np.uint8]) -> bytes:
-        from numcodecs.pcodec import PCodec
-
-        return bytes(PCodec().encode(units_Chw.astype(np.uint16)))
-
-    def decode(self, data: bytes) -> bytes:
-        from numcodecs.pcodec import PCodec
-
-        return np.frombuffer(PCodec().decode(data), np.uint16).astype(np.uint8).tobytes()
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """Zstandard with a dictionary, of which stock Zarr knows nothing; `trained` on chunks of other tiles."""
-
-    level: int
-    content: bytes = b""
-
-    def trained(self, chunks: list[bytes]) -> "Dictionary":
-        import zstandard
-
-        samples = [
-            chunk[start : start + SAMPLE_BYTES] for chunk in chunks for start in range(0, len(chunk), SAMPLE_BYTES)
-        ]
-        return replace(self, content=zstandard.train_dictionary(DICTIONARY_BYTES, samples, level=self.level).as_bytes())
-
-    @cached_property
-    def _both(self) -> tuple[Any, Any]:
-        import zstandard
-
-        content = zstandard.ZstdCompressionDict(self.content)
-        content.precompute_compress(self.level)
-        return zstandard.ZstdCompressor(dict_data=content), zstandard.ZstdDecompressor(dict_data=content)
-
-    def encode(self, units_Chw: NDArray[np.uint8]) -> bytes:
-        return bytes(self._both[0].compress(units_Chw.tobytes()))
-
-    def decode(self, data: bytes) -> bytes:
-        return bytes(self._both[1].decompress(data))
-
-
 def plain(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[np.uint8]:
-    """By largest remainder, each pixel alone."""
+    """Largest remainder, each pixel by itself."""
     return simplex.encode(probs_CHW, levels)
-
-
-def diffused_down(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[np.uint8]:
-    """By largest remainder of what is wanted and what the pixel above is short of. No bound is claimed: what is carried adds up."""
-    num_classes, height, width = probs_CHW.shape
-    units_CHW, short_CW, columns_W = (
-        np.empty(probs_CHW.shape, np.uint8),
-        np.zeros((num_classes, width)),
-        np.arange(width),
-    )
-    for row in range(height):
-        wanted_CW = probs_CHW[:, row] * np.float64(levels) + short_CW
-        possible_CW = np.maximum(
-            wanted_CW, 0
-        )  # nothing is below zero; the likeliest class gives way, so that the sum is kept
-        possible_CW[possible_CW.argmax(axis=0), columns_W] -= possible_CW.sum(axis=0) - levels
-        units_CHW[:, row] = simplex.encode((possible_CW / levels).astype(np.float32)[:, None], levels)[:, 0]
-        short_CW = wanted_CW - units_CHW[:, row]
-    return units_CHW
-
-
-def diffused_right(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[np.uint8]:
-    """As `diffused_down`, from the pixel to the left."""
-    return np.ascontiguousarray(diffused_down(probs_CHW.swapaxes(1, 2), bits, levels).swapaxes(1, 2))
-
-
-def even(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[np.uint8]:
-    """Even integers wherever the promise permits; the likeliest class of a tile gives way first, so that the sum is kept."""
-    scaled_CHW, room = probs_CHW * np.float32(levels), steady.room(bits, levels, len(probs_CHW))
-    lowest_CHW, highest_CHW = np.ceil(np.maximum(scaled_CHW - room, 0)), np.floor(scaled_CHW + room)
-    units_CHW = np.clip(2 * np.rint(scaled_CHW / 2), lowest_CHW, highest_CHW)
-    excess_HW = units_CHW.sum(axis=0) - levels
-    for c in np.argsort(-probs_CHW.sum(axis=(1, 2))):
-        less_HW = np.clip(units_CHW[c] - excess_HW, lowest_CHW[c], highest_CHW[c])
-        excess_HW -= units_CHW[c] - less_HW
-        units_CHW[c] = less_HW
-    return np.where(excess_HW == 0, units_CHW, simplex.encode(probs_CHW, levels)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Way:
     """
-    One way to store soft targets: bits that promise the bound, levels (the fewest for it if None), and what happens before the codec.
+    One way to store soft targets: bits that promise the bound, levels (by default the fewest for it), and what precedes the codec.
 
-    `rounding` is `steady.encode`, by which values rarely change from row to row, or another of the functions above. `differences` are
-    from the row above, `columns` from the column before as well, modulo 256; `classes` is -1 for differences from the class before, and
-    1 for sums with it, as what a class gains others lose.
+    `rounding` is `steady_rounding.encode`, by which values rarely change from row to row, or `plain`. `differences` are taken from
+    the row above, and with `columns` from the column before as well, modulo 256.
     """
 
     bits: int
-    codec: Codec | Images | Pcodec | Dictionary
+    codec: Codec = field(default_factory=lambda: Zstd(ZSTD_LEVEL))
     levels: int | None = None
     leaves_out: bool = True
     rounding: Callable[[NDArray[np.float32], int, int], NDArray[np.uint8]] = steady.encode
     differences: bool = True
     columns: bool = False
-    classes: int = 0
     chunk_px: int = CHUNK_PX
 
     def levels_of(self, num_classes: int) -> int:
         return self.levels or simplex.levels_of(self.bits, num_classes)
 
-    def bound(self, answers: Answers) -> float | None:
-        """What is promised; None where nothing is."""
-        num_classes = len(answers.probs[0])
+    def bound(self, predictions: Predictions) -> float:
+        """The promised largest error of a probability."""
+        num_classes = len(predictions.probs[0])
         if self.rounding is plain:
             return simplex.error_bound(self.levels_of(num_classes), num_classes)
-        if self.rounding in (steady.encode, even):
-            return steady.error_bound(self.bits, self.levels_of(num_classes), num_classes)
-        return None
+        return steady.error_bound(self.bits, self.levels_of(num_classes), num_classes)
 
-    def encoded(self, answers: Answers, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
+    def encoded(self, predictions: Predictions, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """The bytes of each chunk of a tile, and its shape."""
-        chunks = self.prepared(answers.probs[tile])
+        chunks = self.prepared(predictions.probs[tile])
         return [(bytes(self.codec.encode(units_Chw)), units_Chw.shape) for units_Chw in chunks]
 
     def prepared(self, probs_CHW: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
@@ -228,17 +109,12 @@ class Way:
                 key_rows.take_differences(units_Chw)
             if self.columns:
                 units_Chw[:, :, 1:] -= units_Chw[:, :, :-1].copy()
-            if self.classes:
-                units_Chw[1:] += units_Chw[:-1] * np.uint8(self.classes % 256)
         return chunks
 
-    def decoded(self, frame: bytes, shape: tuple[int, ...], answers: Answers) -> NDArray[np.float32]:
+    def decoded(self, frame: bytes, shape: tuple[int, ...], predictions: Predictions) -> NDArray[np.float32]:
         """A chunk as a reader restores and checks it."""
         levels = self.levels_of(shape[0])
         units_Chw = np.frombuffer(self.codec.decode(frame), np.uint8).reshape(shape).copy()
-        if self.classes:
-            for before_hw, units_hw in itertools.pairwise(units_Chw):
-                units_hw -= before_hw * np.uint8(self.classes % 256)
         if self.columns:
             np.cumsum(units_Chw, axis=2, dtype=np.uint8, out=units_Chw)
         if self.differences:
@@ -249,94 +125,48 @@ class Way:
             assert simplex.is_simplex(units_Chw, levels)
         return simplex.decode(units_Chw, levels)
 
-    def of_each(self, answers: Answers) -> "list[Way]":
-        """This way for each tile: a dictionary is trained on every other tile, and used for those between them."""
-        if not isinstance(self.codec, Dictionary):
-            return [self] * len(answers.probs)
-        halves = []
-        for others in (answers.probs[1::2], answers.probs[::2]):
-            chunks = [units_Chw.tobytes() for probs_CHW in others for units_Chw in self.prepared(probs_CHW)]
-            halves.append(replace(self, codec=self.codec.trained(chunks)))
-        return [halves[tile % 2] for tile in range(len(answers.probs))]
-
 
 @dataclass(frozen=True)
 class Logits:
     """`cache.kind: logits`, from which soft targets of any temperature and class map are made at reading."""
 
     bits: int
-    codec: Codec
+    codec: Codec = field(default_factory=lambda: Zstd(ZSTD_LEVEL))
     chunk_px: int = CHUNK_PX
 
-    def bound(self, answers: Answers) -> float:
-        return logits.error_bound(self.bits, len(answers.logits[0]), answers.softening.temperature)
+    def bound(self, predictions: Predictions) -> float:
+        return logits.error_bound(self.bits, len(predictions.logits[0]), predictions.softening.temperature)
 
-    def encoded(self, answers: Answers, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
-        chunks = split(logits.encode(answers.logits[tile], self.bits), self.chunk_px)
+    def encoded(self, predictions: Predictions, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
+        chunks = split(logits.encode(predictions.logits[tile], self.bits), self.chunk_px)
         return [(bytes(self.codec.encode(units_Chw.copy())), units_Chw.shape) for units_Chw in chunks]
 
-    def decoded(self, frame: bytes, shape: tuple[int, ...], answers: Answers) -> NDArray[np.float32]:
+    def decoded(self, frame: bytes, shape: tuple[int, ...], predictions: Predictions) -> NDArray[np.float32]:
         units_Chw = np.frombuffer(self.codec.decode(frame), simplex.storage_type(self.bits)).reshape(shape)
         assert logits.has_largest(units_Chw, self.bits)
-        return logits.soft_targets(units_Chw, self.bits, answers.softening)
-
-    def of_each(self, answers: Answers) -> "list[Logits]":
-        return [self] * len(answers.logits)
+        return logits.soft_targets(units_Chw, self.bits, predictions.softening)
 
 
 DEFAULT, TINY = "8 bits: cache.bits 8", "6 bits: cache.bits 6"
-ZSTD = Zstd(ZSTD_LEVEL)
 WAYS: dict[str, Way | Logits] = {
-    "8 bits, 255 levels, all classes, plain, as they are, zstd 3 (format 1)": Way(
-        8, Zstd(3), levels=255, leaves_out=False, rounding=plain, differences=False
-    ),
-    "8 bits, plain, as they are (format 3)": Way(8, ZSTD, rounding=plain, differences=False),
-    "8 bits, plain": Way(8, ZSTD, rounding=plain),
-    "8 bits, as they are": Way(8, ZSTD, differences=False),
-    "8 bits, all classes": Way(8, ZSTD, leaves_out=False),
-    DEFAULT: Way(8, ZSTD),
-    "8 bits, 254 levels": Way(8, ZSTD, levels=254),
-    "8 bits, columns too": Way(8, ZSTD, columns=True),
-    "8 bits, zstd 1": Way(8, Zstd(1)),
+    DEFAULT: Way(8),
+    "8 bits, plain": Way(8, rounding=plain),
+    "8 bits, no differences": Way(8, differences=False),
+    "8 bits, plain, no differences": Way(8, rounding=plain, differences=False),
+    "8 bits, all classes": Way(8, leaves_out=False),
+    "8 bits, 254 levels": Way(8, levels=254),
+    "8 bits, columns too": Way(8, columns=True),
     "8 bits, zstd 3": Way(8, Zstd(3)),
-    "8 bits, zstd 5": Way(8, Zstd(5)),
     "8 bits, zstd 16": Way(8, Zstd(16)),
-    "8 bits, gzip 6": Way(8, GZip(6)),
-    "8 bits, blosc zstd 5": Way(8, Blosc("zstd", 5, Blosc.NOSHUFFLE)),
-    "8 bits, blosc zstd 5, bitshuffle": Way(8, Blosc("zstd", 5, Blosc.BITSHUFFLE)),
-    "8 bits, chunks of 128 px": Way(8, ZSTD, chunk_px=128),
-    "8 bits, chunks of 512 px": Way(8, ZSTD, chunk_px=512),
-    "7 bits": Way(7, ZSTD),
-    TINY: Way(6, ZSTD),
-    "6 bits, plain, as they are (format 3)": Way(6, ZSTD, rounding=plain, differences=False),
-    "6 bits, zstd 3": Way(6, Zstd(3)),
-    "5 bits": Way(5, ZSTD),
-    "4 bits: cache.bits 4": Way(4, ZSTD),
-    "8 bits, even values, as they are": Way(8, ZSTD, rounding=even, differences=False),
-    "8 bits, differences from the class before too": Way(8, ZSTD, classes=-1),
-    "8 bits, sums with the class before too": Way(8, ZSTD, classes=1),
-    "8 bits, sums with the class before, not rows": Way(8, ZSTD, differences=False, classes=1),
-    "8 bits, error diffused down": Way(8, ZSTD, rounding=diffused_down),
-    "8 bits, error diffused right": Way(8, ZSTD, rounding=diffused_right),
-    "7 bits, error diffused down": Way(7, ZSTD, rounding=diffused_down),
-    "6 bits, error diffused down": Way(6, ZSTD, rounding=diffused_down),
-    "6 bits, error diffused right": Way(6, ZSTD, rounding=diffused_right),
-    "4 bits, error diffused down": Way(4, ZSTD, rounding=diffused_down),
-    "logits, 8 bits: cache.kind logits": Logits(8, ZSTD),
-    "logits, 16 bits": Logits(16, ZSTD),
+    "8 bits, chunks of 128 px": Way(8, chunk_px=128),
+    "8 bits, chunks of 512 px": Way(8, chunk_px=512),
+    "7 bits": Way(7),
+    TINY: Way(6),
+    "5 bits": Way(5),
+    "4 bits: cache.bits 4": Way(4),
+    "logits, 8 bits: cache.kind logits": Logits(8),
+    "logits, 16 bits": Logits(16),
 }
-if importlib.util.find_spec("imagecodecs"):
-    for label, codec in (
-        ("JPEG-LS", Images("jpegls", {})),
-        ("JPEG XL, effort 7", Images("jpegxl", {"lossless": True, "effort": 7})),
-    ):
-        WAYS[f"8 bits, plain, as they are, {label}"] = Way(8, codec, rounding=plain, differences=False)
-        WAYS[f"8 bits, as they are, {label}"] = Way(8, codec, differences=False)
-if importlib.util.find_spec("pcodec"):
-    WAYS["8 bits, as they are, pcodec 8"] = Way(8, Pcodec(), differences=False)
-if importlib.util.find_spec("zstandard"):
-    WAYS["8 bits, with a dictionary"] = Way(8, Dictionary(ZSTD_LEVEL))
-    WAYS["8 bits, chunks of 128 px, with a dictionary"] = Way(8, Dictionary(ZSTD_LEVEL), chunk_px=128)
 
 
 @dataclass
@@ -344,7 +174,7 @@ class Outcome:
     """Bytes and milliseconds a square of `CROP_PX`, and errors of probabilities; gradient's as a share of a fresh student's."""
 
     bytes_per_pixel: float
-    bound: float | None  # None where nothing is promised
+    bound: float
     max_error: float
     mean_error: float
     block_error: float  # the mean error of means of `BLOCK_PX` squares
@@ -360,7 +190,6 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=12)
     parser.add_argument("--temperature", type=float, nargs="+", help="the configuration's, if not given")
     parser.add_argument("--json")
-    parser.add_argument("--plot")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     ask_for_huge_pages()  # as the commands do, for both readers
@@ -370,8 +199,8 @@ def main() -> None:
     asked, class_map = list(teacher_logits(config, options.tiles)), config.class_map_matrix()
     for temperature in options.temperature or [config.distill.temperature]:
         tiles = [soft_targets(z_CHW[None], torch.from_numpy(class_map), temperature)[0].numpy() for z_CHW in asked]
-        answers = Answers(tiles, [z_CHW.numpy() for z_CHW in asked], logits.Softening(temperature, class_map))
-        found[temperature] = {name: measure(answers, way) for name, way in WAYS.items()}
+        predictions = Predictions(tiles, [z_CHW.numpy() for z_CHW in asked], logits.Softening(temperature, class_map))
+        found[temperature] = {name: measure(predictions, way) for name, way in WAYS.items()}
         reads[temperature] = {bits: compare_reads(config, tiles, bits) for bits in (8, 6)}
         show(f"{options.config}, {len(tiles)} tiles, T {temperature:g}", found[temperature], reads[temperature])
     if options.json:
@@ -383,12 +212,10 @@ def main() -> None:
             for temperature in found
         }
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
-    if options.plot:
-        draw(found, Path(options.plot))
 
 
 def teacher_logits(config, count: int) -> Iterator[torch.Tensor]:
-    """The teacher's answers, float32 `(C_t, H, W)`, on tiles spread evenly over the training set."""
+    """The teacher's predictions, float32 `(C_t, H, W)`, on tiles spread evenly over the training set."""
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
     teacher = open_teacher(config, complete_recipe(config, stretch, None), resolve_device(None))
@@ -397,19 +224,19 @@ def teacher_logits(config, count: int) -> Iterator[torch.Tensor]:
         yield teacher.logits(image_HWC[None])[0].float().cpu()
 
 
-def measure(answers: Answers, way: Way | Logits) -> Outcome:
+def measure(predictions: Predictions, way: Way | Logits) -> Outcome:
     """What a way costs and loses over all pixels of all tiles."""
-    num_classes, pixels = answers.probs[0].shape[0], sum(probs_CHW[0].size for probs_CHW in answers.probs)
+    num_classes, pixels = predictions.probs[0].shape[0], sum(probs_CHW[0].size for probs_CHW in predictions.probs)
     size, encoding, decoding = 0, 0.0, 0.0
     largest, total, squares, gradient, signed = 0.0, 0.0, 0.0, 0.0, np.zeros(num_classes)
     of_blocks = []
-    for tile, (probs_CHW, of_tile) in enumerate(zip(answers.probs, way.of_each(answers), strict=True)):
+    for tile, probs_CHW in enumerate(predictions.probs):
         start = time.thread_time()
-        chunks = of_tile.encoded(answers, tile)
+        chunks = way.encoded(predictions, tile)
         encoding += time.thread_time() - start
         size += sum(len(frame) + 4 for frame, _ in chunks)
         start = time.thread_time()
-        decoded = [of_tile.decoded(*chunk, answers) for chunk in chunks]
+        decoded = [way.decoded(*chunk, predictions) for chunk in chunks]
         decoding += time.thread_time() - start
         for exact_Chw, found_Chw in zip(split(probs_CHW, way.chunk_px), decoded, strict=True):
             errors = found_Chw.astype(np.float64) - exact_Chw
@@ -422,7 +249,7 @@ def measure(answers: Answers, way: Way | Logits) -> Outcome:
     squares_of_crops = pixels / CROP_PX**2
     return Outcome(
         bytes_per_pixel=size / pixels,
-        bound=way.bound(answers),
+        bound=way.bound(predictions),
         max_error=float(largest),
         mean_error=total / pixels / num_classes,
         block_error=float(np.concatenate(of_blocks).mean()),
@@ -532,89 +359,6 @@ def show(title: str, outcomes: dict[str, Outcome], reads: dict[int, dict[str, fl
             ours, theirs = (found_reads[f"{reader}_{key}"] for reader in ("kdpipe", "zarr"))
             table.add_row(f"{bits} bits: {label}", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f} ×")
     console.print(table)
-
-
-GROUPS = {  # what a point belongs to, and its colour
-    "cache.bits 8, 6 and 4": "tab:red",
-    "other codecs, levels, chunks, bits": "tab:blue",
-    "rounded plainly or to even values, or no differences": "tab:orange",
-    "error diffused": "tab:purple",
-    "not stock Zarr: JPEG XL, JPEG-LS, pcodec, dictionaries": "tab:green",
-    "kind: logits (16 bits, 12 bytes, are not drawn)": "tab:brown",
-}
-DRAWN_BYTES = 4  # beyond are the logits of 16 bits, and nothing between
-AXES = {  # what a column shows, its scale, its ticks, and where it begins and ends: labels stand on the left
-    "max_error": ("largest |Δp| in 255ths", 255, (1, 2, 4, 8, 16, 32), (0.2, 64)),
-    "mean_error": ("mean |Δp| in 255ths", 255, (0.125, 0.25, 0.5, 1, 2, 4), (0.03, 8)),
-    "decode_ms": (f"ms to decode {CROP_PX}², one thread", 1, (2, 5, 10, 20, 50, 100), (0.4, 300)),
-}
-
-
-def group_of(name: str) -> str:
-    way, groups = WAYS[name], list(GROUPS)
-    if isinstance(way, Logits):
-        return groups[5]
-    if ": cache.bits" in name:
-        return groups[0]
-    if isinstance(way.codec, Images | Pcodec | Dictionary):
-        return groups[4]
-    if way.rounding in (diffused_down, diffused_right):
-        return groups[3]
-    return groups[1] if way.rounding is steady.encode and way.differences else groups[2]
-
-
-def draw(found: dict[float, dict[str, Outcome]], path: Path) -> None:
-    """Bytes a pixel against the largest error, the mean error and the time of decoding, one row of panels a temperature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(found),
-        len(AXES),
-        figsize=(15, 4.5 * len(found) + 0.8),
-        squeeze=False,
-        sharex="col",
-        sharey=True,
-        layout="constrained",
-    )
-    for row, (temperature, outcomes) in zip(panels, found.items(), strict=True):
-        for panel, (key, (label, scale, ticks, ends)) in zip(row, AXES.items(), strict=True):
-            for name, outcome in outcomes.items():
-                if outcome.bytes_per_pixel > DRAWN_BYTES:
-                    continue
-                way, place = WAYS[name], (scale * getattr(outcome, key), outcome.bytes_per_pixel)
-                more, chosen = isinstance(way, Way) and (way.columns or way.classes), ": cache.bits" in name
-                panel.scatter(
-                    *place, s=30, color=GROUPS[group_of(name)], marker="v" if more else "o", zorder=4 if chosen else 3
-                )
-                if chosen:
-                    panel.annotate(
-                        name.rpartition(": ")[2], place, (0.02, place[1]), textcoords=("axes fraction", "data"), va="center",
-                        fontsize=9, color="tab:red", arrowprops={"arrowstyle": "-", "color": "tab:red", "linewidth": 0.6},
-                    )  # fmt: skip
-            if key == "max_error":
-                for bits, limit in ((8, 1.0), (6, 0.5)):
-                    panel.plot(255 / simplex.total(bits), limit, "k_", markersize=18, zorder=5)
-            panel.set(xscale="log", yscale="log", xlabel=label, title=f"T {temperature:g}", xlim=ends)
-            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            panel.set_yticks([0.25, 0.5, 1, 2], ["0.25", "0.5", "1", "2"])
-            panel.tick_params(labelbottom=True)
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-        row[0].set_ylabel("bytes a pixel")
-    handles = [
-        pyplot.Line2D([], [], color=colour, marker="o", linestyle="", label=label) for label, colour in GROUPS.items()
-    ]
-    handles += [
-        pyplot.Line2D(
-            [], [], color="tab:blue", marker="v", linestyle="", label="differences along columns, or between classes"
-        ),
-        pyplot.Line2D([], [], color="black", marker="_", linestyle="", label="to reach"),
-    ]
-    figure.legend(handles=handles, fontsize=9, ncols=3, loc="outside lower center")
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

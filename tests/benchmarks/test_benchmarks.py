@@ -154,10 +154,9 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
     # It has sizes in the module and no options for them.
     small = "memory.TILES, memory.SCENES_PX = (1, 2), ((300, 300), (600, 300), (300, 600))"
     memory = f"import memory, sys; {small}; sys.argv[0] = 'memory.py'; memory.main()"
-    plot = tmp_path / "size.png"
     commands = {
         "stage_one": ["stage_one.py", "demo", "--tiles", "2", "--rounds", "1", "--device", "cpu", *overrides],
-        "size": ["size.py", "demo", "--tiles", "2", "--temperature", "1", "2", "--plot", plot, *overrides],
+        "size": ["size.py", "demo", "--tiles", "2", "--temperature", "1", "2", *overrides],
         "steps": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides],
         "steps_small": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides, *small_student],
         "memory": ["-c", memory],
@@ -193,12 +192,12 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
     done = subprocess.run([sys.executable, *where], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [*json.loads((tmp_path / "where.json").read_text())] == ["a tile", "a step"]
-    assert not (tmp_path / "many").exists() and plot.stat().st_size < 200_000
+    assert not (tmp_path / "many").exists()
     rows = bench.rows(found)
     assert len(rows) == 25 and all(row.reached == row.reached for row in rows)
     for content in found["size"].values():
         for name, way in content["ways"].items():
-            assert way["bound"] is None or way["max_error"] <= way["bound"], name
+            assert way["max_error"] <= way["bound"], name
 
 
 @pytest.mark.slow
