@@ -47,7 +47,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(name, tmp_path):
         ("student.num_classes=7", r"student\.num_classes is 7, but classes\.names has 6"),
         (
             "student.num_classes=8",
-            r"leave it out\. The student answers in classes\.names; the teacher's 8 classes are taken",
+            r"leave it out\. The student predicts classes\.names; class_map maps the teacher's 8 classes",
         ),
         ("student.checkpoint=demo_output/teacher.pth", r"student\.checkpoint is teacher\.checkpoint .* leave it out"),
         ("train.batch_size=0", r"train\.batch_size: expected a whole number from 1 up, or auto, found 0$"),
@@ -85,9 +85,9 @@ def several(**second):
         ({"teacher": several()["teachers"][0]}, "found both or neither"),
         (
             several(classes=["Sea", *several()["teachers"][0]["classes"][1:]]),
-            r"teachers\.1 must answer in the same classes .* 'Sea'",
+            r"teachers\.1 must predict the same classes .* 'Sea'",
         ),
-        (several(drop_channels=[0]), r"teachers\.1 must answer in the same classes as the first teacher, in any order"),
+        (several(drop_channels=[0]), r"teachers\.1 must predict the same classes as the first teacher, in any order"),
         (several(weight=0), r"teachers\.1\.weight: .* greater than 0, found 0"),
         (several(tat="d4"), r"unknown key teachers\.1\.tat; did you mean teachers\.1\.tta\?"),
     ],
@@ -200,8 +200,13 @@ def keys(model):
 @pytest.mark.parametrize("key", sorted(set(keys(Config))))
 def test_every_key_is_read_by_the_program(key):
     sources = [p for package in ("data", "cache", "pipeline") for p in (ROOT / package).rglob("*.py")]
-    text = (
-        "\n".join(path.read_text() for path in sources) + Path(sections.__file__).read_text().partition("def pairs")[2]
+    schema = Path(sections.__file__).parent
+    text = "\n".join(
+        [
+            *(path.read_text() for path in sources),
+            *((schema / f"{name}.py").read_text() for name in ("config", "student", "teacher")),
+            (schema / "data.py").read_text().partition("def pairs")[2],
+        ]
     )
     # num_classes is checked against the names, which are what is read.
     assert f".{key}" in text or key == "num_classes"

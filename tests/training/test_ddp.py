@@ -19,6 +19,7 @@ from kdpipe.pipeline.distributed import is_further_process, open_fabric
 from kdpipe.pipeline.losses import hard_loss
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.training.loop import Loop
 
 CPU = torch.device("cpu")
 TRAIN = {
@@ -79,13 +80,13 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
     assert [int(rank["stopped_at"]) for rank in ranks] == [3, 3], "only rank 0 was asked to stop"
     monkeypatch.setattr(training, "build_student", fresh)
     seen = []
-    original = training._Run._train_batch
+    original = Loop._train_batch
 
     def noted(self, batch):
         seen.append(batch["image"].double().sum(dim=(1, 2, 3)).tolist())
         return original(self, batch)
 
-    monkeypatch.setattr(training._Run, "_train_batch", noted)
+    monkeypatch.setattr(Loop, "_train_batch", noted)
     config = make_config(**{**TRAIN, "train__batch_size": 2}, cache__path=str(two_ranks["folder"] / "cache.zarr"))
     single = training.train(config, CPU)
     for rank in ranks:
@@ -134,7 +135,7 @@ def test_dice_is_that_of_smp():
 
 def test_what_several_devices_cannot_do_is_refused(make_config, monkeypatch):
     with pytest.raises(
-        ConfigError, match="batch_size: auto measures one device, and devices is 2: say how many samples each"
+        ConfigError, match="batch_size: auto measures one device, and devices is 2: set batch_size to the samples per device"
     ):
         make_config(train__batch_size="auto", train__devices=2)
     with pytest.raises(

@@ -1,0 +1,99 @@
+"""The sections `classes` and `data`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from kdpipe.configs.schema.section import Section, refuse_repeats
+
+
+class Classes(Section):
+    """The student's classes."""
+
+    names: list[str] = Field(min_length=2)
+    """Class names, in the order of the indices in the masks."""
+    ignore_index: int = Field(255, ge=0, le=65535)
+    """Mask value of pixels without a label. Maps hold it where a scene has no data."""
+    not_scored: list[str] = Field([])
+    """Classes that are learnt but left out of the mean scores."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Classes:
+        refuse_repeats(self.names, "classes.names")
+        if self.ignore_index < len(self.names):
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is also the index of class {self.names[self.ignore_index]}"
+            )
+        unknown = [name for name in self.not_scored if name not in self.names]
+        if unknown:
+            raise ValueError(f"not_scored names {unknown}, which are not among names: {self.names}")
+        if set(self.not_scored) == set(self.names):
+            raise ValueError("not_scored names every class, which leaves nothing to score")
+        return self
+
+
+class FixedRange(Section):
+    """A linear stretch of `low..high`, in the files' own units, to 0..255."""
+
+    range: tuple[float, float] | list[tuple[float, float]]
+    """`[low, high]` for all bands, or three such pairs, one for each of `data.bands`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FixedRange:
+        for low, high in self.pairs(None):
+            if not low < high:
+                raise ValueError(f"a range needs low < high, found {low}, {high}")
+        return self
+
+    def pairs(self, num_bands: int | None) -> list[tuple[float, float]]:
+        """The pairs as configured; a single pair is repeated for each of `num_bands` bands."""
+        if isinstance(self.range, list):
+            return list(self.range)
+        return [self.range] * (num_bands or 1)
+
+
+class Percentiles(Section):
+    """A linear stretch of each band between two of its percentiles over all training and unlabelled images."""
+
+    percentiles: tuple[float, float]
+    """Low and high percentile, 0 to 100, such as `[2, 98]`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Percentiles:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles need 0 <= low < high <= 100, found {low}, {high}")
+        return self
+
+
+class Data(Section):
+    """Roots of tiles. A root holds a folder of images and, if labelled, a folder of masks; image and mask share their stem."""
+
+    train: list[str] = Field(min_length=1)
+    """Roots of labelled tiles to train on."""
+    val: list[str] = Field([])
+    """Roots of labelled tiles to validate on, and the default of `evaluate`. May be empty."""
+    unlabelled: list[str] = Field([])
+    """Roots of tiles that train from their soft targets alone. Masks in them are ignored."""
+    images: str = "images"
+    """Name of the folder of images in each root."""
+    masks: str = "masks"
+    """Name of the folder of masks in each root."""
+    allow_missing_masks: bool = False
+    """Whether tiles of `train` and `val` may lack a mask. If false, a missing mask is an error."""
+    bands: tuple[int, int, int] = (1, 2, 3)
+    """The three bands that the networks see, counted from 1."""
+    stretch: FixedRange | Percentiles | None = None
+    """How values become 0..255. Null takes 8-bit images as they are and refuses all others."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        for key in ("train", "val", "unlabelled"):
+            refuse_repeats(getattr(self, key), f"data.{key}")
+        if min(self.bands) < 1:
+            raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
+        if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(3)) != 3:
+            raise ValueError(
+                f"stretch.range needs one pair, or one for each of the 3 bands, found {self.stretch.range}"
+            )
+        return self

@@ -1,0 +1,22 @@
+"""The base of every section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file. The text under a key describes it in the docs and in editors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+def refuse_repeats(values: list[Any], key: str) -> None:
+    """Raise `ValueError` naming `key` if a value occurs twice."""
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{key} names {repeated} more than once")

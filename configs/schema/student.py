@@ -1,0 +1,134 @@
+"""The sections `distill`, `student` and `train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from kdpipe.configs.schema.section import Section
+from kdpipe.configs.schema.teacher import Normalize, Precision, TeacherView
+
+DistillMode = Literal["cached", "online", "none"]
+
+DEFAULT_BATCH_SIZE = 4  # the guide's
+
+
+class Distill(Section):
+    """How the student learns from the teacher."""
+
+    mode: DistillMode = "cached"
+    """Source of the soft targets: the cache, the live teacher (for comparison), or none."""
+    teacher_view: TeacherView = "tile"
+    """The teacher sees the whole clean `tile`, or the same augmented `crop` as the student."""
+    temperature: float = Field(2.0, gt=0)
+    """Temperature T of both softmaxes, the teacher's and the student's."""
+    alpha: float = Field(0.7, ge=0, le=1)
+    """Weight of the soft targets in the loss; the labels have the rest."""
+
+
+class Student(Section):
+    """The network to train."""
+
+    architecture: str
+    """`ftunetformer`, `unetformer`, or an architecture of segmentation-models-pytorch (smp)."""
+    encoder: str | None = None
+    """An encoder of smp or timm. `ftunetformer` has its own."""
+    encoder_weights: str | None = None
+    """A file, or a name known to smp or timm, such as `imagenet`. Null starts from random weights."""
+    checkpoint: str | None = None
+    """Weights of the whole student to start from."""
+    replace_head: bool = False
+    """Start from a `checkpoint` with other classes, except for its head (`ftunetformer`, `unetformer`)."""
+    num_classes: int | Literal["from classes"] = "from classes"
+    """Leave it out. It follows from `classes.names`, and any other number is refused."""
+    normalize: Normalize = "imagenet"
+    """Input normalisation, as in `teacher`."""
+
+
+class Train(Section):
+    """The recipe of stage two."""
+
+    epochs: int = Field(45, ge=1)
+    """Passes over all tiles."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Ends training after this many optimizer steps, whatever `epochs` says."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = DEFAULT_BATCH_SIZE
+    """Crops per batch on each device. `auto` finds the largest batch that fits."""
+    effective_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Crops per optimizer step. With `batch_size: auto` the number to reach (4 if null), otherwise only checked."""
+    val_batch_size: int = Field(4, ge=1)
+    """Validation tiles of one size per batch. Changes no score."""
+    crops_per_tile: int = Field(1, ge=1)
+    """Crops of each tile per epoch."""
+    unlabelled_crops_per_tile: Annotated[int, Field(ge=1)] | None = None
+    """Crops of each tile without a mask per epoch. Null takes `crops_per_tile`."""
+    lr: float = Field(6e-4, gt=0)
+    """Learning rate of everything but the encoder."""
+    backbone_lr: float = Field(6e-5, ge=0)
+    """Learning rate of the encoder."""
+    weight_decay: float = Field(2.5e-4, ge=0)
+    """Weight decay of AdamW; biases have none."""
+    lookahead: bool = False
+    """Wrap AdamW in Lookahead (5 steps, share 0.5)."""
+    restart_epochs: int = Field(15, ge=1)
+    """Epochs in the first cycle of the cosine schedule with warm restarts."""
+    restart_mult: int = Field(2, ge=1)
+    """Length of each cycle as a multiple of the one before."""
+    crop: int = Field(512, ge=32)
+    """Side of a training crop in px."""
+    scales: list[Annotated[float, Field(gt=0)]] = Field([0.5, 0.75, 1.0, 1.25, 1.5], min_length=1)
+    """Scales to draw from, one for each crop."""
+    max_class_share: float = Field(0.75, gt=0, le=1)
+    """Draw a crop again, up to ten times, while one class has more than this share of its labelled pixels. 1 never does."""
+    mosaic: float = Field(0.25, ge=0, le=1)
+    """Probability that a crop is a mosaic of four tiles."""
+    photometric: float = Field(0.25, ge=0, le=1)
+    """Probability that the colours of a crop are changed."""
+    accumulate: int = Field(1, ge=1)
+    """Batches per optimizer step."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient. Null does not clip."""
+    precision: Precision = "auto"
+    """Computing precision. `auto` is bf16 on a GPU that supports it natively, else fp32."""
+    workers: int = Field(4, ge=0)
+    """Data loading processes. 0 loads in the main process. Changes no result."""
+    devices: int = Field(1, ge=1)
+    """GPUs of this machine, or processes on the CPU, that train together."""
+    val_every_epochs: int = Field(1, ge=1)
+    """Epochs between validations. The last epoch is always validated."""
+    checkpoint_every_steps: int = Field(200, ge=1)
+    """Steps between checkpoints. Each epoch ends with one too."""
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"expected a whole number from 1 up, or auto, found {value!r}")
+        return value
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples per optimizer step: `batch_size * accumulate * devices`, or what `batch_size: auto` is to reach."""
+        if self.batch_size == "auto":
+            return self.effective_batch_size or DEFAULT_BATCH_SIZE
+        return self.batch_size * self.accumulate * self.devices
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.batch_size == "auto" and self.accumulate != 1:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but batch_size: auto computes it: leave it out, and set "
+                "effective_batch_size to the number of samples per optimizer step"
+            )
+        if self.batch_size == "auto" and self.devices > 1:
+            raise ValueError(
+                f"batch_size: auto measures one device, and devices is {self.devices}: set batch_size to the samples per device"
+            )
+        if self.effective_batch_size not in (None, self.samples_per_step):
+            on_devices = f" x devices {self.devices}" if self.devices > 1 else ""
+            raise ValueError(
+                f"effective_batch_size is {self.effective_batch_size}, but batch_size {self.batch_size} x accumulate "
+                f"{self.accumulate}{on_devices} is {self.samples_per_step}: leave it out, or set batch_size: auto"
+            )
+        return self

@@ -1,0 +1,101 @@
+"""The sections `teacher` and `cache`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from kdpipe.configs.schema.section import Section, refuse_repeats
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TeacherView = Literal["tile", "crop"]
+
+MAX_VIEWS = 10_000  # per tile: four digits name them, and more would cost more than the live teacher
+
+
+class MeanStd(Section):
+    """Normalisation of x / 255, per channel."""
+
+    mean: tuple[float, float, float]
+    """Mean of each channel of x / 255."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel of x / 255."""
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError(f"std must be positive, found {list(std)}")
+        return std
+
+
+Normalize = Literal["unit", "imagenet"] | MeanStd
+
+
+class Teacher(Section):
+    """The frozen network, and how it is run."""
+
+    architecture: str
+    """An architecture of segmentation-models-pytorch (smp), such as `unet`."""
+    encoder: str
+    """An encoder of smp, such as `efficientnet-b4`, or of timm, as `tu-NAME`."""
+    checkpoint: str
+    """File of weights: `.pth`, `.ckpt` or `.safetensors`."""
+    classes: list[str] = Field(min_length=2)
+    """One name for each output channel, in the checkpoint's order."""
+    normalize: Normalize = "unit"
+    """Input normalisation: `unit` (x / 255), `imagenet` (ImageNet's mean and deviation), or a mean and a deviation."""
+    precision: Precision = "auto"
+    """Computing precision. `auto` is bf16 if the device is fast at it and the targets of three tiles survive it, else fp32."""
+    tta: Literal["none", "flips", "d4"] = "none"
+    """Test-time augmentation, averaged over logits: 1 view, the 4 of both flips, or the 8 symmetries of the square."""
+    scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Scales of the image at which each view is predicted."""
+    window: Annotated[int, Field(ge=64, multiple_of=32)] | None = None
+    """Side in px of the overlapping windows that larger images are cut into. Null predicts whole images."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images of one size per batch. Null is 1 on a CPU and more on a GPU. Not part of the fingerprint; last bits may differ."""
+    drop_channels: list[Annotated[int, Field(ge=0)]] = Field([])
+    """Channels to drop before the softmax, counted from 0, such as OpenEarthMap's unknown."""
+    weight: float = Field(1.0, gt=0)
+    """Weight of its logits among several `teachers`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Teacher:
+        refuse_repeats(self.classes, "teacher.classes")
+        refuse_repeats(self.drop_channels, "teacher.drop_channels")
+        beyond = [channel for channel in self.drop_channels if channel >= len(self.classes)]
+        if beyond:
+            raise ValueError(
+                f"drop_channels are places in classes counted from 0, found {beyond} with {len(self.classes)} classes"
+            )
+        if len(self.kept_classes) < 2:
+            raise ValueError(f"drop_channels {self.drop_channels} leaves fewer than two of classes {self.classes}")
+        return self
+
+    @property
+    def kept_classes(self) -> list[str]:
+        """The classes of the channels that are not dropped, in the checkpoint's order."""
+        return [name for channel, name in enumerate(self.classes) if channel not in self.drop_channels]
+
+
+class Cache(Section):
+    """The cache of the teacher's predictions, as soft targets or as logits."""
+
+    path: str
+    """A folder, or a URL that fsspec can open, such as `s3://bucket/mine.zarr`."""
+    kind: Literal["soft", "logits"] = "soft"
+    """`soft` stores targets for one temperature and class map. `logits` lets both change later, for 3.5 to 4 times the bytes."""
+    bits: Literal[4, 6, 8, 16] = 8
+    """Bits per value. The error of a stored soft target is at most `1 / (2**bits - 1)`. Logits need 8 or 16."""
+    views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
+    """Recorded augmented crops per tile. Required with `distill.teacher_view: crop`, refused otherwise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Cache:
+        if self.kind == "logits" and self.bits < 8:
+            raise ValueError(
+                f"bits is {self.bits}, but logits are stored with 8 or 16: set one of these, or kind: soft"
+            )
+        return self
