@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 
 LIBRARIES = (
@@ -20,7 +21,12 @@ LIBRARIES = (
 
 def library_versions() -> dict[str, str]:
     """The versions of what computes and stores the values: recorded, not part of the fingerprint."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: _installed(name) for name in LIBRARIES}
+
+
+@cache  # each takes milliseconds to parse, and none changes while a process runs
+def _installed(name: str) -> str:
+    return version(name)
 
 
 def other_libraries(recorded: Mapping[str, str]) -> dict[str, tuple[str, str]]:
