@@ -1,38 +1,40 @@
-"""What `train-student` logged step by step, read back from Lightning's `metrics.csv`."""
+"""The learning curves of a run, read from the `metrics.csv` that Lightning writes at each of its starts."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
-METRICS = "metrics.csv"
+from kdpipe.pipeline.runs.layout import METRICS
+
+Curve = dict[int, float]  # a figure by step, in the order of steps
+TRAIN_LOSS = "train_loss"  # logged once a step
 
 
-def logged_curves(logs: Path) -> dict[str, list[tuple[float, float]]]:
+def read_curves(logs: str | Path) -> dict[str, Curve]:
     """
-    Every logged figure as `(step, value)`, in the order of steps; empty where nothing is logged below `logs`.
+    Every logged figure of the run whose logs lie in the folder `logs`, by name; empty where there are none.
 
-    A run that was resumed has one `version_*` folder a start. They are joined from the newest back to the one that begins at
-    the first step; where two of them have a step, the newer one counts.
+    A resumed run has a folder `version_N` for each start. They are joined from the newest back to the one that begins at step 1; a step
+    that was run again after a kill counts as it was last run. A version that is damaged is left out: a run that has reached its end
+    must not fail over its curves.
     """
-    curves: dict[str, dict[float, float]] = {}
-    known_from: int | None = None
-    for version in sorted(logs.glob("version_*"), key=_number, reverse=True):
-        rows = _rows(version / METRICS)
-        if not rows:
+    curves: dict[str, Curve] = {}
+    before: float = float("inf")  # steps of older versions count below this one
+    for version in sorted(Path(logs).glob("version_*"), key=_number, reverse=True):
+        found = _version(version / METRICS)
+        if not found:
             continue
-        first = int(rows[0]["step"])
-        for row in rows:
-            step = int(row["step"])
-            if known_from is not None and step >= known_from:
-                continue
-            for name, text in row.items():
-                if text and name not in ("step", "epoch"):
-                    curves.setdefault(name, {})[step] = float(text)
-        known_from = first
-        if first <= 1:
+        for name, curve in found.items():
+            joined = curves.setdefault(name, {})
+            joined |= {step: value for step, value in curve.items() if step < before and step not in joined}
+        if steps := found.get(TRAIN_LOSS):
+            before = min(before, *steps)
+        else:  # only the validation at the end of a run that was complete already
+            before = min(before, 1 + min(step for curve in found.values() for step in curve))
+        if before <= 1:
             break
-    return {name: sorted(points.items()) for name, points in curves.items()}
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
 
 
 def _number(version: Path) -> int:
@@ -40,8 +42,14 @@ def _number(version: Path) -> int:
     return int(end) if end.isdigit() else -1
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        return [row for row in csv.DictReader(lines) if row.get("step")]
+def _version(file: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                for name, text in row.items():
+                    if text and name not in ("step", "epoch"):
+                        curves.setdefault(name, {})[int(row["step"])] = float(text)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return {}
+    return curves

@@ -1,6 +1,4 @@
-"""
-`run.json` in a run's folder: what later runs and reports compare it by. It is rewritten at each validation and at the run's end.
-"""
+"""`run.json` in a run's folder, by which it is compared with others: rewritten at each validation and at the run's end."""
 
 from __future__ import annotations
 

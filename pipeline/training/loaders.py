@@ -1,4 +1,9 @@
-"""Batches for stage two: one stream over all epochs that can start anywhere, and whole tiles for validation."""
+"""
+Batches for stage two: one stream over all epochs that can start anywhere, and whole tiles for validation.
+
+Soft targets travel from a loader to the device as 16-bit integers, half the bytes of float32 to copy between processes and over the
+bus, and are unpacked on the device.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +14,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
-from kdpipe.data.rasters import read_image
+from kdpipe.data.rasters import Stretch, read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.memory import fits_in_memory, sized
-from kdpipe.pipeline.training.packing import collate_packed
 
 if TYPE_CHECKING:  # a worker imports this module at its start, and needs no network libraries
     from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 
-Stretch = Sequence[tuple[float, float]] | None
 
+PACKED_LEVELS = 2**16 - 1  # the integer of a probability of one
 ONLINE_ADVICE = (
     "distill.mode: cached (--kd cached), which has no teacher in memory",
     "teacher.window: 512, for tiles that are larger",
@@ -32,16 +37,13 @@ ONLINE_ADVICE = (
 
 
 class OnlineTargets:
-    """
-    Soft targets computed on the spot, every time they are asked for: the teacher sees what it sees at precompute, the whole
-    tile (`read`) or a recorded view (`answer`).
-    """
+    """Soft targets that the live teacher computes at each read, from what it sees in stage one: the tile, or a recorded view."""
 
     def __init__(self, teacher: FrozenTeacher, tiles: Sequence[Tile], config: Config, stretch: Stretch) -> None:
         self._teacher = teacher
         self._images = {tile.id: tile.image for tile in tiles}
         self._bands, self._stretch = config.data.bands, stretch
-        self.teacher_seconds = 0.0  # that the teacher took so far
+        self.teacher_seconds = 0.0  # spent in the teacher so far
 
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
@@ -57,7 +59,7 @@ class OnlineTargets:
     def answer(
         self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
-        """The soft target of a recorded view, float32 `(C, H, W)`, of which rounding took nothing."""
+        """The soft target of a recorded view, float32 `(C, H, W)`, and 0: nothing was rounded."""
         return self._ask(np.ascontiguousarray(image_3HW.transpose(1, 2, 0)), "crop"), 0.0
 
     def _ask(self, image_HW3: NDArray[np.uint8], noun: str) -> NDArray[np.float32]:
@@ -71,30 +73,22 @@ class OnlineTargets:
 
 class BatchStream:
     """
-    Lists of sample numbers: every epoch a permutation of its own from (seed, epoch), cut into batches, the rest dropped.
+    Lists of sample numbers: in each epoch a permutation drawn from (seed, epoch), cut into batches, the incomplete last step dropped.
 
-    `accumulate` batches are one optimizer step, and only whole steps are made: accumulated or not, a step of so many
-    samples is made of the same ones, and an epoch has as many.
+    `accumulate` batches are one optimizer step; accumulated or not, steps of the same size hold the same samples. In a run on several
+    devices each `rank` has its own part of every step: together they take the samples of one process with a batch of
+    `ranks * batch_size`.
 
-    Of a run on several devices, each `rank` of `ranks` has its own part of every step: together they take the samples that one process
-    with a batch of `ranks * batch_size` would take.
-
-    The stream runs over all epochs at once, so that workers neither stop nor wait between them, and starts at any batch,
-    so that a resumed run sees what an uninterrupted one would have seen.
+    The stream runs over all epochs, so that workers do not stop between them, and starts at any batch, so that a resumed run sees the
+    batches of an uninterrupted one.
     """
 
     def __init__(
         self, samples: int, batch_size: int, epochs: int, seed: int, start: int, accumulate: int = 1, rank: int = 0, ranks: int = 1
     ) -> None:  # fmt: skip
         self.per_epoch = samples // (batch_size * ranks * accumulate) * accumulate
-        self._rank, self._ranks = rank, ranks
-        self._samples, self._batch_size, self._epochs, self._seed, self._start = (
-            samples,
-            batch_size,
-            epochs,
-            seed,
-            start,
-        )
+        self._samples, self._batch_size, self._epochs = samples, batch_size, epochs
+        self._seed, self._start, self._rank, self._ranks = seed, start, rank, ranks
 
     def __len__(self) -> int:
         return self.per_epoch * self._epochs - self._start
@@ -108,7 +102,7 @@ class BatchStream:
 
 
 def batches_per_epoch(config: Config, samples: int) -> int:
-    """Batches in an epoch, those of whole optimizer steps; `ConfigError` where there is not one."""
+    """Batches in an epoch, of whole optimizer steps only; `ConfigError` where there is not one step."""
     per_step, accumulate = config.train.samples_per_step, config.train.accumulate
     if samples < per_step:
         accumulated = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
@@ -121,7 +115,7 @@ def batches_per_epoch(config: Config, samples: int) -> int:
 
 
 def steps_in(config: Config, per_epoch: int) -> int:
-    """Optimizer steps of a whole run with so many batches an epoch."""
+    """Optimizer steps of a whole run with `per_epoch` batches an epoch."""
     steps = config.train.epochs * per_epoch // config.train.accumulate
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
@@ -130,7 +124,7 @@ def train_loader(
     config: Config, dataset: TrainTiles, start: int, workers: int, rank: int = 0, ranks: int = 1, *, pin: bool
 ) -> DataLoader[Any]:
     """
-    Collated batches of `dataset` from batch number `start` to the last epoch's end, a rank's own, their targets packed.
+    A rank's batches of `dataset` from batch number `start` to the end of the last epoch, with packed targets.
 
     With `pin` they lie in page-locked memory, from which CUDA copies while it computes.
     """
@@ -147,23 +141,56 @@ def train_loader(
 def val_loader(
     config: Config, dataset: ValTiles, sizes: list[tuple[int, int]], workers: int, rank: int = 0, ranks: int = 1
 ) -> DataLoader[Any]:
-    """Whole tiles, those of equal size together, at most `train.val_batch_size` in a batch; every `ranks`-th batch."""
+    """A rank's batches of whole tiles of equal size, at most `train.val_batch_size` in each; `sizes` are their `(H, W)`."""
     batches = batches_of_equal_size(sizes, config.train.val_batch_size)[rank::ranks]
     return DataLoader(cast(Any, dataset), batch_sampler=batches, **_worker_options(min(workers, len(batches))))
+
+
+def collate_packed(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of samples as `default_collate` makes it, with `target` packed."""
+    batch: dict[str, Tensor] = default_collate(
+        [{**sample, "target": packed(sample["target"])} if "target" in sample else sample for sample in samples]
+    )
+    return batch
+
+
+def packed(target_CHW: NDArray[np.float32]) -> NDArray[np.int16]:
+    """
+    Probabilities in levels of 1/65535: unsigned integers in the bits of int16, because few devices compute with uint16.
+
+    An entry moves by at most half a level, plus half a level per class once `unpacked`. A pixel with NaN becomes zero.
+    """
+    levels_CHW = target_CHW * np.float32(PACKED_LEVELS)
+    odd_HW = ~np.isfinite(levels_CHW.sum(axis=0))
+    if odd_HW.any():
+        levels_CHW[:, odd_HW] = 0
+    bits_CHW: NDArray[np.int16] = np.rint(levels_CHW, out=levels_CHW).astype(np.uint16).view(np.int16)
+    return bits_CHW
+
+
+def unpacked(packed_NCHW: Tensor, inside_NHW: Tensor) -> Tensor:
+    """
+    Probabilities of `packed` ones: float32 `(N, C, H, W)`, summing to one over axis 1, zero on padding (outside `inside_NHW`).
+
+    A pixel that was NaN is NaN again, so that the loss shows it.
+    """
+    levels_NCHW = (packed_NCHW.int() & PACKED_LEVELS).float()
+    probs_NCHW = levels_NCHW / levels_NCHW.sum(dim=1, keepdim=True)
+    return probs_NCHW.masked_fill(~inside_NHW[:, None], 0)
 
 
 def _worker_options(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {"num_workers": 0}
-    # Not fork: zarr's event loop does not survive it, and a forked worker hangs at its first read.
+    # Not fork: zarr's event loop does not survive it, and a forked worker would hang at its first read.
     return {
         "num_workers": workers,
         "multiprocessing_context": "spawn",
         "persistent_workers": True,
-        "worker_init_fn": _leave_signals_to_the_main_process,
+        "worker_init_fn": _ignore_interrupts,
     }
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process stops at a safe point and needs its workers until then."""
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group, but the main process needs its workers until it has reached a safe point."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -30,8 +30,8 @@ from turns import in_turns, stop_here
 from kdpipe.configs import load_config
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 from kdpipe.pipeline.models.student import build_student
+from kdpipe.pipeline.runs import layout
 from kdpipe.pipeline.teacher.loading import load_teacher
-from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.run import train, with_mode
 
 FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
@@ -73,7 +73,7 @@ def run_arm(arm: str, options: argparse.Namespace, mark: Callable[[], object]) -
     if arm == "online, d4":
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"tta": "d4"})})
     with tempfile.TemporaryDirectory() as folder:
-        training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
+        layout.WEIGHTS_DIR, layout.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
         config = with_mode(config, arm.partition(",")[0])
         timed = Timed(untimed(), last, mark)
         train(config, resolve_device(None), progress=timed, stop=threading.Event())

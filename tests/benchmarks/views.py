@@ -29,7 +29,7 @@ from kdpipe.data.augment import views_per_sample
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.progress import Silent
-from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.runs import layout
 from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.training.targets import open_targets, training_samples
 
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        training.WEIGHTS_DIR, training.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
+        layout.WEIGHTS_DIR, layout.LOGS_DIR = Path(folder) / "weights", Path(folder) / "logs"
         whole = load_config(options.config, options.overrides)
         root = few_tiles(whole, options.tiles, Path(folder) / "tiles")
         common = [

@@ -39,9 +39,8 @@ from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import subjects
 from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
-from kdpipe.pipeline.training.loaders import train_loader
+from kdpipe.pipeline.training.loaders import train_loader, unpacked
 from kdpipe.pipeline.training.optimizer import make_optimizer
-from kdpipe.pipeline.training.packing import unpacked
 
 
 class Parts:

@@ -16,6 +16,7 @@ from kdpipe.configs.errors import Interrupted
 from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.training import run as training
+from kdpipe.pipeline.training.loop import Loop
 
 CASES = ("labelled", "one rank without labels", "no labels", "padded", "with auxiliary head")
 SIDE, CLASSES = 24, 6
@@ -80,13 +81,13 @@ def main(rank, port, folder):
     torch.set_num_threads(1)
     training.build_student = fresh
     seen = []
-    original = training._Run._train_batch
+    original = Loop._train_batch
 
     def noted(self, batch):
         seen.append((self.position.batches, batch["image"].double().sum(dim=(1, 2, 3)).tolist()))
         return original(self, batch)
 
-    training._Run._train_batch = noted
+    Loop._train_batch = noted
     config = load_config(folder / "config.yaml", ("train.devices=2",))
     os.chdir(folder)
     stop = threading.Event()

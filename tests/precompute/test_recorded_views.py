@@ -29,8 +29,7 @@ from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.reports.terminal import results as reports
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.training import run as training
-from kdpipe.pipeline.training.loaders import OnlineTargets
-from kdpipe.pipeline.training.packing import collate_packed, packing_bound, unpacked
+from kdpipe.pipeline.training.loaders import PACKED_LEVELS, OnlineTargets, collate_packed, unpacked
 from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.training.targets import CachedViews
 from kdpipe.pipeline.verify.gate import verify
@@ -117,7 +116,7 @@ def test_cached_and_online_targets_are_the_same_over_a_whole_cycle_to_the_encodi
         assert np.abs(one["target"] - two["target"]).max() <= bound(config)
         batch = collate_packed([one])
         on_device = unpacked(batch["target"], batch["inside"])[0].numpy()
-        assert np.abs(on_device - two["target"]).max() <= bound(config) + packing_bound(6)
+        assert np.abs(on_device - two["target"]).max() <= bound(config) + (1 + 6) / 2 / PACKED_LEVELS
         np.testing.assert_allclose(one["target"].sum(axis=0), one["inside"], atol=1e-5)
         padded += int((~one["inside"]).sum())
     assert padded

@@ -17,7 +17,8 @@ from kdpipe.pipeline import dry_run as forecasts
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.costs import costs_file, read_costs
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.reports.terminal import results as reports
+from kdpipe.pipeline.terminal.stage_one import estimate_text, precompute_text, worth_lines
+from kdpipe.pipeline.terminal.training import training_tables
 from kdpipe.pipeline.runs.record import paces_of_other_modes
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.training import worth
@@ -57,8 +58,8 @@ def test_the_figures_are_those_that_one_works_out_by_hand():
     ],
 )
 def test_the_answer_is_hardly_where_the_student_is_heavy_and_no_where_the_run_is_short(changes, verdict, said):
-    lines = reports.worth_lines(found(**changes), 3_000_000)
-    assert f"worth it? {verdict}: a live teacher is " in "\n".join(lines)
+    lines = worth_lines(found(**changes), 3_000_000)
+    assert f"worth it? {verdict}: a live teacher takes " in "\n".join(lines)
     assert said in lines[-1]
     assert max(map(len, lines)) <= 80
 
@@ -82,7 +83,7 @@ def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, mo
     assert (it.steps, it.epochs, it.samples_per_step, it.views_per_sample) == (6, 2, 2, 1.75)
     assert it.step_seconds > 30
     assert it.verdict in ("hardly", "no")
-    assert "worth it? " in reports.estimate_text(forecast)
+    assert "worth it? " in estimate_text(forecast)
     assert forecast.as_dict()["worth"]["verdict"] == it.verdict
 
 
@@ -113,7 +114,7 @@ def test_a_student_that_does_not_fit_leaves_the_forecast_of_stage_one(make_confi
         forecast.as_dict()["worth"]
         == "a step of the student cannot be timed here: out of memory while timing the student"
     )
-    assert "worth it? a step of the student cannot be timed here" in reports.estimate_text(forecast)
+    assert "worth it? a step of the student cannot be timed here" in estimate_text(forecast)
     few = estimate(make_config(train__batch_size=9), CPU)
     assert "an epoch has 6 samples, fewer than train.batch_size 9" in few.worth
 
@@ -126,18 +127,16 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     assert summary.crops_seconds == pytest.approx(summary.teacher_seconds / summary.pixels * 6 * 64**2)
     assert summary.paid_after_epochs == pytest.approx(summary.seconds / summary.crops_seconds)
     assert summary.as_dict()["paid_after_epochs"] == summary.paid_after_epochs
-    said = reports.precompute_text(replace(summary, online_seconds=90.0, crops_seconds=20.0, seconds=50.0))
-    assert (
-        "a live teacher would take of each epoch: 1 min 30 s (--kd online: whole tiles), 20 s (crops alone);\n" in said
-    )
-    assert "the cache has paid for itself after 2.5 epochs\n" in said
+    said = precompute_text(replace(summary, online_seconds=90.0, crops_seconds=20.0, seconds=50.0))
+    live = "1 min 30 s (--kd online: whole tiles) or 20 s (crops alone)"
+    assert f"a live teacher would take {live} of each epoch;\nthe cache pays for itself after 2.5 epochs\n" in said
     monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
 
 
 def test_a_run_says_what_the_live_teacher_took_and_what_its_other_modes_take(cached, make_config, monkeypatch):
-    config = make_config(train__max_steps=2, train__mosaic=0.0, train__val_every_epochs=9)
+    config = make_config(train__max_steps=4, train__mosaic=0.0, train__val_every_epochs=9)  # 3 of warm-up
     slowed(monkeypatch, 0.2, 0.0)
     online = train(with_mode(config, "online"), CPU)
     assert 2 * 0.2 < online.teacher_seconds_per_step < 3
@@ -146,9 +145,9 @@ def test_a_run_says_what_the_live_teacher_took_and_what_its_other_modes_take(cac
     assert cached.teacher_seconds_per_step is None
     assert list(cached.other_modes) == ["tiny-online"]
     assert cached.other_modes["tiny-online"] > 2 * 0.2
-    said = [str(line) for line in reports.training_tables(cached)]
-    assert any(line.startswith("a step beside it: ") and line.endswith(" s in tiny-online") for line in said)
-    assert any("the live teacher took" in str(line) for line in reports.training_tables(online))
+    said = [str(line) for line in training_tables(cached)]
+    assert any(line.startswith("step of the same student: ") and line.endswith(" s in tiny-online") for line in said)
+    assert any("the live teacher takes" in str(line) for line in training_tables(online))
     assert np.isfinite(cached.losses).all()
 
 
@@ -214,8 +213,8 @@ def test_a_run_says_what_its_cache_cost_and_saved(make_config):
     assert (it.steps, it.epochs, it.samples_per_step) == (6, 2, 2)
     assert summary.cache_bytes == stage_one.bytes_written
     assert summary.as_dict()["worth"]["verdict"] == it.verdict
-    said = "\n".join(str(line) for line in reports.training_tables(summary))
-    assert f"worth it? {it.verdict}: a live teacher is " in said
+    said = "\n".join(str(line) for line in training_tables(summary))
+    assert f"worth it? {it.verdict}: a live teacher takes " in said
     online = train(with_mode(config, "online"), CPU)
     assert online.worth is None
 

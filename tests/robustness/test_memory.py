@@ -23,6 +23,7 @@ from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loaders import _worker_options
+from kdpipe.pipeline.training.loop import Logs
 from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.verify import gate as verify
 
@@ -112,7 +113,7 @@ def test_logs_that_cannot_be_closed_do_not_hide_what_ended_the_run(cached, monke
     def cannot_start(run):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(training._Run, "close_logs", cannot_start)
+    monkeypatch.setattr(Logs, "close", cannot_start)
     with monkeypatch.context() as patch, pytest.raises(OutOfMemory):
         patch.setattr(training, "build_student", lambda *args, **options: Exhausted(CPU_ALLOCATOR))
         train(cached, CPU)

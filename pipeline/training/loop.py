@@ -1,0 +1,361 @@
+"""
+The loop of stage two: steps, validations, checkpoints and logs of a run that `run.py` has set up.
+
+Lightning Fabric provides device, precision and gradients. The order of the work is our own, because a run that is resumed in the
+middle of an epoch must reach the very weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+
+from kdpipe.data.rasters import Stretch
+from kdpipe.configs import dump_config
+from kdpipe.configs.errors import Interrupted
+from kdpipe.configs.schema import Config, DistillMode
+from kdpipe.pipeline.distributed import Alone, any_rank, computed_precision
+from kdpipe.pipeline.evaluation.confusion import Scores
+from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
+from kdpipe.pipeline.memory import fits_in_memory, training_advice
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.runs import checkpoint, layout
+from kdpipe.pipeline.runs.checkpoint import Position
+from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, paces_of_other_modes, write_run
+from kdpipe.pipeline.training.divergence import growth_hint, refuse_divergence
+from kdpipe.pipeline.training.loaders import OnlineTargets, unpacked
+from kdpipe.pipeline.training.targets import Targets
+from kdpipe.pipeline.training.tensorboard import BoardPictures
+from kdpipe.pipeline.training.validation import batch_size_text, validate
+from kdpipe.pipeline.training.worth import Worth, worth_of_run
+from kdpipe.pipeline.versions import library_versions
+
+WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
+
+
+@dataclass
+class Summary:
+    """
+    Result of a run of stage two; scores in 0..1.
+
+    `wall_seconds` is the time of the whole run over all its resumes, `seconds_per_step` the median step, waiting for data included
+    (None for a run too short to tell), `teacher_seconds_per_step` the live teacher's mean share of it (None without one), and
+    `other_modes` the seconds per step of runs of the same config in other modes, by name. `worth` says what the cache saved (None
+    where the cost of stage one is not recorded), `cache_bytes` the size of the cache.
+    """
+
+    name: str
+    mode: DistillMode
+    weights: str
+    logs: str
+    steps: int = 0
+    epochs: float = 0.0
+    best_miou: float | None = None
+    best_step: int | None = None
+    final: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    seconds_per_step: float | None = None
+    teacher_seconds_per_step: float | None = None
+    other_modes: dict[str, float] = field(default_factory=dict)
+    fingerprint: str | None = None
+    worth: Worth | None = None
+    cache_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "worth": self.worth.as_dict() if self.worth else None}
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A student with its optimizer and schedule; `model` and `wrapped_optimizer` are student and optimizer as Fabric wraps them."""
+
+    fabric: Fabric
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    model: Any
+    wrapped_optimizer: Any
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches to train on, from a run's position on, and whole tiles to validate on (none without `data.val`)."""
+
+    train: Any
+    val: Any
+    tiles: int
+    per_epoch: int
+    total_steps: int
+
+
+class Logs:
+    """`metrics.csv` and TensorBoard's files of one start of a run, in a new folder `version_N`."""
+
+    def __init__(self, config: Config) -> None:
+        name = f"{config.group}/{config.name}"
+        self._csv = CSVLogger(layout.LOGS_DIR, name=name)
+        self._tensorboard = TensorBoardLogger(layout.LOGS_DIR, name=name, version=self._csv.version)
+        self.folder = self._csv.log_dir
+
+    @property
+    def tensorboard(self) -> Any:
+        """TensorBoard's `SummaryWriter`."""
+        return self._tensorboard.experiment
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Log figures after `step` steps."""
+        for logger in (self._csv, self._tensorboard):
+            logger.log_metrics(figures, step=step)
+
+    def save(self) -> None:
+        """Write `metrics.csv` up to now, as a checkpoint that a resumed run continues from."""
+        self._csv.save()
+
+    def close(self) -> None:
+        """Write what is logged; TensorBoard's thread would otherwise write later, even after an error."""
+        for logger in (self._csv, self._tensorboard):
+            logger.finalize("success")
+
+
+class Loop:
+    """
+    One run of stage two, from the `position` of its set-up to its summary.
+
+    Args:
+        config: with numbers for `train.batch_size` and `train.accumulate`.
+        folder: for checkpoints and `run.json`.
+        stretch: of 16-bit images, recorded with the weights.
+        stop: once set, the run saves a checkpoint after the current step and raises `Interrupted`.
+        started: `time.perf_counter()` when the run's set-up began.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, folder: Path, learner: Learner, batches: Batches, targets: Targets,
+        stretch: Stretch, pictures: BoardPictures, position: Position, progress: Progress, stop: threading.Event, started: float,
+    ) -> None:  # fmt: skip
+        self.config, self.device, self.folder, self.learner, self.batches = config, device, folder, learner, batches
+        self.position, self._targets, self._pictures = position, targets, pictures
+        self._progress, self._stop = progress, stop
+        self._started = started - position.wall_seconds  # as if the run had never been interrupted
+        self._precision = computed_precision(config, device)
+        self._advice = training_advice(config, self._precision)
+        self._record = {
+            "config": dump_config(config),
+            "mode": config.distill.mode,
+            "fingerprint": targets.fingerprint,
+            "stretch": [list(pair) for pair in stretch] if stretch else None,
+            "libraries": library_versions(),
+        }
+        self._accumulated: list[LossTerms] = []
+        self._step_seconds: list[float] = []
+        self.logs = Logs(config)
+        self.summary = Summary(
+            name=config.name,
+            mode=config.distill.mode,
+            weights=str(folder),
+            logs=self.logs.folder,
+            fingerprint=targets.fingerprint,
+        )
+
+    def run(self) -> Summary:
+        """Train to the last step, validating and saving on the way."""
+        if self.learner.fabric.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / layout.CONFIG).write_text(dump_config(self.config), encoding="utf-8")
+        title, total = f"student ({self.config.distill.mode})", self.batches.total_steps
+        with self._progress.bar(title, total, "steps", self.position.steps) as advance:
+            clock = time.perf_counter()
+            for batch in self.batches.train if self.position.steps < total else ():
+                terms = self._train_batch(batch)
+                if terms is None:
+                    continue
+                self._log_step(terms, time.perf_counter() - clock)
+                advance(1, loss=self.summary.losses[-1])
+                self._end_step()
+                if self.position.steps >= total:
+                    break
+                clock = time.perf_counter()
+        if not self.summary.final:
+            self._validate()
+        if hint := growth_hint(self.summary.losses, self.config, self._precision):
+            self._progress.say(hint)
+        return self._summarised()
+
+    def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
+        """One batch forward and backward; the mean loss terms of the step that it completes, None where it completes none."""
+        config, learner = self.config, self.learner
+        # Gradients are summed over the ranks once a step, in its last batch.
+        last = len(self._accumulated) + 1 == config.train.accumulate
+        unsynced = learner.fabric.no_backward_sync(learner.model, enabled=not last and config.train.devices > 1)
+        # Dropout has a seed of its own in every batch: the same with and without a teacher, resumed or not.
+        torch.manual_seed(config.seed * 1_000_003 + self.position.batches + learner.fabric.global_rank * 7_368_787)
+        learner.student.train()
+        with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice), unsynced:
+            output = learner.model(normalized(batch["image"], config.student.normalize))
+            logits, auxiliary = output if isinstance(output, tuple) else (output, None)
+            target = unpacked(batch["target"], batch["inside"]) if "target" in batch else None
+            terms = distillation_loss(
+                logits, batch["mask"], batch["inside"], target, batch.get("entropy_error"), alpha=config.distill.alpha,
+                temperature=config.distill.temperature, ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary,
+            )  # fmt: skip
+            learner.fabric.backward(terms.total / config.train.accumulate)
+            if last:
+                self._update_weights()
+            # After the update, because it waits for the GPU; nothing is saved before.
+            refuse_divergence(terms, target, self.position.steps + 1, config, self._precision, self.folder)
+        self._accumulated.append(terms)
+        self.position = replace(self.position, batches=self.position.batches + 1)
+        if not last:
+            return None
+        terms = mean_terms(self._accumulated)
+        self._accumulated.clear()
+        return terms
+
+    def _update_weights(self) -> None:
+        learner, clip_norm = self.learner, self.config.train.clip_norm
+        if clip_norm is not None:
+            learner.fabric.clip_gradients(
+                learner.model, learner.wrapped_optimizer, max_norm=clip_norm, error_if_nonfinite=False
+            )
+        learner.wrapped_optimizer.step()
+        learner.wrapped_optimizer.zero_grad()
+
+    def _log_step(self, terms: LossTerms, seconds: float) -> None:
+        self._step_seconds.append(seconds)
+        self.position = replace(self.position, steps=self.position.steps + 1, seconds=self.position.seconds + seconds)
+        self.summary.losses.append(terms.total.item())
+        groups = self.learner.optimizer.param_groups
+        self._log(
+            {
+                "train_loss": self.summary.losses[-1],
+                "train_hard_loss": terms.hard.item(),
+                "train_kd_loss": terms.soft.item(),
+                "lr_encoder": groups[0]["lr"],
+                "lr": groups[-1]["lr"],
+                "seconds_per_step": seconds,
+            }
+        )
+
+    def _end_step(self) -> None:
+        """Move the schedule at the end of an epoch, validate and save where they are due, and stop if asked to."""
+        train, steps, total = self.config.train, self.position.steps, self.batches.total_steps
+        epochs, into_epoch = divmod(self.position.batches, self.batches.per_epoch)
+        if into_epoch == 0:
+            self.learner.scheduler.step()
+        stopping = any_rank(self._stop.is_set(), self.device)  # all ranks stop after the same step
+        if steps >= total or (into_epoch == 0 and epochs % train.val_every_epochs == 0):
+            self._validate()
+        if steps >= total or into_epoch == 0 or stopping or steps % train.checkpoint_every_steps == 0:
+            self._save(layout.LAST)
+            self.logs.save()
+        if stopping and steps < total:
+            raise Interrupted(
+                f"stopped after step {steps} of {total}; the run is saved in {self.folder}. Run the same command with --resume to go on"
+            )
+
+    def _validate(self) -> None:
+        # DDP would have all ranks validate the same number of batches.
+        model = (
+            self.learner.model if self.config.train.devices == 1 else Alone(self.learner.student, self.learner.fabric)
+        )
+        if self.batches.val is not None:
+            self._note(validate(model, self.batches.val, self.config, self.device))
+        # After the scores: the CSV logger warns if TensorBoard's file is in the folder before its own.
+        if self.learner.fabric.is_global_zero:
+            self._pictures.show(self.logs.tensorboard, model, self.device, self.position.steps)
+
+    def _note(self, scores: Scores) -> None:
+        """Record a validation in `run.json` and the logs, and save the weights if they are the best so far."""
+        figures = {"miou": scores.miou, "overall_accuracy": scores.overall_accuracy}
+        found = Validation(
+            steps=self.position.steps,
+            seconds=self.position.seconds,
+            **{name: None if math.isnan(value) else value for name, value in figures.items()},
+            iou=scores.iou,
+        )
+        earlier = [past for past in self.position.history if past["steps"] < found.steps]
+        self.position = replace(self.position, history=(*earlier, found.model_dump()))
+        self._write_run()
+        if not math.isnan(scores.miou) and (self.position.best_miou is None or scores.miou > self.position.best_miou):
+            self.position = replace(self.position, best_miou=scores.miou, best_step=self.position.steps)
+            self._save(layout.BEST)
+        logged = {"val_mIoU": scores.miou, "val_F1": scores.mean_f1, "val_OA": scores.overall_accuracy}
+        self._log(logged | {f"val_IoU/{name}": value for name, value in scores.iou.items() if value is not None})
+        self.summary.final = scores.as_dict()
+        left_out = "".join(f"; {name} {reason}" for name, reason in scores.left_out.items())
+        self._progress.say(f"step {self.position.steps}: val mIoU {100 * scores.miou:.2f}{left_out}")
+
+    def _log(self, figures: dict[str, float]) -> None:
+        epoch = (self.position.batches - 1) // self.batches.per_epoch
+        self.logs.log({**figures, "epoch": epoch}, self.position.steps)
+
+    def _take_times(self) -> None:
+        measured = self._step_seconds[WARM_UP_STEPS:]
+        pace = statistics.median(measured) if measured else self.position.seconds_per_step
+        wall_seconds = time.perf_counter() - self._started
+        self.position = replace(self.position, wall_seconds=wall_seconds, seconds_per_step=pace)
+
+    def _save(self, name: str) -> None:
+        self._take_times()
+        learner = self.learner
+        if learner.fabric.is_global_zero:
+            precision = learner.fabric.strategy.precision.state_dict()
+            checkpoint.save(
+                self.folder / name, learner.student, learner.optimizer, learner.scheduler, precision, self.position, self._record
+            )  # fmt: skip
+        learner.fabric.barrier()  # no rank looks for a checkpoint that the first one is still writing
+
+    def _write_run(self) -> None:
+        self._take_times()
+        if not self.learner.fabric.is_global_zero:
+            return
+        config, position, targets = self.config, self.position, self._targets
+        cache = None
+        if targets.fingerprint:
+            cache = CacheUsed(path=config.cache.path, fingerprint=targets.fingerprint, tiles=self.batches.tiles)
+        run = Run(
+            name=config.name,
+            seed=config.seed,
+            mode=config.distill.mode,
+            device=str(self.device),
+            total_steps=self.batches.total_steps,
+            config=config.model_dump(mode="json"),
+            cache=cache,
+            libraries=self._record["libraries"],
+            history=[Validation.model_validate(found) for found in position.history],
+            wall_seconds=position.wall_seconds,
+            seconds_per_step=position.seconds_per_step,
+            stage_one_seconds=targets.costs.seconds if targets.costs else None,
+        )
+        write_run(self.folder, run)
+
+    def _summarised(self) -> Summary:
+        self._take_times()
+        if self.position.history:
+            self._write_run()
+        summary, position, source = self.summary, self.position, self._targets.source
+        summary.steps, summary.epochs = position.steps, position.batches / self.batches.per_epoch
+        summary.best_miou, summary.best_step = position.best_miou, position.best_step
+        summary.wall_seconds, summary.seconds_per_step = position.wall_seconds, position.seconds_per_step
+        if isinstance(source, OnlineTargets) and self._step_seconds:
+            summary.teacher_seconds_per_step = source.teacher_seconds / len(self._step_seconds)
+        summary.other_modes = paces_of_other_modes(self.folder, summary.mode)
+        if self._targets.costs and summary.seconds_per_step:
+            summary.worth = worth_of_run(
+                self.config, self._targets.costs, summary.seconds_per_step, summary.steps, summary.epochs
+            )
+            summary.cache_bytes = self._targets.costs.bytes
+        return summary
