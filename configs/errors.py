@@ -1,53 +1,53 @@
 """
-Every error that a user can cause or meet. The command line prints them as one paragraph and exits with `exit_code`.
+Every error that a user can meet. The command line prints its message as one paragraph and exits with `exit_code`.
 
     KdpipeError                     1
     ├── ConfigError                 2   a key, a value or a path in the configuration
-    │   └── UnfilledConfig              `kdpipe init` left values in it for the user to say
+    │   └── UnfilledConfig              values that `kdpipe init` left for the user to fill in
     ├── DataError                   2   an image, a mask or a folder of them
     ├── CheckpointError             2   a file of weights
-    ├── TrainingDiverged            1   a loss that is no longer a number
-    ├── OutOfMemory                 1   the device, the machine or its shared memory cannot hold what a stage needs
+    ├── TrainingDiverged            1   a loss that became infinite or NaN
+    ├── OutOfMemory                 1   too little memory on the device, on the machine or in its shared memory
     ├── Interrupted               130   the user pressed Ctrl-C, and the work stopped at a safe point
     ├── ClusterUnreachable          3   the dask scheduler does not answer, or has no workers
     └── CacheError                  3   a cache that must not be used as it is
-        ├── IncompleteCache             not there, or not finished
+        ├── IncompleteCache             missing or unfinished
         ├── StaleCache                  made from another teacher, class map, temperature, image, …
-        ├── UnknownFormat               of a version of the format that this program does not read, or not write
-        ├── CorruptCache                its bytes are not the ones that were written
+        ├── UnknownFormat               a version of the format that this program cannot read or write
+        ├── CorruptCache                bytes that differ from those written
         ├── CacheLocked                 another process is writing it
-        ├── ShutOut                     the run that a worker computes for writes it no longer
-        ├── CacheUnreachable            the server it lies on does not answer, or refuses
-        └── DiskFull                    the disk cannot hold what is to be written
+        ├── ShutOut                     a worker whose run no longer owns the cache
+        ├── CacheUnreachable            a server that does not answer, or refuses
+        └── DiskFull                    no room on the disk
 """
 
 from collections.abc import Iterable
 
 
 class KdpipeError(Exception):
-    """A user's mistake or a fault outside the program: one paragraph that says what was expected, found, and what to do."""
+    """A user's mistake or a fault outside the program. The message says what was expected, what was found, and what to do."""
 
     exit_code = 1
 
 
 class ConfigError(KdpipeError):
-    """A configuration that cannot be used."""
+    """The configuration is unusable; the message names the key."""
 
     exit_code = 2
 
 
 class UnfilledConfig(ConfigError):
-    """A configuration that `kdpipe init` wrote and whose user has still to say what no file does; the message names keys and lines."""
+    """A configuration in which `kdpipe init` left values to fill in; the message names keys and lines."""
 
 
 class DataError(KdpipeError):
-    """An image, a mask or a folder of them that cannot be used; the message names the file."""
+    """An image, a mask or a folder of them is unusable; the message names the file."""
 
     exit_code = 2
 
 
 class CheckpointError(KdpipeError):
-    """A file of weights that is missing, unreadable, unsafe or of another model."""
+    """A file of weights is missing, unreadable, unsafe or from another model."""
 
     exit_code = 2
 
@@ -57,17 +57,17 @@ class TrainingDiverged(KdpipeError):
 
 
 class OutOfMemory(KdpipeError):
-    """A device or the machine has no memory left for a stage; the message says the size tried and which keys to change."""
+    """The device or the machine has too little memory for a stage; the message names the size tried and the keys to change."""
 
 
 class Interrupted(KdpipeError):
-    """The user asked to stop, and the work stopped at a point from which it can go on."""
+    """The user asked to stop, and the work stopped at a point that it can resume from."""
 
     exit_code = 130
 
 
 class ClusterUnreachable(KdpipeError):
-    """The dask scheduler did not answer in time, or no worker came; the message says how long was waited."""
+    """The dask scheduler did not answer in time, or no worker arrived; the message gives the time waited."""
 
     exit_code = 3
 
@@ -79,39 +79,39 @@ class CacheError(KdpipeError):
 
 
 class IncompleteCache(CacheError):
-    """The cache does not exist, or its last run did not finish."""
+    """The cache does not exist, or stage one did not finish it."""
 
 
 class StaleCache(CacheError):
-    """The cache was made from something else than what is configured now; the message names the field."""
+    """The cache was made from something else than is configured now; the message names the field."""
 
 
 class UnknownFormat(CacheError):
-    """The cache has another version of the format; the message says which, and which this program knows."""
+    """The cache has another format version; the message names it and the versions that this program knows."""
 
 
 class CorruptCache(CacheError):
-    """The cache's bytes are not those that were written; the message names the tile."""
+    """The cache's bytes differ from those written; the message names the tile."""
 
 
 class CacheLocked(CacheError):
-    """Another process is writing this cache; the message says which."""
+    """Another process is writing the cache; the message names it."""
 
 
 class ShutOut(CacheError):
-    """A worker's run has ended or was taken over by another, so that the worker must not store anything."""
+    """The run of a worker has ended or was taken over, so the worker must not store anything."""
 
 
 class CacheUnreachable(CacheError):
-    """The file system that the cache lies on did not answer after several attempts, or refused; the message says what was asked."""
+    """The cache's file system did not answer after several attempts, or refused; the message names the request."""
 
 
 class DiskFull(CacheError):
-    """There is no room for what is to be written."""
+    """The disk has no room for the cache."""
 
 
 def summarise(names: Iterable[str], shown: int = 5) -> str:
-    """`a, b, c and 7 more`: names for an error that must stay short."""
+    """The names as `a, b, c and 7 more`, for an error message that must stay short."""
     listed = list(names)
     rest = len(listed) - shown
     return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,7 +1,7 @@
 """
-Values that only the user knows: `kdpipe init` writes `FILL_IN` in their place, and a config that holds one is not loaded.
+Values that only the user knows. `kdpipe init` writes `FILL_IN` in their place, and a config that contains it is not loaded.
 
-A guess in such a place, above all of the order of a teacher's channels, would train without an error and be wrong.
+A wrong guess in its place, such as a wrong order of the teacher's channels, would train without an error.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ FILL_IN = "FILL_IN"
 
 
 class Unfilled(str):
-    """The text `FILL_IN` of a file, and the line that it stands in, counted from 1."""
+    """The text `FILL_IN` and its line in the file, counted from 1."""
 
     line: int
 
     def __new__(cls, line: int) -> Unfilled:
-        """The one that stands in `line`."""
+        """`FILL_IN` at `line`."""
         text = super().__new__(cls, FILL_IN)
         text.line = line
         return text
 
 
 def unfilled_places(raw: Any) -> dict[str, list[int]]:
-    """The dotted keys of plain nested values that hold `Unfilled`, each with its lines; items of a list count as their list's key."""
+    """The dotted keys that hold `Unfilled`, each with its lines; an item of a list counts under the list's key."""
     places: dict[str, list[int]] = {}
     for key, line in _places(raw, ""):
         places.setdefault(key, []).append(line)
@@ -33,7 +33,7 @@ def unfilled_places(raw: Any) -> dict[str, list[int]]:
 
 
 def places_text(places: dict[str, list[int]]) -> str:
-    """`teacher.normalize (line 29), teacher.classes (lines 31 to 38), class_map (lines 45, 47 to 49)`, where the map counts as one."""
+    """The places as `teacher.normalize (line 29), class_map (lines 45, 47 to 49)`; all rows of the class map count as one key."""
     joined: dict[str, list[int]] = {}
     for key, lines in places.items():
         joined.setdefault("class_map" if key.startswith("class_map.") else key, []).extend(lines)
@@ -42,10 +42,10 @@ def places_text(places: dict[str, list[int]]) -> str:
 
 def with_open_rows_even(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
-    `raw` with those rows of its class map that hold `Unfilled` as an even share of all student classes, and their names.
+    `raw` with unfilled rows of its class map replaced by even shares of all student classes, and the names of those rows.
 
-    Where all of `class_map` is to be filled in, every class that the one `teacher` answers in gets such a row. Anything that
-    does not have the form of a config is left as it is.
+    If all of `class_map` is unfilled, every class that `teacher` predicts gets such a row. Anything without the form of a
+    config stays as it is.
     """
     names = _get(raw, "classes", "names")
     rows = raw.get("class_map")

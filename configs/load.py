@@ -1,4 +1,4 @@
-"""From a YAML file, the name of a shipped config or a mapping to a checked `Config`, and back."""
+"""Loading and checking a configuration, and writing it as YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdpipe.configs.errors import ConfigError, UnfilledConfig
 from kdpipe.configs.fill_in import FILL_IN, Unfilled, places_text, unfilled_places, with_open_rows_even
 from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
-MAX_CONFIG_BYTES = 2**20  # a thousand times a long one; PyYAML takes seconds for it
+MAX_CONFIG_BYTES = 2**20  # a thousand times the size of a long config; PyYAML takes seconds to parse it
 MAX_NODES = 100_000
 MAX_SHOWN_ERRORS = 10
 SHIPPED_DIR = Path(__file__).resolve().parent
@@ -23,11 +23,11 @@ SHIPPED_DIR = Path(__file__).resolve().parent
 
 def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
-    The checked configuration in a file, or shipped under a name such as `dubai/linknet_kd`.
+    The checked configuration from a file, or from a shipped config such as `dubai/linknet_kd`.
 
-    `overrides` are `dotted.key=value` texts, the value in YAML: `train.epochs=2`, `data.train=[a, b]`.
+    `overrides` are texts `dotted.key=value` with the value in YAML, such as `train.epochs=2` or `data.train=[a, b]`.
 
-    Raises `ConfigError` that names the file, the key, the value and, for an unknown key, the nearest known one.
+    Raises `ConfigError`, which names the file, the key, the value and, for an unknown key, the nearest known one.
     """
     path = find_config(source)
     return _checked(_raw_config(path, overrides), str(path))
@@ -35,9 +35,9 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def load_open_config(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, list[str]]:
     """
-    As `load_config`, but rows of the class map may still be to be filled in: they are an even share of all student classes.
+    The config, as `load_config` loads it, and the teacher classes whose rows of the class map are still `FILL_IN`.
 
-    Returned are the config and the teacher classes of those rows: for `suggest-map`, which asks the labels what they are to be.
+    Those rows hold even shares of all student classes. `suggest-map` uses this to suggest them from labels.
     """
     path = find_config(source)
     raw, opened = with_open_rows_even(_raw_config(path, overrides))
@@ -46,7 +46,7 @@ def load_open_config(source: str | Path, overrides: Iterable[str] = ()) -> tuple
 
 def unfilled_in(text: str, origin: str) -> dict[str, list[int]]:
     """
-    The dotted keys in a config's text that are still to be filled in, with their lines; where there are none, it is checked.
+    The dotted keys that are still `FILL_IN` in a config's text, each with its lines; a config without any is checked.
 
     Raises `ConfigError` as `load_config` does.
     """
@@ -64,7 +64,9 @@ def _raw_config(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     except OSError as err:
         raise ConfigError(f"cannot read the config {path}: {err.strerror}") from err
     if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which no config has: is it the right file?")
+        raise ConfigError(
+            f"{path} has more than {MAX_CONFIG_BYTES} bytes, far more than any config: is this the right file?"
+        )
     try:
         raw = _parse_yaml(data.decode())
     except ValueError as err:
@@ -80,14 +82,14 @@ def _checked(raw: dict[str, Any], origin: str) -> Config:
     places = unfilled_places(raw)
     if places:
         raise UnfilledConfig(
-            f"{origin} is not filled in yet: {places_text(places)}. Put your own value in the place of each {FILL_IN}; the "
-            "comments beside them say what is asked, and no file tells it"
+            f"{origin} is not filled in yet: {places_text(places)}. Replace each {FILL_IN} by your own value; the comments "
+            "beside them say what is needed"
         )
     return parse_config(raw, origin)
 
 
 def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
-    """The checked configuration in a plain mapping; `origin` is what an error names as its place."""
+    """The checked configuration from a plain mapping; errors name `origin` as its source."""
     try:
         return Config.model_validate(raw)
     except ValidationError as err:
@@ -96,16 +98,16 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
         shown = "; ".join(_explain(error) for error in errors[:MAX_SHOWN_ERRORS])
         raise ConfigError(f"{origin}: {shown}{rest}") from err
     except RecursionError as err:
-        raise ConfigError(f"{origin} is nested too deep") from err
+        raise ConfigError(f"{origin} is nested too deeply") from err
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def find_config(source: str | Path) -> Path:
-    """The file that `-c SOURCE` means: a path, or the name of a shipped config with or without `.yaml`."""
+    """The path of the file that `-c SOURCE` means: a file, or a shipped config by name, with or without `.yaml`."""
     path = Path(source)
     if path.is_file():
         return path
@@ -114,8 +116,8 @@ def find_config(source: str | Path) -> Path:
         return shipped
     names = shipped_configs()
     near = difflib.get_close_matches(str(source), names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped ones: {', '.join(names)}"
-    raise ConfigError(f"no config at {path.absolute()}, and none shipped under the name {source}; {hint}")
+    hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(names)}"
+    raise ConfigError(f"no config at {path.absolute()}, and no shipped config is called {source}; {hint}")
 
 
 def shipped_configs() -> list[str]:
@@ -124,32 +126,30 @@ def shipped_configs() -> list[str]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text; `ValueError` for all that is wrong with it. Nothing in it is executed."""
+    """Plain values of a YAML text, none of it executed; raises `ValueError` for any fault in it."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as err:
         raise ValueError(str(err)) from err
     except RecursionError as err:
-        raise ValueError("it is nested too deep") from err
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as err:  # PyYAML, at tags that do not fit their values
+        raise ValueError("it is nested too deeply") from err
+    # PyYAML raises these for a tag that does not fit its value.
+    except (LookupError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"a value does not fit its tag ({err!r:.100})") from err
 
 
 class _Loader(yaml.SafeLoader):
     """
-    Safe YAML that tells the lines of `FILL_IN` and refuses a key given twice, which YAML itself forbids and PyYAML lets pass; NUL
-    characters, which no path or name may have; and aliases that stand for more than a config can hold ("billion laughs").
+    Safe YAML that records the lines of `FILL_IN`.
+
+    It refuses a repeated key, which YAML forbids and PyYAML accepts; NUL characters, which no path or name may contain; and
+    aliases that expand to more than a config can hold ("billion laughs").
     """
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None and _expanded_nodes(node, {}) > MAX_NODES:
-            raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_NODES} values")
+            raise yaml.YAMLError(f"with its aliases expanded it has more than {MAX_NODES} values")
         return node
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -166,15 +166,15 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.YAMLError(f"the key {key!r} stands twice{key_node.start_mark}")
+                raise yaml.YAMLError(f"the key {key!r} occurs twice{key_node.start_mark}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _expanded_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for if every alias is written out; `known` holds those that were counted before."""
+    """Number of values in a node with every alias expanded; `known` holds the nodes counted before."""
     if id(node) not in known:
-        known[id(node)] = MAX_NODES  # while it is counted: a node within itself has no end
+        known[id(node)] = MAX_NODES  # while it is counted, as a node within itself has no end
         parts = [part for item in node.value for part in (item if isinstance(item, tuple) else [item])]
         nested = not isinstance(node, yaml.ScalarNode)
         known[id(node)] = min(1 + (sum(_expanded_nodes(part, known) for part in parts) if nested else 0), MAX_NODES + 1)
@@ -201,14 +201,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _place(listed: list[Any], part: str, key: str) -> int:
-    """The place in a list that a part of a dotted key means, as in `teachers.0.tta`."""
+    """The index that a part of a dotted key means, as in `teachers.0.tta`."""
     if not part.isdigit() or int(part) >= len(listed):
-        raise ConfigError(f"--set {key}: {part} is no place in a list of {len(listed)}; they are counted from 0")
+        raise ConfigError(f"--set {key}: {part} is not an index of a list of {len(listed)}; indices are counted from 0")
     return int(part)
 
 
 def _keep_effective_size(train: dict[str, Any]) -> None:
-    """`--set train.batch_size=auto` replaces the size that the file means a step to have: it is kept as the effective one."""
+    """Keep the file's samples per step as `effective_batch_size`, since `--set train.batch_size=auto` replaces the batch size."""
     sizes = train.get("batch_size", DEFAULT_BATCH_SIZE), train.get("accumulate", 1)
     if all(isinstance(size, int) for size in sizes) and train.get("effective_batch_size") is None:
         train["effective_batch_size"] = sizes[0] * sizes[1]
@@ -234,7 +234,7 @@ def _explain(error: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     model: type[BaseModel] | None = Config
     for part in location:
-        if part.isdigit():  # a place in a list of sections
+        if part.isdigit():  # an index in a list of sections
             continue
         if model is None or part not in model.model_fields:
             return []

@@ -1,4 +1,4 @@
-"""Which names a tile, or a folder of tiles, may have: those of a Zarr v3 node that are files' names on any system."""
+"""The names that a tile or a folder of tiles may have: valid for a Zarr v3 node, and as a file name on any system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 def why_unstorable(part: str) -> str | None:
     """
-    Why `part` cannot be one part of a tile's id, None where it can.
+    The reason why `part` cannot be a part of a tile's id, or None if it can.
 
     https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html#node-names: not only periods, no leading "__", no "/".
     """
@@ -17,7 +17,7 @@ def why_unstorable(part: str) -> str | None:
         return 'starts with "__", which Zarr reserves'
     if part == "zarr.json":
         return "is Zarr's own name for metadata"
-    # `isprintable` alone says no to more, such as a soft hyphen; it is asked first since a million names are checked.
+    # `isprintable` also rejects other characters, such as a soft hyphen. It comes first because a million names are checked.
     if "\\" in part or (
         not part.isprintable() and any(unicodedata.category(character) in {"Cc", "Cs"} for character in part)
     ):

@@ -1,4 +1,4 @@
-"""Where runs may write."""
+"""Folders that output may be written to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kdpipe.configs.errors import ConfigError
 
 def output_path(path: str | Path, key: str) -> Path:
     """
-    `path`, made absolute, if it may be written to.
+    `path`, made absolute.
 
-    Raises `ConfigError` naming `key` where it lies in a Python package: `cache/` and `data/` of a checkout hold source.
+    Raises `ConfigError` naming `key` if it lies in a Python package, because `cache/` and `data/` of a checkout hold source.
     """
     absolute = Path(path).expanduser().resolve()
     package = next((folder for folder in (absolute, *absolute.parents) if (folder / "__init__.py").exists()), None)

@@ -110,7 +110,7 @@ def test_several_teachers_survive_a_round_trip_and_overrides_reach_each(tmp_path
     assert [member.tta for member in changed.members.values()] == ["none", "d4"]
     assert list(changed.members) == ["teachers.0", "teachers.1"]
     with pytest.raises(
-        ConfigError, match=r"--set teachers.2.tta: 2 is no place in a list of 2; they are counted from 0"
+        ConfigError, match=r"--set teachers.2.tta: 2 is not an index of a list of 2; indices are counted from 0"
     ):
         load_config(tmp_path / "c.yaml", ["teachers.2.tta=d4"])
 
@@ -147,7 +147,7 @@ def test_auto_computes_accumulate_itself():
 
 def test_a_key_given_twice_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("name: a\nname: b\n")
-    with pytest.raises(ConfigError, match="the key 'name' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'name' occurs twice"):
         load_config(tmp_path / "c.yaml")
 
 
