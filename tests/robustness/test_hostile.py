@@ -161,7 +161,7 @@ def test_a_manifest_whose_tiles_lie_elsewhere_is_refused(altered, tile):
         (lambda m: m["tiles"][0].update(height=10**6, width=10**6), "a tile has at most 1073741824 px"),
         (lambda m: m["tiles"][0].update(height=0), "tiles.0.height: Input should be greater than or equal to 1"),
         (lambda m: m["tiles"][0].update(shard_sha256="x"), "tiles.0.shard_sha256: String should match"),
-        (lambda m: m["recipe"].update(bits=64), "recipe.bits: Input should be 8 or 16"),
+        (lambda m: m["recipe"].update(bits=64), "recipe.bits: Input should be 4, 6, 8 or 16"),
         (lambda m: m["recipe"].update(teachers=[]), "recipe.teachers: List should have at least 1 item"),
     ],
 )
