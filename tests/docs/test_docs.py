@@ -1,7 +1,7 @@
 """
-Every page of the docs does what it says: its commands and Python run, its configurations load, its output is the program's.
+The blocks of every page of the docs: commands and Python run, configurations load, the output shown is the program's.
 
-A block that is not run says why in the source, above it: `<!-- not run: needs S3 -->`. Its commands must still parse.
+A block that is not run has a comment above it that says why: `<!-- not run: needs S3 -->`. Its commands must still parse.
 """
 
 import io
@@ -10,6 +10,7 @@ import re
 import shlex
 import tomllib
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import click
 import numpy as np
@@ -24,6 +25,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 DUBAI = load_config("dubai/linknet_kd")
 NAMES = {*DUBAI.classes.names, *DUBAI.teacher_classes}
+WRITTEN = {"docs/report.md": ["report.html", "both.html", "cache.html", "parity.html", "comparison/comparison.html"]}
 LANGUAGES = {"sh", "bash", "python", "yaml", "json", "text", "math"}
 
 
@@ -34,7 +36,7 @@ def world(tmp_path_factory):
 
 
 def given(page):
-    """What a page's Python finds: the format's page speaks of a tile's stored values."""
+    """The names that a page's Python finds: those of a tile's stored values on the format's page."""
     if page != "cache/FORMAT.md":
         return {}
     import zarr
@@ -68,10 +70,15 @@ def test_commands_and_python_of_a_page_run(page, world, tmp_path, monkeypatch, c
                 assert not strangers, f"{block.place} shows {strangers}, and the program said\n{said}"
     if page == "cache/FORMAT.md":
         np.testing.assert_allclose(names["p"], names["expected"], rtol=1e-6)
+    for written in WRITTEN.get(page, ()):
+        assert Path(written).stat().st_size > 10_000, written
+    if page == "docs/report.md":
+        assert "|Δp|" in Path("parity.html").read_text()
+        assert Path("report.json").is_file()
 
 
 def run_command(words, block, monkeypatch, capsys):
-    """Run one line, or check what of it can be; what it printed."""
+    """What a line printed; a line that cannot be run is checked as far as possible."""
     program, *arguments = words
     if program.endswith("kdpipe"):
         parse(arguments)
@@ -92,7 +99,7 @@ def run_command(words, block, monkeypatch, capsys):
 
 
 def parse(arguments):
-    """Raise `click.UsageError` for what `kdpipe ARGUMENTS` would refuse to read."""
+    """Raise `click.UsageError` if `kdpipe ARGUMENTS` would refuse to read them."""
     if arguments == ["--help"]:
         return
     command = COMMANDS[arguments[0]]
@@ -101,7 +108,7 @@ def parse(arguments):
 
 
 def words_of(text):
-    """The words of an output, without numbers, paths and names of classes: what does not depend on the data."""
+    """The words of an output that do not depend on the data: no numbers, paths and names of classes."""
     return set(re.findall(r"(?<![\w/.-])[a-zA-Z]{4,}(?![\w/])", re.sub(r"\S*/\S*", " ", text))) - NAMES
 
 
@@ -159,7 +166,7 @@ def test_reasons_are_given_only_where_they_are_needed():
 
 
 def test_the_tutorial_shows_the_real_teacher(dubai, monkeypatch, capsys):
-    """Word by word, as this file does not change; other outputs depend on the machine, and are compared by their words above."""
+    """Compared whole, because this file does not change; other outputs depend on the machine, and only their words are compared."""
     block = next(block for block in blocks("docs/tutorial.md") if "kdpipe inspect" in block.text)
     monkeypatch.chdir(ROOT)
     said = run_command(block.commands()[0], block, monkeypatch, capsys)

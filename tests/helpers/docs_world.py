@@ -2,7 +2,7 @@
 A folder in which the commands of the docs run as they stand: a checkout's neighbours, a configuration, a cache, students, scenes.
 
 Small tiles stand in for the Dubai tiles, and a network with random weights for their teacher. The labels are the teacher's
-own answers, so that the gate finds what it should: nothing.
+own predictions, so that the gate has no findings.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kdpipe.pipeline.models.smp import create_smp_model
 
 TEACHER = "u-efficientnet-b4_s0_CELoss_pretrained.pth"
 SHORT = ["train.max_steps=1", "train.batch_size=2", "train.crop=64", "train.workers=0"]
-# What the test adds to a command, so that it takes seconds and can be run twice.
+# Options that a test adds to a command, so that it takes seconds and can be run twice.
 MORE = {
     "train-student": ["--overwrite", *(part for key in SHORT for part in ("--set", key))],
-    "precompute-teacher": [part for key in SHORT for part in ("--set", key)],  # of which --dry-run takes a step
+    "precompute-teacher": [part for key in SHORT for part in ("--set", key)],  # --dry-run takes a step
     "verify-cache": ["--sample", "2"],
     "suggest-map": ["--sample", "2"],
     "predict": ["--overwrite"],
@@ -40,7 +40,7 @@ MORE = {
 
 
 def run(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:
-    """`kdpipe ARGUMENTS` in this process, where everything is imported already; its exit code."""
+    """The exit code of `kdpipe ARGUMENTS`, run in this process, which has imported everything already."""
     monkeypatch.setattr(sys, "argv", ["kdpipe", *arguments, *MORE.get(arguments[0], [])])
     try:
         main()
@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:
 
 
 def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder to run commands in; what lies beside it in `folder` is what lies beside a checkout."""
+    """The folder to run commands in; its neighbours in `folder` are those of a checkout."""
     shared, project = folder / "shared", folder / "project"
     _write_tiles(shared / "data" / "dubai")
     _write_teacher(shared / "pretrain_weights" / TEACHER)
@@ -58,11 +58,12 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
     Path("pretrain_weights").symlink_to("../shared/pretrain_weights")
     assert run(monkeypatch, ["precompute-teacher", "-c", "dubai/linknet_kd"]) == 0
-    _label_with_answers(SoftTargetCache.open("caches/dubai.zarr"), shared / "data" / "dubai" / "Train")
-    _leave_out_what_dubai_has_not(shared / "data" / "dubai")
+    _label_with_predictions(SoftTargetCache.open("caches/dubai.zarr"), shared / "data" / "dubai" / "Train")
+    _remove_classes_absent_from_dubai(shared / "data" / "dubai")
     for root in ("North", "South"):
         shutil.copytree(shared / "data" / "dubai" / "Val", Path("regions") / root)
-    assert run(monkeypatch, ["train-student", "-c", "dubai/linknet_kd"]) == 0
+    for options in ([], ["--kd", "none"]):
+        assert run(monkeypatch, ["train-student", "-c", "dubai/linknet_kd", *options]) == 0
     best = "model_weights/dubai/dubai-linknet-kd/best.ckpt"
     assert run(monkeypatch, ["export", "--checkpoint", best, "--format", "onnx", "--out", "student.onnx"]) == 0
     mine = load_config(
@@ -77,7 +78,7 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _write_tiles(root: Path) -> None:
     write_sample_data(root, seed=3, train=6, val=2, unlabelled=2, teacher=0, side=(65, 110))
-    large = np.random.default_rng(0).integers(0, 256, (520, 648, 3), dtype=np.uint8)  # of the window that pages read
+    large = np.random.default_rng(0).integers(0, 256, (520, 648, 3), dtype=np.uint8)  # for the window that pages read
     Image.fromarray(large).save(root / "Train" / "images" / "t1_001.png")
     Image.fromarray(large[..., 0] // 64).save(root / "Train" / "masks" / "t1_001.png")
     unlabelled = root / "Unlabelled" / "images"
@@ -93,14 +94,14 @@ def _write_teacher(path: Path) -> None:
     torch.save(model.half().state_dict(), path)
 
 
-def _label_with_answers(cache: SoftTargetCache, root: Path) -> None:
+def _label_with_predictions(cache: SoftTargetCache, root: Path) -> None:
     for tile in cache.tile_ids:
         labels = cache.read(tile).argmax(axis=0).astype(np.uint8)
         Image.fromarray(labels).save(root / "masks" / f"{tile.split('/')[1]}.png")
 
 
-def _leave_out_what_dubai_has_not(root: Path) -> None:
-    """Grassland and Cropland, which do not occur on the real tiles."""
+def _remove_classes_absent_from_dubai(root: Path) -> None:
+    """Remove Grassland and Cropland, which the real tiles do not have."""
     for path in root.glob("*/masks/*.png"):
         labels = np.array(Image.open(path))
         labels[(labels == 2) | (labels == 3)] = 255
@@ -116,7 +117,7 @@ def _write_scenes(folder: Path) -> None:
 
 
 def copy_of(project: Path, folder: Path, page: str) -> Path:
-    """A world of one page's own: what it writes, no other page finds. The tutorial's has no cache yet."""
+    """A page's own copy of the world, so that no page finds what another wrote. The tutorial's has no cache yet."""
     (folder / "shared").symlink_to(project.parent / "shared")
     own = folder / "project"
     shutil.copytree(project, own, symlinks=True)
