@@ -1,4 +1,4 @@
-"""The images that tiles were computed from: what they hold, and whether they still hold it."""
+"""The digests of the images that tiles are computed from, and whether an image has changed since."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.files import file_sha256
 
 
 class Crop(Protocol):
-    """An image that is no file, but can be made of files again at any time."""
+    """An image that is not a file, but can be made from files again at any time."""
 
     @property
     def files(self) -> Sequence[Path]:
-        """All that it is made of."""
+        """All files that it is made from."""
         ...
 
     def pixels(self) -> NDArray[Any]:
-        """The image, uint8 `(band, row, column)`; `DataError` where it cannot be made."""
+        """The image, uint8 `(band, row, column)`; `DataError` if it cannot be made."""
         ...
 
 
@@ -31,28 +32,26 @@ Source = Path | Crop
 
 def digest_image(path: Path) -> ImageDigest:
     """The size in bytes and the sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return ImageDigest(size_bytes=file.tell(), sha256=digest.hexdigest())
+    return ImageDigest(size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def digest_crop(crop: Crop, pixels: NDArray[Any]) -> ImageDigest:
-    """The size in bytes of the files that a crop is made of, all together, and the sha256 of its pixels."""
+    """The total size in bytes of the files that a crop is made from, and the sha256 of its pixels."""
     return ImageDigest(size_bytes=sum(file.stat().st_size for file in crop.files), sha256=digest_pixels(pixels))
 
 
 def digest_pixels(pixels: NDArray[Any]) -> str:
-    """The sha256 of an image's values, uint8 `(band, row, column)`, in that order."""
+    """The sha256 of an image's pixels, uint8 `(band, row, column)` in C order."""
     return hashlib.sha256(pixels.data if pixels.flags.c_contiguous else pixels.tobytes()).hexdigest()
 
 
 def is_unchanged(source: Source, record: TileRecord, written: float | None, *, by_content: bool) -> bool:
     """
-    Whether an image still holds what its tile was computed from.
+    Whether an image is still the one that its tile was computed from.
 
-    `written` is when the tile was finished (seconds since the epoch). Unless `by_content`, an image of the same size that
-    was not modified since is taken as unchanged, as `make` would; any other is compared by its sha256. So is a crop, by the
-    files that it is made of, all together; it is compared by the pixels that they give now.
+    `written` is when the tile was finished, in seconds since the epoch. Unless `by_content`, an image of the same size that was
+    not modified since then counts as unchanged, as in `make`; any other is compared by its sha256. A crop is judged by the size
+    and times of all its files, and compared by the pixels that they give now.
     """
     try:
         stats = [file.stat() for file in ([source] if isinstance(source, Path) else source.files)]
@@ -65,5 +64,5 @@ def is_unchanged(source: Source, record: TileRecord, written: float | None, *, b
         if isinstance(source, Path):
             return digest_image(source) == record.image
         return digest_pixels(source.pixels()) == record.image.sha256
-    except (FileNotFoundError, DataError):  # the latter for what can no longer be made into a crop
+    except (FileNotFoundError, DataError):  # DataError: the crop can no longer be made
         return False

@@ -1,7 +1,7 @@
 """
-The manifest: what the numbers in a cache were made from, and what each tile's bytes are.
+The manifest: the recipe of a cache, and the digests of its source images and files.
 
-Its fingerprint is the digest of the recipe and of the source images. `manifest.json` is written last: a cache without it is not
+Its fingerprint is the digest of the recipe and the source images. `manifest.json` is written last: a cache without it is not
 finished.
 """
 
@@ -19,10 +19,9 @@ from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-# By major version of whole tiles and of recorded views: another major version cannot be read, recorded views can by a reader of
-# whole tiles. 1 and 3 are soft targets as they were, 2 logits, 4 soft targets.
-READ_VERSIONS = ("1.0", "1.1", "2.0", "2.1", "3.0", "3.1", "4.0", "4.1")
-WRITTEN_VERSIONS = ("2.0", "2.1", "4.0", "4.1")
+# Major versions: 2 holds logits, 4 soft targets. Minor versions: 0 holds whole tiles, 1 recorded views.
+VERSIONS = ("2.0", "2.1", "4.0", "4.1")
+UNRELEASED = (1, 3)  # soft targets as unreleased versions of kdpipe wrote them
 MANIFEST_NAME = "manifest.json"
 
 
@@ -43,7 +42,7 @@ class Manifest(Record):
         wanted = self.recipe.format_version
         if self.format_version.split(".")[0] != wanted.split(".")[0]:
             raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
-        if self.format_version in READ_VERSIONS and self.format_version != wanted:
+        if self.format_version in VERSIONS and self.format_version != wanted:
             what = "whole tiles" if self.recipe.views is None else "recorded views"
             raise ValueError(f"format version {self.format_version} does not hold {what}")
         return self
@@ -63,8 +62,8 @@ class Manifest(Record):
 
 
 def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:
-    """The sha256 of what determines every value in the cache: the recipe, and the tiles' ids and image contents."""
-    digest = hashlib.sha256(b'{"images":{')  # tile by tile: what is digested of a million tiles is never held at once
+    """The sha256 of everything that determines the values in the cache: the recipe, the tiles' ids and their images."""
+    digest = hashlib.sha256(b'{"images":{')  # tile by tile, so that the text of a million tiles is never in memory
     for i, tile in enumerate(sorted(images)):
         digest.update(f"{',' * (i > 0)}{compact(tile)}:{compact(images[tile].sha256)}".encode())
     digest.update(f'}},"recipe":{compact(recipe.model_dump())}}}'.encode())
@@ -72,7 +71,7 @@ def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`: sorted keys, and a checksum of all the rest as one more field."""
+    """The bytes of `manifest.json`: canonical JSON with a checksum of all other fields."""
     content = {**manifest.model_dump(exclude={"tiles"}), "tiles": []}
     checksum, tiles = _Checksum(content), []
     for record in manifest.tiles:
@@ -85,10 +84,10 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 def parse_manifest(data: bytes, origin: str) -> Manifest:
     """
-    The manifest in the bytes of `origin`, of this version of the format or of a newer minor one.
+    The manifest in the bytes of the file `origin`, in this version of the format or a newer minor one.
 
     Raises `UnknownFormat` for another major version, `CorruptCache` if any byte differs from what `dump_manifest` wrote or a
-    field is not as it should be.
+    field is invalid.
     """
     advice = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
     try:
@@ -121,12 +120,12 @@ def parse_manifest(data: bytes, origin: str) -> Manifest:
 
 
 _LAYOUT = "it is not laid out as kdpipe writes it"
-# Where the list of tiles stands in a canonical manifest. No string holds a raw newline, so these are found nowhere else.
+# Around the tiles of a canonical manifest. JSON strings hold no raw newline, so these bytes occur nowhere else.
 _NO_TILES, _FIRST_TILE, _LAST_TILE, _TILE_ENDS = b'\n "tiles": []', b'\n "tiles": [\n', b"\n ]", b"\n  }"
 
 
 def _split(data: bytes) -> tuple[bytes, range]:
-    """A manifest with an empty list of tiles, and where in `data` its tiles are: so they are parsed one by one, not held twice."""
+    """The manifest with an empty list of tiles, and the range of `data` with its tiles, which are then parsed one by one."""
     start = data.find(_FIRST_TILE)
     first = start + len(_FIRST_TILE)
     end = data.find(_LAST_TILE, first)
@@ -136,7 +135,7 @@ def _split(data: bytes) -> tuple[bytes, range]:
 
 
 def _tiles_in(data: bytes, where: range) -> Iterator[bytes]:
-    """The bytes of one tile after the other; `ValueError` where they are not laid out as they are written."""
+    """The bytes of each tile in turn; `ValueError` where the layout is not canonical."""
     start = where.start
     while start < where.stop:
         end = data.find(_TILE_ENDS, start, where.stop) + len(_TILE_ENDS)
@@ -147,7 +146,7 @@ def _tiles_in(data: bytes, where: range) -> Iterator[bytes]:
 
 
 class _Checksum:
-    """The digest of a manifest's compact form, to which its tiles are added one by one."""
+    """The sha256 of a manifest's compact form, fed tile by tile."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         before = {key: value for key, value in content.items() if key < "tiles"}
@@ -168,40 +167,44 @@ def is_newer_minor(version: Any, origin: str) -> bool:
     """
     Whether a cache of this format version may have fields that this program does not know.
 
-    Raises `UnknownFormat` for another major version: nothing is known of it but where its version stands, and `ValueError`
-    for what is no version.
+    Raises `UnknownFormat` for another major version, of which only the place of its version number is known, and `ValueError`
+    for anything that is not a version.
     """
-    # The last of a major version stays: the newest.
-    known_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in READ_VERSIONS}
+    newest_minors = {int(known.split(".")[0]): int(known.split(".")[1]) for known in VERSIONS}
     match = re.fullmatch(r"([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version) if isinstance(version, str) else None
     if match is None:
         raise ValueError(f"its format_version is {str(version)[:40]!r}, not MAJOR.MINOR")
     major, minor = map(int, match.groups())
-    if major not in known_minors:
+    if major in UNRELEASED:
         raise UnknownFormat(
-            f"{origin} has format version {version}, and this kdpipe reads {'.x and '.join(map(str, known_minors))}.x: "
+            f"{origin} has format version {version}, which only unreleased versions of kdpipe wrote and none reads any more: "
+            "delete the cache, or choose another cache.path, and compute it anew with `kdpipe precompute-teacher`"
+        )
+    if major not in newest_minors:
+        raise UnknownFormat(
+            f"{origin} has format version {version}, and this kdpipe reads {'.x and '.join(map(str, newest_minors))}.x: "
             "install a kdpipe that reads it, or compute the cache again at another cache.path"
         )
-    return minor > known_minors[major]
+    return minor > newest_minors[major]
 
 
 def refuse_to_write(version: Any, origin: str) -> None:
-    """Raise `UnknownFormat` unless a cache has one of the very versions that this program writes: others may be read, never added to."""
+    """Raise `UnknownFormat` unless this program writes exactly this version: a newer minor version is read, but never added to."""
     is_newer_minor(version, origin)
-    if version not in WRITTEN_VERSIONS:
+    if version not in VERSIONS:
         raise UnknownFormat(
-            f"{origin} has format version {version}, which this kdpipe reads, but it writes {', '.join(WRITTEN_VERSIONS)}: "
+            f"{origin} has format version {version}, which this kdpipe reads, but it writes {', '.join(VERSIONS)}: "
             "install the kdpipe that made it, or choose another cache.path"
         )
 
 
 def reason_of(err: Exception, inside: str = "") -> str:
-    """What is wrong with a file, in one short line, from the error of parsing it or what lies `inside` it."""
+    """The cause of a parsing error in one short line; `inside` names the part of the file that was parsed."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
         where = ".".join(
-            str(part) for part in first["loc"] if part not in ("1", "2", "3", "4")
-        )  # tags that pydantic puts there
+            str(part) for part in first["loc"] if part not in ("soft", "logits")
+        )  # the tags of `AnyRecipe`
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):
@@ -210,5 +213,5 @@ def reason_of(err: Exception, inside: str = "") -> str:
 
 
 def _canonical_tile(fields: Any) -> bytes:
-    """A tile as it stands in the canonical manifest, two levels deep."""
+    """A tile's text in the canonical manifest, indented by two levels."""
     return b"  " + canonical(fields).rstrip().replace(b"\n", b"\n  ")

@@ -1,4 +1,4 @@
-"""Reading a cache: by tile and by window, never wrong numbers."""
+"""Reading a cache by tile and window; damage raises instead of returning wrong numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import codec as values
-from kdpipe.cache import tile as layout
+from kdpipe.cache import codec, tile
 from kdpipe.cache.encoding import logits
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.encoding.simplex import mean_over_pixels, mean_over_window
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, parse_manifest, reason_of, refuse_to_write
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, is_newer_minor, parse_manifest, reason_of, refuse_to_write
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRanges, Shard, open_shard
@@ -27,16 +26,16 @@ from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, Incompl
 
 Window = tuple[int, int, int, int]
 
-MAX_OPEN_TILES = 256  # whose indices are kept; each is a few kB, so that memory stays flat over any number of tiles
+MAX_OPEN_TILES = 256  # whose indices of a few kB stay in memory, however many tiles there are
 
 
 class SoftTargetCache:
     """
-    A finished cache of soft targets, read lazily; one of logits as the soft targets that a `Softening` makes of them.
+    A finished cache, read lazily as soft targets; a cache of logits needs a `Softening` for that.
 
     Every tile's bytes are compared with the manifest's digests when the tile is first read in a process, so that a damaged,
     swapped or replaced tile raises `CorruptCache` instead of returning wrong numbers. Instances can be pickled (each
-    process opens the files for itself). A remote cache does not survive `fork`: workers start by spawn or forkserver.
+    process opens the files for itself). A remote cache does not survive `fork`: start workers by spawn or forkserver.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, softening: Softening | None = None) -> None:
@@ -51,10 +50,10 @@ class SoftTargetCache:
     @classmethod
     def open(cls, path: str, softening: Softening | None = None) -> SoftTargetCache:
         """
-        The finished cache at a folder or fsspec URL; one of logits needs a `softening` to give soft targets.
+        The finished cache at a folder or fsspec URL; pass a `softening` to read logits as soft targets.
 
-        Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed, and
-        `ConfigError` where `softening` is not for what the cache holds.
+        Raises `IncompleteCache` if it does not exist or is not finished, `CorruptCache` if its manifest was changed,
+        `UnknownFormat` for a format that this version does not read, and `ConfigError` if `softening` does not fit.
         """
         storage = open_storage(path)
         return cls(storage, read_manifest(storage), softening)
@@ -71,10 +70,9 @@ class SoftTargetCache:
 
     def entropy_error(self, tile_id: str, window: Window | None = None) -> float:
         """
-        What rounding took from the targets' entropy, mean over the pixels of a window in nats; losses take it back.
+        `H(p) - H(decoded p)` in nats, the mean over the pixels of a window; losses add it back to the soft targets' entropy.
 
-        Known by blocks of 64 px (see `simplex.entropy_error`), and zero where logits are stored. `window` and errors are those
-        of `read`.
+        Stored in blocks of 64 px (see `simplex.entropy_error`); zero for logits. `window` and errors are those of `read`.
         """
         record = self._record(tile_id)
         if isinstance(self.manifest.recipe, LogitsRecipe):
@@ -82,7 +80,7 @@ class SoftTargetCache:
         return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
 
     def entropy_error_over(self, tile_id: str, pixels_HW: NDArray[np.bool_]) -> float:
-        """As `entropy_error`, the mean over those of a tile's pixels that are True, at least one."""
+        """`entropy_error` as the mean over the pixels of a tile that are True in `pixels_HW`; at least one must be."""
         record = self._record(tile_id)
         if isinstance(self.manifest.recipe, LogitsRecipe):
             return 0.0
@@ -90,11 +88,11 @@ class SoftTargetCache:
         return mean_over_pixels(self._entropy_error_blocks(record), pixels_HW)
 
     def image_sha256(self, tile_id: str) -> str:
-        """The sha256 of the image that a tile was computed from: of its file, or of a recorded view's pixels."""
+        """The sha256 of the image that a tile was computed from: that of its file, or of a recorded view's pixels."""
         return self._record(tile_id).image.sha256
 
     def largest_entropy_error(self, tile_id: str) -> float:
-        """The entry of a tile's blocks (see `entropy_error`) that is farthest from zero, in nats."""
+        """The `entropy_error` of the block where it is farthest from zero, in nats."""
         if isinstance(self.manifest.recipe, LogitsRecipe):
             return 0.0
         blocks = self._entropy_error_blocks(self._record(tile_id)).ravel()
@@ -104,40 +102,43 @@ class SoftTargetCache:
         """
         Soft targets, float32 `(C, H, W)`, that sum to one over axis 0.
 
-        `window` is `(top, left, height, width)` in pixels and lies within the tile; only the chunks that it touches are
-        decoded. Raises `KeyError` for an unknown tile, `ValueError` for a window outside of it, `CorruptCache` for damage, and
+        `window` is `(top, left, height, width)` in pixels within the tile; only the chunks that it touches are decoded.
+        Raises `KeyError` for an unknown tile, `ValueError` for a window outside of it, `CorruptCache` for damage, and
         `ConfigError` for logits without a `Softening`.
         """
         recipe = self.manifest.recipe
         if isinstance(recipe, LogitsRecipe) and self._softening is None:
             raise ConfigError(
-                f"{self._storage.url} holds logits, of which a temperature and a class map make soft targets: open it with "
-                "SoftTargetCache.open(path, Softening(temperature, class_map)), or take read_logits"
+                f"{self._storage.url} holds logits, and soft targets need a temperature and a class map: open it with "
+                "SoftTargetCache.open(path, Softening(temperature, class_map)), or use read_logits"
             )
-        return values.soft_targets(self.read_units(tile_id, window), recipe, self._softening)
+        return codec.soft_targets(self.read_units(tile_id, window), recipe, self._softening)
 
     def read_logits(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
-        As `read`, but the teacher's logits, float32 `(C_t, H, W)`, shifted so that the largest of each pixel is zero.
+        The teacher's logits, float32 `(C_t, H, W)`, shifted so that the largest of each pixel is zero.
 
-        Raises `ConfigError` for a cache of soft targets, which do not tell them.
+        `window` and errors are those of `read`; `ConfigError` for a cache of soft targets.
         """
         recipe = self.manifest.recipe
         if not isinstance(recipe, LogitsRecipe):
             raise ConfigError(
-                f"{self._storage.url} holds soft targets, from which logits cannot be had: compute a cache with cache.kind: logits"
+                f"{self._storage.url} holds soft targets, from which logits cannot be recovered: compute a cache with "
+                "cache.kind: logits"
             )
         return logits.decode(self.read_units(tile_id, window), recipe.bits)
 
     def read_units(self, tile_id: str, window: Window | None = None) -> NDArray[Any]:
         """
-        As `read`, but integers, uint8 or uint16: of soft targets, which sum to the recipe's `levels`, or of logits, whose
-        largest is `2**bits - 1`.
+        The integers of all channels, uint8 or uint16 `(C, H, W)`.
+
+        Those of soft targets sum to the recipe's `levels`; the largest of logits is `2**bits - 1`. `window` and errors are those
+        of `read`.
         """
         record = self._record(tile_id)
         top, left, height, width = _checked(record, window)
         recipe, shard = self.manifest.recipe, self._shard(record)
-        start = values.first_row(recipe, top)
+        start = codec.first_row(recipe, top)
         try:
             stored = shard.read(
                 (start, left, top + height - start, width), self._ranges_reader(record), self._checksums[tile_id]
@@ -145,12 +146,12 @@ class SoftTargetCache:
         except (ValueError, RuntimeError, OSError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         try:
-            return values.units(stored, recipe, (start, left))[:, top - start :]
+            return codec.units(stored, recipe, (start, left))[:, top - start :]
         except ValueError as err:
             raise self._unusable(tile_id, f"a chunk is missing, or {err}") from err
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files: the process that unpickles opens its own."""
+        """The state without open files: the process that unpickles opens its own."""
         return {"storage": self._storage, "manifest": self.manifest, "softening": self._softening}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ class SoftTargetCache:
     def _start_anew(self) -> None:
         self._pid: int | None = None
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        # Of the chunks of every tile whose digests were compared: 4 bytes a chunk bind what is read later to them.
+        # By tile whose digests were compared: later reads must find the same chunks. 4 bytes a chunk, never dropped.
         self._checksums: dict[str, NDArray[np.uint32]] = {}
 
     def _record(self, tile_id: str) -> TileRecord:
@@ -169,13 +170,13 @@ class SoftTargetCache:
             raise KeyError(f"no tile {tile_id!r} in {self._storage.url}") from None
 
     def _shard(self, record: TileRecord) -> Shard:
-        """The tile's shard; the bytes of its files are compared with the manifest's digests at the first touch."""
+        """The tile's shard; the first time, the bytes of its files are compared with the manifest's digests."""
         self._refuse_fork()
         shard = self._shards.pop(record.id, None)
         if shard is None:
             try:
                 shard = self._open_shard(record)
-            except (ValueError, OSError, CorruptCache) as err:  # the last for a link that leads out of the cache
+            except (ValueError, OSError, CorruptCache) as err:  # CorruptCache: a link leads out of the cache
                 raise self._unusable(record.id, str(err)) from err
         self._shards[record.id] = shard
         if len(self._shards) > MAX_OPEN_TILES:
@@ -183,26 +184,26 @@ class SoftTargetCache:
         return shard
 
     def _open_shard(self, record: TileRecord) -> Shard:
-        """Raises `ValueError` for whatever is not as the manifest says."""
-        metadata = read_intact(self._storage, record, layout.METADATA_NAME)
-        if record.id in self._checksums:  # dropped to save memory, and needed again
+        """The tile's shard from its files; `ValueError` for any difference from the manifest."""
+        metadata = read_intact(self._storage, record, tile.METADATA_NAME)
+        if record.id in self._checksums:  # it was dropped to save memory
             return open_tile(self.manifest.recipe, record, metadata, self._ranges_reader(record))
-        file = read_intact(self._storage, record, layout.SHARD_NAME)
+        file = read_intact(self._storage, record, tile.SHARD_NAME)
         shard = open_tile(self.manifest.recipe, record, metadata, in_memory(file))
         self._checksums[record.id] = shard.checksums(file)
         return shard
 
     def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
         try:
-            return layout.read_entropy_error(self._shard(record).attributes, record)
+            return tile.read_entropy_error(self._shard(record).attributes, record)
         except (KeyError, TypeError, ValueError, OverflowError) as err:
-            raise self._unusable(record.id, f"its entropy_error is not that of its size ({err!r:.100})") from err
+            raise self._unusable(record.id, f"its entropy_error does not fit its size ({err!r:.100})") from err
 
     def _ranges_reader(self, record: TileRecord) -> ReadRanges:
-        return partial(self._storage.read_ranges, f"{layout.tile_path(record.id)}/{layout.SHARD_NAME}")
+        return partial(self._storage.read_ranges, f"{tile.tile_path(record.id)}/{tile.SHARD_NAME}")
 
     def _refuse_fork(self) -> None:
-        """Local files are opened at each read and survive a fork; the event loops of remote file systems do not."""
+        """Raise `CacheError` for a remote cache in a forked process: the event loop of its file system did not survive."""
         if isinstance(self._storage, LocalStorage):
             return
         if self._pid is None:
@@ -214,7 +215,7 @@ class SoftTargetCache:
             )
 
     def _unusable(self, tile_id: str, cause: str) -> CacheError:
-        """`CorruptCache` naming the tile; `IncompleteCache` where that is since a writer has taken the cache up again."""
+        """The error for a tile that cannot be read: `IncompleteCache` if a writer has begun to change it, else `CorruptCache`."""
         url = self._storage.url
         try:
             now = {record.id: record for record in read_manifest(self._storage).tiles}
@@ -223,20 +224,20 @@ class SoftTargetCache:
                 f"tile {tile_id} of {url} cannot be read ({cause}): a run has begun to write the cache since it was opened, and "
                 "has not finished; open it again once `kdpipe precompute-teacher` is done"
             )
-        except CacheError:  # a manifest that is damaged as well says nothing of the tile
+        except CacheError:  # a damaged manifest says nothing about the tile
             now = self._records
         if now.get(tile_id) != self._records[tile_id]:
             return CorruptCache(
-                f"tile {tile_id} of {url} is not the one that was opened ({cause}): it has been written again since; open the cache again"
+                f"tile {tile_id} of {url} was written again since the cache was opened ({cause}); open the cache again"
             )
         return CorruptCache(
             f"tile {tile_id} of {url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
-            "just the damaged tiles again"
+            "only the damaged tiles again"
         )
 
 
 def _checked(record: TileRecord, window: Window | None) -> Window:
-    """The window, the whole tile if None; `ValueError` if it is not within the tile."""
+    """The window, or the whole tile for None; `ValueError` if it is not within the tile."""
     top, left, height, width = window or (0, 0, record.height, record.width)
     if min(top, left) < 0 or min(height, width) < 1 or top + height > record.height or left + width > record.width:
         raise ValueError(f"window {window} is not within tile {record.id} of {record.height} × {record.width} px")
@@ -244,11 +245,9 @@ def _checked(record: TileRecord, window: Window | None) -> Window:
 
 
 def _refuse_softening(recipe: CacheRecipe, softening: Softening, url: str) -> None:
-    """Raise `ConfigError` for a class map of other channels than the cache's, and for soft targets, which have theirs."""
+    """Raise `ConfigError` if the cache holds soft targets, or the class map does not fit its channels."""
     if not isinstance(recipe, LogitsRecipe):
-        raise ConfigError(
-            f"{url} holds soft targets of temperature {recipe.temperature:g}, and no other can be had of them"
-        )
+        raise ConfigError(f"{url} holds soft targets of temperature {recipe.temperature:g}, which cannot be changed")
     if len(softening.class_map) != len(recipe.channels):
         raise ConfigError(
             f"the class map has {len(softening.class_map)} rows, and {url} {len(recipe.channels)} channels: {recipe.channels}"
@@ -256,24 +255,24 @@ def _refuse_softening(recipe: CacheRecipe, softening: Softening, url: str) -> No
 
 
 def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
-    """The bytes of one of a tile's two files; `ValueError`, saying what is wrong, where they are not those of its digest."""
+    """The bytes of one of a tile's two files; `ValueError`, naming the cause, where they do not match its digest."""
     what, digest = {
-        layout.METADATA_NAME: ("metadata", record.metadata_sha256),
-        layout.SHARD_NAME: ("shard", record.shard_sha256),
+        tile.METADATA_NAME: ("metadata", record.metadata_sha256),
+        tile.SHARD_NAME: ("shard", record.shard_sha256),
     }[name]
     try:
-        data = storage.read(f"{layout.tile_path(record.id)}/{name}")
+        data = storage.read(f"{tile.tile_path(record.id)}/{name}")
     except (FileNotFoundError, NotADirectoryError) as err:
         raise ValueError(f"its {what} ({name}) is missing") from err
     except OSError as err:
         raise ValueError(f"its {what} ({name}) cannot be read ({err})") from err
-    if layout.sha256(data) != digest:
+    if tile.sha256(data) != digest:
         raise ValueError(f"its {what} ({name}) is not what was written")
     return data
 
 
 def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ranges: ReadRanges) -> Shard:
-    """A tile's shard; `ValueError` where it is damaged, or has not the shape and type that recipe and record give it."""
+    """A tile's shard; `ValueError` where it is damaged, or its shape or type is not that of recipe and record."""
     shard = open_shard(metadata, read_ranges)
     wanted = (len(recipe.channels), record.height, record.width), recipe.dtype
     if (shard.shape, shard.dtype) != wanted:
@@ -282,7 +281,7 @@ def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ran
 
 
 def in_memory(file: bytes) -> ReadRanges:
-    """Ranges of a file that has been read already."""
+    """A `ReadRanges` of a file in memory."""
 
     def read_ranges(spans: Sequence[tuple[int, int]]) -> list[bytes]:
         starts = (start if start >= 0 else max(0, len(file) + start) for start, _ in spans)
@@ -292,7 +291,7 @@ def in_memory(file: bytes) -> ReadRanges:
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """The manifest of a finished cache; `IncompleteCache` where there is none, `CorruptCache` where it was changed."""
+    """The manifest of a finished cache; `IncompleteCache` if there is none, `CorruptCache` if it was changed."""
     try:
         data = storage.read(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError) as err:
@@ -312,35 +311,34 @@ def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | Non
     """
     The recipe in the topmost group's attributes; None where there is no group.
 
-    Raises `CorruptCache` if it is unreadable, and for whoever goes on to write `UnknownFormat` if the cache is of another
-    version than is written.
+    Raises `CorruptCache` if it is unreadable, and `UnknownFormat` if the cache has another format version than this program
+    reads, or than it writes if the caller goes on `to_write`.
     """
-    origin = f"{storage.url}/{layout.METADATA_NAME}"
+    origin = f"{storage.url}/{tile.METADATA_NAME}"
     advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"
     try:
-        data = storage.read(layout.METADATA_NAME)
+        data = storage.read(tile.METADATA_NAME)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IsADirectoryError as err:
-        raise CorruptCache(f"{origin} is a folder, and not that of a cache of soft targets; {advice}") from err
+        raise CorruptCache(f"{origin} is a folder, not the metadata of a cache; {advice}") from err
     try:
-        content = json.loads(data)["attributes"][layout.ATTRIBUTE]
-        if to_write:
-            refuse_to_write(content["format_version"], origin)
+        content = json.loads(data)["attributes"][tile.ATTRIBUTE]
+        (refuse_to_write if to_write else is_newer_minor)(content["format_version"], origin)
         return parse_recipe(content["recipe"])
     except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise CorruptCache(f"{origin} is not that of a cache of soft targets ({reason_of(err)}); {advice}") from err
+        raise CorruptCache(f"{origin} is not the metadata of a cache ({reason_of(err)}); {advice}") from err
 
 
 def read_receipt(storage: Storage, tile_id: str, recipe_digest: str) -> TileRecord | None:
-    """A finished tile's record by its own word; None if its receipt is damaged, of another tile or of another recipe."""
+    """A finished tile's record from its receipt; None if that is missing, damaged, or of another tile or recipe."""
     try:
-        metadata = storage.read(f"{layout.tile_path(tile_id)}/{layout.METADATA_NAME}")
+        metadata = storage.read(f"{tile.tile_path(tile_id)}/{tile.METADATA_NAME}")
     except (
         FileNotFoundError,
         NotADirectoryError,
         IsADirectoryError,
         CorruptCache,
-    ):  # the last for a link out of the cache
+    ):  # CorruptCache: a link out of the cache
         return None
-    return layout.parse_receipt(metadata, tile_id, recipe_digest) if layout.is_sealed(metadata) else None
+    return tile.parse_receipt(metadata, tile_id, recipe_digest) if tile.is_sealed(metadata) else None

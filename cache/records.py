@@ -1,4 +1,4 @@
-"""One tile's entry in the manifest: small, as a cache may have a million, and each DataLoader worker holds them all."""
+"""A tile's entry in the manifest, and the canonical JSON in which equal content has equal bytes (see FORMAT.md, JSON)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic.dataclasses import dataclass
 
 from kdpipe.configs.node_names import why_unstorable
 
-MAX_TILE_PX = 2**30  # the format's limit, that of a source image: a larger one is a lie, and would be allocated
+MAX_TILE_PX = 2**30  # the limit of a source image; a manifest that claims more would make the reader allocate it
 
 
 def node_path(path: str) -> str:
-    """A path below the cache that leads nowhere else; `ValueError` for any other."""
+    """A path that stays below the cache, unchanged; `ValueError` for any other."""
     for part in path.split("/"):
         why = "is empty" if not part else why_unstorable(part)
         if why:
@@ -27,6 +27,7 @@ def node_path(path: str) -> str:
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+# Dataclasses with slots, not models: a cache may have a million tiles, and each DataLoader worker holds all records.
 @dataclass(frozen=True, slots=True)
 class ImageDigest:
     """A source image's content: size in bytes and sha256."""
@@ -37,7 +38,7 @@ class ImageDigest:
 
 @dataclass(frozen=True, slots=True)
 class TileRecord:
-    """One tile: its size in pixels, the image it came from, and the digests of its two files."""
+    """A tile's size in pixels, the image it was computed from, and the digests of its two files."""
 
     id: Annotated[str, AfterValidator(node_path)]
     height: Annotated[int, Field(ge=1)]
@@ -65,9 +66,9 @@ _IMAGE_FIELDS = set(ImageDigest.__slots__)
 
 def parse_record(fields: Any, *, newer: bool) -> TileRecord:
     """
-    The record of these fields; a `newer` minor version may have more of them, which are left out.
+    The record with these fields; fields that a `newer` minor version added are ignored.
 
-    Raises `ValueError` (a `pydantic.ValidationError` among them) for what is no record.
+    Raises `ValueError` (or its subclass `pydantic.ValidationError`) for anything that is not a record.
     """
     record = _PARSER.validate_python(fields)
     unknown = sorted({*(fields.keys() - _FIELDS), *(fields["image"].keys() - _IMAGE_FIELDS)})
@@ -77,15 +78,15 @@ def parse_record(fields: Any, *, newer: bool) -> TileRecord:
 
 
 def canonical(content: Any) -> bytes:
-    """What a file holds: sorted keys, a line for each member, ASCII."""
+    """The bytes of a JSON file: sorted keys, one member a line, ASCII."""
     return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def compact(content: Any) -> str:
-    """What digests are taken of: sorted keys, no space, ASCII."""
+    """The JSON text that digests are taken of: sorted keys, no white space, ASCII."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def digest_of(content: Any) -> str:
-    """The sha256 of a JSON value, independent of the order of keys."""
+    """The sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(compact(content).encode()).hexdigest()

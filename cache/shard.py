@@ -1,11 +1,14 @@
 """
-A tile's shard as bytes, and windows out of it, without zarr-python: its event loop takes ten times as long as the decoding, and
-hangs after a fork; around the compression it takes longer than that itself.
+A tile's shard as bytes, and windows read from it, without zarr-python.
 
-Knows one kind of shard, which zarr-python reads, and writes with the same bytes: Zarr v3 `sharding_indexed` with the index at the
-end, inner codecs `bytes`, `zstd`, `crc32c` (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html).
+Around the (de)compression zarr-python takes ten times as long when reading, longer than the compression when writing, and its
+event loop hangs after a fork.
 
-Shapes: C classes, H W the tile's pixels, h w a window's.
+Covers the one kind of shard that the format has, with the bytes that zarr-python writes: Zarr v3 `sharding_indexed` with the
+index at the end, inner codecs `bytes`, `zstd`, `crc32c`
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/v1.0.html).
+
+Shapes: C classes, H W the tile's pixels, h w a window's or chunk's. A chunk's place is its row and column in the grid of chunks.
 """
 
 from __future__ import annotations
@@ -26,21 +29,21 @@ from kdpipe.cache.spill import Spill
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and size of a chunk, two little-endian uint64
-MAX_CHUNKS = 2**20  # more than 2**30 px have in chunks of 256 px, even where they are one row
+MAX_CHUNKS = 2**20  # more than 2**30 px have in chunks of 256 px, even in a single row
 MAX_CHUNK_VALUES = 2**28  # 256 x 256 px of 4,096 classes
-ABSENT = 2**64 - 1  # what an index says of a chunk that was not written
+ABSENT = 2**64 - 1  # the index entry of a chunk that was not written
 BYTES = {"uint8": {"name": "bytes"}, "uint16": {"name": "bytes", "configuration": {"endian": "little"}}}
-COMPRESSORS = [  # which the formats write
+COMPRESSORS = [  # of this version and of earlier ones
     [{"name": "zstd", "configuration": {"level": level, "checksum": False}}, {"name": "crc32c"}] for level in (3, 7)
 ]
 
 ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]
-"""The bytes of the shard's file in each `(start, length)`; a negative start counts from its end."""
+"""Returns the bytes of the shard's file in each `(start, length)`; a negative start counts from its end."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tile's shard: its shape, where its chunks lie in the file, and the attributes beside it."""
+    """A tile's shard: its shape, the places of its chunks in the file, and the attributes of its metadata."""
 
     shape: tuple[int, int, int]
     chunk_px: tuple[int, int]
@@ -49,7 +52,7 @@ class Shard:
     attributes: dict[str, Any]
 
     def checksums(self, file: bytes) -> NDArray[np.uint32]:
-        """The CRC32C of each chunk by the bytes of the whole file, `(rows, columns)` of chunks: for `read`, once the file is another."""
+        """The CRC32C of each chunk, uint32 `(rows, columns)` of chunks, from the bytes of the whole file; `read` compares them."""
         crcs = np.zeros(self.index.shape[:2], dtype=np.uint32)
         for place in np.ndindex(crcs.shape):
             end = sum(map(int, self.index[place]))
@@ -63,22 +66,21 @@ class Shard:
         checksums: NDArray[np.uint32] | None = None,
     ) -> NDArray[Any]:
         """
-        The stored integers `(C, h, w)` of `(top, left, height, width)`; only the chunks that it touches are read, all at once.
-        With `checksums` a chunk that is whole in itself, but has another than there, is refused as well: the file has been
-        replaced since they were taken. Raises `ValueError` where a chunk is absent, does not match its checksum, or does not
-        decode to its size.
+        The stored integers `(C, h, w)` of a window `(top, left, height, width)`; only its chunks are read, all in one call.
+
+        Raises `ValueError` where a chunk is absent, does not match its checksum, or does not decode to its size; with
+        `checksums` also where a chunk has another checksum than there, because the file was replaced since.
         """
         top, left, height, width = window
         chunk_h, chunk_w = self.chunk_px
-        # The classes of a row lie side by side: adding up rows then runs through memory, and takes half the time.
+        # In memory the classes of a row are adjacent, which halves the time of adding up rows.
         out_Chw = np.empty((height, self.shape[0], width), dtype=self.dtype).transpose(1, 0, 2)
         rows = range(top // chunk_h, (top + height - 1) // chunk_h + 1)
         columns = range(left // chunk_w, (left + width - 1) // chunk_w + 1)
         places = list(itertools.product(rows, columns))
         found = read_ranges([self._span(place) for place in places])
-        chunk_Chw = np.empty(
-            (self.shape[0], chunk_h, chunk_w), dtype=self.dtype
-        )  # once: new memory costs as much as decoding
+        # One buffer for all chunks: new memory costs as much as decoding.
+        chunk_Chw = np.empty((self.shape[0], chunk_h, chunk_w), dtype=self.dtype)
         for place, data in zip(places, found, strict=True):
             self._decode(place, data, checksums, out_Chw=chunk_Chw)
             row, column = place
@@ -91,11 +93,11 @@ class Shard:
         return out_Chw
 
     def _span(self, place: tuple[int, int]) -> tuple[int, int]:
-        """Where a chunk lies in the file: start and length."""
+        """Start and length of a chunk in the file."""
         start, size = self.index[place].tolist()
         if start == ABSENT:
             raise ValueError(f"{_name(place)} is absent")
-        # No frame has more bytes than its chunk and a header, and none is let allocate what it declares.
+        # A frame is hardly larger than its content; this keeps a damaged index from allocating what it declares.
         if size > 2 * math.prod((self.shape[0], *self.chunk_px)) * self.dtype.itemsize + 1024:
             raise ValueError(f"{_name(place)} should have {size} bytes, more than its values")
         return start, size
@@ -117,7 +119,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SpilledShard:
-    """A shard whose chunks lie in a temporary file in the order in which they were made, and the array that they hold."""
+    """A shard whose chunks lie in a temporary file, in the order in which they were made."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -132,9 +134,9 @@ class SpilledShard:
 
     def pieces(self) -> Iterator[bytes]:
         """
-        The bytes of the shard's file from the first to the last, a chunk at a time.
+        The bytes of the shard's file in order, one chunk at a time.
 
-        Raises `CacheError` where the temporary file does not give what it was given: no digest is to vouch for that.
+        Raises `CacheError` where the temporary file does not return what was put into it, lest a digest vouch for that.
         """
         for place, span in self.spans.items():
             frame = self.spill.take(*span)
@@ -148,10 +150,10 @@ class SpilledShard:
 
 def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> bytes:
     """
-    A shard with all its chunks, those of zeros as well: a lost one could not be told from one that was never there.
+    The bytes of a shard. Chunks of zeros are stored too: an absent chunk could not be told from a lost one.
 
-    `units_CHW` are the tile's integers, uint8 or uint16 `(C, H, W)`; `chunk_px` is the height and width of a chunk, `level`
-    Zstandard's.
+    `units_CHW` are the tile's integers, uint8 or uint16 `(C, H, W)`; `chunk_px` is the height and width of a chunk, `level` that
+    of Zstandard.
     """
     zstd = Zstd(level=level)
     frames: dict[tuple[int, int], bytes] = {}
@@ -165,9 +167,9 @@ def spill_shard(
     rows_of_chunks: Iterable[NDArray[Any]], height: int, chunk_px: tuple[int, int], level: int, spill: Spill
 ) -> SpilledShard:
     """
-    What `encode_shard` makes, of a tile that comes in rows of chunks `(C, h, W)` from the top, `height` px in all; one is held.
+    The shard that `encode_shard` makes, from rows of chunks `(C, h, W)` from the top, `height` px in all; one row is in memory.
 
-    The file's order is not that of rows, so that the chunks wait in `spill` until all are there; its errors are raised.
+    The file is not in the order of rows, so the chunks wait in `spill` until all are made; its errors are raised.
     """
     zstd, spans = Zstd(level=level), {}
     for row, units_ChW in enumerate(rows_of_chunks):
@@ -185,7 +187,7 @@ def spill_shard(
 def _encode_row(
     units_ChW: NDArray[Any], row: int, chunk_px: tuple[int, int], zstd: Zstd
 ) -> Iterator[tuple[tuple[int, int], bytes]]:
-    """Row and column of each chunk of row number `row`, and its bytes in the file."""
+    """The place of each chunk in row number `row`, and its bytes in the file."""
     num_classes, rows, width = units_ChW.shape
     chunk_h, chunk_w = chunk_px
     for column in range(-(-width // chunk_w)):
@@ -196,7 +198,7 @@ def _encode_row(
 
 
 def _lay_out(sizes: dict[tuple[int, int], int]) -> tuple[list[tuple[int, int]], NDArray[np.uint64]]:
-    """The order of the chunks in the file, and the index `(rows, columns, 2)`, of the number of bytes of each."""
+    """The order of the chunks in the file, and the index `(rows, columns, 2)`, from the size of each chunk in bytes."""
     last_row, last_column = max(sizes)
     index = np.empty((last_row + 1, last_column + 1, 2), dtype="<u8")
     assert len(sizes) == index[..., 0].size, f"{len(sizes)} chunks of {index.shape}"
@@ -208,7 +210,7 @@ def _lay_out(sizes: dict[tuple[int, int], int]) -> tuple[list[tuple[int, int]], 
 
 
 def _morton_code(place: tuple[int, int]) -> int:
-    """The bits of row and column in turn: zarr-python's order of chunks in a shard, in which neighbours lie near one another."""
+    """The bits of row and column interleaved: zarr-python's order of chunks in a shard, which keeps neighbours close."""
     return sum(
         (place[axis] >> bit & 1) << (2 * bit + axis) for axis in (0, 1) for bit in range(max(place).bit_length())
     )
@@ -216,9 +218,9 @@ def _morton_code(place: tuple[int, int]) -> int:
 
 def open_shard(metadata: bytes, read_ranges: ReadRanges) -> Shard:
     """
-    A shard from the bytes of its `zarr.json` and its file.
+    The shard with this `zarr.json`; its index is read from the file.
 
-    Raises `ValueError` where the metadata is not of the kind that the format writes, or the index is damaged.
+    Raises `ValueError` where the metadata is not of the kind that the format has, or the index is damaged.
     """
     try:
         content = json.loads(metadata)
@@ -257,7 +259,7 @@ def _with_checksum(data: bytes) -> bytes:
 
 
 def _checked(data: bytes, what: str) -> bytes:
-    """The bytes before a CRC32C, compared with it."""
+    """`data` without the CRC32C at its end; `ValueError` where that does not match."""
     if len(data) <= CRC_BYTES:
         raise ValueError(f"{what} has only {len(data)} bytes")
     content = data[:-CRC_BYTES]
@@ -272,12 +274,13 @@ def _name(place: tuple[int, int]) -> str:
 
 def _frame_size(frame: bytes) -> int | None:
     """
-    The number of bytes that a Zstandard frame declares to hold, None if it declares none.
+    The size in bytes that a Zstandard frame declares for its content, None if it declares none.
 
-    https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1: magic number, descriptor, window (absent in a single segment), size.
+    Layout (https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1): magic number, descriptor, window (absent in a single segment),
+    dictionary id, size.
     """
     if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < 5:
-        raise ValueError("a chunk is no Zstandard frame")
+        raise ValueError("a chunk is not a Zstandard frame")
     descriptor = frame[4]
     single_segment = descriptor >> 5 & 1
     start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]

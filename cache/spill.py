@@ -1,4 +1,4 @@
-"""A temporary file for the chunks of a scene: they come row by row, are stored in another order, and may be more than memory holds."""
+"""A temporary file for the chunks of a scene, which are made in another order than they are stored, and may not fit in memory."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from kdpipe.configs.files import PARTIAL_SUFFIX
 
 class Spill:
     """
-    Bytes that are put one after another and taken in any order. The file has no name, so that it goes with a process that is killed.
+    A file to which bytes are appended, and from which they are read in any order; it has no name, and goes with a killed process.
 
-    Every error is a `CacheError`, `DiskFull` where there is no room: an `OSError` would be taken for one of the scene's image.
+    Every error is a `CacheError`, `DiskFull` where there is no room: an `OSError` would be blamed on the scene's image.
     """
 
     def __init__(self, storage: Storage) -> None:
         local = isinstance(storage, LocalStorage)
-        # In a local cache: its disk has to hold the shard anyway, and may be the only large one.
+        # The disk of a local cache has to hold the shard anyway, and may be the only large one.
         self._folder = storage.folder if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
         self._advice = "make room" if local else "make room, or set TMPDIR to a folder on a larger disk,"
         self._size = 0
         with self._reported():
-            # A file system without nameless files gives it a name for a moment: one that the next run sweeps.
+            # On a file system without nameless files it has a name for a moment: one that the next run sweeps.
             self._file = tempfile.TemporaryFile(  # noqa: SIM115  closed by `close`
                 buffering=0, dir=self._folder, prefix=".", suffix=PARTIAL_SUFFIX
             )
 
     def put(self, data: bytes) -> int:
-        """Append `data`; where it starts."""
+        """Append `data`; returns the offset where it starts."""
         start, left = self._size, memoryview(data)
         with self._reported():
             while left:
@@ -45,17 +45,17 @@ class Spill:
         return start
 
     def take(self, start: int, length: int) -> bytes:
-        """The bytes from `start` on; fewer where the file ends."""
+        """`length` bytes from the offset `start`; fewer where the file ends."""
         with self._reported():
             return os.pread(self._file.fileno(), length, start)
 
     def close(self) -> None:
-        """Give the room back."""
-        with contextlib.suppress(OSError):  # all that was needed of it has been read
+        """Delete the file."""
+        with contextlib.suppress(OSError):  # everything needed has been read
             self._file.close()
 
     def failed(self, why: object) -> CacheError:
-        """The error to raise where the file does not give what it was given."""
+        """The error to raise where the file does not return what was put into it."""
         return CacheError(
             f"the temporary file of a scene's chunks in {self._folder} failed ({why}); run the same command again: what is finished is kept"
         )
@@ -68,6 +68,6 @@ class Spill:
             if err.errno not in FULL:
                 raise self.failed(err) from err
             raise DiskFull(
-                f"no room for a scene's chunks in {self._folder}, of which {self._size} bytes are there (free: "
-                f"{shutil.disk_usage(self._folder).free} bytes); {self._advice} and run the same command again: what is finished is kept"
+                f"no room for a scene's chunks in {self._folder} ({self._size} bytes written, "
+                f"{shutil.disk_usage(self._folder).free} free); {self._advice} and run the same command again: what is finished is kept"
             ) from err

@@ -1,5 +1,5 @@
 """
-Where things lie in a cache, and how one tile becomes the bytes of one shard (see FORMAT.md for the whole format).
+The files of a cache and their content: groups, and the shard and metadata of each tile (see FORMAT.md).
 
     <cache>/zarr.json                        group; its attributes hold the recipe
     <cache>/tiles/<folder>/<stem>/0.0.0      one tile: one shard with all its inner chunks
@@ -20,21 +20,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import codec as values
+from kdpipe.cache import codec
 from kdpipe.cache.encoding.simplex import ENTROPY_BLOCK_PX
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.records import ImageDigest, TileRecord, canonical
 from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
 
-CHUNK_PX = 256  # a 512-px crop touches at most 9 chunks; smaller ones compress worse, larger ones read more in vain
+CHUNK_PX = (
+    256  # a 512-px crop touches at most 9 chunks; smaller chunks compress worse, larger ones read more pixels in vain
+)
 TILES = "tiles"
 SHARD_NAME = "0.0.0"
 METADATA_NAME = "zarr.json"
 ATTRIBUTE = "kdpipe"
-SEAL = "receipt_sha256"  # the digest of the metadata's bytes without these digits
-ZSTD_LEVEL = 7  # written once, read at every step: fewer bytes than level 3 and a crop sooner, for 2 to 4 % of stage one (docs/size.md)
-ENTROPY_UNIT = 1e-6  # nats; integers are short, and far finer than what blocks can say
+SEAL = "receipt_sha256"  # the digest of the metadata's bytes without its own digits
+# Smaller and read faster than level 3, at every training step; writing it, once, takes 2 to 4 % of stage one (docs/size.md).
+ZSTD_LEVEL = 7
+ENTROPY_UNIT = 1e-6  # nats; as integers they are short, and far finer than the blocks' own resolution
 
 
 def tile_path(tile_id: str) -> str:
@@ -43,7 +46,7 @@ def tile_path(tile_id: str) -> str:
 
 
 def group_paths(tile_ids: list[str]) -> list[str]:
-    """Every folder that is a Zarr group, from the top: the cache itself, `tiles`, and those between it and the tiles."""
+    """Every folder that is a Zarr group, sorted: the cache itself (`""`), `tiles`, and those between `tiles` and the tiles."""
     groups = {"", TILES}
     for tile_id in tile_ids:
         parts = tile_path(tile_id).split("/")
@@ -52,34 +55,34 @@ def group_paths(tile_ids: list[str]) -> list[str]:
 
 
 def group_metadata(path: str, recipe: CacheRecipe) -> bytes:
-    """The `zarr.json` of a group; the topmost one says how the numbers were made and how to decode them."""
+    """The `zarr.json` of a group; that of the cache itself holds the recipe and the rule for decoding."""
     attributes: dict[str, Any] = {}
     if path == "":
         attributes[ATTRIBUTE] = {
             "format_version": recipe.format_version,
-            "decoding": values.decoding(recipe),
+            "decoding": codec.decoding(recipe),
             "recipe": recipe.model_dump(),
         }
-    return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    return canonical({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
 def encode_bands(
     bands: Iterable[NDArray[np.float32]], recipe: CacheRecipe, height: int, width: int, spill: Spill
 ) -> tuple[SpilledShard, NDArray[np.float64] | None]:
     """
-    The shard of a tile whose values come in bands of rows from the top, and its error of the entropy as `values.encode` gives it.
+    The shard of a tile whose values come in bands `(C, h, W)` from the top, and its entropy error as `codec.encode` returns it.
 
-    No more than a band is held: the shard lies in `spill`, whose errors are raised.
+    Only one band is in memory; the shard lies in `spill`, whose errors are raised.
     """
     lost: list[NDArray[np.float64] | None] = []
 
     def rows_of_chunks() -> Iterator[NDArray[Any]]:
-        for units_ChW, of_row in values.encode_bands(bands, recipe, height):
-            lost.append(of_row)
+        for units_ChW, lost_in_row in codec.encode_bands(bands, recipe, height):
+            lost.append(lost_in_row)
             yield units_ChW
 
     shard = spill_shard(rows_of_chunks(), height, _chunk_px(height, width), ZSTD_LEVEL, spill)
-    blocks = [of_row for of_row in lost if of_row is not None]
+    blocks = [lost_in_row for lost_in_row in lost if lost_in_row is not None]
     return shard, np.concatenate(blocks) if blocks else None
 
 
@@ -91,10 +94,10 @@ def encode_tile(
     entropy_error: NDArray[np.float64] | None,
 ) -> tuple[bytes, bytes, TileRecord]:
     """
-    The bytes of a tile's shard, those of its metadata, and its record.
+    The bytes of a tile's shard, the bytes of its metadata, and its record.
 
-    `units_CHW` and `entropy_error` are what `values.encode` makes of a tile, uint8 or uint16 `(C, H, W)`, and nats a block, or None.
-    The shard is made in memory, so that its digest is that of what was meant to be written.
+    `units_CHW` and `entropy_error` come from `codec.encode`. The digest is taken of the shard in memory, so that it vouches for
+    the bytes that were meant to be written.
     """
     shard = encode_shard(units_CHW, _chunk_px(*units_CHW.shape[1:]), ZSTD_LEVEL)
     return shard, *encode_receipt(units_CHW, len(shard), sha256(shard), tile_id, image, recipe, entropy_error)
@@ -109,7 +112,7 @@ def encode_receipt(
     recipe: CacheRecipe,
     entropy_error: NDArray[np.float64] | None,
 ) -> tuple[bytes, TileRecord]:
-    """The bytes of a tile's metadata, and its record; `units` is what `encode_tile` takes, or the shard that `encode_bands` makes."""
+    """The bytes of a tile's metadata, and its record; `units` are integers as in `encode_tile`, or a shard from `encode_bands`."""
     num_classes, height, width = units.shape
     metadata = json.loads(_array_metadata((num_classes, height, width), units.dtype.str, _chunk_px(height, width)))
     receipt = {
@@ -123,8 +126,8 @@ def encode_receipt(
     if entropy_error is not None:
         receipt["entropy_error"] = np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist()
     metadata["attributes"] = {ATTRIBUTE: receipt}
-    receipt[SEAL] = sha256(_dump(metadata))
-    metadata_bytes = _dump(metadata)
+    receipt[SEAL] = sha256(canonical(metadata))
+    metadata_bytes = canonical(metadata)
     record = TileRecord(
         id=tile_id,
         height=height,
@@ -138,13 +141,13 @@ def encode_receipt(
 
 
 def is_sealed(metadata: bytes) -> bool:
-    """Whether a tile's metadata is as it was written, by its own word: what vouches for it while there is no manifest."""
+    """Whether a tile's metadata matches the digest in itself, which vouches for it while there is no manifest."""
     match = re.search(rb'"%s": "([0-9a-f]{64})"' % SEAL.encode(), metadata)
     return match is not None and sha256(metadata.replace(match[1], b"")) == match[1].decode()
 
 
 def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileRecord | None:
-    """The record of a finished tile from its metadata, None if that is no receipt, of another tile or of another recipe."""
+    """The record of a finished tile from its metadata; None if that is not a receipt of this tile and recipe."""
     try:
         content = json.loads(metadata)
         receipt = content["attributes"][ATTRIBUTE]
@@ -165,7 +168,7 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
 
 
 def read_entropy_error(attributes: Mapping[str, Any], tile: TileRecord) -> NDArray[np.float64]:
-    """Nats by block, as `simplex.entropy_error` gives them, from the attributes of a tile's metadata; `ValueError` if of another size."""
+    """The entropy error of each block in nats, from the attributes of a tile's metadata; `ValueError` if the shape is wrong."""
     blocks = np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
     expected = (-(-tile.height // ENTROPY_BLOCK_PX), -(-tile.width // ENTROPY_BLOCK_PX))
     if blocks.shape != expected:
@@ -180,7 +183,7 @@ def sha256(data: bytes) -> str:
 
 @lru_cache(maxsize=1024)
 def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int, int]) -> bytes:
-    """The `zarr.json` that zarr-python writes of such a tile: what any Zarr reader takes `encode_shard`'s bytes for."""
+    """The `zarr.json` that zarr-python writes for such a tile, so that any Zarr reader reads what `encode_shard` makes."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore
@@ -204,13 +207,9 @@ def _array_metadata(shape: tuple[int, int, int], dtype: str, chunk_px: tuple[int
 
 
 def _chunk_px(height: int, width: int) -> tuple[int, int]:
-    """Of a tile's inner chunks."""
+    """Height and width of a tile's inner chunks."""
     return min(CHUNK_PX, height), min(CHUNK_PX, width)
 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _dump(metadata: dict[str, Any]) -> bytes:
-    return (json.dumps(metadata, sort_keys=True, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Writing a cache: tile by tile, in any order, from any thread, and again after any interruption."""
+"""Writing a cache, tile by tile: in any order, from any thread, and going on after any interruption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache import tile as layout
+from kdpipe.cache import tile
 from kdpipe.cache.codec import encode, error_bound
 from kdpipe.cache.images import Source, is_unchanged
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
@@ -30,26 +30,26 @@ def finished_tiles(
     """
     The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
 
-    `manifest` is that of a complete cache (see `whole_manifest`); the receipts of tiles that it does not list are read one by
-    one. Raises `StaleCache`, naming the fields, if the cache was made by another recipe.
+    `manifest` is the result of `whole_manifest`; for tiles that it does not list, their receipts are read one by one.
+    Raises `StaleCache`, naming the fields, if the cache was made by another recipe, and `CorruptCache` if it is not a cache.
     """
     found = read_recipe(storage)
     if found is None:
         if set(storage.children("")) - set(partial_files(storage)):  # a run killed at its first write leaves those
             raise CorruptCache(
-                f"{storage.url} holds files, but no {layout.METADATA_NAME} that says they are a cache of soft targets; "
-                "if they are one of this configuration, run `kdpipe precompute-teacher --repair`, else choose another cache.path"
+                f"{storage.url} holds files, but no {tile.METADATA_NAME} that says they are a cache; if they are the cache of this "
+                "configuration, run `kdpipe precompute-teacher --repair`, else choose another cache.path"
             )
         return {}
     refuse_stale(storage, found, recipe)
-    known = {tile.id: tile for tile in manifest.tiles} if manifest and manifest.recipe == found else {}
+    known = {record.id: record for record in manifest.tiles} if manifest and manifest.recipe == found else {}
     digest = recipe.digest()
     info = storage.infos()
     finished = {}
     for tile_id, image in images.items():
         record = known.get(tile_id)
         if record is None or not _is_finished(info, record, image):
-            # Not listed, or by a manifest that is not this cache's: what was paid for is not lost for that.
+            # The manifest does not list it, or is not this cache's; its receipt may still save computing it again.
             record = read_receipt(storage, tile_id, digest)
             if record is None or not _is_finished(info, record, image):
                 continue
@@ -58,15 +58,15 @@ def finished_tiles(
 
 
 def finished_tile(storage: Storage, tile_id: str, image: Source, recipe_digest: str) -> TileRecord | None:
-    """The record of one tile if it is finished, as in `finished_tiles`, without a look at any other."""
+    """The record of one tile if it is finished (see `finished_tiles`), else None."""
     record = read_receipt(storage, tile_id, recipe_digest)
     return record if record is not None and _is_finished(storage.info, record, image) else None
 
 
 def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Source) -> bool:
-    """Whether a tile's files are there, the shard in its size, and its image has not changed since."""
-    path = layout.tile_path(record.id)
-    shard, receipt = info(f"{path}/{layout.SHARD_NAME}"), info(f"{path}/{layout.METADATA_NAME}")
+    """Whether a tile's files exist, the shard has its size, and its image has not changed since."""
+    path = tile.tile_path(record.id)
+    shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
     if shard is None or receipt is None or shard.size != record.shard_bytes:
         return False
     return is_unchanged(image, record, receipt.modified, by_content=False)
@@ -74,9 +74,9 @@ def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, ima
 
 def whole_manifest(storage: Storage) -> Manifest | None:
     """
-    The manifest, None if there is none or it is damaged: the tiles' receipts say the same, only more slowly.
+    The manifest; None if it is missing or damaged, as the tiles' receipts hold the same, only more slowly.
 
-    Raises `UnknownFormat` if the cache is of another version than is written.
+    Raises `UnknownFormat` if the cache has another format version than this program writes.
     """
     try:
         manifest = parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
@@ -87,31 +87,31 @@ def whole_manifest(storage: Storage) -> Manifest | None:
 
 
 def partial_files(storage: Storage) -> list[str]:
-    """What killed runs left of files that they were writing; those of a run that goes on, too."""
+    """The names of files that are being written, or were when a run was killed."""
     return [name for name in storage.children("") if name.endswith(PARTIAL_SUFFIX)]
 
 
 def sweep(storage: Storage) -> None:
-    """Delete what killed runs left. Call it with the lock held."""
+    """Delete the partial files of killed runs. Call it with the lock held."""
     for name in partial_files(storage):
         storage.remove(name)
 
 
 def restore_root(storage: Storage, recipe: CacheRecipe, tile_ids: list[str]) -> bool:
     """
-    Write the topmost group's metadata again where it is damaged or lost; whether that was done.
+    Write the topmost group's metadata again if it is damaged or lost; returns whether it did.
 
-    Only for the configured `recipe`, and only where the manifest or a tile's receipt vouches that it is the cache's, and no
-    tile for what is there: else that is left, to be refused or found stale. Call it with the lock held.
+    Only if the manifest or a tile's receipt vouches for the configured `recipe`, and no tile for the one in the metadata:
+    otherwise the metadata is left alone, to be refused or found stale. Call it with the lock held.
     """
 
     def tiles_vouch_for(recipe: CacheRecipe) -> bool:
         digest = recipe.digest()
         return any(read_receipt(storage, tile_id, digest) for tile_id in tile_ids)
 
-    wanted = layout.group_metadata("", recipe)
+    wanted = tile.group_metadata("", recipe)
     try:
-        if storage.read(layout.METADATA_NAME) == wanted:
+        if storage.read(tile.METADATA_NAME) == wanted:
             return False
         there = read_recipe(storage)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, CorruptCache):
@@ -121,7 +121,7 @@ def restore_root(storage: Storage, recipe: CacheRecipe, tile_ids: list[str]) -> 
     manifest = whole_manifest(storage)
     if (manifest is None or manifest.recipe != recipe) and not tiles_vouch_for(recipe):
         return False
-    storage.write(layout.METADATA_NAME, wanted)
+    storage.write(tile.METADATA_NAME, wanted)
     return True
 
 
@@ -130,8 +130,8 @@ def refuse_stale(storage: Storage, found: CacheRecipe, recipe: CacheRecipe) -> N
     changed = differences(found, recipe.model_dump())
     if changed:
         raise StaleCache(
-            f"{storage.url} was made from something else than what is configured: {'; '.join(changed)}. "
-            "Set the configuration back, choose another cache.path, or delete the cache"
+            f"{storage.url} was made with another configuration: {'; '.join(changed)}. "
+            "Restore the configuration, choose another cache.path, or delete the cache"
         )
 
 
@@ -140,9 +140,9 @@ def open_writer(
     storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str]
 ) -> Iterator[CacheWriter]:
     """
-    A writer that holds the cache's lock until the block ends; what killed runs left is swept.
+    A writer that holds the cache's lock until the block ends; the partial files of killed runs are deleted.
 
-    Raises `CacheLocked` if another process writes it, `StaleCache` if it was made by another recipe.
+    Raises `CacheLocked` if another process writes the cache, `StaleCache` if it was made by another recipe.
     """
     with writer_lock(storage):
         sweep(storage)
@@ -157,33 +157,33 @@ def store_tile(
     recipe: CacheRecipe,
 ) -> TileRecord:
     """
-    Put one tile in an empty place and return its record: first the shard, then the receipt.
+    Store one tile in an empty place, first the shard, then the receipt; returns its record.
 
-    `encoded` is what `values.encode` or `layout.encode_bands` made of it. Once this returns, the tile survives a power cut.
+    `encoded` is the result of `codec.encode` or `tile.encode_bands`. Once this returns, the tile survives a power cut.
     """
     units, entropy_error = encoded
-    path = layout.tile_path(tile_id)
+    path = tile.tile_path(tile_id)
     if isinstance(units, SpilledShard):
         digest = hashlib.sha256()
-        storage.write(f"{path}/{layout.SHARD_NAME}", _hashed(units.pieces(), digest))
+        storage.write(f"{path}/{tile.SHARD_NAME}", _hashed(units.pieces(), digest))
         vouched = units.size, digest.hexdigest()
-        metadata, record = layout.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
+        metadata, record = tile.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
     else:
-        shard, metadata, record = layout.encode_tile(units, tile_id, image, recipe, entropy_error)
-        storage.write(f"{path}/{layout.SHARD_NAME}", shard)
-    storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
+        shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error)
+        storage.write(f"{path}/{tile.SHARD_NAME}", shard)
+    storage.write(f"{path}/{tile.METADATA_NAME}", metadata)
     return record
 
 
 def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
-    """The pieces, each of which `digest` is fed as it is passed on: one reading of the temporary file is enough."""
+    """The pieces unchanged, while `digest` is fed with them: so the temporary file is read only once."""
     for piece in pieces:
         digest.update(piece)
         yield piece
 
 
 class CacheWriter:
-    """Writes tiles; get one from `open_writer`."""
+    """A writer of tiles; `open_writer` returns one."""
 
     def __init__(self, storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str]) -> None:
         self.storage = storage
@@ -197,50 +197,49 @@ class CacheWriter:
             refuse_stale(storage, found, recipe)
 
     def begin(self) -> None:
-        """Take back the cache's completion before tiles are written: readers refuse it until `finish`."""
+        """Delete the manifest before tiles are written, so that readers refuse the cache until `finish`."""
         self.storage.remove(MANIFEST_NAME)
 
     def write(self, tile_id: str, values_CHW: NDArray[np.float32], image: ImageDigest) -> TileRecord:
         """
-        Store one tile and return its record; once this returns, the tile survives a power cut. Safe from several threads.
+        Store one tile and return its record; once this returns, the tile survives a power cut. Thread-safe.
 
-        `values_CHW` is float32 `(C, H, W)`: logits, or soft targets, which sum to one over axis 0, by the recipe's kind. `image`
-        is the content it was computed from.
+        `values_CHW` is float32 `(C, H, W)`: logits, or soft targets that sum to one over axis 0, as the recipe says. `image` is
+        the content that it was computed from.
         """
         return self.write_encoded(tile_id, encode(values_CHW, self.recipe), image)
 
     def write_encoded(
         self, tile_id: str, encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None], image: ImageDigest
     ) -> TileRecord:
-        """As `write`, of what `values.encode` or `layout.encode_bands` made."""
-        if self.storage.children(layout.tile_path(tile_id)):
+        """Store one tile as `write` does, from the result of `codec.encode` or `tile.encode_bands`."""
+        if self.storage.children(tile.tile_path(tile_id)):
             self._clear(tile_id)
         return store_tile(self.storage, tile_id, encoded, image, self.recipe)
 
     def prepare(self, missing: Collection[str], tile_ids: list[str]) -> None:
         """
-        Make the place ready for workers that store the `missing` ones of `tile_ids` with `store_tile` alone.
+        Clear the places of the `missing` ones of `tile_ids`, so that workers can fill them with `store_tile` alone.
 
-        They only ever add: two that compute the same tile, as when one was thought dead, put the same bytes in its place, and
-        neither takes anything away from the other.
+        Workers only ever add files: if two compute the same tile, because one was thought dead, both write the same bytes.
         """
         self._write_groups(tile_ids)
         by_folder: dict[str, set[str]] = {}
         for tile_id in missing:
-            folder, _, name = layout.tile_path(tile_id).rpartition("/")
+            folder, _, name = tile.tile_path(tile_id).rpartition("/")
             by_folder.setdefault(folder, set()).add(name)
         for folder, names in by_folder.items():
             for name in names.intersection(self.storage.children(folder)):
-                self._clear(f"{folder}/{name}".removeprefix(f"{layout.TILES}/"))
+                self._clear(f"{folder}/{name}".removeprefix(f"{tile.TILES}/"))
 
     def _clear(self, tile_id: str) -> None:
-        """The receipt of an older version must not vouch for the new shard; whatever a killed run left goes as well."""
-        path = layout.tile_path(tile_id)
-        self.storage.remove(f"{path}/{layout.METADATA_NAME}")
+        """Delete what an older version or a killed run left; the receipt goes first, lest it vouch for the new shard."""
+        path = tile.tile_path(tile_id)
+        self.storage.remove(f"{path}/{tile.METADATA_NAME}")
         self.storage.remove(path)
 
     def finish(self, records: list[TileRecord]) -> Manifest:
-        """Declare the cache complete with these tiles, in this order: everything else first, the manifest last."""
+        """Complete the cache with these tiles, in this order: write the groups, then the manifest, which is returned."""
         groups = self._write_groups([record.id for record in records])
         manifest = Manifest(
             format_version=self.recipe.format_version,
@@ -256,9 +255,10 @@ class CacheWriter:
         return manifest
 
     def _write_groups(self, tile_ids: list[str]) -> dict[str, str]:
+        """Write every group's metadata; returns its sha256 by path."""
         digests = {}
-        for path in layout.group_paths(tile_ids):
-            metadata = layout.group_metadata(path, self.recipe)
-            self.storage.write(f"{path}/{layout.METADATA_NAME}".lstrip("/"), metadata)
-            digests[path] = layout.sha256(metadata)
+        for path in tile.group_paths(tile_ids):
+            metadata = tile.group_metadata(path, self.recipe)
+            self.storage.write(f"{path}/{tile.METADATA_NAME}".lstrip("/"), metadata)
+            digests[path] = tile.sha256(metadata)
         return digests

@@ -309,14 +309,16 @@ def test_what_a_reader_is_asked_for_and_does_not_have_is_said(logits_config):
     precompute(soft, CPU)
     cache = SoftTargetCache.open(config.cache.path)
     with pytest.raises(
-        ConfigError, match=r"holds logits, of which a temperature .* Softening\(temperature, class_map\)"
+        ConfigError, match=r"holds logits, and soft targets need a temperature .* Softening\(temperature, class_map\)"
     ):
         cache.read(cache.tile_ids[0])
     with pytest.raises(ConfigError, match=r"the class map has 3 rows, and .* 8 channels: \['Tree'"):
         SoftTargetCache.open(config.cache.path, Softening(2.0, np.eye(3, dtype=np.float32)))
-    with pytest.raises(ConfigError, match="holds soft targets, from which logits cannot be had: .* cache.kind: logits"):
+    with pytest.raises(
+        ConfigError, match="holds soft targets, from which logits cannot be recovered: .* cache.kind: logits"
+    ):
         SoftTargetCache.open(soft.cache.path).read_logits(cache.tile_ids[0])
-    with pytest.raises(ConfigError, match="holds soft targets of temperature 2, and no other can be had of them"):
+    with pytest.raises(ConfigError, match="holds soft targets of temperature 2, which cannot be changed"):
         SoftTargetCache.open(soft.cache.path, configured_softening(config))
 
 
@@ -356,6 +358,6 @@ def test_inspect_says_what_a_cache_of_logits_is(logits_config, tmp_path):
     said = " ".join(done.output.split())
     assert "logits, 8 bits, |Δz| at most 0.1256, |Δp| at most 0.01357 at T 1" in said
     assert "channels: Tree, Rangeland" in said
-    assert "the configuration describes this very cache" in said
+    assert "the configuration describes this cache" in said
     assert "The teacher's classes, at T 1" in said
     assert "entropy lost" not in said

@@ -1,4 +1,4 @@
-"""The caches below `golden/` as they were made: their input, by integer arithmetic that every machine does alike."""
+"""How the caches below `golden/` were made: from integer arithmetic, which is the same on every machine."""
 
 from pathlib import Path
 
@@ -12,26 +12,21 @@ from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cache-1.0"
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-4.0"
 GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
-GOLDEN_REST = GOLDEN.with_name("cache-3.0")
-GOLDEN_KEY_ROWS = GOLDEN.with_name("cache-4.0")
 SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
 CLASSES = {
     6: ["water", "forest", "meadow", "field"],
     8: ["water", "forest", "meadow"],
     16: ["water", "forest", "meadow", "field", "town"],
 }
-BITS = {
-    "first": (8, 16),
-    "logits": (8, 16),
-    "third": (6, 8, 16),
-    "soft": (6, 8, 16),
-}  # "first" and "third": soft targets of those formats
+BITS = {"soft": (6, 8, 16), "logits": (8, 16)}
+FOLDERS = {"soft": GOLDEN, "logits": GOLDEN_LOGITS}
+CACHES = [(kind, bits) for kind in BITS for bits in BITS[kind]]
 
 
 def probs(bits: int, height: int, width: int) -> np.ndarray:
-    """Float32 `(C, H, W)`: ratios of small whole numbers, and squares of 40 px where one class is certain."""
+    """Soft targets, float32 `(C, H, W)`: ratios of small integers, and squares of 40 px where one class is certain."""
     num_classes = len(CLASSES[bits])
     row, column = np.mgrid[:height, :width]
     weights = np.stack([
@@ -44,7 +39,7 @@ def probs(bits: int, height: int, width: int) -> np.ndarray:
 
 
 def recipe(bits: int) -> Recipe:
-    """One teacher up to 8 bits; two of them, a stretch and a window at 16."""
+    """The recipe of the soft targets: one teacher up to 8 bits; at 16 two teachers, a stretch and a window."""
     classes = CLASSES[bits]
     first = TeacherRecord(
         checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
@@ -63,7 +58,7 @@ def recipe(bits: int) -> Recipe:
 
 
 def logits(bits: int, height: int, width: int) -> np.ndarray:
-    """Float32 `(3, H, W)`: quarters, most of them within 10 of the largest, and squares of 40 px where one class lies at -100."""
+    """Logits, float32 `(3, H, W)`: quarters, most within 10 of the largest, and squares of 40 px where one class is at -100."""
     row, column = np.mgrid[:height, :width]
     steps = np.stack([(row // (8 + c) * (c + 2) + column // (6 + c) * (bits // 8 + c)) % (30 + c) for c in range(3)])
     deep = ((row // 40 + column // 40) % 3 == 1) & (np.arange(3)[:, None, None] == 2)
@@ -71,13 +66,13 @@ def logits(bits: int, height: int, width: int) -> np.ndarray:
 
 
 def logits_recipe(bits: int) -> LogitsRecipe:
-    """That of the soft targets, without what logits do not know."""
+    """The recipe of the logits: that of the soft targets, without the fields that only those have."""
     free = {"classes", "class_map", "temperature", "levels", "key_row_px"}
     return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
 
 
 def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
-    """What the writer of today makes of it."""
+    """Write the golden content with the current writer."""
     made, values = (recipe(bits), probs) if kind == "soft" else (logits_recipe(bits), logits)
     with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
         writer.begin()
@@ -89,9 +84,9 @@ def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
 
 def write_golden(folder: Path, kind: str = "soft") -> None:
     """
-    How `cache-4.0` was made, and of logits `cache-2.0`; a later version of the format gets another folder, by a function like this.
+    Make a golden folder, as `cache-4.0` (soft targets) and `cache-2.0` (logits) were made.
 
-    Raises `FileExistsError` where there is one: it is never regenerated.
+    Raises `FileExistsError` where there is one: it is never regenerated. A later format version gets a folder of its own.
     """
     folder.mkdir(parents=True)
     expected = {}

@@ -1,7 +1,7 @@
 """
 A reader of caches from cache/FORMAT.md alone: the standard library, NumPy, and zstd through numcodecs' binding to it.
 
-It is here to prove that the page is enough, so it shares nothing with kdpipe and nothing with zarr.
+It proves that the page is enough, so it shares nothing with kdpipe and nothing with zarr.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def sha256(data: bytes) -> str:
 
 
 def compact(text: str) -> str:
-    """The same tokens without white space outside of strings."""
+    """The same JSON tokens without white space outside of strings."""
     kept, in_string, escaped = [], False, False
     for character in text:
         if in_string:
@@ -60,7 +60,7 @@ class Cache:
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
         self.major, kind = int(manifest["format_version"].split(".")[0]), manifest["recipe"]["kind"]
-        assert kind == {1: "soft", 2: "logits", 3: "soft", 4: "soft"}[self.major], kind
+        assert kind == {2: "logits", 4: "soft"}[self.major], kind
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
@@ -68,7 +68,7 @@ class Cache:
         images = {tile["id"]: tile["image"]["sha256"] for tile in manifest["tiles"]}
         for tile in images:
             check_id(tile)
-        # What sorts by code point is the id itself, not its escaped form.
+        # Ids are sorted by code point before they are escaped.
         listed = ",".join(f"{json.dumps(tile)}:{json.dumps(images[tile])}" for tile in sorted(images))
         fingerprint = f'{{"images":{{{listed}}},"recipe":{self.recipe_text}}}'
         assert sha256(fingerprint.encode()) == manifest["fingerprint"], "fingerprint"
@@ -78,7 +78,7 @@ class Cache:
         assert root["recipe"] == manifest["recipe"] and root["format_version"] == manifest["format_version"]
 
     def read(self, tile_id: str) -> np.ndarray:
-        """The integers of a tile, `(class, row, column)`, checked in every way that the page names."""
+        """The integers of a tile, `(class, row, column)`, after every check that the page names."""
         (record,) = [tile for tile in self.manifest["tiles"] if tile["id"] == tile_id]
         recipe = self.manifest["recipe"]
         folder = self.folder / "tiles" / tile_id
@@ -125,24 +125,18 @@ class Cache:
         if recipe["kind"] == "logits":
             assert (values.max(axis=0) == 2**width - 1).all()
             return values
-        if self.major == 4:
-            for row in range(1, shape[1]):
-                if row % recipe["key_row_px"]:
-                    values[:, row] += values[:, row - 1]  # modulo 256 or 65536, as these integers do
-        if self.major >= 3:
-            unsaid = values == 2**width - 1
-            assert (unsaid.sum(axis=0) == 1).all()
-            others = np.where(unsaid, 0, values).sum(axis=0, dtype=np.int64)
-            assert (others <= self.levels).all()
-            values = np.where(unsaid, self.levels - others, values).astype(values.dtype)
-        assert (values.sum(axis=0, dtype=np.int64) == self.levels).all()
-        return values
+        for row in range(1, shape[1]):
+            if row % recipe["key_row_px"]:
+                values[:, row] += values[:, row - 1]  # modulo 256 or 65536, as these integers wrap around
+        implied = values == 2**width - 1
+        assert (implied.sum(axis=0) == 1).all()
+        others = np.where(implied, 0, values).sum(axis=0, dtype=np.int64)
+        assert (others <= self.levels).all()
+        return np.where(implied, self.levels - others, values).astype(values.dtype)
 
     @property
     def levels(self) -> int:
         recipe = self.manifest["recipe"]
-        if self.major == 1:
-            return 2 ** recipe["bits"] - 1
         mark = 2 ** (8 if recipe["bits"] <= 8 else 16) - 1
         count, share = len(recipe["classes"]), 2 ** recipe["bits"] - 1
         fewest = min(n for n in range(1, share + 1) if (count - 1) * share <= count * n)

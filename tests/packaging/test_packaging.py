@@ -84,7 +84,7 @@ def test_installed_wheel_runs_outside_of_the_checkout(installed, tmp_path):
 import kdpipe.cache, kdpipe.configs
 assert {str(installed.parent)!r} in kdpipe.cache.__file__, kdpipe.cache.__file__
 config = kdpipe.configs.load_config("dubai/linknet_kd")
-cache = kdpipe.cache.SoftTargetCache.open({str(ROOT / "tests/golden/cache-3.0/8-bits.zarr")!r})
+cache = kdpipe.cache.SoftTargetCache.open({str(ROOT / "tests/golden/cache-4.0/8-bits.zarr")!r})
 print(config.name, cache.read(cache.tile_ids[1]).shape)
 """
     assert done(installed / "python", "-c", code, cwd=tmp_path) == "dubai-linknet-kd (3, 70, 41)\n"

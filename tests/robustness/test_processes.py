@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 LAUNCHER = """
 import os, sys
 import numcodecs.zstd, rasterio, rich.progress, segmentation_models_pytorch, timm, torch, zarr, zarr.codecs, zarr.storage
-import kdpipe.pipeline.precompute.run, kdpipe.pipeline.reports.terminal.results, kdpipe.pipeline.dry_run
+import kdpipe.pipeline.precompute.run, kdpipe.pipeline.commands.actions.precompute, kdpipe.pipeline.dry_run
 from kdpipe.pipeline.commands.main import main
 torch.set_num_threads(1)
 print("ready", flush=True)
@@ -279,7 +279,8 @@ def test_a_reader_whose_cache_is_written_again_is_told_what_happened(tmp_path):
         writer.finish([record, *cache.manifest.tiles[1:]])
     for reader in readers:
         with pytest.raises(
-            CorruptCache, match=r"tile Train/t0 of .* is not the one that was opened .* open the cache again"
+            CorruptCache,
+            match=r"tile Train/t0 of .* was written again since the cache was opened .* open the cache again",
         ):
             reader.read("Train/t0")
         np.testing.assert_array_equal(reader.read("Train/t1"), right)

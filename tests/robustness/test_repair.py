@@ -53,7 +53,7 @@ def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_ma
     before = tree(folder)
     flip(folder / "manifest.json")
     (folder / "zarr.json").write_text("{}")
-    not_a_cache = r"zarr\.json is not that of a cache of soft targets"
+    not_a_cache = r"zarr\.json is not the metadata of a cache"
     with pytest.raises(CorruptCache, match=not_a_cache + " .* --repair"):
         precompute(finished(), CPU)
     with pytest.raises(CorruptCache, match=not_a_cache):  # no tile vouches for temperature 1
