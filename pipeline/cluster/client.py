@@ -1,8 +1,8 @@
 """
-Stage one on many processes: the client, which holds the cache's lock, hands out batches to dask's workers and collects receipts.
+Stage one on many processes: the client holds the cache's lock, hands batches to dask's workers, and collects receipts.
 
-What passes through the scheduler is a batch's list of tiles and its receipts, never a pixel. When the scheduler is lost,
-the fence is raised anew (see `kdpipe.cache.storage.fence`), so that nothing of before is stored beside what comes after.
+Only lists of tiles and receipts pass through the scheduler, never pixels. When the scheduler is lost, a new fence is raised (see
+`kdpipe.cache.storage.fence`), which keeps workers of the old session from storing beside those of the new one.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from kdpipe.cache.storage.fence import open_fence
 from kdpipe.cache.writer import CacheWriter, sweep
 from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.cluster.local import local_cluster
 from kdpipe.pipeline.cluster.worker import (
-    IN_HAND,
+    CONCURRENT,
     Facts,
     Job,
     Receipts,
-    Sampled,
+    SampledTiles,
     Station,
     compute_batches,
-    look,
+    facts_of_worker,
     resolve_precision,
     station_name,
     stop_station,
@@ -53,17 +52,25 @@ from kdpipe.pipeline.cluster.worker import (
 from kdpipe.pipeline.memory import teacher_advice
 from kdpipe.pipeline.precompute.plan import Plan, Summary
 from kdpipe.pipeline.precompute.run import stopped_text
-from kdpipe.pipeline.precompute.subjects import Sent, Subject, ViewOfTile, WholeTile, absolute_tile, sent
+from kdpipe.pipeline.precompute.subjects import (
+    Reference,
+    Stretch,
+    Subject,
+    ViewOfTile,
+    WholeTile,
+    absolute_tile,
+    reference_to,
+)
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.versions import library_versions
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-SAMPLED = 100  # tiles, in the order in which `precision.resolve` tries them: it needs three that can be read
-PATIENCE_SECONDS = 300.0  # for a scheduler that is being started again, and for the first worker of a queue
+SAMPLED = 100  # tiles, in the order in which `precision.resolve` tries them; it needs three readable ones
+PATIENCE_SECONDS = 300.0  # for a scheduler that restarts, and for the first worker of a queue
 CONNECT_SECONDS = 5.0
-ASK_SECONDS = 2.0  # between two questions to the scheduler, how many workers it has
-POLL_SECONDS = 0.2  # between two looks at Ctrl-C
+COUNT_SECONDS = 2.0  # between two requests for the number of workers
+POLL_SECONDS = 0.2  # between two checks for Ctrl-C
 
 
 class Cluster:
@@ -87,12 +94,12 @@ class Cluster:
         """
         Connect, wait for the first worker, and return the device that all workers compute on.
 
-        Raises `ClusterUnreachable` where none is there within `PATIENCE_SECONDS`, `ConfigError` where workers differ in their
+        Raises `ClusterUnreachable` if there is none within `PATIENCE_SECONDS`, and `ConfigError` if workers differ in their
         device, or from this process in their libraries.
         """
         if self._started:
             return self._device
-        # Ours to say, in one line; dask's own would come with a traceback.
+        # Our errors say it in one line; dask's own would add a traceback.
         for name in ("distributed.client", "distributed.batched", "distributed.core"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._local:
@@ -109,26 +116,26 @@ class Cluster:
             f"{len(facts)} worker{'s' if len(facts) > 1 else ''} on {self._device} ({', '.join(sorted(processors))}), "
             f"{sum(found.threads for found in facts.values())} threads"
         )
-        if len({(found.processor, found.threads) for found in facts.values()}) > 1 or len(processors) > 1:
+        if len({(found.processor, found.threads) for found in facts.values()}) > 1:
             self._progress.say(
-                "note: the workers' processors or threads differ: values agree to the encoding's bound, but the last bits, and "
-                f"so the bytes of a tile, can depend on who computed it (first: {first.processor}, {first.threads} threads)"
+                "note: the workers differ in processor or threads: values agree within the error bound, but the last bits, and "
+                f"so the bytes of a tile, can depend on its worker (first: {first.processor}, {first.threads} threads)"
             )
         self._started, self._fast_bf16 = True, all(found.fast_bf16 for found in facts.values())
         return self._device
 
-    def resolved(
+    def resolve_precision(
         self, config: Config, recipe: CacheRecipe, tiles: list[Tile], stretch: Stretch, stop: threading.Event
     ) -> CacheRecipe:
-        """The recipe of a new cache as `precision.resolve` has it on a worker: `teacher.precision: auto` is decided there."""
+        """The recipe of a new cache, its `auto` precisions decided by `precision.resolve` on a worker."""
         self.start(stop)
         if not self._fast_bf16 or all(member.precision != "auto" for member in config.members.values()):
             return recipe
         assert self._client is not None
-        looked_at = np.random.default_rng(config.seed).permutation(len(tiles))[:SAMPLED]
+        sampled = np.random.default_rng(config.seed).permutation(len(tiles))[:SAMPLED]
         absolute = [absolute_tile(tile) for tile in tiles]
         future = self._client.submit(
-            resolve_precision, _with_absolute_checkpoints(config), recipe, Sampled(absolute, looked_at), stretch,
+            resolve_precision, _with_absolute_checkpoints(config), recipe, SampledTiles(absolute, sampled), stretch,
             str(self._device), pure=False,
         )  # fmt: skip
         resolved: CacheRecipe = future.result()
@@ -139,9 +146,9 @@ class Cluster:
         stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:  # fmt: skip
         """
-        Have the missing tiles of `batches` stored, in order as workers are free, yielding each one's record.
+        Have the workers store the missing tiles of `batches`, about in order, yielding the record of each.
 
-        Raises `ClusterUnreachable` where the scheduler or all workers are gone for `PATIENCE_SECONDS`, what a worker raised, and
+        Raises `ClusterUnreachable` if the scheduler or all workers are gone for `PATIENCE_SECONDS`, what a worker raised, and
         `Interrupted` once `stop` is set.
         """
         missing = frozenset(tile.id for tile in plan.missing)
@@ -167,15 +174,12 @@ class Cluster:
                 with open_fence(plan.storage) as token:
                     yield from self._session(replace(job, token=token), pending, missing, summary, stop)
             except _SchedulerLost as err:
-                done = summary.kept + summary.computed
+                done = f"{summary.kept + summary.computed} of {summary.tiles} {summary.noun}"
                 self._progress.say(
-                    f"lost the scheduler at {self._address} ({err}) with {done} of {summary.tiles} {summary.noun} finished; waiting for it"
+                    f"lost the scheduler at {self._address} ({err}) with {done} finished; waiting for it"
                 )
                 self._disconnect()
-                agreed_device(
-                    self._connect(stop, f"; {done} of {summary.tiles} {summary.noun} are finished and kept"),
-                    job.libraries,
-                )
+                agreed_device(self._connect(stop, f"; {done} are finished and kept"), job.libraries)
                 self._progress.say("the scheduler is back")
         sweep(plan.storage)
         if stop.is_set():
@@ -184,40 +188,40 @@ class Cluster:
     def _session(
         self,
         job: Job,
-        pending: dict[int, list[list[Sent]]],
+        pending: dict[int, list[list[Reference]]],
         missing: frozenset[str],
         summary: Summary,
         stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:
-        """Work off `pending`, by number, as long as the scheduler stays; raises `_SchedulerLost` where it does not."""
+        """Compute the `pending` tasks, by number, with one scheduler; raises `_SchedulerLost` when it goes."""
         assert self._client is not None
         client, token = self._client, job.token
         done: SimpleQueue[Awaited[Receipts]] = SimpleQueue()
         outstanding: dict[Awaited[Receipts], tuple[int, Future]] = {}
         queue = deque(pending)
-        told, room, asked, last_seen = False, 0, 0.0, time.monotonic()
+        told, room, counted, last_seen = False, 0, 0.0, time.monotonic()
         try:
-            _of_scheduler(client, lambda: client.register_plugin(Station(job)))
+            _from_scheduler(client, lambda: client.register_plugin(Station(job)))
             while outstanding or (queue and not stop.is_set()):
                 if stop.is_set() and not told:
-                    _of_scheduler(client, lambda: client.run(stop_station, token, on_error="ignore"))
+                    _from_scheduler(client, lambda: client.run(stop_station, token, on_error="ignore"))
                     told = True
-                if time.monotonic() - asked > ASK_SECONDS:
-                    threads = _of_scheduler(client, client.nthreads)
-                    # One batch more than a worker has in hand, so that it need not wait for the next one.
-                    room = sum(min(count, IN_HAND) + 1 for count in threads.values())
-                    asked = time.monotonic()
-                    last_seen = asked if threads else last_seen
-                    if not threads and (stop.is_set() or asked - last_seen > PATIENCE_SECONDS):
-                        raise ClusterUnreachable(self._no_workers(summary))
+                if time.monotonic() - counted > COUNT_SECONDS:
+                    threads = _from_scheduler(client, client.nthreads)
+                    # One batch more than a worker can handle, so that it need not wait for the next one.
+                    room = sum(min(count, CONCURRENT) + 1 for count in threads.values())
+                    counted = time.monotonic()
+                    last_seen = counted if threads else last_seen
+                    if not threads and (stop.is_set() or counted - last_seen > PATIENCE_SECONDS):
+                        raise ClusterUnreachable(self._no_workers_text(summary))
                 while queue and len(outstanding) < room and not stop.is_set():
                     number = queue.popleft()
                     wanted = missing.intersection(tile.id for batch in pending[number] for tile in batch)
-                    future = _of_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
+                    future = _from_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
                         compute_batches, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
                     ))  # fmt: skip
-                    # Waited for in dask's loop: what was computed is lost with its worker until it has arrived here, and with the
-                    # last worker it never arrives.
+                    # Gathered in dask's loop: a result that has not arrived here is lost with its worker, and a blocking call
+                    # would wait for that of the last worker for ever.
                     awaited = asyncio.run_coroutine_threadsafe(
                         client.gather(future, asynchronous=True), client.loop.asyncio_loop
                     )
@@ -238,62 +242,62 @@ class Cluster:
                 summary.workers[receipts.worker] = summary.workers.get(receipts.worker, 0) + len(receipts.records)
                 yield from receipts.records
         finally:
-            with suppress(Exception):  # the fence keeps out whom this does not reach
+            with suppress(Exception):  # the fence keeps out workers that this does not reach
                 client.cancel([future for _, future in outstanding.values()], force=True)
                 client.run(stop_station, token, on_error="ignore")
                 client.unregister_worker_plugin(station_name(token))
 
     def _receipts(
-        self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Sent]], job: Job
+        self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Reference]], job: Job
     ) -> Receipts:
-        """What a task returned; raises what it raised, with the worker's error as its cause where that is not the user's."""
+        """What a task returned; raises what it raised, as the cause of a `KdpipeError` where it is not one."""
         err = None if awaited.cancelled() else awaited.exception()
         if err is not None and future.status == "error":
             names = summarise(tile.id for batch in batches for tile in batch)
             if isinstance(err, KilledWorker):
                 advice = "; ".join(teacher_advice(job.config, job.batch_size, self._device))
                 raise OutOfMemory(
-                    f"{names}: {err.allowed_failures + 1} workers died one after another while they "
-                    "computed this, most often because their machine ran out of memory and the system killed them; the other "
-                    f"finished tiles are kept. To fit: {advice}"
+                    f"{names}: {err.allowed_failures + 1} workers died one after another while computing this, most often because "
+                    "their machine ran out of memory and the system killed them; the other finished tiles are kept. "
+                    f"To fit: {advice}"
                 ) from err
             if isinstance(err, KdpipeError):
                 raise err
             raise KdpipeError(
                 f"a worker failed at {names}: {type(err).__name__}: {err}; finished tiles are kept. "
-                "Run the same command again to go on; --debug shows where it failed"
+                "Run the same command again to continue; --debug shows where it failed"
             ) from err
         try:
-            return _of_scheduler(client, awaited.result)
+            return _from_scheduler(client, awaited.result)
         except CancelledError as err:
-            raise _SchedulerLost("it forgot what it was asked for") from err
+            raise _SchedulerLost("it has forgotten the run") from err
 
     def _connect(self, stop: threading.Event, state: str = "") -> dict[str, Facts]:
-        """Connect, and the facts of every worker, by address, as soon as there is one."""
+        """Connect and return the facts of every worker, by address, as soon as there is one."""
         start, said = time.monotonic(), False
         while not stop.is_set():
-            why = "does not answer"
+            problem = "does not respond"
             try:
                 self._client = self._client or self._new_client()
-                facts: dict[str, Facts] = self._client.run(look, self._device_name)
+                facts: dict[str, Facts] = self._client.run(facts_of_worker, self._device_name)
                 if facts:
                     return facts
-                why = "has no workers"
+                problem = "has no workers"
             except ModuleNotFoundError as err:
                 raise ConfigError(
                     f"the workers of {self._address} have no {err.name}: install kdpipe, in this version, for scheduler and workers"
                 ) from err
-            # And what dask derives from it; it asserts as well, where the loop of a client that failed has not ended yet.
+            # dask's errors are OSErrors; it also fails an assertion while the loop of a failed client is still ending.
             except (OSError, AssertionError):
                 self._disconnect()
             if time.monotonic() - start > PATIENCE_SECONDS:
                 raise ClusterUnreachable(
-                    f"the dask scheduler at {self._address} {why}, for {PATIENCE_SECONDS:.0f} s now{state}; start it with its workers "
-                    "(`dask scheduler`, `dask worker ADDRESS`), and run the same command again"
+                    f"the dask scheduler at {self._address} {problem} (waited {PATIENCE_SECONDS:.0f} s){state}; start it with its "
+                    "workers (`dask scheduler`, `dask worker ADDRESS`), and run the same command again"
                 )
             if not said:
                 self._progress.say(
-                    f"the dask scheduler at {self._address} {why}; waiting for up to {PATIENCE_SECONDS:.0f} s"
+                    f"the dask scheduler at {self._address} {problem}; waiting for up to {PATIENCE_SECONDS:.0f} s"
                 )
                 said = True
             stop.wait(1)
@@ -309,24 +313,24 @@ class Cluster:
 
     def _disconnect(self) -> None:
         if self._client is not None:
-            with suppress(Exception):  # it may be in the middle of connecting again
+            with suppress(Exception):  # it may be reconnecting
                 self._client.close(timeout=CONNECT_SECONDS)
             self._client = None
 
-    def _no_workers(self, summary: Summary) -> str:
+    def _no_workers_text(self, summary: Summary) -> str:
         return (
-            f"the dask scheduler at {self._address} has no workers left, for {PATIENCE_SECONDS:.0f} s now; "
+            f"the dask scheduler at {self._address} has no workers left (waited {PATIENCE_SECONDS:.0f} s); "
             f"{summary.kept + summary.computed} of {summary.tiles} {summary.noun} are finished and kept. Start workers "
             f"(`dask worker {self._address}`; their logs say why they ended), and run the same command again"
         )
 
 
 class _SchedulerLost(Exception):
-    """The connection broke, or the scheduler was started anew and knows nothing of the run."""
+    """The connection broke, or the scheduler restarted and does not know the run."""
 
 
-def _of_scheduler(client: Client, call: Callable[[], Answer]) -> Answer:
-    """The answer to a question to the scheduler; `_SchedulerLost` where the connection breaks meanwhile."""
+def _from_scheduler(client: Client, call: Callable[[], Result]) -> Result:
+    """The result of a request to the scheduler; raises `_SchedulerLost` if the connection breaks meanwhile."""
     try:
         return call()
     except KdpipeError:
@@ -338,7 +342,7 @@ def _of_scheduler(client: Client, call: Callable[[], Answer]) -> Answer:
 
 
 def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> str:
-    """The device of all workers; `ConfigError`, naming one, where they differ in it, or from `libraries` in a version."""
+    """The device of all workers; raises `ConfigError` that names a worker of another device or of other `libraries`."""
     first_address, first = next(iter(sorted(facts.items())))
     for address, found in sorted(facts.items()):
         if found.libraries != dict(libraries):
@@ -349,13 +353,13 @@ def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> s
         if found.device != first.device:
             raise ConfigError(
                 f"worker {address} computes on {found.device}, worker {first_address} on {first.device}: a cache is computed on one "
-                "kind of device; end the workers of the other kind, or say --device cpu"
+                "kind of device; end the workers of the other kind, or set --device cpu"
             )
     return first.device
 
 
 def _with_absolute_checkpoints(config: Config) -> Config:
-    """The configuration as a process in another folder reads it: a worker needs nothing else of it from a disk."""
+    """The configuration for a process in another folder; a worker reads nothing else that it names from a disk."""
     teacher, teachers = config.teacher, config.teachers
     absolute: Callable[[Any], Any] = lambda member: member.model_copy(  # noqa: E731
         update={"checkpoint": str(Path(member.checkpoint).absolute())}
@@ -365,7 +369,7 @@ def _with_absolute_checkpoints(config: Config) -> Config:
     )
 
 
-def _tasks(batches: list[list[Subject]]) -> list[list[list[Sent]]]:
-    """The batches that a worker is given at a time: those that begin with views of one tile, so that it is decoded once."""
+def _tasks(batches: list[list[Subject]]) -> list[list[list[Reference]]]:
+    """The batches of each task: one, or all that begin with views of the same tile, so that it is decoded once."""
     tasks = groupby(batches, key=lambda batch: batch[0].view.tile if isinstance(batch[0], ViewOfTile) else batch[0].id)
-    return [[[sent(subject) for subject in batch] for batch in task] for _, task in tasks]
+    return [[[reference_to(subject) for subject in batch] for batch in task] for _, task in tasks]

@@ -1,4 +1,4 @@
-"""Workers of this machine: a scheduler in this process and processes beside it, one a GPU."""
+"""Workers of this machine: a scheduler in this process, and worker processes beside it, one for each GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdpipe.configs.errors import ConfigError
 @contextmanager
 def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator[SpecCluster]:
     """
-    A scheduler in this process and `count` worker processes, which end with it; each GPU has one of them.
+    A scheduler in this process and `count` worker processes, which end with the context; each GPU serves one of them.
 
     Raises `ConfigError` where there are fewer GPUs than workers that would compute on them.
     """
@@ -30,12 +30,11 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
     }
     env: list[dict[str, str]] = [{} for _ in range(count)]
     if device_name == "cuda" or (device_name is None and torch.cuda.is_available()):
-        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
-            ","
-        )
+        all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or all_gpus).split(",")
         if count > len(gpus):
             raise ConfigError(
-                f"--workers {count}: there are {len(gpus)} GPUs, and each worker needs one; say --workers {len(gpus)}, or --device cpu"
+                f"--workers {count}: there are {len(gpus)} GPUs, and each worker needs one; set --workers {len(gpus)}, or --device cpu"
             )
         env = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
     workers = {i: {"cls": Nanny, "options": {**options, "env": env[i]}} for i in range(count)}
@@ -43,7 +42,7 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
     }
-    # Not dask's own variables, which hold each worker to one thread and have it give freed memory back at once.
+    # Without dask's own variables, which limit each worker to one thread and make it return freed memory at once.
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),
         SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,

@@ -1,7 +1,7 @@
 """
-What a dask worker does in stage one: it loads the teacher once, reads images, asks, encodes and stores, and returns receipts.
+A dask worker in stage one: it loads the teacher once, reads images, predicts, encodes and stores, and returns receipts.
 
-The scheduler imports this module too, when it looks at tasks: nothing here imports torch before it is used.
+The scheduler imports this module too, when it unpickles tasks, so torch is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from kdpipe.cache.writer import finished_tile, store_tile
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config
-from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.precompute.subjects import Sent, Subject
+    from kdpipe.pipeline.precompute.subjects import Reference, Subject
     from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher
 
-# Batches that a worker has in hand at once, if it has as many threads: one is asked about, the others are read, encoded and
-# stored. To encode takes a core longer than a GPU takes to answer; more would be held in memory, 4 bytes a pixel and class.
-IN_HAND = 8
+# Batches that a worker handles at once, given as many threads: one is predicted, the others are read, encoded and stored. Encoding
+# takes a core longer than a GPU takes to predict; more batches would cost memory, 4 bytes for each pixel and class.
+CONCURRENT = 8
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides the bytes that a worker computes, beside the recipe: `processor` and `threads` only the last bits."""
+    """What decides the bytes that a worker computes beside the recipe; `processor` and `threads` decide only the last bits."""
 
     device: str
     libraries: dict[str, str]
@@ -52,12 +51,12 @@ class Job:
     """
     What the workers of a run have in common; `probe` is an image that all must see, with its size in bytes.
 
-    `tiles` are all of the run where it computes recorded views, which may show any of them; None where it computes tiles.
+    `tiles` are all tiles of a run that computes recorded views, which may show any of them; None for a run that computes whole tiles.
     """
 
     config: Config
     recipe: CacheRecipe
-    stretch: Stretch
+    stretch: Sequence[tuple[float, float]] | None
     tiles: Sequence[Tile] | None
     cache: str
     token: str
@@ -70,9 +69,9 @@ class Job:
 @dataclass
 class Receipts:
     """
-    What became of a task's batches: records of the tiles that were stored, causes for those whose image cannot be read.
+    The result of a task: records of the stored tiles, and causes for those whose image is unreadable.
 
-    `teacher_seconds` are those in which the teacher answered; `stopped` says that it was not asked any more.
+    `teacher_seconds` is the time of the predictions; `stopped` says that some batch was not predicted because the run was stopped.
     """
 
     worker: str
@@ -82,47 +81,47 @@ class Receipts:
     stopped: bool = False
 
     def add(self, other: Receipts) -> None:
-        """Take in those of a further batch."""
+        """Add those of a further batch."""
         self.records += other.records
         self.failed |= other.failed
         self.teacher_seconds += other.teacher_seconds
         self.stopped |= other.stopped
 
 
-def look(device_name: str | None, dask_worker: Worker) -> Facts:
-    """What a worker would compute with; `device_name` as in `--device`, `dask_worker` as `Client.run` gives it."""
+def facts_of_worker(device_name: str | None, dask_worker: Worker) -> Facts:
+    """The facts of this worker; `device_name` is that of `--device`, and `Client.run` passes `dask_worker`."""
     import torch
 
     from kdpipe.pipeline.devices import ask_for_huge_pages, is_fast_at_bf16, resolve_device
     from kdpipe.pipeline.versions import library_versions
 
-    ask_for_huge_pages()  # the first tensor is made below
+    ask_for_huge_pages()  # before the first tensor, which is made below
     device = resolve_device(device_name)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return Facts(str(device), library_versions(), processor, dask_worker.state.nthreads, is_fast_at_bf16(device))
 
 
-class Sampled(Sequence[Tile]):
-    """Some of very many tiles, in their places: a worker that compares precisions looks at few."""
+class SampledTiles(Sequence[Tile]):
+    """A few of very many tiles, at their indices: a worker that compares precisions reads only those."""
 
-    def __init__(self, tiles: Sequence[Tile], numbers: Iterable[int]) -> None:
-        self._length, self._some = len(tiles), {number: tiles[number] for number in numbers}
+    def __init__(self, tiles: Sequence[Tile], indices: Iterable[int]) -> None:
+        self._length, self._sampled = len(tiles), {index: tiles[index] for index in indices}
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, number: Any) -> Any:
-        return self._some[int(number)]
+    def __getitem__(self, index: Any) -> Any:
+        return self._sampled[int(index)]
 
 
 def resolve_precision(
     config: Config,
     recipe: CacheRecipe,
     tiles: Sequence[Tile],
-    stretch: Stretch,
+    stretch: Sequence[tuple[float, float]] | None,
     device: str,
 ) -> CacheRecipe:
-    """The task: `precision.resolve` on this worker's device."""
+    """A task: `precision.resolve` on this worker's device."""
     import torch
 
     from kdpipe.pipeline.teacher import precision
@@ -132,9 +131,9 @@ def resolve_precision(
 
 class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
     """
-    One run's place in a worker process: the teacher, loaded at the first batch, and a thread of its own that asks it.
+    One run in a worker process: the teacher, loaded at the first batch, and the one thread that predicts with it.
 
-    Several batches are in hand at once, each in a task's thread, so that reading and storing go on beside the teacher.
+    Several batches are handled at once, each in its task's thread, so that reading and storing go on beside the predictions.
     """
 
     def __init__(self, job: Job) -> None:
@@ -142,38 +141,38 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._job = job
 
     def setup(self, worker: Worker) -> None:
-        """Raises `ConfigError` or `DataError` where this worker computes otherwise than the run, or sees other files."""
+        """Prepare; raises `ConfigError` or `DataError` where this worker would compute other bytes, or sees other files."""
         from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory
-        from kdpipe.pipeline.precompute.subjects import Elsewhere
+        from kdpipe.pipeline.precompute.subjects import RemoteSubjects
 
-        ask_for_huge_pages()  # a worker that came later was not looked at
+        ask_for_huge_pages()  # `facts_of_worker` has not run on a worker that joined later
         self._address: str = worker.address
         self._teacher: FrozenTeacher | None = None
-        self._asking = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(worker.state.nthreads,))
-        self._in_hand = threading.Semaphore(IN_HAND)
+        self._predicting = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(worker.state.nthreads,))
+        self._slots = threading.Semaphore(CONCURRENT)
         self._stopped = threading.Event()
         self._check(worker)
-        self._subjects = Elsewhere(self._job.config, self._job.stretch, self._job.tiles)
+        self._subjects = RemoteSubjects(self._job.config, self._job.stretch, self._job.tiles)
         self._storage = open_storage(self._job.cache)
         self._recipe_digest = self._job.recipe.digest()
         keep_freed_memory()
 
     def teardown(self, worker: Worker) -> None:
-        """Let go of the teacher; what is being stored meets the fence."""
+        """Release the teacher; the fence keeps out what is still to be stored."""
         self._stopped.set()
-        self._asking.shutdown(wait=False, cancel_futures=True)
+        self._predicting.shutdown(wait=False, cancel_futures=True)
         self._teacher = None
 
     def stop(self) -> None:
-        """Ask the teacher no more; what it has answered is stored."""
+        """Predict no further batch; what has been predicted is stored."""
         self._stopped.set()
 
-    def compute(self, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
-        """Store the `wanted` tiles of batches; the others are computed beside them, as always, and thrown away."""
+    def compute(self, batches: list[list[Reference]], wanted: frozenset[str]) -> Receipts:
+        """Store the `wanted` tiles of batches; the others are predicted beside them, as in every run, and discarded."""
         receipts = Receipts(self._address)
-        with self._in_hand:
+        with self._slots:
             for batch in batches:
-                receipts.add(self._compute([self._subjects.subject(found) for found in batch], wanted))
+                receipts.add(self._compute([self._subjects.subject(reference) for reference in batch], wanted))
         return receipts
 
     def _compute(self, batch: list[Subject], wanted: frozenset[str]) -> Receipts:
@@ -183,7 +182,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         if self._stopped.is_set():
             receipts.stopped = True
             return receipts
-        # A batch comes again where the worker that had it is lost, or its answer was: what is stored is not computed again.
+        # A batch comes again if its worker or its receipt was lost; tiles that were stored are not computed again.
         stored = (
             finished_tile(self._storage, tile.id, tile.source, self._recipe_digest)
             for tile in batch
@@ -197,22 +196,22 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         receipts.failed = loaded.failed
         if loaded.images_NHWC is None:
             return receipts
-        answers = self._asking.submit(self._ask, loaded.images_NHWC).result()
-        if answers is None:
+        predicted = self._predicting.submit(self._predict, loaded.images_NHWC).result()
+        if predicted is None:
             receipts.stopped = True
             return receipts
-        for tile, encode in zip(loaded.tiles, answers, strict=True):
+        for tile, encode in zip(loaded.tiles, predicted, strict=True):
             if tile.id in wanted and tile.id in loaded.digests:
                 encoded = encode()
                 with within_fence(self._storage, job.token):
                     record = store_tile(self._storage, tile.id, encoded, loaded.digests[tile.id], job.recipe)
                 receipts.records.append(record)
         if self._teacher is not None:
-            receipts.teacher_seconds = self._teacher.seconds_taken()  # other batches' too, which then have none
+            receipts.teacher_seconds = self._teacher.seconds_taken()  # includes other batches, which then report none
         return receipts
 
-    def _ask(self, images_NHWC: Any) -> list[Callable[[], Encoded]] | None:
-        """`FrozenTeacher.encoded`, None once the run was asked to stop. In the one thread that asks."""
+    def _predict(self, images_NHWC: Any) -> list[Callable[[], Encoded]] | None:
+        """`FrozenTeacher.encoded`, or None once the run is stopped; runs in the one thread that predicts."""
         import torch
 
         from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
@@ -230,7 +229,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
             return self._teacher.encoded(images_NHWC)
 
     def _check(self, worker: Worker) -> None:
-        job, here = self._job, look(self._job.device, worker)
+        job, here = self._job, facts_of_worker(self._job.device, worker)
         if dict(here.libraries) != dict(job.libraries):
             raise ConfigError(
                 f"worker {self._address} has other versions than the run: {version_differences(here.libraries, job.libraries)}; "
@@ -249,9 +248,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
                 f"worker {self._address} sees another image {image}: {found} bytes, not {size_bytes}; workers need the same "
                 "folders at the same paths"
             )
-        for key, (member, teacher) in zip(
-            job.config.members, zip(job.config.members.values(), job.recipe.teachers, strict=True), strict=True
-        ):
+        for (key, member), teacher in zip(job.config.members.items(), job.recipe.teachers, strict=True):
             try:
                 sha256 = file_sha256(member.checkpoint)
             except OSError as err:
@@ -263,25 +260,32 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
                     f"{key}.checkpoint: worker {self._address} has another file at {member.checkpoint}: its sha256 is {sha256[:12]}…, "
                     f"not {teacher.checkpoint_sha256[:12]}…"
                 )
-        _check_sees_cache(job, self._address)
+        try:
+            with within_fence(open_storage(job.cache), job.token):
+                pass
+        except ShutOut as err:
+            raise ConfigError(
+                f"worker {self._address} does not see the cache {job.cache} that this run writes: workers need it at the same path, "
+                "on a file system that all of them share, or cache.path as a URL (s3://…)"
+            ) from err
 
 
-def compute_batches(token: str, batches: list[list[Sent]], wanted: frozenset[str]) -> Receipts:
-    """The task: one batch of the plan, or those of the views of one tile, by the station of its run in this worker."""
+def compute_batches(token: str, batches: list[list[Reference]], wanted: frozenset[str]) -> Receipts:
+    """A task: one batch, or all those of the views of one tile, computed by this worker's station of the run."""
     station = get_worker().plugins[station_name(token)]
     assert isinstance(station, Station)
     return station.compute(batches, wanted)
 
 
 def stop_station(token: str, dask_worker: Worker) -> None:
-    """Ask a worker's station of a run to end what it has in hand and begin nothing new."""
+    """Have a worker's station finish the batches that it has predicted, and begin no other."""
     station = dask_worker.plugins.get(station_name(token))
     if isinstance(station, Station):
         station.stop()
 
 
 def station_name(token: str) -> str:
-    """Of the plugin that a run installs in its workers."""
+    """The name of the plugin that a run installs in its workers."""
     return f"kdpipe-{token}"
 
 
@@ -292,25 +296,14 @@ def version_differences(found: Mapping[str, str], expected: Mapping[str, str]) -
 
 def dask_setup(worker: Worker) -> None:
     """
-    Preloaded by the workers of `--workers`, before they are known to the scheduler.
+    Import what a teacher needs, which takes seconds, and ignore Ctrl-C; runs in workers of `--workers` before they register.
 
-    Ctrl-C reaches their process group too, and the main process lets them finish; importing what a teacher needs takes seconds.
+    Ctrl-C reaches their process group too, and the main process lets them finish.
     """
     import kdpipe.pipeline.models.recognise
     import kdpipe.pipeline.precompute.run  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _check_sees_cache(job: Job, address: str) -> None:
-    try:
-        with within_fence(open_storage(job.cache), job.token):
-            pass
-    except ShutOut as err:
-        raise ConfigError(
-            f"worker {address} does not see the cache {job.cache} that this run writes: workers need it at the same path, on a file "
-            "system that all of them share, or cache.path as a URL (s3://…)"
-        ) from err
 
 
 def _use_threads(count: int) -> None:

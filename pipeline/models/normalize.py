@@ -1,4 +1,4 @@
-"""How 8-bit pixels become a network's input; imports torch where it computes, as recipes want the two statistics alone."""
+"""The normalisation of 8-bit pixels; torch is imported where it computes, as recipes need only the two statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def mean_std(normalize: Normalize) -> tuple[list[float], list[float]]:
-    """The per-channel mean and standard deviation of `x / 255` that a config's `normalize` stands for."""
+    """The mean and standard deviation of `x / 255` per channel that a configured `normalize` stands for."""
     if isinstance(normalize, MeanStd):
         return list(normalize.mean), list(normalize.std)
     if normalize == "imagenet":
@@ -31,9 +31,9 @@ def normalized(images_NCHW: Tensor, normalize: Normalize) -> Tensor:
     return (images_NCHW.float() / 255 - mean) / std
 
 
-@cache  # for good: graphs hold its address
+@cache
 def _on_device(channels: tuple[float, ...], device: torch.device) -> Tensor:
-    """`(1, 3, 1, 1)`; kept, because a copy to a GPU waits for all that the GPU still has to do."""
+    """`(1, 3, 1, 1)`; cached, because a copy to a GPU waits for all that the GPU still has to do."""
     import torch
 
     with torch.inference_mode(False):

@@ -1,8 +1,8 @@
 """
-Which network a state dict is of, told from the names and shapes of its tensors alone.
+The network that a state dict belongs to, from the names and shapes of its tensors alone.
 
-Recognised are segmentation-models-pytorch's architectures with its own encoders (and one more that is named), with default
-options and with or without scSE attention, FTUNetFormer and UNetFormer. Anything else is said to be not recognised, never guessed.
+Recognises segmentation-models-pytorch's architectures with its own encoders (and one more that the caller names), with default
+options, with or without scSE attention; and FTUNetFormer and UNetFormer. Anything else is reported as not recognised, never guessed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 
 SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
 FORMER_HEAD = "decoder.segmentation_head.2.0.weight"  # of FTUNetFormer and UNetFormer
-MIX_TRANSFORMER = "patch_embed1.proj.weight"  # of the Mix Transformers' encoders
+MIX_TRANSFORMER = "patch_embed1.proj.weight"  # in the names of the Mix Transformers' tensors
 ENCODER, HEAD = "encoder.", "segmentation_head."
-# Families tried first: building all of smp's encoders takes some ten seconds.
+# Families tried first: building all of smp's encoders takes about ten seconds.
 USUAL = ("efficientnet", "resnet", "mobilenet_v2")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Network:
-    """What a state dict was recognised as; None where it was not. `attention` is `scse` or None."""
+    """What a state dict was recognised as; None where it was not. `attention` is `scse` or None (no attention)."""
 
     architecture: str | None
     encoder: str | None
@@ -52,9 +52,9 @@ class Network:
 
 def recognise(state: Mapping[str, Tensor], likely_encoder: str | None = None) -> Network:
     """
-    The network whose tensors `state` holds, bare of prefixes, with every name and shape; `likely_encoder` is tried first.
+    The network whose every tensor has the name and shape of one in `state`, without prefixes; `likely_encoder` is tried first.
 
-    Takes up to some ten seconds where the encoder is none of the usual ones, as each candidate is built (without memory).
+    Takes up to about ten seconds for an unusual encoder, as each candidate is built (on the meta device).
     """
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attention = attention_of(state)
@@ -62,8 +62,8 @@ def recognise(state: Mapping[str, Tensor], likely_encoder: str | None = None) ->
         return _former_of(shapes, likely_encoder)
     heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
     channels = heads[-1][0] if heads else None
-    of_encoder = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
-    encoder = _encoder_of(of_encoder, likely_encoder) if of_encoder else None
+    encoder_shapes = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
+    encoder = _encoder_of(encoder_shapes, likely_encoder) if encoder_shapes else None
     architecture = _architecture_of(shapes, encoder, channels, attention) if encoder and channels else None
     return Network(architecture, encoder, attention, channels)
 
@@ -86,10 +86,10 @@ def _former_of(shapes: Shapes, likely: str | None) -> Network:
 def _encoder_of(shapes: Shapes, likely: str | None) -> str | None:
     names: list[str] = smp.encoders.get_encoder_names()  # type: ignore[no-untyped-call]
     names.sort(key=lambda name: not name.startswith(USUAL))
-    transformer = MIX_TRANSFORMER in shapes  # those take a second each to build
+    transformer = MIX_TRANSFORMER in shapes  # a second each to build
     names = [name for name in names if name.startswith("mit_") == transformer]
     if all(name.startswith("model.") for name in shapes):
-        names = []  # one of timm's hundreds, which only its name could tell
+        names = []  # one of timm's hundreds, which tensors alone do not tell apart
     for name in [likely, *names] if likely else names:
         if _shapes_of(partial(smp.encoders.get_encoder, name, weights=None)) == shapes:
             return name
@@ -107,16 +107,16 @@ def _architecture_of(shapes: Shapes, encoder: str, channels: int, attention: str
 
 
 def _shapes_of(build: Callable[[], nn.Module]) -> Shapes | None:
-    """Names and shapes of a network's tensors, None where it cannot be built so; on the meta device, which holds no values."""
+    """Names and shapes of a network's tensors, built on the meta device, which holds no values; None where it cannot be built."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", DeprecationWarning
-            )  # smp's of its encoders `timm-…`, which files still have
+            )  # smp's, of its encoders `timm-…`, which files still hold
             try:
                 with torch.device("meta"):
                     model = build()
-            except RuntimeError:  # the Mix Transformers compute with values while they are built
+            except RuntimeError:  # the Mix Transformers compute with values during construction
                 model = build()
     except (ConfigError, ValueError, KeyError, TypeError, RuntimeError):
         return None

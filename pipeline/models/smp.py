@@ -1,4 +1,4 @@
-"""Networks of segmentation-models-pytorch by name, with errors that name the config's key."""
+"""Networks of segmentation-models-pytorch by name, with errors that name the configuration's key."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def create_smp_model(
     attention: str | None = None,
 ) -> nn.Module:
     """
-    `smp.create_model`, without weights unless named; `key` is the section of the config that an error points to.
+    `smp.create_model`, with random weights unless `encoder_weights` names some; errors name `key`, the section of the configuration.
 
-    `attention` is the decoder's (`scse`), for architectures that have one.
-
-    Raises `ConfigError` for an unknown architecture or encoder, with the nearest known one.
+    `attention` is the decoder's (`scse`), for architectures that have one. Raises `ConfigError` for an unknown architecture or encoder,
+    with the nearest known one.
     """
     known = sorted(name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING)
     if architecture.lower() not in known:

@@ -1,4 +1,4 @@
-"""Students by name."""
+"""Students by name, with their weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import timm
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
-from kdpipe.pipeline.models.published import load_encoder
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
-from kdpipe.pipeline.models.weights import CLASSES_HINT, load_strictly, read_checkpoint
+from kdpipe.pipeline.models.weights import CLASSES_HINT, load_encoder, load_strictly, read_checkpoint
 
 FORMERS = ("ftunetformer", "unetformer")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -24,14 +23,17 @@ def build_student(
     architecture: str, num_classes: int, *, say: Callable[[str], None] = lambda line: None, **options: Any
 ) -> nn.Module:
     """
-    A network from uint8-range-normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
+    A network from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
 
-    `architecture` is `ftunetformer`, `unetformer` or any of smp's. Options: `encoder` (smp's or timm's; required but for
-    `ftunetformer`, which has its own), `encoder_weights` (None, a local file, or a name that smp or timm knows),
-    `checkpoint` (a local file with weights of the whole student, kdpipe's own checkpoints included) and `replace_head` (a
-    checkpoint for another number of classes gives all but its head). `say` is told, a line each, what of `encoder_weights`
-    was not taken as it is. Raises `ConfigError` for unknown names,
-    `CheckpointError` for weights that do not fit.
+    Args:
+        architecture: `ftunetformer`, `unetformer` or any of smp's.
+        num_classes: number of student classes.
+        say: called with a sentence on each part of `encoder_weights` that was not taken as it is.
+        options: `encoder` (smp's or timm's; required except for `ftunetformer`, which has its own), `encoder_weights` (None, a local
+            file, or a name that smp or timm knows), `checkpoint` (a local file of the whole student's weights, kdpipe's own checkpoints
+            included) and `replace_head` (take all but the head from a checkpoint for another number of classes).
+
+    Raises `ConfigError` for unknown names, and `CheckpointError` for weights that do not fit.
     """
     if architecture in FORMERS:
         return _build_former(architecture, num_classes, say, **options)
@@ -74,14 +76,14 @@ def load_student_weights(model: nn.Module, path: str | Path, *, replace_head: bo
     found, own = state.get(head), model.state_dict().get(head)
     if isinstance(found, Tensor) and own is not None and found.ndim and len(found) != len(own):
         raise CheckpointError(
-            f"{path} answers in {len(found)} classes and the model in {len(own)}; give student.checkpoint the weights of a "
+            f"{path} predicts {len(found)} classes and the model {len(own)}; give student.checkpoint the weights of a "
             f"student of these classes, or leave it out. {CLASSES_HINT}"
         )
     load_strictly(model, state, origin=str(path))
 
 
 def encoder_parameters(model: nn.Module) -> set[int]:
-    """The `id`s of the encoder's parameters, which learn at a rate of their own."""
+    """The `id`s of the encoder's parameters, which have their own learning rate."""
     encoder = model.backbone if isinstance(model, FTUNetFormer | UNetFormer) else model.encoder
     assert isinstance(encoder, nn.Module)
     return {id(parameter) for parameter in encoder.parameters()}

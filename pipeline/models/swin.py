@@ -1,10 +1,10 @@
 """
 The Swin encoder of FTUNetFormer, in the parameter names of published checkpoints.
 
-Source: Liu et al. 2021, arXiv 2103.14030. Where timm's differs (it shifts before it pads, and not at all on small maps) this
-one does as the published FTUNetFormer: pad after `norm1`, then shift, always.
+Source: Liu et al. 2021, arXiv 2103.14030. Where timm's differs (it shifts before it pads, and small maps not at all) this one
+follows the published FTUNetFormer: pad after `norm1`, then shift, always.
 
-Shapes: N images, H W tokens, C channels, B windows, P tokens of a window, A heads.
+Shapes: N images, H W tokens, C channels, B windows, P tokens of a window.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PATCH_PX = 4
-MASKED = -100.0  # added to a score, as in the published code: small enough that softmax makes it zero
+MASKED = -100.0  # added to a score, as in the published code: softmax makes it zero
 
 
 class SwinEncoder(nn.Module):
     """
     The outputs of the four stages, `(N, embed_dim * 2**i, H / 4 / 2**i, W / 4 / 2**i)`, sizes rounded up.
 
-    Each is taken before its stage's downsampling and normalised by a LayerNorm of its own. Any image size will do.
+    Each is taken before its stage's downsampling and normalised by its own LayerNorm. Takes images of any size.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SwinEncoder(nn.Module):
 
 
 def parts(size: int, side: int) -> int:
-    """How many parts of `side` cover `size`. Of positive numbers: ONNX rounds a negative quotient up, Python down."""
+    """`ceil(size / side)`, from positive numbers only: ONNX rounds a negative quotient up, Python down."""
     return (size + side - 1) // side
 
 
@@ -84,15 +84,15 @@ class WindowAttention(nn.Module):
         scores = (q * self.scale) @ k.transpose(-2, -1)
         scores = scores + relative_position_bias(self.relative_position_bias_table, self.relative_position_index)
         if mask_BPP is not None:
-            of_image = mask_BPP.shape[0]
-            scores = scores.reshape(-1, of_image, self.heads, tokens, tokens) + mask_BPP[:, None].to(scores.dtype)
+            per_image = mask_BPP.shape[0]
+            scores = scores.reshape(-1, per_image, self.heads, tokens, tokens) + mask_BPP[:, None].to(scores.dtype)
             scores = scores.reshape(windows, self.heads, tokens, tokens)
         x: Tensor = self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(windows, tokens, channels))
         return x
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Which row of the bias table holds for each pair of a window's tokens: int64 `(window**2, window**2)`."""
+    """The row of the bias table for each pair of a window's tokens, int64 `(window**2, window**2)`."""
     place = torch.arange(window)
     offset = place[:, None] - place[None, :] + window - 1
     rows = offset.repeat_interleave(window, 0).repeat_interleave(window, 1)
@@ -161,9 +161,9 @@ class _Block(nn.Module):
 
 
 def _shift_mask(rows: int, columns: int, side: int, shift: int, device: torch.device) -> Tensor:
-    """`MASKED` for pairs of tokens that only the cyclic shift brought into one window, else 0: `(rows * columns, P, P)`."""
+    """`MASKED` for pairs of tokens that only the cyclic shift brings into one window, else 0: `(rows * columns, P, P)`."""
     row, column = (torch.arange(count * side, device=device) for count in (rows, columns))
-    # Three regions an axis: what no window mixes, the last window's own part, and what came round from the other end.
+    # Three regions along each axis: windows that nothing wraps into, the last window's own part, and the part that wrapped around.
     row, column = ((place >= place.numel() - side).int() + (place >= place.numel() - shift) for place in (row, column))
     region = row[:, None] * 3 + column
     region = region.reshape(rows, side, columns, side).transpose(1, 2).reshape(-1, side * side)
@@ -180,7 +180,7 @@ class _PatchMerging(nn.Module):
         images, height, width, channels = x_NHWC.shape
         rows, columns = parts(height, 2), parts(width, 2)
         x = F.pad(x_NHWC, (0, 0, 0, columns * 2 - width, 0, rows * 2 - height))
-        # Of each 2 × 2 tokens: the upper left, lower left, upper right, lower right.
+        # Channels of each 2 × 2 tokens in published order: upper left, lower left, upper right, lower right.
         x = x.reshape(images, rows, 2, columns, 2, channels).permute(0, 1, 3, 4, 2, 5).flatten(3)
         merged: Tensor = self.reduction(self.norm(x))
         return merged

@@ -1,8 +1,8 @@
 """
 UNetFormer and FTUNetFormer, in the parameter names of published checkpoints.
 
-Source: Wang et al., "UNetFormer", ISPRS J. 2022, arXiv 2109.08417; written from the paper and from how checkpoints are laid
-out. Any image size from 32 px up: where the published code's reflection padding fails, the border is repeated instead.
+Source: Wang et al., "UNetFormer", ISPRS J. 2022, arXiv 2109.08417; written from the paper and the layout of its checkpoints. Takes images
+of any size from 32 px up: where the published code's reflection padding fails, the border is repeated instead.
 
 Shapes: N images, H W pixels or positions, C channels.
 """
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdpipe.configs.errors import ConfigError
-from kdpipe.pipeline.models.published import load_published
 from kdpipe.pipeline.models.swin import SwinEncoder, parts, relative_position_bias, relative_position_index
+from kdpipe.pipeline.models.weights import load_published
 
 WINDOW = 8
 
 
 class FTUNetFormer(nn.Module):
-    """A Swin encoder and the UNetFormer decoder: logits `(N, num_classes, H, W)` of normalised images `(N, 3, H, W)`."""
+    """A Swin encoder and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`."""
 
     heads = ("decoder.segmentation_head.2.0.weight",)
 
@@ -45,23 +45,23 @@ class FTUNetFormer(nn.Module):
         self.decoder = Decoder(self.backbone.channels, num_classes, width, heads, normed_skips=True, dropout=0.2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits in the size of the images."""
+        """Logits at the images' size."""
         logits: Tensor = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])[0]
         return logits
 
     def load_published_state_dict(
         self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
     ) -> None:
-        """Load published weights, with any usual prefix, strictly (see `published.load_published`)."""
+        """Load published weights strictly, under any usual prefix (see `weights.load_published`)."""
         load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
 
 
 class UNetFormer(nn.Module):
     """
-    A convolutional encoder from timm and the UNetFormer decoder: logits `(N, num_classes, H, W)`.
+    A convolutional encoder from timm and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
 
-    In training it returns the logits and those of the auxiliary head (see `distillation_loss`). `encoder` is any of
-    timm's with feature maps at strides 4, 8, 16 and 32.
+    In training mode it also returns the logits of the auxiliary head (see `distillation_loss`). `encoder` is any of timm's with
+    feature maps at strides 4, 8, 16 and 32.
     """
 
     heads = ("decoder.segmentation_head.2.0.weight", "decoder.aux_head.conv_out.0.weight")
@@ -75,19 +75,19 @@ class UNetFormer(nn.Module):
         self.decoder = Decoder(channels, num_classes, width, heads, normed_skips=False, dropout=0.1, auxiliary=True)
 
     def forward(self, images_NCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits in the size of the images; in training a pair, the second from the auxiliary head."""
+        """Logits at the images' size; in training mode a pair, the second from the auxiliary head."""
         logits, auxiliary = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])
         return (logits, auxiliary) if self.training else logits
 
     def load_published_state_dict(
         self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
     ) -> None:
-        """Load published weights, with any usual prefix, strictly (see `published.load_published`)."""
+        """Load published weights strictly, under any usual prefix (see `weights.load_published`)."""
         load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
 
 
 class Decoder(nn.Module):
-    """From the encoder's four feature maps, finest first, to logits."""
+    """The decoder, from the encoder's four feature maps, finest first, to logits."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         self.apply(_initialise)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Logits of `size`; and the auxiliary ones, if there is such a head and the model is training."""
+        """Logits at `size`, and those of the auxiliary head, if there is one and the model is in training mode."""
         stride4, stride8, stride16, stride32 = features
         x4 = self.b4(self.pre_conv(stride32))
         x3 = self.b3(self.p3(x4, stride16))
@@ -198,7 +198,7 @@ class _GlobalLocalAttention(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """The coarser map, doubled, and the encoder's, weighted by two learned shares."""
+    """The coarser map, upsampled by 2, and the encoder's, weighted by two learned shares."""
 
     def __init__(self, skip_channels: int, channels: int, normed_skip: bool) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _Fusion(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-        # An odd map was rounded up when it was halved: doubled, it is one longer than it was.
+        # Halving rounds an odd size up, so that doubling gives one pixel too many.
         x = x[..., : skip.shape[-2], : skip.shape[-1]]
         shares = F.relu(self.weights)
         shares = shares / (shares.sum() + 1e-8)
@@ -255,7 +255,7 @@ class _AuxiliaryHead(nn.Module):
 
 
 def _extended(x: Tensor, height: int, width: int) -> Tensor:
-    """`x` with rows below and columns right: mirrored where the map is large enough for that, else its border repeated."""
+    """`x` extended below and on the right: mirrored where the map is large enough, else with its border repeated."""
     for dim, size in ((-2, height), (-1, width)):
         x = x.index_select(dim, _mirrored(x.shape[dim], size, x.device))
     return x
@@ -263,9 +263,9 @@ def _extended(x: Tensor, height: int, width: int) -> Tensor:
 
 def _mirrored(size: int, target: int, device: torch.device) -> Tensor:
     """
-    The indices `0..target-1` reflected at the last of `size`, or held there where reflection would go below zero.
+    The indices `0..target-1` reflected at `size - 1`, or clamped to it where reflection would go below zero.
 
-    Without a branch on sizes, so that one exported graph is right at all of them.
+    It does not branch on sizes, so that one exported graph is right at all of them.
     """
     last = size - 1
     position = torch.arange(target, device=device)
@@ -278,7 +278,7 @@ def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _conv(channels: int, out: int, kernel: int) -> nn.Sequential:
-    # A sequence of one, because published names have the index.
+    # In a sequence, because published names have its index.
     return nn.Sequential(nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False))
 
 

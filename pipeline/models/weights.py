@@ -1,4 +1,9 @@
-"""Reading weights: never code, never a tensor dropped or left out in silence."""
+"""
+Reading weights and loading them into networks: no code is executed, and no tensor is dropped or left out in silence.
+
+Published weights of UNetFormer, FTUNetFormer and their encoders load under any usual prefix. What a caller may leave out is named here;
+everything else that does not fit is an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,10 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, summarise
 
-CLASSES_HINT = "The student answers in classes.names alone: class_map takes the teacher's classes to them"
-NESTS = ("state_dict", "model")  # under which trainers save the weights
+CLASSES_HINT = "The student predicts classes.names; class_map maps the teacher's classes to them"
+NESTS = ("state_dict", "model")  # keys under which trainers save the weights
+PREFIXES = ("net.", "model.", "module.", "student.", "teacher.", "_orig_mod.")  # of trainers, distillers, compile
+BACKBONE = "backbone."  # of the encoder's tensors in published weights
 UNREADABLE = "is not a readable checkpoint: damaged, or not a file that torch.save wrote"
 TORCHSCRIPT_TO_WEIGHTS = """\
 import torch
@@ -29,21 +36,20 @@ torch.save(model.state_dict(), {target!r})
 """
 PICKLE_TO_WEIGHTS = """\
 import torch
-content = torch.load({path!r}, map_location="cpu", weights_only=False)  # runs what the file says
+content = torch.load({path!r}, map_location="cpu", weights_only=False)  # executes code in the file
 if isinstance(content, dict):
     content = content.get("state_dict", content.get("model", content))
 state = content.state_dict() if isinstance(content, torch.nn.Module) else content
 torch.save(dict(state), {target!r})
 """
-PREFIXES = ("net.", "model.", "module.", "student.", "teacher.", "_orig_mod.")  # of trainers, distillers, compile
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
-    What a checkpoint file holds, on the CPU, read without executing anything from it.
+    The content of a checkpoint file, on the CPU, read without executing anything from it.
 
     Raises `CheckpointError` where the file is missing, damaged, not a mapping, a TorchScript archive, or holds more than
-    weights; where the weights can be had from it, the message ends in the lines that save them.
+    weights; if the weights can be extracted, the message ends with the lines of Python that do so.
     """
     file = Path(path)
     if not file.is_file():
@@ -55,18 +61,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} is not a readable safetensors file: {_first_line(err)}") from err
     if _is_torchscript(file):
         raise CheckpointError(
-            f"{file} is a TorchScript archive: a compiled program with its weights, and not a file of weights. "
+            f"{file} is a TorchScript archive: a compiled program with its weights, not a file of weights. "
             "If you trust where it came from, save its weights alone where it can do no harm, and name that file:\n\n"
             + _snippet(TORCHSCRIPT_TO_WEIGHTS, file)
         )
     try:
         with warnings.catch_warnings():
-            # torch warns of pickles made by other versions; what cannot be read raises all the same.
+            # torch warns of pickles from other versions, and raises for those it cannot read.
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise CheckpointError(_unsafe_text(file, err)) from err
-    except KeyError as err:  # torch's for bytes that are no pickle; all that it says is a byte's number
+    except KeyError as err:  # torch's for bytes that are not a pickle; its text is just the number of a byte
         raise CheckpointError(f"{file} {UNREADABLE}") from err
     except (RuntimeError, EOFError, OSError, ValueError) as err:
         raise CheckpointError(f"{file} {UNREADABLE}: {_first_line(err)}") from err
@@ -77,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint under their own names, and the key and the prefix under which they lay (or none)."""
+    """The tensors of a checkpoint under their own names, and the key and prefix they were saved under."""
 
     state: dict[str, Any]
     nest: str | None
@@ -85,7 +91,7 @@ class Weights:
 
 
 def unwrapped(content: Mapping[str, Any]) -> Weights:
-    """What lies under `state_dict` or `model`, or else the content itself, without prefixes that all names share."""
+    """The content of `state_dict` or `model` where there is one, without prefixes that all names share."""
     nest = next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
     state, prefix = dict(content if nest is None else content[nest]), ""
     while found := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), None):
@@ -95,12 +101,12 @@ def unwrapped(content: Mapping[str, Any]) -> Weights:
 
 
 def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint without the `state_dict` or `model` around them, and without prefixes that all names share."""
+    """The tensors of a checkpoint, without nesting and without prefixes that all names share."""
     return unwrapped(content).state
 
 
 def check_tensors(state: Mapping[str, Any], origin: str) -> None:
-    """Raise `CheckpointError` where `state` is not a bare state dict of tensors, saying where the tensors might be."""
+    """Raise `CheckpointError` where `state` is not a bare state dict of tensors, naming the key that may hold them."""
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         nested = [key for key, value in state.items() if isinstance(value, Mapping)]
         raise CheckpointError(
@@ -111,43 +117,98 @@ def check_tensors(state: Mapping[str, Any], origin: str) -> None:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
     """
-    Load `state` into `model`; every name and shape must fit. Floating-point values of any width become the model's.
+    Load `state` into `model`; every name and shape must fit. Floating-point values of any width become the model's type.
 
     Raises `CheckpointError` that names what is missing, unexpected, of another shape or not floating-point.
     """
     check_tensors(state, origin)
     own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
     shared = [name for name in own if name in state]
-    reshaped = [
-        f"{name} ({tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model)"
-        for name in shared
-        if state[name].shape != own[name].shape
-    ]
-    # A quantised integer would be copied as if it were the number it stands for.
-    retyped = [
-        f"{name} ({str(state[name].dtype).removeprefix('torch.')})"
-        for name in shared
-        if own[name].is_floating_point() and not state[name].is_floating_point()
-    ]
-    problems = [
-        f"{len(names)} {what}: {summarise(names, 3)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", reshaped),
-            ("not floating-point", retyped),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(problems)}")
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} ({tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model)"
+            for name in shared
+            if state[name].shape != own[name].shape
+        ],
+        # A quantised integer would be copied as if it were the number that it stands for.
+        "not floating-point": [
+            f"{name} ({str(state[name].dtype).removeprefix('torch.')})"
+            for name in shared
+            if own[name].is_floating_point() and not state[name].is_floating_point()
+        ],
+    }
+    found = [f"{len(names)} {problem}: {summarise(names, 3)}" for problem, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}")
     model.load_state_dict(dict(state), strict=True)
 
 
+def load_published(
+    model: nn.Module, content: Mapping[str, Any], heads: tuple[str, ...], *, replace_head: bool, origin: str
+) -> None:
+    """
+    Load published weights; `heads` names the tensors whose first axis is the classes.
+
+    With `replace_head`, heads for another number of classes keep the model's own weights. Raises what `load_strictly` raises,
+    and `CheckpointError` for another number of classes without `replace_head`.
+    """
+    state, own = bare_state(content), model.state_dict()
+    other = [
+        name
+        for name in heads
+        if isinstance(state.get(name), Tensor)
+        and state[name].shape[1:] == own[name].shape[1:]
+        and len(state[name]) != len(own[name])
+    ]
+    if other and not replace_head:
+        raise CheckpointError(
+            f"{origin} predicts {len(state[other[0]])} classes and the model {len(own[other[0]])}; "
+            f"set student.replace_head: true to start from a new head and its other weights. {CLASSES_HINT}"
+        )
+    load_strictly(model, {**state, **{name: own[name] for name in other}}, origin=origin)
+
+
+def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str) -> list[str]:
+    """
+    Load an encoder's weights from its own file, in timm's or the published naming, or from a whole network's.
+
+    Returns a sentence on each thing that was not taken as it is: tensors of other parts, such as a classifier or a decoder, are
+    ignored; output norms (`norm0` …) that a classifier's file lacks keep their own weights. Computed tensors (masks and position
+    indices) may be missing or left over. Raises `CheckpointError` for the rest.
+    """
+    state, own = bare_state(content), encoder.state_dict()
+    ignored: list[str] = []
+    if any(name.startswith(BACKBONE) for name in state):
+        ignored += [name for name in state if not name.startswith(BACKBONE)]
+        state = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+    if any(name.startswith("layers.3.downsample.") for name in state):
+        # timm counts a downsampling to the stage after it, published names to the stage before.
+        state = {re.sub(r"^layers\.(\d)\.downsample\.", _stage_before, name): value for name, value in state.items()}
+    # timm's feature extractors flatten `stages.0` to `stages_0`.
+    renamed = {re.sub(r"_(\d+)\.", r".\1.", name, count=1): name for name in own}
+    state = {renamed.get(name, name): value for name, value in state.items() if not name.endswith("attn_mask")}
+    parts = {name.split(".")[0] for name in own}
+    ignored += [name for name in state if name.split(".")[0] not in parts]
+    state = {name: value for name, value in state.items() if name.split(".")[0] in parts}
+    initial = [name for name in own if name not in state and re.match(r"norm\d\.", name)]
+    computed = [name for name in own if name not in state and name.endswith("relative_position_index")]
+    load_strictly(encoder, {**state, **{name: own[name] for name in initial + computed}}, origin=origin)
+    notes = []
+    if ignored:
+        notes.append(f"{origin}: {len(ignored)} tensors outside the encoder were ignored: {summarise(ignored, 3)}")
+    if initial:
+        notes.append(f"{origin} lacks {len(initial)} tensors, which keep initial values: {summarise(initial, 3)}")
+    return notes
+
+
+def _stage_before(match: re.Match[str]) -> str:
+    return f"layers.{int(match[1]) - 1}.downsample."
+
+
 def _is_torchscript(file: Path) -> bool:
-    """Whether a file is a TorchScript archive: of torch's zip files, only those have `constants.pkl`."""
+    """Whether a file is a TorchScript archive: only those of torch's zip files have `constants.pkl`."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -155,11 +216,11 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _unsafe_text(file: Path, err: Exception) -> str:
-    """Why a pickle is not read: what else it holds, and how to have its weights all the same."""
+    """Why a pickle is refused: what it holds beside weights, and how to extract them."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError, IndexError, AttributeError):
-        # torch lists them for its zip files alone; of an older file it names the first that it met.
+        # torch lists the globals of its zip files only; for an older file its error names the first.
         named = re.findall(r"GLOBAL ([\w.]+)", str(err))
     if not named:
         return f"{file} {UNREADABLE}"

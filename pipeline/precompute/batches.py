@@ -1,4 +1,4 @@
-"""The batches that the teacher answers at once: which tiles, the same in every run, and their images, read ahead."""
+"""The batches that the teacher predicts: which tiles, the same in every run, and their images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kdpipe.data.dataset import batches_of_equal_size
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile
 from kdpipe.pipeline.teacher.frozen import predicts_in_bands
 
-ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass, where there is an accelerator
-HEADER_READERS = 16  # threads that ask images for their size, which wait on a network's file system
+ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass on an accelerator
+HEADER_READERS = 16  # threads that read image sizes: on a network's file system they mostly wait
 HEADERS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
     """
-    One batch, uint8 `(N, H, W, 3)`, None if no tile of it can be read; each tile has a digest, or a cause why it cannot be read.
+    The images of a batch, uint8 `(N, H, W, 3)`, None if no tile is readable; each tile has a digest or a cause of failure.
 
-    A `scene` has neither: it is read while the teacher is asked.
+    A `scene` has neither: it is read while the teacher predicts it.
     """
 
     tiles: list[Subject]
@@ -39,19 +39,20 @@ class LoadedBatch:
 
 
 def teacher_batch_size(config: Config, device: torch.device) -> int:
-    """Tiles of equal size in a forward pass: the smallest that a teacher's configuration says, or what is usual on the device."""
-    usual = 1 if device.type == "cpu" else ACCELERATOR_BATCH
-    return min(member.batch_size or usual for member in config.members.values())
+    """Tiles of equal size in a forward pass: the smallest that a teacher's configuration sets, or the device's default."""
+    default = 1 if device.type == "cpu" else ACCELERATOR_BATCH
+    return min(member.batch_size or default for member in config.members.values())
 
 
 def make_batches(
     tiles: Sequence[Subject], finished: Mapping[str, TileRecord], batch_size: int
 ) -> tuple[list[list[Subject]], dict[str, str]]:
     """
-    Batches of equal size of all tiles, not of the missing ones alone, and why a tile's header cannot be read, by id.
+    Batches of equal size of all tiles, and why a header cannot be read, by tile id.
 
-    A tile's last bits can depend on its neighbours in the batch; so a resumed run computes it among the same ones. An image
-    without a readable header is taken to be as large as the one before it: it keeps its place, and fails when it is read.
+    All tiles, not only the missing ones: a tile's last bits can depend on its neighbours in the batch, so a resumed run computes it
+    beside the same ones. An image with an unreadable header is assumed to be as large as the one before it: it keeps its place,
+    and fails when it is read.
     """
     if batch_size == 1:
         return [[tile] for tile in tiles], {}
@@ -74,27 +75,28 @@ def make_batches(
                     sizes.append(sizes[-1] if sizes else None)
                 else:
                     sizes.append(found)
-    first = next((size for size in sizes if size), (0, 0))  # of tiles before any that is readable
-    return [
-        [tiles[i] for i in batch] for batch in batches_of_equal_size([s or first for s in sizes], batch_size)
-    ], failed
+    first = next((size for size in sizes if size), (0, 0))  # for tiles before the first readable one
+    batches = batches_of_equal_size([size or first for size in sizes], batch_size)
+    return [[tiles[i] for i in batch] for batch in batches], failed
 
 
 def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
-    """As `load_batch`, but for a single tile that is larger than the teacher's window: memory is to be flat, whatever its size."""
+    """As `load_batch`, but a single tile larger than the teacher's window is left as a `scene`, so that memory stays flat."""
     (first, *others) = batch
     try:
         if not others and isinstance(first, WholeTile) and predicts_in_bands(recipe, (1, *first.size(), 3)):
             return LoadedBatch(batch, {}, None, {}, scene=first)
-    except DataError:  # which reading says again
+    except DataError:  # `load_batch` meets it again
         pass
     return load_batch(batch)
 
 
 def load_batch(batch: list[Subject]) -> LoadedBatch:
     """
-    The images of a batch. A tile that cannot be read keeps its place, black, and its answer is thrown away: without it, the others
-    would be computed in a smaller batch than in an undisturbed run, and their last bits could differ.
+    The images and digests of a batch.
+
+    An unreadable tile keeps its place, in black, and its prediction is discarded. Without it the others would be computed in a smaller
+    batch than in an undisturbed run, and their last bits could differ.
     """
     images: list[NDArray[np.uint8] | None] = []
     digests, failed = {}, {}

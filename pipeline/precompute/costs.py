@@ -1,7 +1,7 @@
 """
-What stage one has cost so far, noted in a file beside a cache on this disk, so that a training run can say what it saved.
+The cost of stage one so far, in a file beside a local cache, so that a training run can report what the cache saved.
 
-Not within the cache: its bytes are the same however it came about. Nothing depends on the note but what is printed.
+The file is not part of the cache, whose bytes do not depend on how long they took. Only reports read it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class StageOneCosts(BaseModel):
 
 
 def costs_file(cache_path: str) -> Path | None:
-    """Where they are noted; None for a cache that is not on this disk."""
+    """The file of a cache's costs; None for a remote cache."""
     return None if "://" in cache_path else Path(f"{cache_path.rstrip('/')}{SUFFIX}")
 
 
 def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
-    """What is noted of a cache of this recipe; None where nothing is, or it cannot be read."""
+    """The recorded costs of a cache of this recipe; None if there are none, or they cannot be read."""
     file = costs_file(cache_path)
     with suppress(OSError, ValidationError):
         found = StageOneCosts.model_validate_json(file.read_bytes()) if file else None
@@ -44,12 +44,12 @@ def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
     return None
 
 
-def note_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
-    """Add a run to what is noted; one that stored nothing, or whose note cannot be written, leaves it as it is."""
+def record_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
+    """Add a run to the recorded costs; a run that stored nothing changes nothing, and a failing write is ignored."""
     file = costs_file(cache_path)
     if file is None or not summary.computed or not summary.teacher_seconds:
         return
-    before = read_costs(cache_path, recipe_sha256) if summary.kept else None  # of a cache that was deleted since
+    before = read_costs(cache_path, recipe_sha256) if summary.kept else None  # else of a cache that was deleted since
     total = StageOneCosts(
         recipe_sha256=recipe_sha256,
         seconds=summary.seconds + (before.seconds if before else 0),
@@ -58,15 +58,15 @@ def note_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
         pixels=summary.pixels + (before.pixels if before else 0),
         bytes=summary.bytes_written + (before.bytes if before else 0),
     )
-    with suppress(OSError):  # half of a note is none
+    with suppress(OSError):  # a file cut short reads as none
         file.write_text(total.model_dump_json() + "\n", encoding="utf-8")
 
 
 def teacher_seconds(config: Config, total: float, tiles: int, pixels: int) -> tuple[float, float]:
     """
-    A live teacher's for a whole tile of the mean size and for a crop, if it took `total` for so many tiles (or views) of so many pixels.
+    Seconds of a live teacher for a tile of mean size and for a crop, from its `total` for so many tiles (or views) and pixels.
 
-    Where it sees recorded crops, both are those of a crop.
+    Where the teacher sees recorded crops, both are those of a crop.
     """
     tile = total / tiles
     return tile, tile if config.distill.teacher_view == "crop" else total / pixels * config.train.crop**2

@@ -1,8 +1,7 @@
-"""What a configuration says about a cache: the recipe of its values, and whether a cache on disk still follows it."""
+"""The recipe that a configuration expects of its cache, and whether a cache on disk still follows it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,16 @@ from kdpipe.cache.tile import CHUNK_PX
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config, Teacher
+from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.models.normalize import mean_std
 
 
-def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | None) -> dict[str, Any]:
+def expected_fields(config: Config, stretch: Stretch) -> dict[str, Any]:
     """
-    The fields of a cache's recipe that the configuration decides; logits know no temperature, class map or student's classes.
+    The fields of a cache's recipe that the configuration decides; for logits without temperature, class map and student classes.
 
-    Of each teacher, without `precision` where that is `auto` (any recorded one will do), and without `checkpoint_sha256`
-    where the file is not on this disk (training from the cache does not need it).
+    A teacher's `precision` is left out where it is `auto` (any recorded one fits), and its `checkpoint_sha256` where the file
+    is not on this disk (training from the cache does not need it).
     """
     mapped = {
         "classes": config.classes.names,
@@ -43,23 +43,37 @@ def expected_fields(config: Config, stretch: Sequence[tuple[float, float]] | Non
     }
 
 
-def _views_fields(config: Config) -> dict[str, Any] | None:
+def complete_recipe(config: Config, stretch: Stretch, recorded: CacheRecipe | None) -> CacheRecipe:
     """
-    How recorded views are drawn; None where the teacher sees whole tiles.
+    The recipe to compute by; an `auto` precision is the one that an existing cache recorded, else fp32 (see `precision.resolve`).
 
-    Neither how many there are (more of them are more tiles: those that are there stay) nor how many an epoch shows.
+    Raises `CheckpointError` where a teacher's file is missing.
     """
-    if config.distill.teacher_view == "tile":
+    fields = expected_fields(config, stretch)
+    before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
+    for i, (key, member) in enumerate(config.members.items()):
+        teacher = fields["teachers"][i]
+        if "checkpoint_sha256" not in teacher:
+            raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
+        teacher.setdefault("precision", before[i].precision if before else "fp32")
+    return parse_recipe(fields)
+
+
+def configured_softening(config: Config) -> Softening | None:
+    """The temperature and class map by which a cache of logits is read; None for a cache of soft targets."""
+    if config.cache.kind == "soft":
         return None
-    train = config.train
-    return {
-        "crop": train.crop,
-        "scales": train.scales,
-        "max_class_share": train.max_class_share,
-        "mosaic": train.mosaic,
-        "photometric": train.photometric,
-        "ignore_index": config.classes.ignore_index,
-    }
+    return Softening(config.distill.temperature, config.class_map_matrix())
+
+
+def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -> None:
+    """Raise `StaleCache` with every field in which a cache's recipe differs from the expected one."""
+    changed = differences(recipe, expected)
+    if changed:
+        raise StaleCache(
+            f"{url} was made with another configuration: {'; '.join(changed)}. "
+            "Restore the configuration, or run `kdpipe precompute-teacher` into another cache.path"
+        )
 
 
 def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
@@ -83,36 +97,20 @@ def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
     return fields
 
 
-def complete_recipe(
-    config: Config, stretch: Sequence[tuple[float, float]] | None, recorded: CacheRecipe | None
-) -> CacheRecipe:
+def _views_fields(config: Config) -> dict[str, Any] | None:
     """
-    The recipe to compute by; `auto` precision is what an existing cache recorded, else fp32 (see `precision.resolve`).
+    How recorded views are drawn; None where the teacher sees whole tiles.
 
-    Raises `CheckpointError` where a teacher's file is missing.
+    The number of views is left out, as further views are further tiles, and so is the number that an epoch shows.
     """
-    fields = expected_fields(config, stretch)
-    before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
-    for i, (key, member) in enumerate(config.members.items()):
-        teacher = fields["teachers"][i]
-        if "checkpoint_sha256" not in teacher:
-            raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
-        teacher.setdefault("precision", before[i].precision if before else "fp32")
-    return parse_recipe(fields)
-
-
-def configured_softening(config: Config) -> Softening | None:
-    """How the configuration reads a cache of logits; None for one of soft targets."""
-    if config.cache.kind == "soft":
+    if config.distill.teacher_view == "tile":
         return None
-    return Softening(config.distill.temperature, config.class_map_matrix())
-
-
-def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -> None:
-    """Raise `StaleCache`, naming every field in which a cache differs from what the configuration expects."""
-    changed = differences(recipe, expected)
-    if changed:
-        raise StaleCache(
-            f"{url} was made from something else than what is configured: {'; '.join(changed)}. "
-            "Set the configuration back, or run `kdpipe precompute-teacher` into another cache.path"
-        )
+    train = config.train
+    return {
+        "crop": train.crop,
+        "scales": train.scales,
+        "max_class_share": train.max_class_share,
+        "mosaic": train.mosaic,
+        "photometric": train.photometric,
+        "ignore_index": config.classes.ignore_index,
+    }

@@ -1,7 +1,7 @@
 """
-What stage one has to do, and what it did: the tiles of a configuration, those that its cache holds, and the sums at the end.
+The work of stage one: the configured tiles, those that the cache already holds, and a summary of what a run did.
 
-Knows no torch, whose import takes longer than to see that nothing is to do.
+Does not import torch, which would take longer than finding the cache complete.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.cache.writer import finished_tiles, partial_files, sweep, whole_manifest
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.subjects import Stretch, Subject, subject_noun, subjects
+from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
 
-Resolved = Callable[[CacheRecipe, list[Tile], Stretch], CacheRecipe]
-"""The recipe of a new cache with `auto` precisions decided."""
+ResolvePrecision = Callable[[CacheRecipe, list[Tile], Stretch], CacheRecipe]
+"""Decides the `auto` precisions in the recipe of a new cache."""
 
 
 @dataclass
 class Summary:
     """
-    What a run of stage one did; sizes in bytes, time in seconds, tiles by id.
+    What a run of stage one did; sizes in bytes, times in seconds, tiles by id.
 
-    `teacher_seconds` are those in which the teacher answered; `online_seconds` and `crops_seconds` what a live one would take of
-    an epoch: asked as `train-student --kd online` does, and about the crops alone. `workers` says how many tiles each of several
-    processes stored, by its address.
+    `teacher_seconds` is the teacher's share of `seconds`. `online_seconds` and `crops_seconds` are what a live teacher would take in
+    each epoch: predicting as `train-student --kd online` does, and predicting the crops alone. `workers` counts the tiles that each
+    worker process stored, by address.
     """
 
     cache: str
@@ -56,28 +57,25 @@ class Summary:
 
     @property
     def paid_after_epochs(self) -> float | None:
-        """Epochs after which a live teacher, asked in the cheaper way, has taken as long; None where nothing was computed."""
+        """Epochs after which the cheaper live teacher has taken as long as this cache; None where nothing was computed."""
         cheaper = min(self.online_seconds, self.crops_seconds)
         return self.seconds * self.tiles / self.computed / cheaper if self.computed and cheaper else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The fields and `paid_after_epochs` as plain values, for JSON."""
         return {**asdict(self), "paid_after_epochs": self.paid_after_epochs}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    What is to do: all tiles (or recorded views, which are kept and computed as tiles are), those finished already, the manifest
-    if there is one, and how the rest is computed.
-    """
+    """All tiles (or recorded views), the finished ones, the manifest if there is one, and the recipe of the rest."""
 
     tiles: list[Subject]
     finished: dict[str, TileRecord]
     manifest: Manifest | None
     recipe: CacheRecipe
     storage: Storage
-    samples: int  # of an epoch of training
+    samples: int  # of a training epoch
 
     @property
     def missing(self) -> list[Subject]:
@@ -86,7 +84,7 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        """Whether the cache is complete with just these tiles, in this order, and its manifest is of them."""
+        """Whether the cache is complete with exactly these tiles in this order, as its manifest says."""
         return (
             self.manifest is not None
             and not self.missing
@@ -95,64 +93,61 @@ class Plan:
         )
 
 
-def make_plan(config: Config, resolved: Resolved) -> Plan:
+def make_plan(config: Config, resolve_precision: ResolvePrecision) -> Plan:
     """
-    The tiles of the configuration, and which of them the cache holds already; `resolved` is asked where there is no cache yet.
+    The configured tiles and those that the cache already holds; `resolve_precision` is called where there is no cache yet.
 
-    Raises `DataError` for what is wrong with the folders, `CheckpointError` for a missing teacher, `StaleCache` for a cache
-    made otherwise, `CorruptCache` for a folder that is no cache.
+    Raises `DataError` for faulty folders, `CheckpointError` for a missing teacher, `StaleCache` for a cache of another recipe,
+    `CorruptCache` for a folder that is not a cache.
     """
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
-    asked = subjects(config, tiles, stretch)
+    wanted = subjects(config, tiles, stretch)
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
     recipe = complete_recipe(config, stretch, recorded)
     if recorded is None:
-        recipe = resolved(recipe, tiles, stretch)
+        recipe = resolve_precision(recipe, tiles, stretch)
     manifest = whole_manifest(storage)
-    finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in asked}, manifest)
+    finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in wanted}, manifest)
     samples = len(TrainTiles(tiles, config))
-    return Plan(tiles=asked, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
+    return Plan(tiles=wanted, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
 
 
-def begun(plan: Plan, config: Config) -> Summary:
-    """Of a run that has computed nothing yet."""
+def initial_summary(plan: Plan, config: Config) -> Summary:
+    """The summary of a run that has computed nothing yet."""
     return Summary(
-        cache=plan.storage.url,
-        tiles=len(plan.tiles),
-        kept=len(plan.finished),
-        noun=subject_noun(config),
-    )
+        cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished), noun=subject_noun(config)
+    )  # fmt: skip
 
 
-def nothing_to_do(plan: Plan, config: Config) -> Summary:
-    """Of a run that finds its cache complete; what killed runs left of files is cleared away."""
+def complete_summary(plan: Plan, config: Config) -> Summary:
+    """The summary of a run that finds its cache complete, after removing the partial files of killed runs."""
     assert plan.is_done and plan.manifest is not None
     if partial_files(plan.storage):
         with writer_lock(plan.storage):
             sweep(plan.storage)
-    summary = begun(plan, config)
+    summary = initial_summary(plan, config)
     summary.fingerprint = plan.manifest.fingerprint
     return summary
 
 
-def already_text(summary: Summary) -> str:
-    """What is said of a run that finds its cache complete."""
+def complete_text(summary: Summary) -> str:
+    """The message of a run that finds its cache complete."""
     return f"all {summary.tiles} {summary.noun} are in {summary.cache} already"
 
 
-def finished_already(config: Config) -> Summary | None:
+def find_complete(config: Config) -> Summary | None:
     """
-    The sums where the cache is complete, so that nothing need be loaded to compute; None where it is not, or may not be.
+    The summary if the cache is complete, found without loading what computes; None if it is not, or might not be.
 
     Raises what `make_plan` raises.
     """
     storage = open_storage(config.cache.path)
     manifest = whole_manifest(storage)
     tiles = list_tiles(config.data, "train")
-    # Where tiles are new, a plan is made all the same, and would be made twice.
+    # With new tiles a plan is needed anyway, and would be made twice.
     if manifest is None or read_recipe(storage) is None or len(manifest.tiles) < len(tiles):
         return None
     plan = make_plan(config, lambda recipe, *_: recipe)
-    return nothing_to_do(plan, config) if plan.is_done else None
+    return complete_summary(plan, config) if plan.is_done else None

@@ -1,4 +1,4 @@
-"""What a cache holds the teacher's answers to: every whole tile, or every recorded view of each."""
+"""The subjects of stage one: the images that the teacher predicts, which are whole tiles or recorded views of them."""
 
 from __future__ import annotations
 
@@ -16,64 +16,65 @@ from kdpipe.cache.records import ImageDigest
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample
-from kdpipe.data.rasters import Rows, image_size, open_rows, read_image, read_mask
+from kdpipe.data.rasters import Rows, Stretch, image_size, open_rows, read_image, read_mask
 from kdpipe.data.recorded_views import RecordedView, RecordedViews
 from kdpipe.data.tiles import Tile
 
-Stretch = Sequence[tuple[float, float]] | None
+_FileState = tuple[int, int, int]
+"""Inode, size and time of the last change of a file; a file that is written to gets another one."""
 
 
 class Subject(Protocol):
-    """An image that the teacher answers; the answer lies under `id` in the cache."""
+    """An image that the teacher predicts; the cache holds its soft target under `id`."""
 
     @property
     def id(self) -> str:
-        """Its name in the cache."""
+        """The name in the cache."""
         ...
 
     @property
     def source(self) -> Source:
-        """What the cache compares with its records to see whether the image has changed."""
+        """What the cache compares with its record to see whether the image has changed."""
         ...
 
     @property
     def mask(self) -> Path | None:
-        """The file of its tile's labels, None if it has none."""
+        """The label file of its tile, if any."""
         ...
 
     def size(self) -> tuple[int, int]:
-        """`(H, W)` in px, without reading pixels; `DataError` where it cannot be known."""
+        """`(H, W)` in px, without reading pixels; raises `DataError` for an unreadable header."""
         ...
 
     def image(self) -> NDArray[np.uint8]:
-        """The pixels, uint8 `(H, W, 3)`; `DataError` where they cannot be had."""
+        """The pixels, uint8 `(H, W, 3)`; raises `DataError` for an unreadable image."""
         ...
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
-        """The pixels as `image` gives them, and the digest of what they were made from; `DataError` if that changed meanwhile."""
+        """The pixels, and the digest of what they were made from; raises `DataError` if that changed meanwhile."""
         ...
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """Class indices or `ignore_index` `(H, W)`, of a subject with a mask."""
+        """Class indices or `ignore_index`, `(H, W)`, for a subject with a mask."""
         ...
 
 
 def subjects(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> list[Subject]:
-    """What the teacher is asked about, in the order of the cache."""
+    """The subjects of a configuration, in the order of the cache."""
     if config.distill.teacher_view == "tile":
         return [WholeTile(tile, config, stretch) for tile in tiles]
-    states: dict[Path, _State] = {}
+    states: dict[Path, _FileState] = {}
     views = RecordedViews(tiles, config, stretch).all_views()
     return [ViewOfTile(view, view.id, config.train.crop, states) for view in views]
 
 
 def subject_noun(config: Config) -> str:
-    """What subjects are called: tiles, or views."""
+    """The plural noun for subjects in messages: `tiles` or `views`."""
     return "tiles" if config.distill.teacher_view == "tile" else "views"
 
 
 def predictions_per_sample(config: Config) -> float:
-    """How often a live teacher is asked about a sample: about the tile of each of its views, a mean, or once about the crop."""
+    """Predictions of a live teacher for a training sample: one for the tile of each of its views, on average, or one for the crop."""
     return views_per_sample(config.train) if config.distill.teacher_view == "tile" else 1
 
 
@@ -87,35 +88,35 @@ class WholeTile:
 
     @property
     def id(self) -> str:
-        """The tile's."""
+        """The tile's id."""
         return self.tile.id
 
     @property
     def source(self) -> Path:
-        """The image's file."""
+        """The image file."""
         return self.tile.image
 
     @property
     def files(self) -> list[Path]:
-        """The image's file, of which it is made."""
+        """The image file, alone."""
         return [self.tile.image]
 
     @property
     def mask(self) -> Path | None:
-        """The file of labels."""
+        """The label file."""
         return self.tile.mask
 
     def size(self) -> tuple[int, int]:
-        """From the file's header."""
+        """The size in the image's header."""
         return image_size(self.tile.image)
 
     def image(self) -> NDArray[np.uint8]:
-        """With the configured bands and stretch."""
+        """The image in the configured bands and stretch."""
         return read_image(self.tile.image, self.config.data.bands, self.stretch)
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
-        """The digest is of the image's file."""
-        before = _state(self.tile.image)
+        """The image, and the digest of its file."""
+        before = _file_state(self.tile.image)
         image_HW3 = self.image()
         digest = digest_image(self.tile.image)
         _refuse_changed(self.tile.image, before)
@@ -123,70 +124,66 @@ class WholeTile:
 
     @contextmanager
     def open_rows(self) -> Iterator[tuple[Rows, ImageDigest]]:
-        """The image to be read row by row, and the digest of its file; `DataError` if that changed until the block ends."""
-        before = _state(self.tile.image)
+        """A reader of the image's rows, and the digest of its file; raises `DataError` if the file changes within the context."""
+        before = _file_state(self.tile.image)
         with open_rows(self.tile.image, self.config.data.bands, self.stretch) as rows:
             yield rows, digest_image(self.tile.image)
         _refuse_changed(self.tile.image, before)
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """As the mask's file has them; `DataError` where it is not of the image's size."""
+        """The mask's labels; raises `DataError` if its size is not the image's."""
         tile, classes = self.tile, self.config.classes
         assert tile.mask is not None
         labels_HW = read_mask(tile.mask, len(classes.names), classes.ignore_index)
-        (height, width), (of_image_h, of_image_w) = labels_HW.shape, self.size()
-        if (height, width) != (of_image_h, of_image_w):
+        (height, width), (image_height, image_width) = labels_HW.shape, self.size()
+        if (height, width) != (image_height, image_width):
             raise DataError(
-                f"the mask {tile.mask} is {height} x {width} px, and its image {tile.image} {of_image_h} x {of_image_w}"
+                f"the mask {tile.mask} is {height} x {width} px, and its image {tile.image} {image_height} x {image_width}"
             )
         return labels_HW
 
 
-_State = tuple[int, int, int]
-"""Inode, size and time of the last change of a file: another one, and it was written to."""
-
-
 @dataclass(frozen=True, slots=True)
 class ViewOfTile:
-    """A recorded view; `states` holds, for all views together, the files' states when they were first read."""
+    """A recorded view; all views share `states`, the files' states when they were first read."""
 
     view: RecordedView
     id: str
     crop: int
-    states: dict[Path, _State] = field(repr=False, compare=False)
+    states: dict[Path, _FileState] = field(repr=False, compare=False)
 
     @property
     def source(self) -> RecordedView:
-        """The view, which can be made again."""
+        """The view, which can be rendered again."""
         return self.view
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what it shows, the image of its own tile first."""
+        """The files that decide its pixels, the image of its own tile first."""
         return self.view.files
 
     @property
     def stretch(self) -> Stretch:
-        """Of its tiles' images."""
+        """The stretch of its tiles' images."""
         return self.view.views.stretch
 
     @property
     def mask(self) -> Path | None:
-        """The file of labels of the view's own tile."""
+        """The label file of its own tile."""
         return self.view.mask
 
     def size(self) -> tuple[int, int]:
-        """That of every crop."""
+        """The crop's size."""
         return self.crop, self.crop
 
     def image(self) -> NDArray[np.uint8]:
-        """The view, made anew."""
+        """The view, rendered again."""
         return np.ascontiguousarray(self.view.pixels().transpose(1, 2, 0))
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
-        """The digest is of the view's pixels, and of the sizes of the files that they were made of."""
-        # Decoded tiles are kept and used again: a file that changed since the first view would not be read again.
-        before = {file: self.states.setdefault(file, _state(file)) for file in self.view.files}
+        """The view, and the digest of its pixels and of the sizes of its files."""
+        # Decoded tiles are kept: a file that changed since the first view would not be read again.
+        before = {file: self.states.setdefault(file, _file_state(file)) for file in self.view.files}
         pixels_3HW = self.view.pixels()
         digest = digest_crop(self.view, pixels_3HW)
         for file, state in before.items():
@@ -194,62 +191,62 @@ class ViewOfTile:
         return np.ascontiguousarray(pixels_3HW.transpose(1, 2, 0)), digest
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """Those of the view, `ignore_index` over padding."""
+        """The view's labels, `ignore_index` over padding."""
         return self.view.labels()
 
 
 @dataclass(frozen=True, slots=True)
-class ViewSent:
-    """View `number` of tile number `tile`, as it goes to another process, which has the list of tiles."""
+class ViewReference:
+    """View `number` of the tile at index `tile`, for another process, which has the list of tiles."""
 
     id: str
     tile: int
     number: int
 
 
-Sent = Tile | ViewSent
-"""What goes to another process for a subject: each has an `id`."""
+Reference = Tile | ViewReference
+"""A subject as it is sent to another process; each has an `id`."""
 
 
-def sent(subject: Subject) -> Sent:
-    """What `Elsewhere` makes the subject from again; paths are absolute."""
+def reference_to(subject: Subject) -> Reference:
+    """The reference from which `RemoteSubjects` makes the subject again; paths are absolute."""
     if isinstance(subject, ViewOfTile):
-        return ViewSent(subject.id, subject.view.tile, subject.view.number)
+        return ViewReference(subject.id, subject.view.tile, subject.view.number)
     assert isinstance(subject, WholeTile)
     return absolute_tile(subject.tile)
 
 
-class Elsewhere:
+class RemoteSubjects:
     """
-    The subjects of a run in another process: those of views share the tiles that are decoded, as in the first one.
+    The subjects of a run, made from their references in another process; views share the decoded tiles there too.
 
-    `tiles` are all of the run, which decide what a mosaic shows; None where the teacher sees whole tiles.
+    `tiles` are all tiles of the run, which decide what a mosaic shows; None where the teacher sees whole tiles.
     """
 
     def __init__(self, config: Config, stretch: Stretch, tiles: Sequence[Tile] | None) -> None:
         self._config, self._stretch = config, stretch
         self._views = RecordedViews(tiles, config, stretch) if tiles is not None else None
-        self._states: dict[Path, _State] = {}
+        self._states: dict[Path, _FileState] = {}
 
-    def subject(self, found: Sent) -> Subject:
-        """The subject that `sent` was called with in the first process."""
-        if isinstance(found, Tile):
-            return WholeTile(found, self._config, self._stretch)
+    def subject(self, reference: Reference) -> Subject:
+        """The subject whose `reference_to` was sent."""
+        if isinstance(reference, Tile):
+            return WholeTile(reference, self._config, self._stretch)
         assert self._views is not None
-        view = RecordedView(self._views, found.tile, found.number)
-        return ViewOfTile(view, found.id, self._config.train.crop, self._states)
+        view = RecordedView(self._views, reference.tile, reference.number)
+        return ViewOfTile(view, reference.id, self._config.train.crop, self._states)
 
 
 def absolute_tile(tile: Tile) -> Tile:
-    """A tile as a process in another folder finds it."""
+    """The tile with absolute paths, for a process in another folder."""
     return replace(tile, image=tile.image.absolute(), mask=tile.mask and tile.mask.absolute())
 
 
-def _state(file: Path) -> _State:
+def _file_state(file: Path) -> _FileState:
     stat = file.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _refuse_changed(file: Path, before: _State) -> None:
-    if _state(file) != before:
+def _refuse_changed(file: Path, before: _FileState) -> None:
+    if _file_state(file) != before:
         raise DataError(f"{file} changed while it was read")

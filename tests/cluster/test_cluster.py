@@ -37,11 +37,11 @@ from kdpipe.configs.errors import (
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.cluster import client as module
 from kdpipe.pipeline.cluster.client import Cluster, agreed_device
-from kdpipe.pipeline.cluster.worker import Facts, Sampled
-from kdpipe.pipeline.commands import main as cli
+from kdpipe.pipeline.cluster.worker import Facts, SampledTiles
+from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.precompute.subjects import Elsewhere, absolute_tile, subjects
+from kdpipe.pipeline.precompute.subjects import RemoteSubjects, absolute_tile, subjects
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.versions import library_versions
 
@@ -197,7 +197,7 @@ def test_a_scheduler_that_stays_away_ends_the_run_and_the_same_command_goes_on(
         two_workers.kill(two_workers.scheduler)
 
     with pytest.raises(
-        ClusterUnreachable, match=r"does not answer, for 1 s now; \d+ of 16 tiles are finished and kept; start it"
+        ClusterUnreachable, match=r"does not respond \(waited 1 s\); \d+ of 16 tiles are finished and kept; start it"
     ):
         run(config, two_workers.address, Told(tile5=end))
     assert beside(tmp_path / "cache.zarr") == ["cache.zarr.costs.json"]
@@ -208,12 +208,12 @@ def test_a_scheduler_that_stays_away_ends_the_run_and_the_same_command_goes_on(
 def test_a_run_whose_workers_are_all_gone_ends_and_says_what_is_kept(two_workers, config, monkeypatch):
     def end():
         monkeypatch.setattr(module, "PATIENCE_SECONDS", 1)
-        monkeypatch.setattr(module, "ASK_SECONDS", 0.2)
+        monkeypatch.setattr(module, "COUNT_SECONDS", 0.2)
         for pid in list(two_workers.workers):
             two_workers.kill(pid)
 
     with pytest.raises(
-        ClusterUnreachable, match=r"has no workers( left)?, for 1 s now; \d+ of 16 tiles are finished and kept"
+        ClusterUnreachable, match=r"has no workers( left)? \(waited 1 s\); \d+ of 16 tiles are finished and kept"
     ):
         run(config, two_workers.address, Told(tile5=end))
 
@@ -223,14 +223,14 @@ def test_results_that_are_lost_with_the_last_worker_are_not_waited_for(two_worke
 
     async def gather_too_late(self, direct, local_worker):
         monkeypatch.setattr(module, "PATIENCE_SECONDS", 1)
-        monkeypatch.setattr(module, "ASK_SECONDS", 0.2)
+        monkeypatch.setattr(module, "COUNT_SECONDS", 0.2)
         for pid in list(two_workers.workers):
             two_workers.kill(pid)
         return await gather(self, direct, local_worker)
 
     monkeypatch.setattr(Client, "_gather_remote", gather_too_late)
     with pytest.raises(
-        ClusterUnreachable, match=r"has no workers left, for 1 s now; 0 of 16 tiles are finished and kept"
+        ClusterUnreachable, match=r"has no workers left \(waited 1 s\); 0 of 16 tiles are finished and kept"
     ):
         run(config, two_workers.address)
 
@@ -349,7 +349,7 @@ def test_the_command_says_what_single_process_says_and_an_unreadable_image_ends_
         said = tmp_path / "said"
         arguments = command(config, tmp_path, "--scheduler", two_workers.address, "--json", str(tmp_path / "run.json"))
         two_workers.start_command(*arguments, output=said)
-        wait_for(lambda: said.exists() and "Mend or remove" in said.read_text())
+        wait_for(lambda: said.exists() and "Repair or remove" in said.read_text())
     finally:
         broken.write_bytes(content)
     result = json.loads((tmp_path / "run.json").read_text())
@@ -423,10 +423,10 @@ def test_a_wrong_address_and_an_absent_scheduler_are_told(config, monkeypatch):
         address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
         told = Told()
         with pytest.raises(
-            ClusterUnreachable, match=f"the dask scheduler at {address} does not answer, .* start it with its"
+            ClusterUnreachable, match=f"the dask scheduler at {address} does not respond, .* start it with its"
         ):
             run(config, address, told)
-    assert told.said == [f"the dask scheduler at {address} does not answer; waiting for up to 3 s"]
+    assert told.said == [f"the dask scheduler at {address} does not respond; waiting for up to 3 s"]
 
 
 def test_a_fence_holds_workers_out_once_it_is_down_and_waits_for_those_that_store(tmp_path, monkeypatch):
@@ -475,12 +475,12 @@ def test_a_fence_on_an_object_store_holds_workers_out_too():
         pass
 
 
-def test_without_dask_distributed_the_command_says_how_to_install_it(monkeypatch):
+def test_without_dask_distributed_the_command_says_how_to_install_it(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     monkeypatch.delitem(sys.modules, "kdpipe.pipeline.cluster.client")
     monkeypatch.delitem(sys.modules, "kdpipe.pipeline.cluster.worker")
     with pytest.raises(ConfigError, match=r"need dask.distributed: pip install 'kdpipe\[cluster\]'"):
-        cli._cluster(Lines(), None, None, 2)
+        precompute_on_cluster(config, None, Lines(), repair=False, workers=2, scheduler=None)
 
 
 def test_workers_of_this_machine_are_started_and_ended_by_the_command(config, whole, tmp_path, capfd):
@@ -491,7 +491,7 @@ def test_workers_of_this_machine_are_started_and_ended_by_the_command(config, wh
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
     assert "starting 2 workers" in done.stdout
-    assert "16 tiles in" in done.stdout
+    assert "16 tiles, " in done.stdout
     assert tree(tmp_path / "cache.zarr") == whole
 
 
@@ -500,12 +500,12 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config, monkeypatch)
     recipe = complete_recipe(config, None, None)
     tiles = list_tiles(config.data, "train")
     with Cluster(Told(), "cpu", address=two_workers.address) as cluster:
-        assert cluster.resolved(config, recipe, tiles, None, threading.Event()) == recipe
+        assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == recipe
         cluster._fast_bf16 = True
         # The worker's own processor decides in the end; that it was asked with the tiles it needs is what is seen here.
         expected = precision.resolve(config, recipe, tiles, None, CPU)
-        assert cluster.resolved(config, recipe, tiles, None, threading.Event()) == expected
-    sampled = Sampled(tiles, [3, 5])
+        assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == expected
+    sampled = SampledTiles(tiles, [3, 5])
     assert (len(sampled), sampled[np.int64(5)]) == (TILES, tiles[5])
 
 
@@ -565,7 +565,7 @@ def test_what_goes_through_the_scheduler_for_views_is_names_and_numbers(of_views
     assert [len(task) for task in tasks] == [4] * len(tiles)
     for task in tasks:
         assert len(pickle.dumps(task)) < 1000
-    elsewhere = Elsewhere(of_views, None, [absolute_tile(tile) for tile in tiles])
+    elsewhere = RemoteSubjects(of_views, None, [absolute_tile(tile) for tile in tiles])
     for (subject,), found in zip(batches, [found for task in tasks for (found,) in task], strict=True):
         image, digest = elsewhere.subject(found).load()
         expected, expected_digest = subject.load()

@@ -57,7 +57,7 @@ def _be_worker(address, name, threads, folder, computed, slow):
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    compute, ask = module.Station._compute, module.Station._ask
+    compute, ask = module.Station._compute, module.Station._predict
 
     def noted_compute(self, batch, wanted):
         self.batch_ids = [tile.id for tile in batch]
@@ -70,7 +70,7 @@ def _be_worker(address, name, threads, folder, computed, slow):
             time.sleep(slow)
         return ask(self, images_NHWC)
 
-    module.Station._compute, module.Station._ask = noted_compute, noted_ask
+    module.Station._compute, module.Station._predict = noted_compute, noted_ask
 
     async def run():
         async with Worker(address, nthreads=threads, name=name, dashboard=False, local_directory=folder) as worker:

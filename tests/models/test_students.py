@@ -12,10 +12,10 @@ from timm.models.swin_transformer import SwinTransformer
 from torch.nn import functional as F
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
-from kdpipe.pipeline.models.published import load_encoder
 from kdpipe.pipeline.models.student import build_student, encoder_parameters
 from kdpipe.pipeline.models.swin import SwinEncoder
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
+from kdpipe.pipeline.models.weights import load_encoder
 
 HEAD = "decoder.segmentation_head.2.0.weight"
 
@@ -173,9 +173,7 @@ def test_a_head_for_other_classes_is_replaced_on_request_alone(make):
     torch.manual_seed(0)
     source, model = make(8), make(6)
     own = model.state_dict()[HEAD].clone()
-    with pytest.raises(
-        CheckpointError, match="answers in 8 classes and the model in 6; set student.replace_head: true"
-    ):
+    with pytest.raises(CheckpointError, match="predicts 8 classes and the model 6; set student.replace_head: true"):
         model.load_published_state_dict(source.state_dict())
     model.load_published_state_dict(source.state_dict(), replace_head=True)
     loaded = model.state_dict()
@@ -192,8 +190,8 @@ def test_timms_swin_weights_load_and_mean_the_same():
     encoder = SwinEncoder(32, (2, 2, 2, 1), (1, 2, 4, 8)).eval()
     notes = load_encoder(encoder, reference.state_dict(), origin="timm's")
     assert notes == [
-        "timm's: 4 tensors are not of the encoder and were left: norm.weight, norm.bias, head.fc.weight and 1 more",
-        "timm's lacks 8 tensors, which start anew: norm0.weight, norm0.bias, norm1.weight and 5 more",
+        "timm's: 4 tensors outside the encoder were ignored: norm.weight, norm.bias, head.fc.weight and 1 more",
+        "timm's lacks 8 tensors, which keep initial values: norm0.weight, norm0.bias, norm1.weight and 5 more",
     ]
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
@@ -208,7 +206,7 @@ def test_encoder_weights_come_from_an_encoders_or_a_networks_file():
     torch.manual_seed(0)
     source = tiny(8)
     decoder = len(source.state_dict()) - len(source.backbone.state_dict())
-    said = [f"a file: {decoder} tensors are not of the encoder and were left: decoder.pre_conv.0.weight, "]
+    said = [f"a file: {decoder} tensors outside the encoder were ignored: decoder.pre_conv.0.weight, "]
     for state, expected in ((source.state_dict(), said), (source.backbone.state_dict(), [])):
         encoder = SwinEncoder(32, (1, 1, 2, 1), (1, 2, 4, 8))
         notes = load_encoder(
@@ -235,7 +233,7 @@ def test_unetformers_encoder_takes_timms_weights(name, tmp_path):
     model = build_student("unetformer", 6, say=said.append, encoder=name, encoder_weights=weights).eval()
     left = "fc.weight, fc.bias" if name == "resnet18" else "head.norm.weight, head.norm.bias, head.fc.weight and 1 more"
     assert said == [
-        f"student.encoder_weights {weights}: {2 if name == 'resnet18' else 4} tensors are not of the encoder and were left: {left}"
+        f"student.encoder_weights {weights}: {2 if name == 'resnet18' else 4} tensors outside the encoder were ignored: {left}"
     ]
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():

@@ -51,8 +51,8 @@ print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.star
 """
 ASK = {
     "command": "from kdpipe.pipeline.devices import ask_for_huge_pages; ask_for_huge_pages()",
-    "worker": "from types import SimpleNamespace as worker; from kdpipe.pipeline.cluster.worker import look;"
-    "look('cpu', worker(state=worker(nthreads=1)))",
+    "worker": "from types import SimpleNamespace as worker; from kdpipe.pipeline.cluster.worker import facts_of_worker;"
+    "facts_of_worker('cpu', worker(state=worker(nthreads=1)))",
 }
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

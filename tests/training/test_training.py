@@ -92,7 +92,7 @@ def test_a_student_starts_from_weights_for_other_classes_with_a_new_head(cached,
     torch.save(other.state_dict(), tmp_path / "other.pth")
     student = {"architecture": "unetformer", "encoder": "resnet18", "checkpoint": str(tmp_path / "other.pth")}
     with pytest.raises(
-        CheckpointError, match="answers in 9 classes and the model in 6; set student.replace_head: true"
+        CheckpointError, match="predicts 9 classes and the model 6; set student.replace_head: true"
     ):
         train(make_config(student=student), CPU)
     config = make_config(student=student | {"replace_head": True})
