@@ -1,12 +1,13 @@
 """
-The whole pipeline on a generated landscape: what `make demo` and `kdpipe demo` run.
+The whole pipeline on a generated landscape, as `make demo` and `kdpipe demo` run it.
 
-The three commands are run as a user would, each in a process of its own, with the shipped `demo` config.
+The commands run as a user would run them, each in its own process, with the shipped `demo` config.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,28 +21,29 @@ import torch
 from rich.table import Table
 from torch.nn import functional as F
 
-from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import Config, load_config
 from kdpipe.configs.errors import ConfigError, KdpipeError
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.evaluation.confusion import count_pairs, scores
+from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model, teacher_model
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.smp import create_smp_model
-from kdpipe.pipeline.models.student import build_student, load_student_weights
-from kdpipe.pipeline.models.views import padded_logits
-from kdpipe.pipeline.pictures import contact_sheet, paint_classes, paint_soft_target
-from kdpipe.pipeline.precompute.expected_recipe import configured_softening
+from kdpipe.pipeline.pictures import Panel, contact_sheet, paint_classes, paint_soft_target
 from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.runs.layout import LAST
+from kdpipe.pipeline.text import duration_text
 
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_CROP, TEACHER_LR = 300, 8, 128, 2e-3
 SHOWN_TILES = 3
-MARKER = ".kdpipe-demo"  # says that a folder is a demo's and may be replaced
+PICTURE, PAGE = "demo.png", "report.html"
+MARKER = ".kdpipe-demo"  # marks a folder as a demo's, which may be replaced
 
 
 def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
     """
-    Make the data and the teacher, run the commands, and yield the comparison and where the picture is.
+    Make the data and the teacher, run the commands, and yield the comparison of the students and what to do next.
 
     An earlier demo in `out` is replaced. Raises `ConfigError` if `out` holds anything else, `KdpipeError` if a command fails.
     """
@@ -52,7 +54,7 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARKER).touch()
-    # The shipped config names everything below `demo_output`; elsewhere the same paths are set.
+    # The shipped config places everything below `demo_output`; for another --out the same keys are set.
     places = {
         "data.train": f"[{out}/data/Train]",
         "data.val": f"[{out}/data/Val]",
@@ -72,12 +74,15 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
         result = out / f"{label}.json"
         _command(progress, "train-student", "-c", "demo", *settings, *kd, "--overwrite", "--json", str(result))
         results[label] = json.loads(result.read_text())
+    runs = [Path(result["weights"]) for result in results.values()]
+    _command(progress, "report", *map(str, runs), "--tiles", "8", "--teacher", "--out", str(out / PAGE))
+    draw_demo(config, *(run / LAST for run in runs), out / PICTURE)
     yield _comparison(config, results)
-    picture = out / "demo.png"
-    _draw(config, Path(results["with"]["weights"]) / "best.ckpt", picture)
-    yield "so short a run shows how it works, not what distillation gains: see the README for that"
-    yield f"picture: {picture}"
-    yield f"the demo took {time.perf_counter() - start:.0f} s; everything is in {out}"
+    yield "So short a run shows how kdpipe works, not what distillation gains: docs/results.md says that."
+    yield f"The demo took {duration_text(time.perf_counter() - start)}; everything is in {out}. Next:\n"
+    yield f"    open {shlex.quote(str(out / PAGE))}    # scores, curves, and tiles to compare; the picture is {PICTURE}"
+    yield "    kdpipe init my_tiles -o mine.yaml    # a configuration for your own tiles: docs/own-data.md"
+    yield "    docs/tutorial.md    # the same steps one by one, and why"
 
 
 def train_teacher(config: Config, root: Path, progress: Progress) -> None:
@@ -106,6 +111,39 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     torch.save(
         {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}, teacher.checkpoint
     )
+
+
+def draw_demo(config: Config, taught: Path, alone: Path, picture: Path) -> None:
+    """
+    Draw validation tiles: image, label, the teacher's soft target, and what two students predict, with mIoU in percent.
+
+    `taught` and `alone` are the checkpoints of the student with and without the teacher.
+    """
+    cpu = torch.device("cpu")
+    models = {"teacher's soft target": teacher_model(config, cpu, tta=None, window=None)}
+    for title, file in (("student", taught), ("student without a teacher", alone)):
+        models[title] = student_model(file, cpu, tta=None, window=None)
+    means = [evaluate(model).together.scores.miou for model in models.values()]
+    titles = [
+        "image",
+        "label",
+        *(f"{title}\nmIoU of all tiles {100 * m:.1f}" for title, m in zip(models, means, strict=True)),
+    ]
+    num_classes, ignore_index = len(config.classes.names), config.classes.ignore_index
+    rows = []
+    for tile in list_tiles(config.data, "val")[:SHOWN_TILES]:
+        assert tile.mask is not None
+        image_HWC, labels_HW = read_image(tile.image), read_mask(tile.mask, num_classes, ignore_index)
+        panels = [Panel(image_HWC, tile.id), Panel(paint_classes(labels_HW, num_classes))]
+        for number, model in enumerate(models.values()):
+            probs_CHW = model.predict(image_HWC)
+            predicted_HW = probs_CHW.argmax(axis=0)
+            painted = paint_classes(predicted_HW, num_classes) if number else paint_soft_target(probs_CHW)
+            counts_LP = count_pairs(labels_HW, predicted_HW, num_classes, num_classes, ignore_index)
+            miou = scores(counts_LP, config.classes.names, config.classes.not_scored).miou
+            panels.append(Panel(painted, f"mIoU {100 * miou:.1f}"))
+        rows.append(panels)
+    contact_sheet(rows, titles, config.classes.names).save(picture, optimize=True)
 
 
 def _crop(pair: tuple[Any, Any], rng: np.random.Generator) -> tuple[Any, Any]:
@@ -137,29 +175,3 @@ def _comparison(config: Config, results: dict[str, dict[str, Any]]) -> Table:
         else:
             table.add_row(name, f"{100 * taught:.1f}", f"{100 * alone:.1f}", f"{100 * (taught - alone):+.1f}")
     return table
-
-
-def _draw(config: Config, checkpoint: Path, picture: Path) -> None:
-    num_classes = len(config.classes.names)
-    student = build_student(config.student.architecture, num_classes, encoder=config.student.encoder)
-    load_student_weights(student, checkpoint)
-    student.eval()
-    cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
-    rows = []
-    for tile in list_tiles(config.data, "train")[:SHOWN_TILES]:
-        assert tile.mask is not None
-        image = read_image(tile.image)
-        with torch.inference_mode():
-            inputs = normalized(torch.from_numpy(image).permute(2, 0, 1)[None], config.student.normalize)
-            answer = padded_logits(student, inputs)[0].argmax(dim=0).numpy()
-        mask = read_mask(tile.mask, num_classes, config.classes.ignore_index)
-        rows.append(
-            [
-                image,
-                paint_classes(mask, num_classes),
-                paint_soft_target(cache.read(tile.id)),
-                paint_classes(answer, num_classes),
-            ]
-        )
-    titles = ["image", "label", "teacher's soft target", "student"]
-    contact_sheet(rows, titles, config.classes.names).save(picture)

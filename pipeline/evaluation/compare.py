@@ -1,7 +1,7 @@
 """
-Runs side by side over seeds: what one arm scores more than another, with the interval that the seeds allow.
+Comparison of runs over seeds: the differences between arms in IoU, with the interval that the number of seeds allows.
 
-An arm is all runs that differ in nothing but seed and name. Arms are compared by pairs of runs of one seed, at the last step.
+An arm is the set of runs that differ only in seed and name. Arms are compared by pairs of runs of one seed, at the last step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kdpipe.pipeline.runs.checkpoint import flat_keys
 from kdpipe.pipeline.runs.record import Run, Validation
 
 CONFIDENCE = 0.95
-MEAN = "mean"  # the name under which mIoU stands among the classes' IoU
+MEAN = "mean"  # names the mIoU among the classes' IoU
 
-# Keys that may differ within an arm: who a run is, and how it is fed. The cache is told by its fingerprint.
+# Keys that may differ within an arm: a run's name and how it is fed. Caches are told apart by their fingerprint.
 NOT_AN_ARMS = (
     "name",
     "group",
@@ -40,8 +40,7 @@ class Difference:
     """
     The mean over paired seeds of (this arm's IoU - the baseline's), in 0..1, and the 95 % interval of that mean.
 
-    The interval is Student's t of the paired differences, with one degree of freedom less than there are pairs; None where
-    there is but one pair.
+    The interval is Student's t of the paired differences, with one degree of freedom less than pairs; None for one pair.
     """
 
     mean: float
@@ -52,7 +51,7 @@ class Difference:
 
 @dataclass
 class Arm:
-    """Runs of one configuration over seeds, and how they stand against the baseline (None for the baseline itself)."""
+    """Runs of one configuration over seeds, and their differences from the baseline (None for the baseline itself)."""
 
     label: str
     runs: dict[int, Run]
@@ -60,22 +59,36 @@ class Arm:
     differences: dict[str, Difference] | None = None  # by class, and MEAN
     reaches: Validation | None = None  # the first validation whose mean mIoU is at least the baseline's last
 
+    @property
+    def first(self) -> Run:
+        """The run of the smallest seed."""
+        return next(iter(self.runs.values()))
+
     def iou(self, seed: int) -> dict[str, float | None]:
         """IoU after the last step, by class and `MEAN`."""
         last = self.runs[seed].history[-1]
         return {**last.iou, MEAN: last.miou}
 
     def mean_iou(self, name: str) -> float | None:
-        """The mean over seeds of a class's IoU after the last step, None if no seed has one."""
+        """The mean over seeds of a class's IoU after the last step; None if no seed has one."""
         found = [value for seed in self.runs if (value := self.iou(seed)[name]) is not None]
         return float(np.mean(found)) if found else None
 
     def seconds_per_step(self) -> float:
-        """The mean over seeds of the time of a step, waiting for data included, validation not."""
-        return float(np.mean([run.history[-1].seconds / run.history[-1].steps for run in self.runs.values()]))
+        """The mean over seeds of the median seconds of a step; of the mean seconds where a run recorded no median."""
+        return float(
+            np.mean(
+                [
+                    run.history[-1].seconds / run.history[-1].steps
+                    if run.seconds_per_step is None
+                    else run.seconds_per_step
+                    for run in self.runs.values()
+                ]
+            )
+        )
 
     def curve(self) -> list[Validation]:
-        """The mean over seeds of every validation that all of them have."""
+        """The mean over seeds of each validation that all of them have."""
         common = set.intersection(*({found.steps for found in run.history} for run in self.runs.values()))
         return [_mean_validation(self.runs.values(), step) for step in sorted(common)]
 
@@ -98,7 +111,7 @@ class Comparison:
                     "label": arm.label,
                     "runs": {seed: run.name for seed, run in arm.runs.items()},
                     "settings": arm.settings,
-                    "cache": next(iter(arm.runs.values())).model_dump()["cache"],
+                    "cache": arm.first.model_dump()["cache"],
                     "iou": {name: {seed: arm.iou(seed)[name] for seed in arm.runs} for name in [*self.classes, MEAN]},
                     "differences": {name: asdict(d) for name, d in arm.differences.items()}
                     if arm.differences
@@ -114,17 +127,18 @@ class Comparison:
 
 def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
     """
-    Group runs into arms and compare each with the baseline: the arm of the run named so, else the one without
-    distillation if there is just one, else the first run's.
+    Group runs into arms and compare each with the baseline.
 
-    Raises `DataError` for runs of different length, classes or validation data, unfinished ones, and two of one seed in an arm.
+    `baseline` names an arm or one of its runs. By default it is the arm without distillation if there is exactly one, else
+    the first run's arm. Raises `DataError` for fewer than two arms, for runs that differ in length, classes or validation
+    data, for unfinished runs, and for two runs of one seed in an arm.
     """
     _refuse_unlike(runs)
     arms = _arms(runs)
     if len(arms) < 2:
         raise DataError(
-            f"the {len(runs)} runs are all of one arm, {arms[0].label}: they differ in nothing but "
-            f"{', '.join(NOT_AN_ARMS)}; name runs of another configuration too"
+            f"all {len(runs)} runs belong to one arm, {arms[0].label}: they differ in nothing but "
+            f"{', '.join(NOT_AN_ARMS)}; add runs of another configuration"
         )
     first = _baseline(arms, baseline)
     arms.sort(key=lambda arm: arm is not first)
@@ -138,7 +152,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
 
 
 def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Difference | None:
-    """The difference over the seeds that both have a score for, None if there is no such seed."""
+    """The difference over the seeds for which both have a score; None if there is no such seed."""
     by_seed = {
         seed: ours[seed] - theirs[seed]  # type: ignore[operator]
         for seed in sorted(ours.keys() & theirs.keys())
@@ -155,16 +169,22 @@ def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, flo
     return Difference(mean, mean - half, mean + half, by_seed)
 
 
+def one_seed_text(seed: int) -> str:
+    """The warning beside a comparison that rests on one seed."""
+    return (
+        f"One seed proves nothing: two runs that differ only in their seed score differently too. Before you believe a "
+        f"difference, train each configuration with three seeds or more (seed {seed} so far; `--set seed=…`)."
+    )
+
+
 def _refuse_unlike(runs: Sequence[Run]) -> None:
     if len(runs) < 2:
-        raise DataError(f"a comparison needs two runs at least, found {len(runs)}")
+        raise DataError(f"a comparison needs at least two runs, found {len(runs)}")
     unfinished = [
         f"{r.name} ({r.history[-1].steps} of {r.total_steps})" for r in runs if r.history[-1].steps < r.total_steps
     ]
     if unfinished:
-        raise DataError(
-            f"runs that are not finished cannot be compared: {summarise(unfinished)} steps; finish them with --resume"
-        )
+        raise DataError(f"unfinished runs cannot be compared: {summarise(unfinished)} steps; finish them with --resume")
     for what, value_of in (
         ("steps", lambda run: run.total_steps),
         ("classes", lambda run: list(run.history[-1].iou)),
@@ -189,15 +209,15 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
         for run in members:
             if run.seed in by_seed:
                 raise DataError(
-                    f"{by_seed[run.seed].name} and {run.name} are two runs of one configuration and one seed ({run.seed}): "
-                    "they would count twice; leave one out"
+                    f"{by_seed[run.seed].name} and {run.name} are two runs of one configuration and one seed ({run.seed}), "
+                    "which would count twice: leave one out"
                 )
             by_seed[run.seed] = run
         arms.append(Arm(label=_label(members), runs=dict(sorted(by_seed.items()))))
     labels = [arm.label for arm in arms]
     for arm in arms:
         if labels.count(arm.label) > 1:
-            arm.label = next(iter(arm.runs.values())).name
+            arm.label = arm.first.name
     return arms
 
 
@@ -207,7 +227,7 @@ def _key(run: Run) -> dict[str, Any]:
 
 
 def _label(runs: Sequence[Run]) -> str:
-    """The runs' name without their seed: `kd` of `kd-s42` and `kd-s43`, or of `s42-kd` and `s43-kd`."""
+    """The runs' common name without the seed: `kd` for `kd-s42` and `kd-s43`, or for `s42-kd` and `s43-kd`."""
     names = {re.sub(rf"[-_.]?(s|seed)?[-_.]?{run.seed}(?!\d)", "", run.name).strip("-_.") or run.name for run in runs}
     return names.pop() if len(names) == 1 else runs[0].name
 
@@ -218,12 +238,12 @@ def _baseline(arms: list[Arm], name: str | None) -> Arm:
         if not chosen:
             raise DataError(f"--baseline: no run is called {name!r}; arms: {', '.join(arm.label for arm in arms)}")
         return chosen[0]
-    without = [arm for arm in arms if next(iter(arm.runs.values())).mode == "none"]
+    without = [arm for arm in arms if arm.first.mode == "none"]
     return without[0] if len(without) == 1 else arms[0]
 
 
 def _settings(arm: Arm, baseline: Arm) -> dict[str, Any]:
-    ours, theirs = (flat_keys(next(iter(a.runs.values())).config) for a in (arm, baseline))
+    ours, theirs = (flat_keys(a.first.config) for a in (arm, baseline))
     return {
         key: ours.get(key)
         for key in sorted(ours.keys() | theirs.keys())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 @dataclass(frozen=True)
 class Scores:
     """
-    Per-class scores in 0..1, None for a class that no label names, and their means over the scored classes.
+    Scores by class in 0..1, None for a class that no label names, and their means over the scored classes.
 
-    `left_out` says which classes are not in the means and why.
+    `left_out` maps each class that is not in the means to the reason.
     """
 
     miou: float
@@ -28,17 +28,13 @@ class Scores:
     recall: dict[str, float | None]
     left_out: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def scores(confusion_LP: NDArray[np.int64], names: list[str], not_scored: list[str]) -> Scores:
     """
     Scores from a confusion matrix `(C, C)` of pixel counts: rows are labels, columns predictions.
 
     IoU is TP / (TP + FP + FN), F1 is 2 TP / (2 TP + FP + FN), precision TP / (TP + FP), recall TP / (TP + FN). The
-    precision of a class that is labelled and never predicted is 0, as torchmetrics and scikit-learn have it. Classes in
+    precision of a class that is labelled but never predicted is 0, as in torchmetrics and scikit-learn. Classes in
     `not_scored`, and classes without one labelled pixel, are left out of the means; overall accuracy counts every labelled
     pixel. NaN if nothing is scored.
     """
@@ -49,7 +45,7 @@ def scores(confusion_LP: NDArray[np.int64], names: list[str], not_scored: list[s
     scored = [name for name in names if name not in left_out]
 
     def share(of: NDArray[np.float64], whole: NDArray[np.float64]) -> dict[str, float | None]:
-        shares = of / np.maximum(whole, 1)  # pixels are whole numbers: below 1 is 0 of 0
+        shares = of / np.maximum(whole, 1)  # pixels are whole numbers: less than 1 means 0 of 0
         return {name: float(s) if count else None for name, s, count in zip(names, shares, labelled, strict=True)}
 
     iou = share(hits, labelled + predicted - hits)
@@ -71,22 +67,23 @@ def scores(confusion_LP: NDArray[np.int64], names: list[str], not_scored: list[s
 
 def count_pairs(
     labels: NDArray[np.integer[Any]],
-    answers: NDArray[np.integer[Any]],
+    predictions: NDArray[np.integer[Any]],
     num_labels: int,
-    num_answers: int,
+    num_predictions: int,
     ignore_index: int,
 ) -> NDArray[np.int64]:
     """
-    Pixel counts `(num_labels, num_answers)` of every pair of a label and an answer; labels of `ignore_index` do not count.
+    Pixel counts of each pair of a label and a prediction, int64 `(num_labels, num_predictions)`, without `ignore_index`.
 
-    Both arrays hold class indices and have one shape. With as many answers as labels this is the confusion matrix.
+    Both arrays hold class indices and have one shape. If labels and predictions share their classes, this is the confusion
+    matrix.
     """
     known = labels != ignore_index
-    pairs = labels[known].astype(np.int64) * num_answers + answers[known].astype(np.int64)
-    return np.bincount(pairs, minlength=num_labels * num_answers).reshape(num_labels, num_answers)
+    pairs = labels[known].astype(np.int64) * num_predictions + predictions[known].astype(np.int64)
+    return np.bincount(pairs, minlength=num_labels * num_predictions).reshape(num_labels, num_predictions)
 
 
 def mean(values: list[float | None]) -> float:
-    """The mean of the values that are not None; NaN of none."""
+    """The mean of the values that are not None; NaN if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else float("nan")

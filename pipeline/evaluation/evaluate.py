@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
 from kdpipe.configs.schema import Config, Percentiles
 from kdpipe.data.dataset import ValTiles
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.evaluation.boundary import BoundaryScores, boundary_counts, boundary_scores
@@ -40,7 +41,6 @@ from kdpipe.pipeline.teacher.frozen import open_teacher
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
 MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
-Stretch = Sequence[tuple[float, float]] | None
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """From an image, uint8 `(H, W, 3)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
 

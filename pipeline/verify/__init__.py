@@ -1,4 +1,4 @@
-"""The gate between the stages: is the cache complete, fresh, and what the teacher would have said?"""
+"""The gate between the stages: proof that the cache is complete, fresh, and equal to what the teacher predicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """`verify` itself is imported when it is first used, so that the rest of this package can be imported without torch."""
+    """Import `verify` on first use, so that the rest of this package can be imported without torch."""
     if name != "verify":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kdpipe.pipeline.verify.gate import verify

@@ -1,4 +1,4 @@
-"""The gate between the stages: is the cache whole, fresh, and what the teacher would have said?"""
+"""The gate between the stages: proof that the cache is complete, fresh, and equal to what the teacher predicts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from kdpipe.pipeline.precompute.expected_recipe import configured_softening, exp
 from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import open_teacher
-from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_answers
-from kdpipe.pipeline.verify.parity import PRECISION_SLACK, TileParity, compare, middle_window
+from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_teacher_classes
+from kdpipe.pipeline.verify.parity import PRECISION_SLACK, Measure, TileParity, compare, middle_window
 from kdpipe.pipeline.versions import library_note, other_libraries
 
 Level = Literal["quick", "full", "parity"]
@@ -46,7 +46,7 @@ T = TypeVar("T", bound=_Labelled)
 
 @dataclass
 class Report:
-    """What was checked and found; without findings the cache passes."""
+    """The result of a check; without findings the cache passes."""
 
     cache: str
     level: Level
@@ -64,31 +64,18 @@ class Report:
 
     @property
     def passes(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "cache": self.cache,
-            "level": self.level,
-            "passes": self.passes,
-            "tiles": self.tiles,
-            "fingerprint": self.fingerprint,
-            "error_bound": self.error_bound,
-            "other_libraries": self.other_libraries,
-            "findings": [asdict(finding) for finding in self.findings],
-            "parity": [tile.as_dict() for tile in self.parity],
-            "labels": self.labels.as_dict() if self.labels else None,
-            "label_tiles": self.label_tiles,
-            "confusion": self.confusion,
-            "teacher_classes": [row.as_dict() for row in self.teacher_classes],
-        }
+        content = {key: value for key, value in asdict(self).items() if key != "noun"}
+        return content | {"passes": self.passes, "parity": [tile.as_dict() for tile in self.parity]}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A tile on which parity ran the teacher again: cached and live targets, float32 `(C, H, W)`, and what was measured."""
+    """A tile on which parity ran the teacher again: cached and live targets, float32 `(C, H, W)`, and their comparison."""
 
     subject: Subject
     cached_CHW: NDArray[np.float32]
@@ -107,20 +94,20 @@ def verify(
     progress: Progress | None = None,
 ) -> Report:
     """
-    Check a cache against its configuration; what is wrong is in the report's findings.
+    Check a cache against its configuration; the report's findings say what is wrong.
 
-    `quick` reads names, sizes and times; `full` every byte; `parity` also runs the teacher again on `sample` tiles chosen
-    by the seed, compares what a student (`student`: a checkpoint, or else a fresh one) would learn, and compares the class
-    map with the labels; `on_parity` is handed each tile of the sample. Raises `DataError` or `ConfigError` where the data
-    cannot be listed, `CheckpointError` for a missing teacher at level parity.
+    Level `quick` reads names, sizes and times, `full` reads every byte. `parity` also runs the teacher again on `sample`
+    tiles chosen by the seed, compares loss and gradient of a student (the checkpoint `student`, or a fresh one), and
+    compares the class map with the labels; `on_parity` is called with each tile of the sample. Raises `DataError` or
+    `ConfigError` where the data cannot be listed, `CheckpointError` for a missing teacher at level parity.
     """
     progress = progress or Silent()
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
-    asked = subjects(config, tiles, stretch)
-    images = {subject.id: subject.source for subject in asked}
+    expected = subjects(config, tiles, stretch)
+    images = {subject.id: subject.source for subject in expected}
     storage = open_storage(config.cache.path)
-    report = Report(cache=storage.url, level=level, noun=subject_noun(config), tiles=len(asked))
+    report = Report(cache=storage.url, level=level, noun=subject_noun(config), tiles=len(expected))
     try:
         manifest = read_manifest(storage)
     except (IncompleteCache, CorruptCache) as err:
@@ -140,11 +127,11 @@ def verify(
     if level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
         _check_parity(
-            config, cache, asked, device, sample, student, report, progress, on_parity or (lambda compared: None)
+            config, cache, expected, device, sample, student, report, progress, on_parity or (lambda compared: None)
         )
-        _check_labels(config, cache, asked, report, progress)
+        _check_labels(config, cache, expected, report, progress)
     elif level == "parity":
-        progress.say("the findings so far come first: the teacher is not run again on a cache that is damaged or stale")
+        progress.say("the teacher is not run again on a cache that is damaged or stale: mend these findings first")
     return report
 
 
@@ -162,7 +149,7 @@ def _check_parity(
     sample: int, checkpoint: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None],
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
-    from kdpipe.pipeline.models.student import build_student  # which `quick` and `full` need not wait for
+    from kdpipe.pipeline.models.student import build_student  # slow to import, and not needed below parity
 
     manifest = cache.manifest
     teacher = open_teacher(config, manifest.recipe, device)
@@ -176,6 +163,7 @@ def _check_parity(
     )
     student.to(device).eval()
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
+    bound = probability_bound(manifest, config.distill.temperature)
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
     with progress.bar("parity", len(chosen), report.noun) as advance:
@@ -189,49 +177,53 @@ def _check_parity(
                 lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
                 cached_CHW = cache.read(tile.id)
                 result = compare(
-                    tile.id, cached_CHW, live_CHW, image_HWC, student, config,
-                    probability_bound(manifest, config.distill.temperature), lost, precision, device,
-                )  # fmt: skip
+                    tile.id, cached_CHW, live_CHW, image_HWC, student, config, bound, lost, precision, device
+                )
             report.parity.append(result)
             on_parity(Compared(tile, cached_CHW, live_CHW, result))
-            report.findings += [
-                Finding(
-                    "parity", tile.id,
-                    f"{name} is {m.value:.4g}, which should be {'at least' if m.at_least else 'at most'} {m.tolerance:.4g}",
-                )
-                for name, m in result.measures().items() if not m.passes
-            ]  # fmt: skip
             if tile.mask is not None:
-                answers_HW = logits_NTHW[0].argmax(dim=0).cpu().numpy()
-                counts.append(count_answers(answers_HW, tile.labels(), config))
+                predicted_HW = logits_NTHW[0].argmax(dim=0).cpu().numpy()
+                counts.append(count_teacher_classes(predicted_HW, tile.labels(), config))
             advance()
+    report.findings += [
+        _parity_finding(row.tile, name, m)
+        for row in report.parity
+        for name, m in row.measures().items()
+        if not m.passes
+    ]
     if counts:
         report.teacher_classes = check_class_map(np.stack(counts), config)
-        report.findings += [
-            Finding(
-                "class-map", None,
-                f"where the teacher answers {row.name}, {100 * row.fitting_share:.0f} % of the labels say {row.fitting} and "
-                f"{100 * row.configured_share:.0f} % {row.configured}: mapping it to {row.fitting} raises mIoU by "
-                f"{100 * row.gain:.1f} points. Is the order of teacher.classes that of the checkpoint's channels?",
-            )
-            for row in report.teacher_classes if row.clearly_better
-        ]  # fmt: skip
+        report.findings += [_class_map_finding(row) for row in report.teacher_classes if row.clearly_better]
+
+
+def _parity_finding(tile: str, name: str, found: Measure) -> Finding:
+    bound = f"at {'least' if found.at_least else 'most'} {found.tolerance:.4g}"
+    return Finding("parity", tile, f"{name} is {found.value:.4g}, which should be {bound}")
+
+
+def _class_map_finding(row: TeacherClass) -> Finding:
+    return Finding(
+        "class-map", None,
+        f"where the teacher predicts {row.name}, {100 * row.fitting_share:.0f} % of the labels say {row.fitting} and "
+        f"{100 * row.configured_share:.0f} % {row.configured}: mapping it to {row.fitting} raises mIoU by "
+        f"{100 * row.gain:.1f} points. Is the order of teacher.classes that of the checkpoint's channels?",
+    )  # fmt: skip
 
 
 def _check_labels(
     config: Config, cache: SoftTargetCache, tiles: list[Subject], report: Report, progress: Progress
 ) -> None:
-    """The confusion of the cached targets' argmax with the masks, over every labelled tile."""
+    """Score the likeliest class of the cached targets against the masks of all labelled tiles; fills the report."""
     labelled = [tile for tile in tiles if tile.mask is not None]
     if not labelled:
-        progress.say("no tile has labels: the class map cannot be compared with any")
+        progress.say("no tile has labels: the class map cannot be checked")
         return
     num_classes = len(config.classes.names)
     total = np.zeros((num_classes, num_classes), dtype=np.int64)
     with progress.bar("labels", len(labelled), report.noun) as advance:
         for tile in labelled:
-            answers = cache.read(tile.id).argmax(axis=0)
-            total += count_pairs(tile.labels(), answers, num_classes, num_classes, config.classes.ignore_index)
+            predicted_HW = cache.read(tile.id).argmax(axis=0)
+            total += count_pairs(tile.labels(), predicted_HW, num_classes, num_classes, config.classes.ignore_index)
             advance()
     report.label_tiles = len(labelled)
     report.confusion = total.tolist()
@@ -239,7 +231,7 @@ def _check_labels(
 
 
 def sampled_tiles(tiles: Sequence[T], sample: int, seed: int) -> list[T]:
-    """A seeded sample, labelled and unlabelled tiles in turn while there are both, so that the class map can be judged."""
+    """A seeded sample that takes labelled and unlabelled tiles in turn, so that the class map can be checked."""
     order = [tiles[i] for i in np.random.default_rng(seed).permutation(len(tiles))]
     labelled = [tile for tile in order if tile.mask is not None]
     unlabelled = [tile for tile in order if tile.mask is None]

@@ -1,8 +1,8 @@
 """
-Is the cache what the teacher would have said: cached and live targets compared, tile by tile, and what that does to a student.
+Parity: cached and live soft targets compared, tile by tile, and the effect of their difference on a student.
 
-Every tolerance follows from δ, the most that a cached probability may be away from the live one: the encoding's bound plus
-what the teacher's own arithmetic may differ by when it is run again elsewhere (`PRECISION_SLACK`).
+Every tolerance follows from δ, the largest allowed difference between a cached and a live probability: the encoding's bound
+plus the difference that the teacher's arithmetic may show when it is run again elsewhere (`PRECISION_SLACK`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.losses import soft_loss
 from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import padded_logits
 
-# The most that a probability moves when the same weights answer on another device, batch or library version. float32: a
+# The most that a probability moves when the same weights run on another device, batch or library version. float32: a
 # network's logits agree to about 1e-4, of which softmax passes on at most half. float16 and bfloat16 keep 11 and 8 bits.
 PRECISION_SLACK = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1.5e-1}
-GRADIENT_CROP_PX = 256  # of the middle of a tile: a gradient through the student, small enough for any machine
+GRADIENT_CROP_PX = 256  # side of the middle of a tile: its gradient through the student fits any machine
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure and what it may be: at most `tolerance`, or at least, if `at_least`."""
+    """A figure and its tolerance: the most it may be, or the least if `at_least`."""
 
     value: float
     tolerance: float
@@ -43,7 +44,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class TileParity:
-    """One tile's comparison. KL is of the cached from the live target, in nats, averaged over pixels."""
+    """The comparison of one tile. `kl` is KL(cached || live) in nats, averaged over pixels."""
 
     tile: str
     max_abs: Measure
@@ -69,17 +70,17 @@ def compare(
     student: nn.Module, config: Config, bound: float, lost: float, precision: str, device: torch.device,
 ) -> TileParity:  # fmt: skip
     """
-    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`; `bound` is the encoding's.
+    Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`, at the encoding's error `bound`.
 
-    The distillation loss of `student` and its gradient are taken in the tile's `middle_window`, under either target;
-    `lost` is what rounding took from the entropy there.
+    The distillation loss of `student` and its gradient are computed in the tile's `middle_window`, from either target;
+    `lost` is the entropy that rounding took there.
     """
     delta = bound + PRECISION_SLACK[precision]
     difference = np.abs(cached_CHW - live_CHW)
     num_classes = live_CHW.shape[0]
     top_two = np.partition(live_CHW, num_classes - 2, axis=0)[-2:]
     agree = cached_CHW.argmax(axis=0) == live_CHW.argmax(axis=0)
-    # Where the two best classes are further apart than both may move, the order of classes cannot change.
+    # The likeliest class cannot change where the two best are further apart than both may move.
     decided = top_two[1] - top_two[0] > 2 * delta
     floor = np.maximum(live_CHW, delta)
     tiny = np.float32(1e-30)
@@ -88,7 +89,7 @@ def compare(
     return TileParity(
         tile=tile,
         max_abs=Measure(float(difference.max()), delta),
-        # Rounding is even-handed: half the bound on average, and so is the drift of the arithmetic.
+        # Rounding is unbiased: half the bound on average, and so is the drift of the arithmetic.
         mean_abs=Measure(float(difference.mean()), delta / 2),
         # KL is (c - p)² / p to second order; below δ a probability moves by no more than δ.
         kl=Measure(float(kl.sum(axis=0).mean()), float((delta**2 / floor).sum(axis=0).mean())),
@@ -100,7 +101,7 @@ def compare(
 
 
 def middle_window(height: int, width: int) -> tuple[int, int, int, int]:
-    """`(top, left, h, w)`: the middle of a tile in which a student is asked, multiples of 32 px where the tile has them."""
+    """`(top, left, h, w)` of the middle of a tile, where the student runs; multiples of 32 px if the tile has as many."""
     h, w = (min(side, GRADIENT_CROP_PX) // 32 * 32 or side for side in (height, width))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -112,10 +113,10 @@ def _student_effect(
     """
     The relative difference of the distillation loss, and the cosine between the gradients of the student's parameters.
 
-    Tolerances: the loss is linear in the target but for its entropy, so that it moves by at most the mean over pixels of
-    the sum over classes of `δ (|log q| + |log p| + 1)`. The gradient with respect to the student's logits is proportional
-    to `q - p`; moved by `δ` in every entry it turns by an angle of at most `δ √(C H W) / |q - p|`. The parameters' gradient
-    is a linear image of it, for which twice that angle is allowed.
+    Tolerances: except for its entropy, the loss is linear in the target, so that it moves by at most the mean over pixels
+    of the sum over classes of `δ (|log q| + |log p| + 1)`. The gradient with respect to the student's logits is
+    proportional to `q - p`; moved by `δ` in every entry, it turns by an angle of at most `δ √(C H W) / |q - p|`. The
+    gradient of the parameters is a linear image of it, for which twice that angle is allowed.
     """
     top, left, height, width = middle_window(*live_CHW.shape[1:])
     window = (slice(top, top + height), slice(left, left + width))
@@ -125,7 +126,7 @@ def _student_effect(
     losses, gradients = [], []
     for target_CHW, correction in ((cached_CHW, lost), (live_CHW, 0.0)):
         target = torch.from_numpy(np.ascontiguousarray(target_CHW[:, *window])).to(device)[None]
-        logits = _padded(student, inputs)
+        logits = padded_logits(student, inputs)  # only a tile below 32 px is padded
         inside = torch.ones_like(target[:, 0], dtype=torch.bool)
         loss = temperature**2 * soft_loss(
             logits, target, inside, temperature, torch.tensor([correction], device=device)
@@ -144,10 +145,3 @@ def _student_effect(
         Measure(abs(losses[0] - losses[1]) / losses[1], loss_tolerance / losses[1]),
         Measure(cosine, math.cos(min(2 * angle, math.pi / 2)), at_least=True),
     )
-
-
-def _padded(student: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits under gradients; the crop is a multiple of 32 px, except on tiles smaller than that, which are mirrored."""
-    from kdpipe.pipeline.models.views import padded_logits
-
-    return padded_logits(student, inputs)

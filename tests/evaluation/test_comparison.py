@@ -94,13 +94,13 @@ def test_faster_convergence_is_said_in_steps_and_seconds():
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ([run("a-1", 1, [0.1])], "needs two runs at least, found 1"),
-        ([run("a-1", 1, [0.1]), run("a-2", 2, [0.1])], "all of one arm, a: they differ in nothing but name, group, seed"),
+        ([run("a-1", 1, [0.1])], "needs at least two runs, found 1"),
+        ([run("a-1", 1, [0.1]), run("a-2", 2, [0.1])], "belong to one arm, a: they differ in nothing but name, group, seed"),
         ([run("a-1", 1, [0.1]), run("b-1", 1, [0.1, 0.2], mode="none")], r"same steps .*a-1 has 100; b-1 has 200"),
         ([run("a", 1, [0.1]), run("b", 1, [0.1], mode="none", data={"val": ["w"]})], r"same data\.val can be compared"),
         ([run("a-1", 1, [0.1]), run("b-2", 2, [0.1], mode="none")], "have no seed in common"),
         ([run("a", 1, [0.1]), run("b", 1, [0.2])], r"a and b are two runs of one configuration and one seed \(1\)"),
-        ([run("a", 1, [0.1]).model_copy(update={"total_steps": 300}), run("b", 1, [0.1])], r"not finished .*a \(100 of 300\)"),
+        ([run("a", 1, [0.1]).model_copy(update={"total_steps": 300}), run("b", 1, [0.1])], r"unfinished runs .*a \(100 of 300\)"),
     ],
 )  # fmt: skip
 def test_runs_that_cannot_be_compared_are_refused_by_name(runs, message):

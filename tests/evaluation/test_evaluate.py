@@ -21,7 +21,7 @@ from kdpipe.pipeline.commands.main import cli, main
 from kdpipe.pipeline.evaluation import evaluate as evaluation
 from kdpipe.pipeline.evaluation.evaluate import Model, Network, evaluate, student_model, teacher_model
 from kdpipe.pipeline.models.student import build_student, load_student_weights
-from kdpipe.pipeline.reports.confusion_plot import draw_confusion
+from kdpipe.pipeline.reports.plots import draw_confusion
 from kdpipe.pipeline.reports.terminal.scores import evaluation_tables
 from kdpipe.pipeline.training.run import train, with_mode
 
@@ -180,15 +180,15 @@ def test_d4_averages_logits_of_eight_views_in_the_images_frame(trained):
                 logits = np.rot90(student(inputs)[0].numpy(), -turns, axes=(1, 2))
                 total = total + (logits[..., ::-1] if mirror else logits)
     expected = torch.from_numpy(total / 8).softmax(dim=0).numpy()
-    found = student_model(BEST, CPU, tta="d4", window=None).answer(image)
+    found = student_model(BEST, CPU, tta="d4", window=None).predict(image)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    plain = student_model(BEST, CPU, tta=None, window=None).answer(image)
+    plain = student_model(BEST, CPU, tta=None, window=None).predict(image)
     assert np.abs(found - plain).max() > 1e-4
 
 
 def test_a_window_that_holds_the_tile_changes_nothing_and_a_smaller_one_does(trained):
     image = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
-    whole, large, small = (student_model(BEST, CPU, tta=None, window=w).answer(image) for w in (None, 128, 64))
+    whole, large, small = (student_model(BEST, CPU, tta=None, window=w).predict(image) for w in (None, 128, 64))
     np.testing.assert_array_equal(whole, large)
     assert small.shape == whole.shape
     assert np.abs(small - whole).max() > 1e-4
@@ -204,8 +204,8 @@ def test_a_teacher_is_asked_as_its_config_says_unless_told_otherwise(make_config
     told = teacher_model(config, CPU, tta="none", window=256)
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     plain = teacher_model(make_config(), CPU, tta=None, window=None)
-    np.testing.assert_array_equal(told.answer(image), plain.answer(image))
-    assert np.abs(as_configured.answer(image) - plain.answer(image)).max() > 1e-4
+    np.testing.assert_array_equal(told.predict(image), plain.predict(image))
+    assert np.abs(as_configured.predict(image) - plain.predict(image)).max() > 1e-4
 
 
 def test_several_teachers_answer_as_one_by_the_mean_of_their_logits(make_config, teacher_file, tmp_path):
@@ -219,7 +219,7 @@ def test_several_teachers_answer_as_one_by_the_mean_of_their_logits(make_config,
     several = make_config(teacher=None, teachers=members, **as_it_is)
     single = [make_config(teacher=member, **as_it_is) for member in members]
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    found, one, two = (teacher_model(c, CPU, tta=None, window=None).answer(image) for c in (several, *single))
+    found, one, two = (teacher_model(c, CPU, tta=None, window=None).predict(image) for c in (several, *single))
     # The mean of logits is the logarithm of the geometric mean of the answers, normalised anew.
     expected = np.sqrt(one * two)
     np.testing.assert_allclose(found, expected / expected.sum(axis=0), atol=1e-5)
@@ -310,7 +310,7 @@ def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, case):
         message = r"A has nothing to score in its 1 tiles with a mask: Background absent from the labels, Forest"
     elif case == "no masks":
         write_tile(root, "t", answers, None)
-        message = r"none of the 1 images of .*A has a mask: scores need .*A/masks, with masks of the images' stems"
+        message = r"none of the 1 images of .*A has a mask: scores need .*A/masks, with masks named like the images"
     elif case == "sizes":
         write_tile(root, "t", answers, labels[:-1])
         message = r"the mask .*t\.png is 39 x 53 px, and its image .*t\.png 40 x 53"
@@ -326,7 +326,7 @@ def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, case):
     else:
         write_tile(root, "t", answers, labels)
         model = stub(config, probability=np.nan)
-        error, message = KdpipeError, "a stub answers A/t with numbers that are not finite"
+        error, message = KdpipeError, "a stub predicts A/t with numbers that are not finite"
     with pytest.raises(error, match=message):
         evaluate(model, roots)
 
@@ -358,7 +358,7 @@ def test_images_go_through_the_stretch_that_training_recorded(make_config, lands
 
     def answer(image_HWC):
         seen.append(image_HWC)
-        return model.answer(image_HWC)
+        return model.predict(image_HWC)
 
     evaluate(Model(**{**vars(model), "answer": answer}))
     image = read_root(landscape / "Val")[0][0].astype(np.float64)

@@ -126,8 +126,8 @@ def test_pictures_are_those_of_the_samples(make_config, landscape):
         assert found["5 student"][y, x].tolist() == COLOURS[answer[y, x]].tolist()
         blend = sum(softened[c, y, x] * COLOURS[c] for c in range(6))
         np.testing.assert_allclose(found["6 student, soft"][y, x], blend, atol=0.6)
-        wrong = [255] * 3 if mask[y, x] > 5 else [70] * 3 if answer[y, x] == mask[y, x] else [255, 64, 64]
-        assert found["7 errors"][y, x].tolist() == wrong
+        judged = [38, 50, 56] if answer[y, x] == mask[y, x] else [255, 99, 110]
+        assert found["7 errors"][y, x].tolist() == (judged if mask[y, x] < 6 else [150] * 3)
 
 
 def normalised(image):

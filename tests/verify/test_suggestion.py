@@ -18,8 +18,8 @@ from kdpipe.configs import dump_config, load_config
 from kdpipe.configs.errors import DataError
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.reports.terminal.results import suggestion_tables
-from kdpipe.pipeline.verify.suggestion import Suggestion, suggest_map, suggested_rows
+from kdpipe.pipeline.reports.terminal.verify import suggestion_tables
+from kdpipe.pipeline.verify.class_map import Suggestion, suggest_map, suggested_rows
 
 CPU = torch.device("cpu")
 

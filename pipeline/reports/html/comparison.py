@@ -1,51 +1,83 @@
-"""A comparison as plots (PNG) and as one HTML page that needs nothing from elsewhere."""
+"""The page of a comparison: arms over seeds, tiles with the predictions of each arm, curves, and differences by class."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference
-from kdpipe.pipeline.reports.html.layers import TilePictures
-from kdpipe.pipeline.reports.html.page import data_url, heading, page, paragraph, percent_text, table
-from kdpipe.pipeline.reports.html.tiles import VIEWER, browser
+import torch
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from kdpipe.configs.errors import DataError
+from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference, one_seed_text
+from kdpipe.pipeline.evaluation.evaluate import student_model
+from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.reports.html.charts import Interval, Points, interval_chart, line_chart
+from kdpipe.pipeline.reports.html.page import heading, page, paragraph, percent_cell, table
+from kdpipe.pipeline.reports.html.tiles import VIEWER, TilePictures, browser, draw_tile, spread, validation_subjects
+from kdpipe.pipeline.runs.layout import LAST
+from kdpipe.pipeline.runs.record import Validation
+from kdpipe.pipeline.text import duration_text, pace_text
 
-PAGE, STEPS_PLOT, SECONDS_PLOT, CLASSES_PLOT = (
-    "comparison.html",
-    "miou-by-steps.png",
-    "miou-by-seconds.png",
-    "classes.png",
-)
-
-# Okabe and Ito's, told apart with the usual colour blindness too; the baseline is the first.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+PAGE = "comparison.html"
 
 
 def write_comparison(
     comparison: Comparison, folder: Path, tiles: Sequence[TilePictures] = (), notes: Sequence[str] = ()
 ) -> Path:
-    """Write the three plots and the page into `folder`, with `tiles` to browse and what is not shown; returns the page's path."""
+    """Write the page into `folder`, with `tiles` to browse and `notes` on what is missing; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {
-        STEPS_PLOT: _curves(comparison, "steps"),
-        SECONDS_PLOT: _curves(comparison, "seconds"),
-        CLASSES_PLOT: _class_bars(comparison),
-    }
-    for name, png in plots.items():
-        (folder / name).write_bytes(png)
     file = folder / PAGE
-    file.write_text(_page(comparison, plots, tiles, notes), encoding="utf-8")
+    file.write_text(_page(comparison, tiles, notes), encoding="utf-8")
     return file
 
 
+def comparison_tiles(
+    comparison: Comparison,
+    folders: Mapping[int, Path],
+    device: torch.device,
+    count: int,
+    progress: Progress | None = None,
+) -> tuple[list[TilePictures], list[str]]:
+    """
+    At most `count` validation tiles with the predictions of every arm, and notes on what is missing.
+
+    Each arm is shown by the last checkpoint of its first seed's run; `folders` are the runs' folders by `id(run)`. An arm
+    without a `last.ckpt` is left out, and so is every arm where the validation tiles are missing.
+    """
+    models, notes = {}, []
+    for arm in comparison.arms:
+        file = folders[id(arm.first)] / LAST
+        if file.is_file():
+            models[arm.label] = student_model(file, device, tta=None, window=None)
+        else:
+            notes.append(f"No predictions of {arm.label}: there is no {file}.")
+    if not models:
+        return [], notes
+    try:
+        # Each arm sees the images as in its training: with its own bands and stretch.
+        subjects = {label: validation_subjects(model.config, model.stretch) for label, model in models.items()}
+    except DataError as err:
+        return [], [*notes, f"No tiles: {err}"]
+    shown = spread(range(min(map(len, subjects.values()))), count)
+    first, config = next(iter(subjects.values())), next(iter(models.values())).config
+    drawn = []
+    with (progress or Silent()).bar("tiles to look at", len(shown), "tiles") as advance:
+        for i in shown:
+            predictions = {
+                label: model.predict(subjects[label][i].image()).argmax(axis=0) for label, model in models.items()
+            }
+            drawn.append(
+                draw_tile(
+                    first[i].id, "validation tile", first[i].image(), len(config.classes.names),
+                    labels_HW=first[i].labels(), predictions=predictions,
+                )
+            )  # fmt: skip
+            advance(1)
+    return drawn, notes
+
+
 def points_text(difference: Difference | None) -> str:
-    """A difference in points of IoU with its interval: `+1.2 [-0.3, +2.7]`."""
+    """A difference in points of IoU with its interval: `+1.2 [-0.3, +2.7]`, without it for a single seed."""
     if difference is None:
         return "–"
     if difference.low is None or difference.high is None:
@@ -54,127 +86,99 @@ def points_text(difference: Difference | None) -> str:
 
 
 def cache_text(arm: Arm) -> str:
-    """Which cache an arm learnt from."""
-    run = next(iter(arm.runs.values()))
+    """The cache that an arm was trained from."""
+    run = arm.first
     if run.cache is None:
         return {"none": "no teacher", "online": "the live teacher"}.get(run.mode, run.mode)
     return f"{run.cache.path} ({run.cache.tiles} tiles, fingerprint {run.cache.fingerprint[:12]})"
 
 
 def reached_text(arm: Arm) -> str:
-    """After how many steps and seconds an arm has what the baseline ends with."""
-    return f"{arm.reaches.steps} steps, {arm.reaches.seconds:.0f} s" if arm.reaches else "not reached"
+    """The steps and the training time after which an arm has the baseline's last mIoU."""
+    return f"{arm.reaches.steps} steps, {duration_text(arm.reaches.seconds)}" if arm.reaches else "not reached"
 
 
-def _curves(comparison: Comparison, against: str) -> bytes:
-    def draw(axes: Axes) -> None:
-        for arm, colour in zip(comparison.arms, _colours(comparison), strict=True):
-            for run in arm.runs.values():
-                points = [p for p in run.history if p.miou is not None]
-                axes.plot(
-                    [getattr(p, against) for p in points],
-                    [100 * (p.miou or 0) for p in points],
-                    color=colour, linewidth=0.6, alpha=0.35,
-                )  # fmt: skip
-            curve = [p for p in arm.curve() if p.miou is not None]
-            axes.plot(
-                [getattr(p, against) for p in curve],
-                [100 * (p.miou or 0) for p in curve],
-                color=colour, linewidth=2, marker="o", markersize=3,
-                label=f"{arm.label} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})",
-            )  # fmt: skip
-        axes.set_xlabel(
-            "steps" if against == "steps" else "seconds of training (validation and precompute not counted)"
-        )
-        axes.set_ylabel("validation mIoU, %")
-        axes.grid(alpha=0.3)
-        axes.legend()
-
-    return _png(draw, (7.5, 4.5))
-
-
-def _class_bars(comparison: Comparison) -> bytes:
-    """The paired differences by class with their intervals."""
-    compared = comparison.arms[1:]
-
-    def draw(axes: Axes) -> None:
-        names = [*comparison.classes, MEAN]
-        for i, (arm, colour) in enumerate(zip(compared, _colours(comparison)[1:], strict=True)):
-            rows = [(k, arm.differences[n]) for k, n in enumerate(names) if arm.differences and n in arm.differences]
-            axes.errorbar(
-                [k + (i - (len(compared) - 1) / 2) * 0.15 for k, _ in rows],
-                [100 * d.mean for _, d in rows],
-                yerr=[100 * (d.high - d.mean) if d.high is not None else 0 for _, d in rows],
-                fmt="o", color=colour, capsize=3, label=arm.label,
-            )  # fmt: skip
-        axes.axhline(0, color=COLOURS[0], linewidth=0.8)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylabel(f"IoU, points against {comparison.arms[0].label}")
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend()
-
-    return _png(draw, (7.5, 4.0))
-
-
-def _png(draw: Any, size: tuple[float, float]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure.add_subplot())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _colours(comparison: Comparison) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(comparison.arms))]
-
-
-def _page(comparison: Comparison, plots: dict[str, bytes], tiles: Sequence[TilePictures], notes: Sequence[str]) -> str:
+def _page(comparison: Comparison, tiles: Sequence[TilePictures], notes: Sequence[str]) -> str:
     baseline = comparison.arms[0]
+    intervals = any(d.low is not None for arm in comparison.arms for d in (arm.differences or {}).values())
     body = [
         heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
-        paragraph(
-            f"Baseline: {baseline.label}. Differences are between runs of one seed, in points of IoU; the interval is the "
-            "95 % interval of their mean (Student's t). Scores are those of the last step, not of the best one."
-        ),
         table("Arms", list(_arm_rows(comparison))),
-        table("IoU by class, %", list(_class_rows(comparison))),
+        paragraph(
+            f"Baseline: {baseline.label}. Scores are those of the last step, not of the best one. Differences are taken "
+            "between runs of one seed, in points of IoU."
+            + (" In brackets: the 95 % interval of their mean (Student's t)." if intervals else "")
+        ),
     ]
-    for name, title in (
-        (STEPS_PLOT, "Validation mIoU against steps"),
-        (SECONDS_PLOT, "Validation mIoU against seconds of training"),
-        (CLASSES_PLOT, f"Difference to {baseline.label} by class, with 95 % intervals"),
-    ):
-        body += [
-            heading(2, title),
-            f'<img class="plot" alt="{escape(title)}" src="{data_url(plots[name], "image/png")}">',
-        ]
-    body += [
-        table("What differs from the baseline", list(_setting_rows(comparison))),
-        table("Runs", list(_run_rows(comparison))),
-    ]
+    if not intervals:
+        body.append(paragraph(one_seed_text(baseline.first.seed), "warning"))
     if tiles:
-        how = paragraph(
-            "Click a tile, or press Enter on it, to compare two of its layers: those of two arms, for instance."
-        )
-        of_arms = paragraph("Answers are those of the first seed's run of every arm, after its last step.")
-        body += [heading(2, "Validation tiles"), how, of_arms, browser(tiles, comparison.classes), VIEWER]
+        of_arms = paragraph("Each arm predicts by its first seed's run, after the last step.", "quiet")
+        body += [heading(2, "Validation tiles"), of_arms, browser(tiles, comparison.classes)]
     body += [paragraph(note, "quiet") for note in notes]
+    body += [heading(2, "Curves"), f'<div class="charts">{"".join(_charts(comparison))}</div>']
+    body += [heading(2, "Classes"), table("IoU by class, %", list(_class_rows(comparison)))]
+    body.append(_class_chart(comparison, " with 95 % intervals" if intervals else ""))
+    body += [
+        heading(2, "Runs"),
+        table("Settings that differ from the baseline", list(_setting_rows(comparison))),
+        table("Runs", list(_run_rows(comparison))),
+        VIEWER if tiles else "",
+    ]
     title = f"kdpipe: comparison of {len(comparison.arms)} arms"
     return page(title, f"<main>{''.join(body)}</main>", script=bool(tiles))
 
 
+def _charts(comparison: Comparison) -> Iterator[str]:
+    labels = {}
+    for arm in comparison.arms:
+        labels[arm.label] = f"{arm.label} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})"
+    for against, x_label in (
+        ("steps", "steps"),
+        ("seconds", "seconds of training, without validation and stage one"),
+    ):
+        means = {labels[arm.label]: _points(arm.curve(), against) for arm in comparison.arms}
+        singles = {
+            labels[arm.label]: [_points(run.history, against) for run in arm.runs.values()]
+            for arm in comparison.arms
+            if len(arm.runs) > 1
+        }
+        shown = {name: points for name, points in means.items() if points}
+        if shown:
+            yield line_chart(f"Validation mIoU by {against}", shown, x_label, "%", faint=singles)
+
+
+def _points(history: Sequence[Validation], against: str) -> Points:
+    return [(getattr(point, against), 100 * point.miou) for point in history if point.miou is not None]
+
+
+def _class_chart(comparison: Comparison, suffix: str) -> str:
+    rows: dict[str, dict[str, Interval]] = {}
+    for name in [MEAN, *comparison.classes]:
+        for arm in comparison.arms[1:]:
+            if difference := (arm.differences or {}).get(name):
+                bounds = (None if b is None else 100 * b for b in (difference.low, difference.high))
+                rows.setdefault(name, {})[arm.label] = Interval(100 * difference.mean, *bounds)
+    baseline = comparison.arms[0].label
+    return interval_chart(f"Difference from {baseline}{suffix}", rows, f"points of IoU above {baseline}")
+
+
 def _arm_rows(comparison: Comparison) -> Iterator[list[str]]:
-    yield ["arm", "seeds", "mIoU, %", "difference", "has the baseline's last mIoU after", "s/step", "learnt from"]
+    yield [
+        "arm",
+        "seeds",
+        "mIoU, %",
+        "difference",
+        "reaches the baseline's last mIoU after",
+        "step (median)",
+        "trained from",
+    ]
     for arm in comparison.arms:
         difference = points_text(arm.differences[MEAN]) if arm.differences else "baseline"
         reached = reached_text(arm) if arm.differences else "–"
         yield [
-            arm.label, ", ".join(map(str, arm.runs)), percent_text(arm.mean_iou(MEAN)), difference, reached,
-            f"{arm.seconds_per_step():.3f}", cache_text(arm),
+            arm.label, ", ".join(map(str, arm.runs)), percent_cell(arm.mean_iou(MEAN)), difference, reached,
+            pace_text(arm.seconds_per_step()), cache_text(arm),
         ]  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def _class_rows(comparison: Comparison) -> Iterator[list[str]]:
     for name in [*comparison.classes, MEAN]:
         cells = []
         for arm in comparison.arms:
-            cell = percent_text(arm.mean_iou(name))
+            cell = percent_cell(arm.mean_iou(name))
             if arm.differences and name in arm.differences:
                 cell += f" ({points_text(arm.differences[name])})"
             cells.append(cell)
@@ -197,10 +201,10 @@ def _setting_rows(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def _run_rows(comparison: Comparison) -> Iterator[list[str]]:
-    yield ["run", "arm", "seed", "mIoU, %", "seconds", "device", "torch"]
+    yield ["run", "arm", "seed", "mIoU, %", "run (wall time)", "device", "torch"]
     for arm in comparison.arms:
         for seed, run in arm.runs.items():
             yield [
-                run.name, arm.label, str(seed), percent_text(arm.iou(seed)[MEAN]), f"{run.history[-1].seconds:.0f}",
-                run.device, run.libraries.get("torch", "–"),
+                run.name, arm.label, str(seed), percent_cell(arm.iou(seed)[MEAN]),
+                "–" if run.wall_seconds is None else duration_text(run.wall_seconds), run.device, run.libraries.get("torch", "–"),
             ]  # fmt: skip

@@ -1,8 +1,8 @@
 """
-One HTML page that needs nothing from elsewhere: its frame, tables and figures. Text from outside is escaped here.
+The frame, tables and figures of an HTML page that loads nothing; text from outside is escaped here.
 
-By its Content-Security-Policy the page loads nothing that is not in it, and runs no script but the one that `page` puts
-there: markup in the name of a tile could not run even where it was not escaped.
+The page's Content-Security-Policy forbids it to load anything, and to run any script but `page.js`: markup in the name of
+a tile could not run even if it was not escaped.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib.resources import files
 
+from kdpipe.pipeline.text import percent_text
+
+percent_cell = partial(percent_text, unit="")  # of a table whose head says percent
+
 
 def page(title: str, body: str, *, script: bool = False) -> str:
-    """A whole page around `body`, which is HTML; `script` puts `page.js` below it, which browses tiles."""
+    """A whole page around `body`, which is HTML; `script` adds `page.js`, which browses tiles."""
     style, code = (
         files("kdpipe.pipeline.reports.html").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
     )
@@ -32,18 +37,18 @@ def page(title: str, body: str, *, script: bool = False) -> str:
 
 
 def heading(level: int, text: str, anchor: str | None = None) -> str:
-    """`<h2>` and the like, which a link within the page can lead to."""
+    """A heading of `level` 1 to 6; links within the page lead to its `anchor`."""
     name = f' id="{escape(anchor)}"' if anchor else ""
     return f"<h{level}{name}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
+    """A paragraph of plain text, with the CSS class `kind`."""
     return f"<p{_class(kind)}>{escape(text)}</p>"
 
 
 def table(caption: str, rows: Sequence[Sequence[str]]) -> str:
-    """Rows of plain text, the first of them the head; too wide a table is moved within itself."""
+    """A table of plain text whose first row is the head; a wide table scrolls within itself."""
     head, *body = rows
     cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
@@ -51,7 +56,7 @@ def table(caption: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def framed_table(caption: str, head: str, body: str, kind: str = "") -> str:
-    """A table of `head` and `body`, which are HTML: cells, and rows."""
+    """A table around HTML: the cells of its `head` and the rows of its `body`."""
     name = escape(caption)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table{_class(kind)}><caption>{name}'
@@ -60,13 +65,13 @@ def framed_table(caption: str, head: str, body: str, kind: str = "") -> str:
 
 
 def bar_cell(share: float | None, text: str) -> str:
-    """A cell with a bar of `share`, 0..1, behind its text."""
-    style = "" if share is None else f' class="bar" style="--share:{share:.4f}"'
-    return f"<td{style}>{escape(text)}</td>"
+    """A cell with a text and, to the right of it, a bar of `share`, 0..1."""
+    bar = "" if share is None else f'<i style="--share:{share:.4f}"></i>'
+    return f'<td class="bar"><span>{escape(text)}</span>{bar}</td>'
 
 
 def figures(found: Mapping[str, tuple[str, str]]) -> str:
-    """The numbers that are looked at first: `{what: (value, remark)}`."""
+    """Large numbers in a row: `{name: (value, remark)}`."""
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(remark)}</small>' if remark else ''}</dd></div>"
         for name, (value, remark) in found.items()
@@ -75,24 +80,19 @@ def figures(found: Mapping[str, tuple[str, str]]) -> str:
 
 
 def contents(links: Mapping[str, str]) -> str:
-    """Links to headings of the page: `{anchor: text}`."""
+    """Links to the headings of the page: `{anchor: text}`."""
     items = "".join(f'<li><a href="#{escape(anchor)}">{escape(text)}</a></li>' for anchor, text in links.items())
     return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
 
 
 def folded(summary: str, body: str) -> str:
-    """HTML that is shown once its summary is clicked."""
+    """HTML that a click on `summary` unfolds."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Bytes of MIME type `kind` as the URL of an image."""
+    """The content of an image, of MIME type `kind`, as a URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def percent_text(value: float | None) -> str:
-    """A share in percent with one digit, a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _class(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The page of a verification: findings, what parity measured, the labels' view, the class map, and tiles to browse."""
+"""The page of a verification: findings, tiles to browse, measured parity, agreement with the labels, and the class map."""
 
 from __future__ import annotations
 
@@ -9,73 +9,96 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.cache.integrity import Finding
+from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.configs.schema import Config
+from kdpipe.data.stretch import resolve_stretch
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.precompute.expected_recipe import configured_softening
 from kdpipe.pipeline.reports.html.charts import confusion_table
-from kdpipe.pipeline.reports.html.layers import TilePictures
-from kdpipe.pipeline.reports.html.page import figures, heading, page, paragraph, percent_text, table
+from kdpipe.pipeline.reports.html.page import figures, heading, page, paragraph, percent_cell, table
 from kdpipe.pipeline.reports.html.run import class_map
-from kdpipe.pipeline.reports.html.tiles import VIEWER, browser
-from kdpipe.pipeline.verify.gate import Report
+from kdpipe.pipeline.reports.html.tiles import (
+    VIEWER,
+    TilePictures,
+    browser,
+    cached_targets,
+    draw_subject,
+    spread,
+    training_noun,
+    training_subjects,
+)
+from kdpipe.pipeline.verify.gate import Compared, Report
 from kdpipe.pipeline.verify.parity import TileParity
 
 SHOWN_FINDINGS = 200  # the rest is in --json
+LEVELS = {"quick": "names, sizes and times", "full": "every byte", "parity": "every byte, and the teacher"}
+MEASURES = {
+    "max_abs": "largest |Δp|", "mean_abs": "mean |Δp|", "kl": "KL, nats", "decided_agreement": "decided classes agree",
+    "loss_difference": "Δ loss", "gradient_cosine": "gradient cosine",
+}  # fmt: skip
+
+
+class ParityTiles:
+    """Draws the tiles that parity compares, with the difference between both targets, up to the allowed one."""
+
+    def __init__(self, config: Config) -> None:
+        self.drawn: list[TilePictures] = []
+        self._config = config
+
+    def __call__(self, compared: Compared) -> None:
+        """Draw one tile."""
+        self.drawn.append(
+            draw_subject(
+                compared.subject, training_noun(self._config), self._config, {}, lambda *_: compared.cached_CHW,
+                live_CHW=compared.live_CHW, largest_difference=compared.parity.max_abs.tolerance,
+            )
+        )  # fmt: skip
+
+
+def cached_tiles(config: Config, report: Report, count: int) -> list[TilePictures]:
+    """
+    At most `count` tiles of a verified cache, drawn without the teacher; none that a finding names.
+
+    There are none at all if a finding concerns the whole cache. Raises `CorruptCache` for a damaged tile, which level quick
+    does not notice.
+    """
+    if any(finding.tile is None for finding in report.findings):
+        return []
+    named = {finding.tile for finding in report.findings}
+    stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
+    cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
+    whole = [subject for subject in training_subjects(config, stretch, cache) if subject.id not in named]
+    noun = training_noun(config)
+    return [draw_subject(subject, noun, config, {}, cached_targets(cache)) for subject in spread(whole, count)]
 
 
 def write_verification(report: Report, config: Config, tiles: Sequence[TilePictures], path: Path) -> None:
-    """Write the page of a report; `tiles` are what `shown_tiles` drew of it."""
-    verdict = "passes" if report.passes else f"{len(report.findings)} findings"
+    """Write the page of a report, with `tiles` to browse."""
+    count = len(report.findings)
+    verdict = "passes" if report.passes else f"{count} finding{'s' if count > 1 else ''}"
     parts = [
         heading(1, f"{report.cache}: {verdict}"),
         figures({
-            "level": (report.level, {"quick": "complete and fresh?", "full": "every byte", "parity": "the teacher again"}[report.level]),
+            "level": (report.level, LEVELS[report.level]),
             report.noun: (str(report.tiles), "as configured"),
-            "findings": (str(len(report.findings)), "none is a pass"),
-            "|Δp| at most": ("–" if report.error_bound is None else f"{report.error_bound:.5f}", "by encoding"),
+            "findings": (str(count), "none: the cache passes" if report.passes else ""),
+            "|Δp| at most": ("–" if report.error_bound is None else f"{report.error_bound:.5f}", "by the encoding"),
             "fingerprint": ((report.fingerprint or "–")[:16], ""),
         }),
     ]  # fmt: skip
     if report.findings:
         parts += [heading(2, "Findings"), _findings(report.findings)]
+    if tiles:
+        parts += [heading(2, report.noun.capitalize()), browser(tiles, config.classes.names)]
     if report.parity:
         parts += [heading(2, "Cached against live targets"), _parity_table(report.parity)]
-    if report.labels is not None and report.confusion is not None:
-        rows = [["class", "IoU, %", "F1, %", ""]]
-        rows += [
-            [name, percent_text(iou), percent_text(report.labels.f1[name]), report.labels.left_out.get(name, "")]
-            for name, iou in report.labels.iou.items()
-        ]
-        rows.append(["mean", percent_text(report.labels.miou), percent_text(report.labels.mean_f1), ""])
-        counts_LP = np.asarray(report.confusion, dtype=np.int64)
-        parts += [
-            heading(2, "Cached targets against the labels"),
-            table(f"Over {report.label_tiles} labelled {report.noun}", rows),
-            confusion_table(
-                "What the teacher took the labels' pixels for; percent of a row, and pixels",
-                counts_LP,
-                config.classes.names,
-            ),
-        ]
+    if report.labels is not None:
+        parts += [heading(2, "Cached targets against the labels"), *_label_tables(report, config)]
     if report.teacher_classes:
-        rows = [["teacher says", "configured", "agree, %", "labels fit best", "share, %", "gain of mIoU, points"]]
-        rows += [
-            [
-                row.name,
-                row.configured,
-                percent_text(row.configured_share),
-                row.fitting,
-                percent_text(row.fitting_share),
-                f"{100 * row.gain:+.1f}",
-            ]
-            for row in report.teacher_classes
-        ]
-        parts.append(table("Teacher classes against the labels", rows))
-    parts += [heading(2, "Class map"), class_map(config)]
-    if tiles:
-        how = paragraph("Click one, or press Enter on it, to compare two of its layers.")
-        parts += [heading(2, report.noun.capitalize()), how, browser(tiles, config.classes.names), VIEWER]
-    path.write_text(
-        page(f"kdpipe: {report.cache}", f"<main>{''.join(parts)}</main>", script=bool(tiles)), encoding="utf-8"
-    )
+        parts.append(_teacher_classes_table(report))
+    parts += [heading(2, "Class map"), class_map(config), VIEWER if tiles else ""]
+    content = page(f"kdpipe: {report.cache}", f"<main>{''.join(parts)}</main>", script=bool(tiles))
+    path.write_text(content, encoding="utf-8")
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -84,24 +107,48 @@ def _findings(findings: Sequence[Finding]) -> str:
         for finding in findings[:SHOWN_FINDINGS]
     )
     more = len(findings) - SHOWN_FINDINGS
-    return f'<ul class="findings">{items}</ul>' + (
-        paragraph(f"and {more} more; all of them with --json") if more > 0 else ""
-    )
+    rest = paragraph(f"and {more} more; --json lists all of them") if more > 0 else ""
+    return f'<ul class="findings">{items}</ul>{rest}'
 
 
 def _parity_table(tiles: Sequence[TileParity]) -> str:
-    """Every figure with what is allowed of it; what is not within is marked by a word, not by a colour alone."""
-    names = {
-        "max_abs": "largest |Δp|", "mean_abs": "mean |Δp|", "kl": "KL, nats", "decided_agreement": "decided classes agree",
-        "loss_difference": "Δ loss", "gradient_cosine": "gradient cosine",
-    }  # fmt: skip
-    rows = [["tile", *names.values(), "classes agree, %"]]
+    """Each figure with its bound; a figure beyond its bound is marked by words, not by colour alone."""
+    rows = [["tile", *MEASURES.values(), "classes agree, %"]]
     for tile in tiles:
         measures = tile.measures()
         cells = []
-        for name in names:
+        for name in MEASURES:
             measure = measures[name]
             bound = f"{'≥' if measure.at_least else '≤'} {measure.tolerance:.3g}"
             cells.append(f"{measure.value:.3g} ({bound}{'' if measure.passes else ', NOT WITHIN'})")
         rows.append([tile.tile, *cells, f"{100 * tile.argmax_agreement:.2f}"])
-    return table("What was measured, and in brackets what is allowed", rows)
+    return table("Measured, and in brackets allowed", rows)
+
+
+def _label_tables(report: Report, config: Config) -> list[str]:
+    assert report.labels is not None
+    labels = report.labels
+    rows = [["class", "IoU, %", "F1, %", ""]]
+    rows += [
+        [name, percent_cell(iou), percent_cell(labels.f1[name]), labels.left_out.get(name, "")]
+        for name, iou in labels.iou.items()
+    ]
+    rows.append(["mean", percent_cell(labels.miou), percent_cell(labels.mean_f1), ""])
+    counts_LP = np.asarray(report.confusion, dtype=np.int64)
+    caption = "What the teacher predicted for each label: percent of the row, and pixels"
+    return [
+        table(f"Over {report.label_tiles} labelled {report.noun}", rows),
+        confusion_table(caption, counts_LP, config.classes.names),
+    ]
+
+
+def _teacher_classes_table(report: Report) -> str:
+    rows = [["teacher class", "configured", "labels agree, %", "best fit", "labels agree, %", "gain of mIoU, points"]]
+    rows += [
+        [
+            row.name, row.configured, percent_cell(row.configured_share), row.fitting, percent_cell(row.fitting_share),
+            f"{100 * row.gain:+.1f}",
+        ]
+        for row in report.teacher_classes
+    ]  # fmt: skip
+    return table("Teacher classes against the labels", rows)

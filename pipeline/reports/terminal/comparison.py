@@ -8,7 +8,7 @@ from rich.table import Table
 
 from kdpipe.pipeline.evaluation.compare import MEAN, Comparison
 from kdpipe.pipeline.reports.html.comparison import cache_text, points_text, reached_text
-from kdpipe.pipeline.reports.html.page import percent_text
+from kdpipe.pipeline.reports.html.page import percent_cell
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
@@ -18,7 +18,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
         arms.add_column(column, justify="left" if column == "arm" else "right")
     for arm in comparison.arms:
         arms.add_row(
-            arm.label, str(len(arm.runs)), percent_text(arm.mean_iou(MEAN)),
+            arm.label, str(len(arm.runs)), percent_cell(arm.mean_iou(MEAN)),
             points_text(arm.differences[MEAN]) if arm.differences else "baseline",
             f"{arm.seconds_per_step():.3f}", reached_text(arm) if arm.differences else "",
         )  # fmt: skip
@@ -28,7 +28,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
         classes.add_column(column, justify="left" if column == "class" else "right")
     for name in [*comparison.classes, MEAN]:
         rest = [points_text((arm.differences or {}).get(name)) for arm in comparison.arms[1:]]
-        classes.add_row(name, percent_text(comparison.arms[0].mean_iou(name)), *rest)
+        classes.add_row(name, percent_cell(comparison.arms[0].mean_iou(name)), *rest)
     yield classes
     for arm in comparison.arms:
         settings = ", ".join(f"{key} {value}" for key, value in arm.settings.items())
