@@ -10,7 +10,7 @@ def plain(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"(?<![\w-])(--[a-z][a-z-]*)", r"`\1`", re.sub(r"([*<>\[\]])", r"\\\1", text))
+    return re.sub(r"(?<![\w-])(--[a-z][a-z-]*(?: [\w.]+=[\w.]*\w)?)", r"`\1`", re.sub(r"([*<>\[\]])", r"\\\1", text))
 
 
 def cell(text: str) -> str:
