@@ -1,7 +1,7 @@
 """
-One class of every pixel left unsaid: the values of a pixel sum to a known number, so that the others say it.
+One class of every pixel is not stored: the values of a pixel sum to a known number, so the others imply it.
 
-Not covered: how probabilities become integers (see `simplex.py`).
+Not covered: how probabilities become integers (see `simplex.py` and `steady_rounding.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 def leave_out(units_CHW: NDArray[Any], chunk_px: int) -> None:
     """
-    Put the largest value of the data type, which no probability has, in the place of one class in each chunk, in place.
+    Replace one class of each chunk by the largest value of the data type, which no probability has, in place.
 
-    That is the class that changes most often from one row to the next, the lowest of equals: about the one that costs most.
+    It is the class that changes most often from row to row (the lowest of equals), which takes about the most bytes.
     """
     for rows, columns in _squares((0, 0), units_CHW, chunk_px):
         chunk_Chw = units_CHW[:, rows, columns]
@@ -28,10 +28,10 @@ def leave_out(units_CHW: NDArray[Any], chunk_px: int) -> None:
 
 def fill_in(stored_CHW: NDArray[Any], levels: int, chunk_px: int, corner: tuple[int, int] = (0, 0)) -> None:
     """
-    Put into the place of the class that `leave_out` left, in place, what the others leave of `levels`.
+    Fill in the class that `leave_out` replaced, in place: what the other classes leave of `levels`.
 
-    `corner` is where in the tile the upper left pixel lies. Raises `ValueError` where a chunk has not exactly one class left out,
-    as in zeros read in the place of missing data, or where the others of a pixel sum to more than `levels`.
+    `corner` is the row and column of the first pixel in the tile. Raises `ValueError` where a chunk does not have exactly one
+    class left out, like zeros in place of missing data, or the others of a pixel sum to more than `levels`.
     """
     import cv2  # takes 0.1 s
 
@@ -43,7 +43,7 @@ def fill_in(stored_CHW: NDArray[Any], levels: int, chunk_px: int, corner: tuple[
             raise ValueError("its values do not sum to one")
         class_hw[...] = 0
         left_out.append((rows, columns, class_hw))
-    # OpenCV's sums end at the largest value, which is more than `levels`, instead of beginning anew at zero.
+    # OpenCV's sums saturate at the largest value, which is more than `levels`, instead of wrapping around.
     sums_HW = cv2.add(stored_CHW[0], stored_CHW[1])
     for values_HW in stored_CHW[2:]:
         cv2.add(sums_HW, values_HW, dst=sums_HW)
@@ -55,7 +55,7 @@ def fill_in(stored_CHW: NDArray[Any], levels: int, chunk_px: int, corner: tuple[
 
 
 def _squares(corner: tuple[int, int], window_CHW: NDArray[Any], chunk_px: int) -> Iterator[tuple[slice, ...]]:
-    """Where the chunks lie in a window whose upper left pixel is at `corner` of the tile: rows and columns."""
+    """Rows and columns of each chunk's part of a window whose first pixel is at `corner` of the tile."""
     sides = []
     for start, length in zip(corner, window_CHW.shape[1:], strict=True):
         cuts = [0, *range(chunk_px - start % chunk_px, length, chunk_px), length]

@@ -1,8 +1,8 @@
 """
-Values as differences from the row above: of a smooth tile most are zero, and Zstandard takes a quarter less for them.
+Values as differences from the row above: for a smooth tile most are zero, and Zstandard takes a quarter fewer bytes.
 
-Every `KEY_ROW_PX`-th row, a key row, stays as it is, so that a window needs no more than the rows up to the next key row above it,
-and so that all stretches between key rows are added up at once.
+Every `KEY_ROW_PX`-th row is a key row and stays as it is. So a window only needs the rows from the key row above it, and all
+stretches between key rows are added up at once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-KEY_ROW_PX = 64  # 1 to 2 % more bytes than with one key row a chunk, and a crop is added up in a quarter of the time
+KEY_ROW_PX = 64  # against one key row a chunk: 1 to 2 % more bytes, and a crop is added up in a quarter of the time
 
 
 def take_differences(units_CHW: NDArray[Any]) -> None:
-    """Put differences from the row above, modulo the data type's range, in the place of all but key rows, in place."""
+    """Replace all rows but key rows by their difference from the row above, modulo the data type's range, in place."""
     for top in range(0, units_CHW.shape[1], KEY_ROW_PX):
         block_ChW = units_CHW[:, top : top + KEY_ROW_PX]
         block_ChW[:, 1:] -= block_ChW[:, :-1].copy()

@@ -1,7 +1,7 @@
 """
 Probabilities as integers that sum exactly to a number of levels, so that a decoded target sums to one.
 
-Not covered: which of the integers are stored (see `rest.py`), and where (see `layout.py`).
+Not covered: which of the integers are stored (see `implied_class.py` and `row_deltas.py`).
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from numpy.typing import NDArray
 
 # A float32 softmax over tens of classes, times a class map, sums to one within a few 1e-7.
 SUM_TOLERANCE = 1e-4
-# Rounding of float32 in p * (2**bits - 1), in the quotient at decoding and in the sum of the input, together.
+# Rounding errors of float32 together: in p * (2**bits - 1), in the quotient at decoding, and in the sum of the input.
 FLOAT32_SLACK = 1e-6
-# Over crops of real tiles at scales of 0.5 to 1.5, largest error of a crop's entropy at 8 bits, in nats: 8e-3 with one
-# value a tile, 1.6e-3 with blocks of 128 px, 5e-4 with 64 px and no less with one value a pixel (interpolation is the rest).
+# Largest error of a crop's entropy in nats, measured at 8 bits over crops of real tiles at scales of 0.5 to 1.5: 8e-3 with one
+# value a tile, 1.6e-3 with blocks of 128 px, 5e-4 with 64 px, and the same with one value a pixel (due to interpolation).
 ENTROPY_BLOCK_PX = 64
-# Pixels whose intermediates are held at once, some 120 bytes each: without bands, 12 GB for a scene of 100 megapixels. So few
-# stay in a core's cache.
+# Pixels that are processed at once, at some 120 bytes each: all at once, a scene of 100 megapixels takes 12 GB. This many fit
+# in a core's cache.
 BAND_PX = 2**18
 
 
 def total(bits: int) -> int:
-    """The largest integer of so many bits."""
+    """The largest integer of this many bits."""
     return (1 << bits) - 1
 
 
 def levels_of(bits: int, num_classes: int) -> int:
     """
-    N, what the integers of a pixel sum to: the fewest levels that keep every entry within `1 / (2**bits - 1)` (see `error_bound`).
+    N, the sum of a pixel's integers: the fewest levels that keep every error within `1 / (2**bits - 1)` (see `error_bound`).
 
-    Fewer levels are fewer bytes: 213 instead of 255 for six classes and 8 bits. The largest value of the data type stands for
-    something else (see `rest.py`), which only 256 classes and more come to.
+    Fewer levels take fewer bytes: 213 instead of 255 for six classes and 8 bits. The largest value of the data type is never
+    reached, as it marks the implied class; this only matters for 255 classes and more.
     """
     fewest = -(-(num_classes - 1) * total(bits) // num_classes)
     return min(fewest, np.iinfo(storage_type(bits)).max - 1)
 
 
 def storage_type(bits: int) -> np.dtype[Any]:
-    """The data type that holds integers of so many bits: uint8 or uint16."""
+    """The data type of integers of this many bits: uint8 or uint16."""
     return np.dtype(np.uint8 if bits <= 8 else np.uint16)
 
 
@@ -48,8 +48,8 @@ def error_bound(levels: int, num_classes: int) -> float:
     """
     The largest possible `|decoded - p|` of any entry.
 
-    Largest-remainder rounding hands the `r` missing units to the `r` largest fractional parts. The worst case is that all
-    are equal to `r / C`, and then the error is at most `1 - 1 / C` units.
+    Largest-remainder rounding gives the `r` missing units to the `r` largest fractional parts. In the worst case all are equal
+    to `r / C`, and then the error is at most `1 - 1 / C` units.
     """
     return (1 - 1 / num_classes) / levels + FLOAT32_SLACK
 
@@ -85,9 +85,9 @@ def _encode_band(probs_CHW: NDArray[np.float32], levels: int, out_CHW: NDArray[A
     floors_CHW = np.floor(remainders_CHW)
     remainders_CHW -= floors_CHW
     out_CHW[:] = floors_CHW
-    # Both are small: what flooring takes is less than a unit a class. Small integers are fast.
+    # int16 is fast, and enough: flooring takes less than one unit a class.
     missing_HW = (levels - floors_CHW.sum(axis=0)).astype(np.int16)
-    rank_CHW = np.zeros(probs_CHW.shape, dtype=np.int16)  # how many classes come before
+    rank_CHW = np.zeros(probs_CHW.shape, dtype=np.int16)  # how many classes are served before
     for i in range(num_classes):
         for j in range(i):
             lower_first_HW = remainders_CHW[j] >= remainders_CHW[i]
@@ -97,7 +97,7 @@ def _encode_band(probs_CHW: NDArray[np.float32], levels: int, out_CHW: NDArray[A
 
 
 def bands(height: int, width: int) -> list[slice]:
-    """Rows of whole blocks, about `BAND_PX` pixels at a time."""
+    """Slices of rows that cover `height`, each of whole blocks and about `BAND_PX` pixels."""
     rows = max(1, BAND_PX // (ENTROPY_BLOCK_PX * max(1, width))) * ENTROPY_BLOCK_PX
     return [slice(top, top + rows) for top in range(0, height, rows)]
 
@@ -105,7 +105,7 @@ def bands(height: int, width: int) -> list[slice]:
 def decode(units_CHW: NDArray[Any], levels: int) -> NDArray[np.float32]:
     """Probabilities `(C, H, W)`, float32: each integer divided by `levels`."""
     probs_CHW = np.empty(units_CHW.shape, dtype=np.float32)
-    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # one by one, while a class is near
+    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # class by class, while it is in the core's cache
         probs_HW[...] = units_HW
         probs_HW /= np.float32(levels)
     return probs_CHW
@@ -113,11 +113,11 @@ def decode(units_CHW: NDArray[Any], levels: int) -> NDArray[np.float32]:
 
 def entropy_error(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], levels: int) -> NDArray[np.float64]:
     """
-    `H(p) - H(decoded)` in nats, the mean over each block of `ENTROPY_BLOCK_PX`: what rounding takes from the entropy.
+    `H(p) - H(decoded p)` in nats, float64 `(ceil(H / block), ceil(W / block))`: the mean over each block of `ENTROPY_BLOCK_PX`.
 
-    Float64 `(ceil(H / block), ceil(W / block))`; blocks at the right and lower border are as small as the tile leaves them.
-    Rounding leaves `Σ p log q` as it is on average, but not `Σ p log p`: a probability below half a unit becomes zero.
-    The entropy is a constant to the student, so that no gradient suffers; the loss's value is off by this much.
+    Blocks at the right and lower border are as small as the tile leaves them. Rounding preserves `Σ p log q` on average, but not
+    `Σ p log p`: a probability below half a unit becomes zero. The student does not change this entropy, so gradients are not
+    affected; the loss's value is off by this much.
     """
     size = probs_CHW.shape[1:]
     return np.concatenate(
@@ -136,12 +136,12 @@ def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any],
     terms = entropy_terms(levels)
     lost_HW, wanted_HW = np.zeros((2, *probs_CHW.shape[1:]), dtype=np.float32)
     terms_HW = np.empty_like(lost_HW)
-    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # one by one, while a class is near
+    for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # class by class, while it is in the core's cache
         np.maximum(probs_HW, np.float32(1e-30), out=terms_HW)
         np.log(terms_HW, out=terms_HW)
         terms_HW *= probs_HW
         wanted_HW += terms_HW
-        # No integer is beyond the table, which `mode` need not find out.
+        # No integer lies beyond the table: "clip" only saves the check.
         lost_HW += terms.take(units_HW, mode="clip", out=terms_HW)
     lost_HW -= wanted_HW
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in lost_HW.shape)
@@ -155,9 +155,9 @@ def _entropy_error_band(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any],
 
 def mean_over_window(blocks: NDArray[np.float64], window: tuple[int, int, int, int]) -> float:
     """
-    The mean over the pixels of `(top, left, height, width)` of what `blocks`, as `entropy_error` gives them, says of each.
+    The mean of `blocks`, as `entropy_error` returns them, over the pixels of a window `(top, left, height, width)`.
 
-    A block that the window cuts counts with the pixels that lie in the window.
+    A block counts with the number of its pixels that lie in the window.
     """
     top, left, height, width = window
     shares = [
@@ -168,12 +168,12 @@ def mean_over_window(blocks: NDArray[np.float64], window: tuple[int, int, int, i
 
 
 def mean_over_pixels(blocks: NDArray[np.float64], pixels_HW: NDArray[np.bool_]) -> float:
-    """As `mean_over_window`, over the pixels of the tile that are True."""
+    """The mean of `blocks`, as `entropy_error` returns them, over the pixels of the tile that are True."""
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in pixels_HW.shape)
     counts = np.add.reduceat(np.add.reduceat(pixels_HW, rows, axis=0, dtype=np.int64), columns, axis=1)
     return float((counts * blocks).sum() / counts.sum())
 
 
 def is_simplex(units_CHW: NDArray[Any], levels: int) -> bool:
-    """Whether every pixel sums to `levels`: zeros read in the place of missing data do not."""
+    """Whether every pixel sums to `levels`."""
     return bool((units_CHW.sum(axis=0, dtype=np.uint32) == levels).all())

@@ -1,11 +1,12 @@
 """
-Soft targets as integers that change from row to row as rarely as the promised error lets them: near-lossless rounding.
+Rounding of soft targets that changes from row to row as rarely as the error bound allows, so that they compress well.
 
-A neighbour's value is taken over wherever it is within the tolerance, so that differences between rows are mostly zero (see
-`key_rows.py`). Each block of `KEY_ROW_PX` rows begins with plain rounding, and no block knows another. Where probabilities rise, values
-that are kept lag behind: half of the columns go down and half go up, so that this cancels out over a crop.
+A value of the row above is kept wherever it is within the tolerance, so that differences between rows are mostly zero (see
+`row_deltas.py`). Each block of `KEY_ROW_PX` rows begins with plain rounding and is independent of the others. Kept values lag
+behind where probabilities rise or fall; therefore half of the columns are rounded downwards and half upwards through the tile,
+and the lag cancels out over a crop.
 
-Not covered: plain rounding by largest remainder, and what a sum of integers means (see `simplex.py`).
+Not covered: plain rounding by largest remainder, and the sum of a pixel's integers (see `simplex.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from numpy.typing import NDArray
 from kdpipe.cache.encoding import simplex
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 
-STRIPE_PX = 16  # columns that go the same way; of 4 px, 1 to 2 % more bytes for as little bias
-MAX_BITS = 8  # above, float32 does not tell what is within the tolerance
+STRIPE_PX = 16  # columns of the same direction; 4 px take 1 to 2 % more bytes for the same bias
+MAX_BITS = 8  # with more, float32 is too coarse for the tolerance
 
 
 def error_bound(bits: int, levels: int, num_classes: int) -> float:
-    """The largest possible `|decoded - p|` of any entry: the tolerance, and float32."""
+    """The largest possible `|decoded - p|` of any entry: the tolerance plus the error of float32."""
     return _tolerance(bits, levels, num_classes) + simplex.FLOAT32_SLACK
 
 
@@ -31,8 +32,8 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
     """
     Fixed-point integers `(C, H, W)`, uint8, that sum to `levels` over axis 0, none off by more than `error_bound`.
 
-    `probs_CHW` is float32 in 0..1 and sums to one over axis 0; `ValueError` for entries that are not a distribution. The first row of
-    every block is that of `simplex.encode`, in columns that go up the last one.
+    `probs_CHW` is float32 in 0..1 and sums to one over axis 0; `ValueError` otherwise. The first row of every block, or the last
+    in columns that go upwards, is rounded as in `simplex.encode`.
     """
     simplex.refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=simplex.storage_type(bits))
@@ -47,31 +48,31 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
 
 
 def room(bits: int, levels: int, num_classes: int) -> np.float32:
-    """How far a value may be from the exact one, in units."""
+    """The tolerance in units: how far an integer may be from the exact value."""
     return np.float32(_tolerance(bits, levels, num_classes) * levels)
 
 
 def _tolerance(bits: int, levels: int, num_classes: int) -> float:
-    """What the bits promise, and at least what rounding to so many levels costs: then the sum can always be reached."""
+    """The error that the bits promise, or that of plain rounding if larger, as otherwise the sum cannot always be reached."""
     return max(1 / simplex.total(bits), (1 - 1 / num_classes) / levels)
 
 
 def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32, out_CHW: NDArray[Any]) -> None:
     """
-    All blocks row by row at once, each as high as the others. Shapes: R rows of a block in the order of their column, K blocks.
+    Encode blocks of equal height, row by row in all of them at once, into `out_CHW`.
 
-    Values that are taken over rarely sum to `levels`. The likeliest classes of a block give way first: the more classes stay
-    as they are, the fewer bytes.
+    Kept values rarely sum to `levels`. The likeliest classes of a block are adjusted first: the more classes stay as they are,
+    the fewer bytes. Shapes: K blocks, R rows of a block in the direction of their column.
     """
     num_classes, height, width = probs_CHW.shape
     rows = min(KEY_ROW_PX, height)
-    # What is cut off at the point is at least -1e-4 * levels, so that this is rounding down.
+    # No entry is below -1e-4, so nothing below is negative, and truncation rounds down.
     scaled_CKRW = probs_CHW.reshape(num_classes, -1, rows, width) * np.float32(levels)
     scaled_CKRW += room
     highest_CKRW = scaled_CKRW.astype(np.int16)
-    # Up from `scaled - room`: one more than down, but for whole numbers, of which the lowest is as good.
+    # `scaled - room` is rounded up as one more than rounded down; integers come out one too high, which is within the tolerance.
     scaled_CKRW += 1 - 2 * room
-    # Of integers, so that a block's order does not hang on what lies beside it in memory; the rows of one do not exceed int16.
+    # Sums of integers are exact, so a block's order does not depend on its neighbours; those of a block's rows fit in int16.
     sums_CK = highest_CKRW.sum(axis=2, dtype=np.int16).sum(axis=2, dtype=np.int64)
     order_KC = (-sums_CK.T).argsort(axis=1, kind="stable")
     upwards_W = np.arange(width) // STRIPE_PX % 2 == 1
@@ -95,7 +96,7 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
             np.maximum(wanted_KW, lowest_KW, out=units_KW)
             np.minimum(units_KW, highest_KW, out=units_KW)
             np.subtract(units_KW, wanted_KW, out=excess_KW)
-        if excess_KW.any():  # where float32 left no room: entries that sum to a little more or less than one
+        if excess_KW.any():  # entries that sum to a little more or less than one may leave no room
             stuck = np.nonzero(excess_KW)
             plain_Cn = simplex.encode(row_of_blocks(row)[:, stuck[0], stuck[1]][:, None], levels)[:, 0]
             units_CKW[:, stuck[0], stuck[1]] = np.take_along_axis(plain_Cn, order_KC[stuck[0]].T, axis=0)
@@ -106,7 +107,7 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
 
 
 def _by_rows(values_CKRW: NDArray[Any], order_KC: NDArray[np.int64]) -> NDArray[np.int16]:
-    """As integers, cut off at the point, with the rows first, which follow one another, and the classes of each block in its order."""
+    """The values truncated to integers, with rows first, in the order of computation, and each block's classes in its order."""
     num_classes, blocks, rows, width = values_CKRW.shape
     out_RCKW = np.empty((rows, num_classes, blocks, width), dtype=np.int16)
     for block, order in enumerate(order_KC):
@@ -116,9 +117,9 @@ def _by_rows(values_CKRW: NDArray[Any], order_KC: NDArray[np.int64]) -> NDArray[
 
 
 def _turn(values_RCKW: NDArray[np.int16], upwards_W: NDArray[np.bool_]) -> None:
-    """Put the rows of columns that go up in the opposite order, in place."""
+    """Reverse the rows of the columns that go upwards, in place."""
     half = len(values_RCKW) // 2
     first_rCKW, last_rCKW = values_RCKW[:half], values_RCKW[::-1][:half]
-    changes_rCKW = (first_rCKW ^ last_rCKW) & -upwards_W.astype(np.int16)  # in a third of the time of `np.where`
+    changes_rCKW = (first_rCKW ^ last_rCKW) & -upwards_W.astype(np.int16)  # a third of the time of `np.where`
     first_rCKW ^= changes_rCKW
     last_rCKW ^= changes_rCKW

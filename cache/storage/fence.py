@@ -1,9 +1,9 @@
 """
-Other processes that write for the holder of a cache's lock, and how they are kept out once it is gone.
+How worker processes write a cache for the holder of its lock, and are shut out once the holder is gone.
 
-The holder raises a fence beside the cache, a file with a token, and hands the token to its workers. A worker stores a tile only
-while it holds the fence shared and finds that token in it. Whoever comes next, be it the same run or another one after this one
-was killed, empties the fence, then waits until no worker holds it: from then on nobody stores anything any more.
+The holder creates a fence, a file beside the cache that contains a token, and gives the token to its workers. A worker stores a
+tile only while it holds a shared lock of the fence and finds its token in it. The next run (or the same one, after it was
+killed and started again) empties the fence and waits until no worker holds it: from then on no old worker stores anything.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kdpipe.cache.storage.remote import RemoteStorage
 from kdpipe.configs.errors import CacheLocked, ShutOut
 
 SUFFIX = ".workers"
-PATIENCE_SECONDS = 60.0  # for workers that are storing a tile: each needs a fraction of a second
+PATIENCE_SECONDS = 60.0  # for workers that are storing a tile, which takes a fraction of a second
 POLL_SECONDS = 0.02
 
 
 @contextmanager
 def open_fence(storage: Storage) -> Iterator[str]:
     """
-    A new fence, whose token workers need; after the block no worker stores a tile any more.
+    The token of a new fence, which workers need to store tiles; after the block they are shut out.
 
     Call it with the cache's lock held.
     """
@@ -45,10 +45,10 @@ def open_fence(storage: Storage) -> Iterator[str]:
 
 def shut_out_workers(storage: Storage) -> None:
     """
-    Take down the fence of an earlier run, if there is one, and wait for the workers that are storing a tile.
+    Delete the fence of an earlier run, if there is one, after waiting for workers that are storing a tile.
 
-    Call it with the cache's lock held. Raises `CacheLocked` where a worker holds the fence for `PATIENCE_SECONDS`. On an object
-    store there is nothing to wait for: an upload that a worker began before is not held up.
+    Call it with the cache's lock held. Raises `CacheLocked` if a worker holds the fence for `PATIENCE_SECONDS`. On an object
+    store nothing can be waited for: a worker's upload that has begun is not stopped.
     """
     if not isinstance(storage, LocalStorage):
         _object(storage).remove("")
@@ -60,7 +60,7 @@ def shut_out_workers(storage: Storage) -> None:
     except FileNotFoundError:
         return
     with file:
-        file.truncate(0)  # first: workers that come while we wait turn away
+        file.truncate(0)  # first, so that workers that come while we wait are turned away
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -78,9 +78,9 @@ def shut_out_workers(storage: Storage) -> None:
 @contextmanager
 def within_fence(storage: Storage, token: str) -> Iterator[None]:
     """
-    The right to store tiles during the block, for a worker that was given `token`; raises `ShutOut` where it has it no longer.
+    Permission for a worker with this token to store tiles during the block; raises `ShutOut` if its run is over.
 
-    On an object store one request looks before the block, and nothing holds a new writer up during it.
+    On an object store the token is checked once before the block; a new writer is not held up during it.
     """
     if not isinstance(storage, LocalStorage):
         try:
@@ -93,7 +93,7 @@ def within_fence(storage: Storage, token: str) -> Iterator[None]:
     import fcntl
 
     try:
-        file = _file(storage).open("r")  # never made here: a worker raises no fence
+        file = _file(storage).open("r")
     except FileNotFoundError:
         _require("", token, storage)
         raise AssertionError("unreachable") from None
@@ -106,7 +106,7 @@ def within_fence(storage: Storage, token: str) -> Iterator[None]:
 def _require(found: str, token: str, storage: Storage) -> None:
     if found != token:
         raise ShutOut(
-            f"{storage.url}: the run that this worker computes for writes the cache no longer, and the worker stores nothing; "
+            f"{storage.url}: the run that this worker computes for no longer writes the cache, so the worker stores nothing; "
             "start that run again"
         )
 

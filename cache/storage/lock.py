@@ -1,4 +1,4 @@
-"""One writer at a time: the kernel holds the lock, so that it goes with a writer that is killed."""
+"""The lock that lets one process at a time write a cache; on a local disk the kernel releases it when the process dies."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _held: set[bytes] = set()  # the object locks of this process
 @contextmanager
 def writer_lock(storage: Storage) -> Iterator[None]:
     """
-    Hold the cache for writing; raises `CacheLocked`, naming host, process and time, where another process holds it.
+    Hold the cache for writing; raises `CacheLocked`, naming host, process and time, if another process holds it.
 
-    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object beside
-    it names the writer, created only if there is none. It outlives a killed writer; the next one on the same host takes
-    it over. Two that take over the same dead lock within the same moment may both believe to hold it.
-    What a killed holder's workers still compute is not stored any more (see `fence`).
+    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object beside the
+    cache names the writer, and is only created if there is none. It outlives a killed writer, and the next one on the same host
+    takes it over. Two writers that take over the same dead lock at the same moment may both believe that they hold it.
+    Workers of an earlier holder are shut out (see `fence`).
     """
     if isinstance(storage, LocalStorage):
         lock = _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url)
@@ -57,7 +57,7 @@ def _file_lock(path: Path, cache: str) -> Iterator[None]:
             raise CacheLocked(
                 f"{cache} is being written by {_describe(holder)}; wait until it is done, or stop it"
             ) from err
-        # The last holder may have deleted the file between our opening and locking it: then this lock excludes nobody.
+        # The last holder may have deleted the file after we opened it: then this lock excludes nobody.
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()
@@ -66,11 +66,12 @@ def _file_lock(path: Path, cache: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what did not fit before does not now
+        with contextlib.suppress(OSError):  # closing flushes again, to a disk that may still be full
             file.close()
 
 
 def _name_holder(file: TextIO, path: Path) -> None:
+    """Write into the lock's file who holds it."""
     try:
         if os.fstat(file.fileno()).st_size:  # the name of a killed writer
             file.truncate(0)
@@ -108,7 +109,7 @@ def _object_lock(cache: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # The first error is the one to tell; a lock that cannot be deleted is taken over by the next run.
+        # The first error is reported; a lock that cannot be deleted is taken over by the next run.
         with contextlib.suppress(CacheUnreachable):
             _release(lock, mine)
         raise
@@ -120,19 +121,19 @@ def _object_lock(cache: str) -> Iterator[None]:
 def _holder(lock: RemoteStorage) -> str:
     try:
         return lock.read("").decode(errors="replace")
-    except FileNotFoundError:  # given back since
+    except FileNotFoundError:  # released since
         return ""
 
 
 def _release(lock: RemoteStorage, mine: bytes) -> None:
-    """Delete the lock, unless somebody who was told to delete it has done so, and another holds it now."""
+    """Delete the lock unless it is no longer ours: a user may have deleted it, and another process taken it."""
     if _holder(lock).encode() == mine:
         lock.remove("")
 
 
 def _this_process() -> str:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    # The token tells two runs of one second, in containers where every process is number 1, from each other.
+    # The token distinguishes runs of the same second in containers, where every process has number 1.
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": uuid.uuid4().hex})
 
 
@@ -145,7 +146,7 @@ def _describe(holder: str) -> str:
 
 
 def _is_dead(holder: str) -> bool:
-    """Whether the holder ran on this host and is gone; of other hosts nothing is known."""
+    """Whether the holder ran on this host and has ended; nothing is known about processes of other hosts."""
     try:
         content = json.loads(holder)
         if content["host"] != socket.gethostname():
@@ -155,5 +156,5 @@ def _is_dead(holder: str) -> bool:
         return True
     except (ValueError, KeyError, TypeError, PermissionError):
         return False
-    # In a container every run is process 1: a lock of our own number that we do not hold is of an earlier run.
+    # In a container every run is process 1: a lock with our number that we do not hold belongs to an earlier run.
     return bool(content["pid"] == os.getpid()) and holder.encode() not in _held

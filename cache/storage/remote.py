@@ -1,7 +1,7 @@
 """
-The files of a cache on any file system that fsspec knows: asked again where the network fails, and never half believed.
+A cache on any file system that fsspec knows, such as S3: requests are repeated when the network fails.
 
-There is one layer of retries, this one: those of s3fs and botocore, which would multiply with it, are switched off.
+This is the only layer of retries: those of s3fs and botocore, which would multiply with it, are switched off.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ from kdpipe.configs.errors import CacheUnreachable
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
-ATTEMPTS = (
-    6  # with the waits between them, about 16 s of refused connections, or two minutes of silence, are ridden out
-)
-FIRST_WAIT_SECONDS = (
-    0.5  # doubled after each failure, and shortened at random by up to a half so that workers spread out
-)
+# With the waits in between, this rides out about 16 s of refused connections, or two minutes of silence.
+ATTEMPTS = 6
+FIRST_WAIT_SECONDS = 0.5  # doubled after each failure, and shortened at random by up to a half to spread workers out
 CONNECT_SECONDS = 10
-ANSWER_SECONDS = 20  # between two packets of an answer, not for the whole of it
+ANSWER_SECONDS = 20  # between two packets of a response
 
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # where a folder is a part of a name
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # where folders are only parts of names
 S3 = {"s3", "s3a"}
 
-# Refusals: the same request gets the same answer. All else may be the network's, and is tried again.
+# Refusals: repeating the request changes nothing. Any other error may be due to the network, and the request is repeated.
 REFUSALS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EACCES, getattr(errno, "EREMCHG", errno.EINVAL)}
 REFUSAL_TYPES = (PermissionError, ValueError, ImportError)
-CREDENTIAL_ERRORS = {  # of botocore, which may not be installed
+CREDENTIAL_ERRORS = {  # names, as botocore may not be installed
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "TokenRetrievalError",
 }  # fmt: skip
 BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, MemoryError)
@@ -46,10 +43,10 @@ BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedErro
 
 class RemoteStorage:
     """
-    A prefix on any file system that fsspec knows.
+    A prefix on any file system that fsspec knows; see `Storage` for what each method promises.
 
-    Every call is tried `ATTEMPTS` times with growing waits, then raises `CacheUnreachable`; what a server refuses
-    (credentials, permissions, an absent bucket) is not tried again. Pickled, it is its URL: each process connects anew.
+    Every request is tried `ATTEMPTS` times with growing waits before `CacheUnreachable` is raised; refusals (credentials,
+    permissions, a missing bucket) are not repeated. It is pickled as its URL: each process opens its own connections.
     """
 
     def __init__(self, url: str) -> None:
@@ -57,7 +54,7 @@ class RemoteStorage:
 
         self.url = url.rstrip("/")
         protocol = self.url.partition("://")[0]
-        # An instance of its own: its settings are not for others, and listings kept from before would be stale.
+        # Not fsspec's shared instance: its settings are not ours, and its cached listings would be stale.
         options = {
             "skip_instance_cache": True,
             "use_listings_cache": False,
@@ -79,9 +76,9 @@ class RemoteStorage:
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """
-        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer where the file ends.
+        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end.
 
-        A request each, which do not wait for one another.
+        Each range is one request, and all run at the same time.
         """
         starts = [start for start, _ in spans]
         ends = [None if start < 0 and start + length == 0 else start + length for start, length in spans]
@@ -92,10 +89,10 @@ class RemoteStorage:
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """
-        Upload `data` as `name`; an object store shows the object once all of it has arrived.
+        Upload `data` as `name`; an object store shows the object once it is complete.
 
-        Pieces are joined in memory, so that each attempt sends the same: fsspec's own streams publish what they have when an
-        error leaves them.
+        Pieces are joined in memory, so that every attempt sends the same bytes: fsspec's own streams publish an incomplete object
+        when an error closes them.
         """
         whole = data if isinstance(data, bytes) else _joined(data)
 
@@ -111,9 +108,9 @@ class RemoteStorage:
 
     def create(self, name: str, data: bytes) -> None:
         """
-        Upload `data` as `name` if there is nothing of this name yet, else raise `FileExistsError`.
+        Upload `data` as `name`; `FileExistsError` if the name exists.
 
-        On S3 one request (`If-None-Match: *`), so that of two who try at once one succeeds.
+        On S3 this is a single request (`If-None-Match: *`), so that only one of two simultaneous attempts succeeds.
         """
 
         def upload() -> None:
@@ -127,21 +124,21 @@ class RemoteStorage:
         try:
             self._try("creating", name, upload)
         except FileExistsError:
-            # An upload whose answer was lost is tried again, and then meets itself.
+            # An upload whose response was lost is repeated, and then finds its own object.
             if self.read(name) != data:
                 raise
         except FileNotFoundError as err:
             raise self._unreachable("creating", name, err, "there is no such place") from err
 
     def info(self, name: str) -> FileInfo | None:
-        """Size and time of a file by the server's clock, None if there is none."""
+        """Size and time, by the server's clock, of a file; None if there is none."""
         try:
             return _file_info(self._try("looking at", name, lambda: dict(self._fs.info(self._full(name)))))
         except FileNotFoundError:
             return None
 
     def infos(self) -> Callable[[str], FileInfo | None]:
-        """`info` of what one listing of the whole cache found."""
+        """`info` from a single listing of the whole cache."""
         try:
             listed = self._try("listing", "", lambda: dict(self._fs.find(self._root, detail=True)))
         except FileNotFoundError:
@@ -150,7 +147,7 @@ class RemoteStorage:
         return lambda name: found.get(self._full(name))
 
     def last_write(self) -> float | None:
-        """None: no request tells that of a prefix."""
+        """None: no request returns the time of a prefix."""
         return None
 
     def children(self, name: str) -> list[str]:
@@ -162,9 +159,9 @@ class RemoteStorage:
 
     def remove(self, name: str) -> None:
         """
-        Delete a file or all files below a prefix; nothing happens if there is none.
+        Delete a file or all files below a prefix; do nothing if there is none.
 
-        One by one: fsspec's `rm` takes `[` in a name for a pattern, and on S3 passes over what the server did not delete.
+        One request for each: fsspec's `rm` reads `[` in a name as a pattern, and on S3 ignores files that the server did not delete.
         """
         for path in self._try("listing", name, lambda: self._fs.find(self._full(name))):
             with contextlib.suppress(FileNotFoundError):
@@ -177,11 +174,11 @@ class RemoteStorage:
     def _full(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _try(self, doing: str, name: str, call: Callable[[], Answer]) -> Answer:
+    def _try(self, doing: str, name: str, call: Callable[[], Result]) -> Result:
         """
-        The call's answer, at last; `FileNotFoundError` and `FileExistsError` are answers as well.
+        The result of `call`, after as many attempts as it takes; `FileNotFoundError` and `FileExistsError` are passed on.
 
-        Whatever else a file system's library raises (each has exceptions of its own) becomes `CacheUnreachable`.
+        Any other exception (each file system's library has its own) becomes `CacheUnreachable`.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -218,7 +215,7 @@ class RemoteStorage:
 
 
 def _joined(pieces: Iterable[bytes]) -> bytes:
-    """Holds the bytes once: `b"".join` would hold all pieces beside them."""
+    """All pieces as one object; unlike `b"".join`, never with all pieces beside it in memory."""
     joined = io.BytesIO()
     for piece in pieces:
         joined.write(piece)
@@ -226,7 +223,7 @@ def _joined(pieces: Iterable[bytes]) -> bytes:
 
 
 def _file_info(entry: dict[str, Any]) -> FileInfo | None:
-    """From what fsspec says of a file: the size under one name, the time under one that each file system has chosen itself."""
+    """Size and time from fsspec's entry of a file, where each file system has its own name for the time; None for a folder."""
     if entry["type"] != "file":
         return None
     times = (entry[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in entry)
@@ -237,17 +234,17 @@ def _file_info(entry: dict[str, Any]) -> FileInfo | None:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Those of s3fs, with what fsspec's own configuration says of them on top."""
+    """Options for s3fs; the user's fsspec configuration takes precedence."""
     from fsspec.config import conf
 
     config: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
     config["retries"] = {"total_max_attempts": 1}
-    # More than one makes s3fs ask for the size before each whole object that it reads.
+    # With more, s3fs asks for the size before each object that it reads whole.
     return {"max_concurrency": 1, "config_kwargs": config | conf.get("s3", {}).get("config_kwargs", {})}
 
 
 def _why_refused(err: Exception) -> str | None:
-    """Why trying again is in vain, None where it may help."""
+    """Why repeating the request is useless, None if it may help."""
     if type(err).__name__ in CREDENTIAL_ERRORS:
         return "there are no credentials"
     if isinstance(err, PermissionError):
@@ -258,7 +255,7 @@ def _why_refused(err: Exception) -> str | None:
 
 
 def _server_code(err: BaseException) -> str | None:
-    """The error's code as an S3 server names it, where one did."""
+    """The error code in an S3 server's response, None if there was none."""
     response = getattr(err.__cause__, "response", None)
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
