@@ -14,8 +14,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from kdpipe.configs.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +48,8 @@ def resolve_device(name: str | None) -> torch.device:
     Raises `ConfigError` for a device that is not there.
     """
     import torch
+
+    from kdpipe.configs.errors import ConfigError
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -7,16 +7,17 @@ Outside of a distributed run there is one process, with rank 0.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config, Precision
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric  # takes seconds to import, which a loss must not wait for
 
 LIGHTNING_NAMES: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -40,6 +41,8 @@ def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabri
 
     Raises `ConfigError` where there are fewer.
     """
+    from lightning.fabric import Fabric
+
     if devices > 1 and str(device) not in ("cuda", "cpu"):
         raise ConfigError(
             f"train.devices {devices} takes the first ones of a kind, found --device {device}; say cuda or cpu"
@@ -57,6 +60,8 @@ def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabri
 
 def is_further_process(config: Config) -> bool:
     """Whether this process is one of those that Lightning started beside the first one, which alone speaks and writes."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     return config.train.devices > 1 and vars(rank_zero_only)["rank"] != 0
 
 

@@ -1,4 +1,6 @@
-"""Sizes, durations and shares as text, written one way everywhere."""
+"""Sizes, shares and times as text, written one way everywhere."""
+
+from pathlib import Path
 
 
 def size_text(size_bytes: float) -> str:
@@ -7,6 +9,16 @@ def size_text(size_bytes: float) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def file_text(what: str, path: str | Path) -> str:
+    """A file that was written, with its size: `HTML report: report.html (1.2 MB)`."""
+    return f"{what}: {path} ({size_text(Path(path).stat().st_size)})"
+
+
+def percent_text(share: float | None, digits: int = 1, unit: str = " %") -> str:
+    """A share in [0, 1] as a percentage: `12.3 %`; a dash for None. `unit` is empty in a table whose head says percent."""
+    return "–" if share is None else f"{100 * share:.{digits}f}{unit}"
 
 
 def duration_text(seconds: float) -> str:
@@ -18,6 +30,21 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def percent_text(share: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage: `12.3 %`; a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+def pace_text(seconds: float) -> str:
+    """The time of one step, tile or crop, to three digits: `0.486 s`."""
+    return f"{seconds:.3g} s"
+
+
+def run_time_text(wall_seconds: float) -> str:
+    """The time of a run of stage two over all its resumes: `run: 12 min 03 s wall time`."""
+    return f"run: {duration_text(wall_seconds)} wall time"
+
+
+def step_time_text(seconds_per_step: float) -> str:
+    """The median time of a run's steps, waiting for data included: `step: 0.486 s (median)`."""
+    return f"step: {pace_text(seconds_per_step)} (median)"
+
+
+def stage_one_time_text(seconds: float) -> str:
+    """The time that a cache took to compute, over all runs that computed it: `stage one: 3 min 05 s`."""
+    return f"stage one: {duration_text(seconds)}"

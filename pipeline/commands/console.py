@@ -1,12 +1,15 @@
-"""Progress for people: bars where someone watches, plain lines where the output is a file. Used by the commands only."""
+"""The terminal, or the log file in its place, to which the commands report progress and print results."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -16,21 +19,27 @@ from kdpipe.pipeline.text import duration_text, size_text
 PLAIN_EVERY_SECONDS = 10.0  # a log file wants few lines
 
 
-class ConsoleProgress:
-    """Reports to a terminal with bars, or to a file with a line every ten seconds."""
+class Terminal:
+    """Prints results as they are, and progress as bars on a terminal or as a line every ten seconds in a file."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
+        self.console = Console()
+
+    def show(self, *parts: RenderableType, wrap_tables: bool = False) -> None:
+        """Print tables and texts. Lines of texts stay whole, as some are for pasting; `wrap_tables` breaks cells that are too wide."""
+        for part in parts:
+            whole = isinstance(part, str) or not wrap_tables
+            self.console.print(part, highlight=False, markup=False, soft_wrap=whole)
 
     def say(self, line: str) -> None:
         """Show one line."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.show(line)
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """A bar, or plain lines, over `total` units of which `done` are done already; yields what advances it."""
+        """A bar, or plain lines, over `total` units of which `done` are done; yields the function that advances it."""
         rate = _Rate(total, done, unit)
-        if not self._console.is_terminal:
+        if not self.console.is_terminal:
             yield self._plain(title, rate)
             if rate.count > done:
                 self.say(f"{title}: {rate.count}/{total} {rate.text()} in {duration_text(rate.elapsed())}")
@@ -43,7 +52,7 @@ class ConsoleProgress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        with RichProgress(*columns, console=self._console) as progress:
+        with RichProgress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=done, figures="")
 
             def advance(steps: int = 1, **figures: float) -> None:
@@ -66,7 +75,7 @@ class ConsoleProgress:
 
 
 class _Rate:
-    """Counts units, and bytes where told of them, since the start of the bar."""
+    """Units per second since the start of a bar, and bytes per second if it is told of bytes."""
 
     def __init__(self, total: int, done: int, unit: str) -> None:
         self.total, self.count, self._first, self._unit = total, done, done, unit
@@ -91,3 +100,9 @@ class _Rate:
             parts += [f"{self._bytes / self.elapsed() / 1e6:.1f} MB/s", f"{size_text(self._bytes)} written"]
         parts += [f"{name} {value:.4g}" for name, value in self._figures.items()]
         return ", ".join(parts)
+
+
+def write_json(path: str | None, content: dict[str, Any]) -> None:
+    """Write a result to the file that `--json` names, if it names one."""
+    if path is not None:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,11 @@
-"""What the commands share: options, exit codes, and the few lines before and after the function that each of them calls."""
+"""Options, exit codes and the loading of configs and actions that the commands share."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,19 +13,54 @@ import click
 from kdpipe.pipeline.commands import completion
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kdpipe.configs import Config
-    from kdpipe.pipeline.commands.console import ConsoleProgress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_FINDINGS, EXIT_USAGE, EXIT_REFUSED = 1, 2, 3
 
 
+def run(action: str, /, *arguments: Any, **options: Any) -> Any:
+    """
+    Import and call an action, named by its module in `kdpipe.pipeline.commands.actions` and its function: `train.train_student`.
+
+    Importing torch takes seconds, which `--help`, completion and the refusal of a config must not wait for. So a command
+    declares its options and loads its config by itself, and its action imports the rest.
+    """
+    module, _, function = action.partition(".")
+    return getattr(_imported(f"kdpipe.pipeline.commands.actions.{module}"), function)(*arguments, **options)
+
+
+def load(source: str, overrides: tuple[str, ...]) -> Config:
+    """The configuration that `-c` and `--set` name."""
+    config: Config = _imported("kdpipe.configs").load_config(source, overrides)
+    return config
+
+
+def load_open(source: str, overrides: tuple[str, ...]) -> tuple[Config, list[str]]:
+    """The configuration, and the teacher classes whose row of its class map is still FILL_IN."""
+    found: tuple[Config, list[str]] = _imported("kdpipe.configs").load_open_config(source, overrides)
+    return found
+
+
+def _imported(name: str) -> Any:
+    """A module, imported without garbage collection: the half million objects that imports make are not garbage."""
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()  # modules stay; searching them for garbage, at exit too, would take a second
+        gc.enable()
+
+
+def complain(message: str) -> None:
+    """Print one paragraph to standard error."""
+    click.echo(f"kdpipe: {message}", err=True)
+
+
 def _writable(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
-    """The path, if a file can be written there: said before hours of work, not after them."""
-    if path is None or context.resilient_parsing:  # while a shell completes, nothing is checked or made
+    """The path, if a file can be written there: refused before hours of work, not after them."""
+    if path is None or context.resilient_parsing:  # a shell that completes must neither be refused nor make folders
         return path
     from kdpipe.configs.errors import ConfigError
     from kdpipe.configs.outputs import output_path
@@ -43,82 +77,41 @@ def _writable(context: click.Context, option: click.Parameter, path: str | None)
 
 def file_option(name: str, variable: str, help_text: str, default: str | None = None) -> Callable[[Command], Command]:
     """An option that names a file to write."""
-    kind = click.Path(dir_okay=False)
     return click.option(
-        name,
-        variable,
-        metavar="FILE",
-        type=kind,
-        default=default,
-        show_default=True,
-        callback=_writable,
-        help=help_text,
+        name, variable, metavar="FILE", type=click.Path(dir_okay=False), default=default, show_default=True,
+        callback=_writable, help=help_text,
+    )  # fmt: skip
+
+
+def config_option(help_text: str, *names: str, required: bool = False) -> Callable[[Command], Command]:
+    """An option that names a configuration."""
+    return click.option(
+        *names, "source", required=required, metavar="CONFIG", shell_complete=completion.configs, help=help_text
     )
 
 
 json_option = file_option("--json", "json_path", "Write the result as JSON.")
-debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+# `main` looks for it in the arguments: an error may come before they are parsed.
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 device_option = click.option(
-    "--device",
-    metavar="NAME",
-    shell_complete=completion.devices,
-    help="cuda, cuda:1, mps or cpu; the best one there is by default.",
+    "--device", metavar="NAME", shell_complete=completion.devices,
+    help="cuda, cuda:1, mps or cpu. Default: the best one available.",
+)  # fmt: skip
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=completion.overrides,
+    help="Override a key of CONFIG: --set train.epochs=2. Repeatable.",
+)  # fmt: skip
+tiles_window_option = click.option(
+    "--window",
+    type=click.IntRange(64),
+    metavar="PX",
+    help="Predict tiles too large for memory in windows of this side.",
 )
 
 
 def with_config(command: Command) -> Command:
-    """The options that every command on a configuration has."""
-    for option in (
-        debug_option,
-        device_option,
-        json_option,
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            shell_complete=completion.overrides,
-            help="Override a key: --set train.epochs=2.",
-        ),
-        click.option(
-            "-c",
-            "--config",
-            "source",
-            required=True,
-            metavar="CONFIG",
-            shell_complete=completion.configs,
-            help="A YAML file, or a shipped config's name.",
-        ),
-    ):
+    """Add the options of a command that runs on a configuration."""
+    source_option = config_option("A YAML file, or the name of a shipped config.", "-c", "--config", required=True)
+    for option in (debug_option, device_option, json_option, set_option, source_option):
         command = option(command)
     return command
-
-
-def load(source: str, overrides: tuple[str, ...]) -> Config:
-    """The configuration that `-c` and `--set` name."""
-    from kdpipe.configs import load_config
-
-    return load_config(source, overrides)
-
-
-def open_console() -> tuple[Console, ConsoleProgress]:
-    """Where results are printed, and where progress is shown; called once a command has imported what it needs (see `cli.main`)."""
-    from rich.console import Console
-
-    from kdpipe.pipeline.commands.console import ConsoleProgress
-
-    gc.freeze()  # modules stay: to look through them for garbage, at the end too, takes a second
-    gc.enable()
-    console = Console()
-    return console, ConsoleProgress(console)
-
-
-def write_json(path: str | None, content: dict[str, Any]) -> None:
-    """Write a result where `--json` asks for it."""
-    if path is not None:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def complain(message: str) -> None:
-    """One paragraph on standard error."""
-    click.echo(f"kdpipe: {message}", err=True)

@@ -1,13 +1,23 @@
-"""The command that writes a first config."""
+"""The commands before the pipeline: init, inspect, suggest-map, sample-data, demo."""
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
 import click
 
 from kdpipe.pipeline.commands import completion
-from kdpipe.pipeline.commands.options import EXIT_FINDINGS, debug_option, json_option, open_console, write_json
+from kdpipe.pipeline.commands.options import (
+    config_option,
+    debug_option,
+    file_option,
+    json_option,
+    load,
+    load_open,
+    run,
+    set_option,
+    with_config,
+)
 
 
 def _names(context: click.Context, option: click.Parameter, text: str | None) -> list[str] | None:
@@ -16,7 +26,7 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
         return None
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or not all(names):
-        raise click.BadParameter(f"expected two names or more with commas between them, found {text!r}")
+        raise click.BadParameter(f"expected two names or more, separated by commas, found {text!r}")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise click.BadParameter(f"names {', '.join(repeated)} more than once")
@@ -35,57 +45,113 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 
 @click.command("init")
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", shell_complete=completion.folders)
-@click.option(
-    "--teacher", metavar="CHECKPOINT", shell_complete=completion.weights, help="The teacher's file of weights."
-)
+@click.option("--teacher", metavar="CHECKPOINT", shell_complete=completion.weights, help="The teacher's weights.")
 @click.option("--out", default="mine.yaml", show_default=True, metavar="FILE", shell_complete=completion.configs,
               help="The config to write.")  # fmt: skip
-@click.option("--classes", callback=_names, metavar="A,B,…", help="Names of the classes in the masks: of 0, of 1, …")
+@click.option("--classes", callback=_names, metavar="A,B,...", help="Names of mask values 0, 1, ...")
+@click.option("--ignore-index", type=click.IntRange(0, 65535), metavar="N", help="Mask value that means no label.")
 @click.option(
-    "--ignore-index", type=click.IntRange(0, 65535), metavar="N", help="The value in masks that means no label."
-)
-@click.option(
-    "--teacher-classes", callback=_names, metavar="A,B,…", help="The teacher's classes, in the order of its channels."
+    "--teacher-classes", callback=_names, metavar="A,B,...", help="Names of the teacher's channels, in order."
 )
 @click.option("--teacher-normalize", type=click.Choice(["unit", "imagenet"]),
-              help="How the teacher's input was normalised: unit is x / 255.")  # fmt: skip
-@click.option("--bands", callback=_bands, metavar="R,G,B", help="Which bands are red, green and blue, counted from 1.")
-@click.option(
-    "--val",
-    multiple=True,
-    metavar="FOLDER",
-    shell_complete=completion.folders,
-    help="Tiles to validate on; repeatable.",
-)
-@click.option("--images", default="images", show_default=True, metavar="NAME", help="The folder of images in a root.")
-@click.option("--masks", default="masks", show_default=True, metavar="NAME", help="The folder of masks in a root.")
-@click.option("--overwrite", is_flag=True, help="Replace a config that is there already.")
+              help="Normalisation of the teacher's input: unit is x / 255.")  # fmt: skip
+@click.option("--bands", callback=_bands, metavar="R,G,B", help="Bands of red, green and blue, counted from 1.")
+@click.option("--val", multiple=True, metavar="FOLDER", shell_complete=completion.folders,
+              help="Tiles to validate on. Repeatable.")  # fmt: skip
+@click.option("--images", default="images", show_default=True, metavar="NAME", help="Folder of images in a root.")
+@click.option("--masks", default="masks", show_default=True, metavar="NAME", help="Folder of masks in a root.")
+@click.option("--overwrite", is_flag=True, help="Replace a config that exists.")
 @json_option
 @debug_option
-def init(
-    folders: tuple[str, ...], teacher: str | None, out: str, classes: list[str] | None, ignore_index: int | None,
-    teacher_classes: list[str] | None, teacher_normalize: str | None, bands: tuple[int, ...] | None, val: tuple[str, ...],
-    images: str, masks: str, overwrite: bool, json_path: str | None, debug: bool,
+def init(**options: Any) -> None:
+    """
+    Write a first config for your tiles and teacher.
+
+    FOLDER holds images/ and masks/, or several folders that do, such as Train and Val. Surveys the tiles, recognises the
+    teacher's network, and writes FILL_IN where no file holds the answer.
+
+    Exit codes: 0 written, 1 written, but files need mending (named), 2 usage, data or checkpoint.
+    """
+    run("setup.init", **options)
+
+
+@click.command("inspect")
+@click.argument("path", metavar="CHECKPOINT|CACHE", shell_complete=completion.weights_or_cache)
+@config_option("For a cache: show how it differs from one of this config.", "--diff")
+@set_option
+@click.option(
+    "--stats", is_flag=True, help="For a cache: read it all, and show class shares, entropy, confidence, outliers."
+)
+@file_option("--table", "table_path", "With --stats: write one row per tile, as .csv or .parquet.")
+@file_option("--plot", "plot_path", "With --stats: draw them as a PNG.")
+@json_option
+@debug_option
+def inspect(
+    path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None,
+    plot_path: str | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """
-    Write a first, commented config for tiles and a teacher.
+    Describe a checkpoint or a cache.
 
-    FOLDER holds images/ and masks/, or several folders that do, such as Train and Val. Counts what is in them, recognises the
-    teacher's network, and writes FILL_IN where only you know. Exit codes: 0 written, 1 written, and files to mend (named), 2 usage,
-    data or checkpoint.
+    For a CHECKPOINT: the network as recognised, its channels, and the layout of its weights; nothing in the file is
+    executed. For a CACHE (a folder or URL): its manifest and, with --stats, its statistics.
+
+    Exit codes: 0 done, 1 --diff found differences, 2 not a readable checkpoint, 3 not a complete cache.
     """
-    from kdpipe.pipeline.reports.terminal.starter import first_config_parts
-    from kdpipe.pipeline.starter.draft import Said
-    from kdpipe.pipeline.starter.write import run_name, write_first_config
+    if (table_path or plot_path) and not stats:
+        raise click.UsageError("--table and --plot go with --stats")
+    if overrides and source is None:
+        raise click.UsageError("--set overrides a key of --diff CONFIG")
+    if run("inspect_cache.is_cache", path):
+        config = load(source, overrides) if source is not None else None
+        run(
+            "inspect_cache.show_cache", path, config, json_path, stats=stats, table_path=table_path, plot_path=plot_path
+        )
+    elif stats or source is not None:
+        option = "--stats" if stats else "--diff"
+        raise click.UsageError(f"{option} is for a cache, and {path} is not a folder or URL")
+    else:
+        run("setup.show_checkpoint", path, json_path)
 
-    console, progress = open_console()
-    said = Said(
-        run_name(out), val, images, masks, classes=classes, ignore_index=ignore_index, bands=bands,
-        teacher_classes=teacher_classes, teacher_normalize=teacher_normalize,
-    )  # fmt: skip
-    found = write_first_config(folders, teacher, out, said, overwrite=overwrite, progress=progress)
-    write_json(json_path, found.as_dict())
-    for part in first_config_parts(found):
-        console.print(part, highlight=False, markup=False, soft_wrap=True)
-    if found.draft.problems:
-        sys.exit(EXIT_FINDINGS)
+
+@click.command("suggest-map")
+@with_config
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Labelled tiles to use. Default: all.")
+def suggest_map(source: str, overrides: tuple[str, ...], **options: Any) -> None:
+    """
+    Suggest a class map from the labels, ready to paste.
+
+    Runs the teacher on labelled tiles. Rows of the class map, or all of it, may still be FILL_IN in CONFIG.
+
+    Exit codes: 0 done, 2 usage, config, data or checkpoint.
+    """
+    config, unfilled = load_open(source, overrides)
+    run("setup.suggest_map", config, unfilled, **options)
+
+
+@click.command("sample-data")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--seed", default=0, show_default=True, help="Another seed generates another landscape.")
+@json_option
+@debug_option
+def sample_data(**options: Any) -> None:
+    """
+    Generate a small landscape with labels.
+
+    Writes tiles and masks, and the masks that the demo's teacher is trained on, into FOLDER.
+    """
+    run("sample_data.generate", **options)
+
+
+@click.command("demo")
+@click.option("--out", default="demo_output", show_default=True, type=click.Path(file_okay=False), metavar="DIR",
+              help="Folder of all results.")  # fmt: skip
+@json_option
+@debug_option
+def demo(**options: Any) -> None:
+    """
+    Run the whole pipeline on a generated landscape.
+
+    Trains a teacher, caches its soft targets, verifies the cache, and trains a student with and without the teacher.
+    """
+    run("setup.demo", **options)

@@ -157,7 +157,7 @@ def test_the_command_prints_writes_and_draws_all_of_it(dozen, tmp_path):
     assert content["manifest"]["fingerprint"] in result.output
     for shown in (
         "water", f"{100 * found.shares[0]:.2f} %", f"entropy {found.entropy:.4f} nats", f"confidence {found.confidence:.4f}",
-        f"{found.shard_bytes / found.pixels:.3f} bytes a pixel", "T/12", "what is reached needs the teacher",
+        f"{found.shard_bytes / found.pixels:.3f} bytes per pixel", "T/12", "measured by verify-cache --level parity",
     ):  # fmt: skip
         assert shown in result.output, shown
     assert {outlier["tile"] for outlier in content["statistics"]["outliers"]} >= {"T/12"}

@@ -40,7 +40,7 @@ def test_the_manifest_is_printed_and_written_whole(cached, tmp_path):
 def test_a_configuration_that_describes_the_cache_differs_in_nothing(cached, tmp_path):
     result = inspected(cached.cache.path, "--diff", tmp_path / "config.yaml")
     assert result.exit_code == 0
-    assert "the configuration describes this very cache" in result.output
+    assert "the configuration describes this cache" in result.output
 
 
 def test_each_difference_is_named_and_the_exit_code_says_so(cached, tmp_path, landscape):

@@ -25,7 +25,7 @@ from kdpipe.pipeline.precompute import batches
 from kdpipe.pipeline.precompute import run as stage
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import failure_report, precompute
-from kdpipe.pipeline.reports.terminal.results import estimate_text
+from kdpipe.pipeline.reports.terminal.stage_one import estimate_text
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.text import size_text
 from kdpipe.pipeline.training.run import train, with_mode

@@ -26,7 +26,8 @@ from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.inspection.cache import inspect_cache
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe, configured_softening
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.reports.terminal import results as reports
+from kdpipe.pipeline.reports.terminal.inspection import cache_tables
+from kdpipe.pipeline.reports.terminal.stage_one import estimate_text
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loaders import PACKED_LEVELS, OnlineTargets, collate_packed, unpacked
@@ -476,13 +477,13 @@ def test_the_digest_in_the_cache_is_that_of_the_pixels_and_the_files_sizes(make_
 
 def test_a_dry_run_and_inspect_speak_of_views(make_views, views_cache):
     forecast = estimate(make_views(train__mosaic=0.0), CPU)
-    text = reports.estimate_text(forecast)
+    text = estimate_text(forecast)
     assert "18 views, 0 finished, 18 to do (0.1 MP)" in text
     assert " s a crop\n" in text
     assert "(--kd online)\n" in text
     assert "whole tiles" not in text
     assert forecast.worth.views_per_sample == 1
-    row = next(t for t in reports.cache_tables(inspect_cache(str(views_cache))))
+    row = next(t for t in cache_tables(inspect_cache(str(views_cache))))
     assert "views" in list(row.columns[0].cells)
     assert any("mosaic 0.25" in cell for cell in row.columns[1].cells)
 

@@ -17,8 +17,8 @@ from kdpipe.pipeline import dry_run as forecasts
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.costs import costs_file, read_costs
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.terminal.stage_one import estimate_text, precompute_text, worth_lines
-from kdpipe.pipeline.terminal.training import training_tables
+from kdpipe.pipeline.reports.terminal.stage_one import estimate_text, precompute_text, worth_lines
+from kdpipe.pipeline.reports.terminal.training import training_tables
 from kdpipe.pipeline.runs.record import paces_of_other_modes
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.training import worth

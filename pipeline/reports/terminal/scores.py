@@ -1,20 +1,26 @@
-"""What `kdpipe evaluate` prints: scores by class and root, and where the pixels of each class went."""
+"""Scores as tables: by class and root, and the confusion matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from kdpipe.pipeline.evaluation.calibration import BINS
-from kdpipe.pipeline.evaluation.evaluate import Evaluation, Network, RootScores
+from kdpipe.pipeline.text import percent_text
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.evaluation.evaluate import Evaluation, Network, RootScores
 
 SHOWN_TILES = 5  # the rest is in --json
+_percent = partial(percent_text, unit="")
 
 
 def evaluation_tables(result: Evaluation) -> Iterator[Table | str]:
-    """The model, the scores of each root and of all together, and the confusion matrix of all; fits 80 columns."""
-    yield "\n".join([result.model, *(f"  {_asked(network)}" for network in result.networks)])
+    """The model, scores of each root and of all together, and the confusion matrix of all; fits 80 columns."""
+    yield "\n".join([result.model, *(f"  {_network_text(network)}" for network in result.networks)])
     for root in result.roots:
         yield from _scores_of(root, result.classes)
     if len(result.roots) > 1:
@@ -22,14 +28,27 @@ def evaluation_tables(result: Evaluation) -> Iterator[Table | str]:
     yield _confusion_table(result.together, result.classes)
 
 
-def shares(confusion: RootScores) -> tuple[list[float], list[float]]:
-    """Of all labelled pixels the shares by class, 0..1: as labelled, and as answered."""
-    counts_LP = confusion.confusion_LP
-    total = counts_LP.sum()
-    return (counts_LP.sum(axis=1) / total).tolist(), (counts_LP.sum(axis=0) / total).tolist()
+def score_table(
+    title: str, iou: Mapping[str, float | None], f1: Mapping[str, float | None], left_out: Mapping[str, str],
+    means: tuple[float | None, float | None], note: str = "",
+) -> Table:  # fmt: skip
+    """IoU and F1 by class, why a class has none, and last their means."""
+    table = Table(title=title, title_justify="left")
+    for column in ("class", "IoU", "F1", ""):
+        table.add_column(column, justify="right" if column in ("IoU", "F1") else "left")
+    for name in iou:
+        table.add_row(name, percent_text(iou[name]), percent_text(f1[name]), left_out.get(name, ""))
+    table.add_section()
+    table.add_row("mean", *map(percent_text, means), note)
+    return table
 
 
-def _asked(network: Network) -> str:
+def score_text(name: str, evaluation: Evaluation) -> str:
+    """The mIoU of a model on all roots together, in a line."""
+    return f"{name}: mIoU {percent_text(evaluation.together.scores.miou)}"
+
+
+def _network_text(network: Network) -> str:
     window = f"windows of {network.window} px" if network.window else "whole tiles"
     scales = f", scales {network.scales}" if network.scales != [1.0] else ""
     return f"{network.checkpoint}: {window}, TTA {network.tta}{scales}"
@@ -41,12 +60,13 @@ def _scores_of(root: RootScores, names: list[str]) -> Iterator[Table | str]:
     table = Table(
         title=f"{root.root}: {_tiles(root.tiles)}, {pixels / 1e6:.2f} MP labelled; percent", title_justify="left"
     )
-    columns = ("class", "IoU", "F1", "prec.", "recall", f"F1 {boundary.width_px} px", "labels", "answers")
+    columns = ("class", "IoU", "F1", "prec.", "recall", f"F1 {boundary.width_px} px", "labels", "predicted")
     for column in columns:
         table.add_column(column, justify="left" if column == "class" else "right")
-    for name, labelled, answered in zip(names, *shares(root), strict=True):
+    labelled_L, predicted_P = root.confusion_LP.sum(axis=1) / pixels, root.confusion_LP.sum(axis=0) / pixels
+    for name, labelled, predicted in zip(names, labelled_L, predicted_P, strict=True):
         by_class = (scores.iou, scores.f1, scores.precision, scores.recall, boundary.f1)
-        table.add_row(name, *(_percent(values[name]) for values in by_class), _percent(labelled), _percent(answered))
+        table.add_row(name, *(_percent(values[name]) for values in by_class), _percent(labelled), _percent(predicted))
     table.add_section()
     means = (scores.miou, scores.mean_f1, scores.mean_precision, scores.mean_recall, boundary.mean_f1)
     table.add_row("mean", *map(_percent, means), "", "")
@@ -59,18 +79,18 @@ def _scores_of(root: RootScores, names: list[str]) -> Iterator[Table | str]:
         yield f"left out of the means: {_reasons(scores.left_out)}"
     no_boundary = {name: why for name, why in boundary.left_out.items() if name not in scores.left_out}
     if no_boundary:
-        yield f"left out of the boundaries' mean: {_reasons(no_boundary)}"
+        yield f"left out of the mean boundary F1: {_reasons(no_boundary)}"
     if root.without_mask:
-        yield f"left out, without a mask: {_some(root.without_mask)}"
+        yield f"left out, as they have no mask: {_some(root.without_mask)}"
     if root.without_label:
-        yield f"without one labelled pixel: {_some(root.without_label)}"
+        yield f"without a labelled pixel: {_some(root.without_label)}"
     if root.trained_on:
-        yield "the student was trained on these tiles, or some of them: this says nothing of others"
+        yield "the student was trained on some of these tiles: their scores say nothing about other tiles"
 
 
 def _confusion_table(root: RootScores, names: list[str]) -> Table:
-    """Rows are labels and sum to 100; columns are numbered, as names are too long for them."""
-    title = "What the labels' pixels were taken for; percent of a row"
+    """One row per label, which sums to 100; columns are numbered, as names would be too wide."""
+    title = "Predictions by label; percent of a row"
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     table.add_column("label")
     for i in range(len(names)):
@@ -95,7 +115,3 @@ def _some(tiles: list[str]) -> str:
 
 def _tiles(count: int) -> str:
     return f"{count} tile{'s' if count != 1 else ''}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

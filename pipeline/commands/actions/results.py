@@ -1,0 +1,71 @@
+"""`evaluate`, `compare` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdpipe.configs import Config
+from kdpipe.configs.outputs import output_path
+from kdpipe.pipeline.commands.console import Terminal, write_json
+from kdpipe.pipeline.devices import resolve_device
+from kdpipe.pipeline.evaluation.compare import compare
+from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model, teacher_model
+from kdpipe.pipeline.reports.html.comparison import comparison_tiles, write_comparison
+from kdpipe.pipeline.reports.html.run import report_run, write_report
+from kdpipe.pipeline.reports.plots import draw_comparison, draw_confusion
+from kdpipe.pipeline.reports.terminal.comparison import comparison_tables
+from kdpipe.pipeline.reports.terminal.scores import evaluation_tables, score_text
+from kdpipe.pipeline.runs.layout import run_folder
+from kdpipe.pipeline.runs.record import read_run
+from kdpipe.pipeline.text import file_text
+
+
+def evaluate_model(
+    paths: Sequence[str], teachers_config: Config | None, *, window: int | None, tta: str | None, boundary_width: int,
+    json_path: str | None, png_path: str | None, device: str | None,
+) -> None:  # fmt: skip
+    """Score the mapped teacher of a config on the roots `paths`, or the student `paths[0]` on the other ones."""
+    terminal = Terminal()
+    where = resolve_device(device)
+    if teachers_config is not None:
+        roots, model = paths, teacher_model(teachers_config, where, tta=tta, window=window)
+    else:
+        roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window)
+    result = evaluate(model, roots, boundary_width_px=boundary_width, progress=terminal)
+    write_json(json_path, result.as_dict())
+    if png_path is not None:
+        draw_confusion(result, Path(png_path))
+    terminal.show(*evaluation_tables(result))
+
+
+def compare_runs(
+    runs: Sequence[str], *, baseline: str | None, out: str, tiles: int, png: bool, json_path: str | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Compare runs in tables and in an HTML report in the folder `out`."""
+    terminal = Terminal()
+    found = [read_run(run) for run in runs]
+    comparison = compare(found, baseline)
+    folders = {id(run): run_folder(path) for run, path in zip(found, runs, strict=True)}
+    drawn, notes = comparison_tiles(comparison, folders, resolve_device(device), tiles, terminal) if tiles else ([], [])
+    page = write_comparison(comparison, output_path(out, key="--out"), drawn, notes)
+    if png:
+        draw_comparison(comparison, page.parent)
+    write_json(json_path, comparison.as_dict())
+    terminal.show(*comparison_tables(comparison), *notes, file_text("HTML report", page))
+
+
+def report_runs(
+    runs: Sequence[str], *, out: str, tiles: int, teacher: bool, window: int | None, json_path: str | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Evaluate runs and show them in one HTML report at `out`."""
+    terminal = Terminal()
+    where = resolve_device(device)
+    reports = [report_run(run, where, tiles=tiles, teacher=teacher, window=window, progress=terminal) for run in runs]
+    write_report(reports, Path(out))
+    write_json(json_path, {"page": out, "runs": [each.as_dict() for each in reports]})
+    for each in reports:
+        terminal.show(score_text(each.run.name, each.evaluation), *(f"  {note}" for note in each.notes))
+    terminal.show(file_text("HTML report", out))

@@ -1,0 +1,128 @@
+"""Verification as tables and text: findings, parity, the class map against the labels, and the suggested map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kdpipe.pipeline.reports.terminal.scores import score_table
+from kdpipe.pipeline.text import percent_text
+
+if TYPE_CHECKING:
+    from kdpipe.pipeline.verify.class_map import Suggestion
+    from kdpipe.pipeline.verify.gate import Report
+    from kdpipe.pipeline.verify.parity import TileParity
+
+SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
+TILE_COLUMN = 19  # characters of a tile's id beside the figures of parity
+SHOWN_FINDINGS = 20  # the rest is in --json
+
+
+def verify_tables(report: Report) -> Iterator[Table | str]:
+    """Measurements and findings of a verification."""
+    if report.parity:
+        yield _parity_table(report.parity)
+    if report.teacher_classes:
+        table = Table(title="Teacher classes against the labels", title_justify="left")
+        texts = ("teacher class", "configured", "labels fit best")
+        for column in ("teacher class", "configured", "agree", "labels fit best", "share", "gain"):
+            table.add_column(column, justify="left" if column in texts else "right")
+        for row in report.teacher_classes:
+            table.add_row(
+                row.name, row.configured, percent_text(row.configured_share), row.fitting,
+                percent_text(row.fitting_share), f"{100 * row.gain:+.1f}" + (" !" if row.clearly_better else ""),
+            )  # fmt: skip
+        yield table
+    if report.labels:
+        title = f"Cached targets against the labels of {report.label_tiles} {report.noun}"
+        found = report.labels
+        yield score_table(title, found.iou, found.f1, found.left_out, (found.miou, found.mean_f1))
+    if report.findings:
+        yield f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''} in {report.cache}:"
+        for finding in report.findings[:SHOWN_FINDINGS]:
+            yield f"  {finding.code}{f' {finding.tile}' if finding.tile else ''}: {finding.message}"
+        if len(report.findings) > SHOWN_FINDINGS:
+            yield f"  and {len(report.findings) - SHOWN_FINDINGS} more; all of them with --json FILE"
+    else:
+        bound = f", |Δp| at most {report.error_bound:.5f} from encoding" if report.error_bound else ""
+        yield f"PASS ({report.level}): {report.tiles} {report.noun}, fingerprint {(report.fingerprint or '')[:16]}{bound}"
+
+
+def suggestion_tables(result: Suggestion) -> Iterator[Table | str]:
+    """The labels of each teacher class beside its configured row, and the suggested map as YAML."""
+    table = Table(
+        title=f"Labels by teacher class, {result.pixels:,} labelled px of {result.tiles} tiles", title_justify="left"
+    )
+    for column in ("teacher class", "px", "labels, %", "configured, %"):
+        table.add_column(column, justify="right" if column == "px" else "left", no_wrap=column == "px")
+    for row in result.rows:
+        labels = {name: count / row.pixels for name, count in row.counts.items() if count}
+        common = sorted(labels, key=labels.__getitem__, reverse=True)
+        shown = {name: labels[name] for name in common if labels[name] >= SHOWN_SHARE}
+        table.add_row(
+            row.teacher_class, f"{row.pixels:,}", _shares_text(shown) + (" !" if row.disagrees else ""),
+            _shares_text(row.configured) or "to be filled in",
+        )  # fmt: skip
+    yield table
+    if any(row.disagrees for row in result.rows):
+        yield "!: most labels are of another class."
+        yield "Is the order of teacher.classes that of the checkpoint's channels?"
+    yield f"Shares below {result.min_entry} are dropped and the others scaled up."
+    if any(row.kept for row in result.rows):
+        yield f"Classes on less than {100 * result.min_share:g} % of the pixels keep their configured row."
+    if any(row.unfilled for row in result.rows):
+        yield "Does the teacher find each class where you expect it? If not, teacher.classes is in the wrong order."
+    yield "Shares include the teacher's mistakes: write {Class: 1} where you know that these are mistakes."
+    yield ""
+    yield result.as_yaml()
+
+
+def _shares_text(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {percent_text(share, 0, unit='')}" for name, share in shares.items())
+
+
+def _parity_table(rows: list[TileParity]) -> Table:
+    """One row per tile, then the worst and the strictest tolerance; fits 80 columns."""
+    table = Table(title="Cached against live targets", title_justify="left", padding=(0, 0, 0, 1))
+    for column in ("tile", "max |Δp|", "mean |Δp|", "KL", "argmax", "Δ loss", "grad. cos"):
+        table.add_column(column, justify="left" if column == "tile" else "right")
+    for row in rows:
+        figures = _parity_figures(
+            row.max_abs.value, row.mean_abs.value, row.kl.value, row.argmax_agreement, row.loss_difference.value,
+            row.gradient_cosine.value,
+        )  # fmt: skip
+        table.add_row(_end_of(row.tile), *figures)
+    table.add_section()
+    worst = _parity_figures(
+        max(row.max_abs.value for row in rows), max(row.mean_abs.value for row in rows), max(row.kl.value for row in rows),
+        min(row.argmax_agreement for row in rows), max(row.loss_difference.value for row in rows),
+        min(row.gradient_cosine.value for row in rows),
+    )  # fmt: skip
+    table.add_row("worst", *worst)
+    allowed = _parity_figures(
+        min(row.max_abs.tolerance for row in rows), min(row.mean_abs.tolerance for row in rows),
+        min(row.kl.tolerance for row in rows), None, min(row.loss_difference.tolerance for row in rows),
+        max(row.gradient_cosine.tolerance for row in rows),
+    )  # fmt: skip
+    table.add_row("allowed", *allowed)
+    mean_agreement = sum(row.argmax_agreement for row in rows) / len(rows)
+    decided = min(row.decided_agreement.value for row in rows)
+    table.caption = (
+        f"argmax agrees on {percent_text(mean_agreement, 2)} of all pixels, "
+        f"and on {percent_text(decided, 2)} of those that are decided by more than |Δp| allows"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _end_of(tile_id: str) -> str:
+    """The end of an id, as far as the column is wide: it tells tiles and views apart."""
+    return tile_id if len(tile_id) <= TILE_COLUMN else f"…{tile_id[1 - TILE_COLUMN :]}"
+
+
+def _parity_figures(
+    max_abs: float, mean_abs: float, kl: float, agreement: float | None, loss: float, cosine: float
+) -> tuple[str, ...]:
+    return f"{max_abs:.1e}", f"{mean_abs:.1e}", f"{kl:.1e}", percent_text(agreement, 2), f"{loss:.1e}", f"{cosine:.5f}"
