@@ -1,4 +1,4 @@
-"""Runs are compared like with like: paired by seed, at the last step, with the interval that so few seeds allow."""
+"""Comparisons: arms paired by seed at the last step, with the interval that the number of seeds allows."""
 
 import io
 import json
@@ -15,6 +15,7 @@ from kdpipe.configs.errors import DataError
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.evaluation.compare import MEAN, compare, paired_difference
 from kdpipe.pipeline.reports.html.comparison import write_comparison
+from kdpipe.pipeline.reports.plots import draw_comparison
 from kdpipe.pipeline.reports.terminal.comparison import comparison_tables
 from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, read_run, write_run
 
@@ -48,9 +49,8 @@ def test_the_difference_is_paired_by_seed_with_students_interval():
     assert (baseline.label, kd.label) == ("plain", "kd")
     found = kd.differences[MEAN]
     values = np.array([0.03, 0.01, 0.05])
-    half = (
-        4.302652729911275 * values.std(ddof=1) / math.sqrt(3)
-    )  # the t table's 97.5 % quantile for 2 degrees of freedom
+    # The t table's 97.5 % quantile for 2 degrees of freedom.
+    half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)
     np.testing.assert_allclose([found.mean, found.low, found.high], [0.03, 0.03 - half, 0.03 + half])
     assert kd.differences["Forest"].by_seed == pytest.approx({1: 0.03, 2: 0.01, 3: 0.05})
     assert "Ice" not in kd.differences
@@ -113,19 +113,34 @@ def test_an_unknown_baseline_names_the_arms():
         compare(study(), baseline="kdd")
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_the_plots_are_pictures(tmp_path):
-    runs = study()
-    runs[0] = runs[0].model_copy(update={"name": "kd-s1"})
-    page = write_comparison(compare(runs), tmp_path / "out")
-    text = page.read_text()
-    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"https?:", text)
+def test_the_page_loads_nothing_and_draws_arms_and_single_runs(tmp_path):
+    text = write_comparison(compare(study()), tmp_path / "out").read_text()
+    assert not re.search(r'https?:|(?:src|href)="', text)
+    labels = re.findall(r'<svg viewBox="0 0 520 [^>]*aria-label="([^"]*)"', text)
+    assert [label.split(",")[0] for label in labels] == [
+        "Validation mIoU by steps", "Validation mIoU by seconds", "Difference from plain with 95 % intervals"
+    ]  # fmt: skip
+    assert "kd (3 seeds): 20 at 100, 40 at 200" in labels[0]
+    assert "mean, kd: +3.0 (-2.0 to +8.0)" in labels[2]
+    assert text.count('class="faint"') == 2 * 6  # six runs in each of two charts
     for shown in ("plain", "kd", "+3.0 [", "distill.mode: cached", "36 tiles"):
         assert shown in text
+    assert "One seed" not in text
+
+
+def test_one_seed_has_no_interval_on_the_page_and_is_said_to_prove_nothing(tmp_path):
+    runs = [run("kd-s1", 1, [0.2, 0.5]), run("plain-s1", 1, [0.1, 0.4], mode="none")]
+    text = write_comparison(compare(runs), tmp_path).read_text()
+    assert "One seed proves nothing" in text
+    assert ">+10.0<" in text
+    assert "95 %" not in text
+    assert 'class="faint"' not in text
+
+
+def test_plots_on_request_are_pictures(tmp_path):
+    draw_comparison(compare(study()), tmp_path)
     for plot in ("miou-by-steps.png", "miou-by-seconds.png", "classes.png"):
-        with Image.open(tmp_path / "out" / plot) as picture:
+        with Image.open(tmp_path / plot) as picture:
             assert len(np.unique(np.asarray(picture))) > 20
 
 
@@ -151,13 +166,14 @@ def test_the_command_reads_folders_and_writes_json(tmp_path, monkeypatch):
         (tmp_path / each.name).mkdir()
         write_run(tmp_path / each.name, each)
     names = [each.name for each in study()]
-    result = CliRunner().invoke(cli, ["compare", *names, "--json", "c.json"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["compare", *names, "--json", "c.json", "--png"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["baseline"] == "plain"
     assert content["arms"][1]["differences"][MEAN]["mean"] == pytest.approx(0.03)
     assert content["arms"][1]["cache"]["fingerprint"] == "f" * 64
-    assert (tmp_path / "comparison" / "comparison.html").exists()
+    written = {file.name for file in (tmp_path / "comparison").iterdir()}
+    assert written == {"comparison.html", "miou-by-steps.png", "miou-by-seconds.png", "classes.png"}
 
 
 @pytest.mark.parametrize(

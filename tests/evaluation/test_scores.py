@@ -18,20 +18,20 @@ NAMES = list("abcd")
 
 
 def blobs(seed, height=17, width=23):
-    """Labels with unlabelled patches, and answers that are the labels shifted and disturbed; neither square."""
+    """Labels with unlabelled patches, and predictions: the labels shifted and disturbed. Neither is square."""
     rng = np.random.default_rng(seed)
     labels = np.kron(rng.integers(C, size=(5, 6)), np.ones((4, 4), int))[:height, :width]
-    answers = np.roll(labels, rng.integers(-2, 3, size=2), axis=(0, 1))
-    answers[rng.random((height, width)) < 0.03] = rng.integers(C)
+    predicted = np.roll(labels, rng.integers(-2, 3, size=2), axis=(0, 1))
+    predicted[rng.random((height, width)) < 0.03] = rng.integers(C)
     labels = labels.copy()
     for _ in range(rng.integers(4)):
         y, x = rng.integers(height), rng.integers(width)
         labels[y : y + 3, x : x + 2] = IGNORE
-    return labels, answers
+    return labels, predicted
 
 
-def brute_force(labels, answers, width_px):
-    """The definition read out loud: a loop over pixels, and a loop over all others for each."""
+def brute_force(labels, predicted, width_px):
+    """The definition, literally: a loop over pixels, and for each a loop over all others."""
     height, width = labels.shape
     pixels = [(y, x) for y in range(height) for x in range(width)]
 
@@ -50,7 +50,7 @@ def brute_force(labels, answers, width_px):
         return all(inside(*p) and labels[p] != IGNORE for p in around)
 
     counts = np.zeros((4, C), int)
-    for row, own, other in ((0, answers, labels), (2, labels, answers)):
+    for row, own, other in ((0, predicted, labels), (2, labels, predicted)):
         others = [p for p in pixels if is_boundary(other, *p)]
         for y, x in pixels:
             if is_boundary(own, y, x) and all_labelled(y, x):
@@ -64,9 +64,9 @@ def brute_force(labels, answers, width_px):
 @pytest.mark.parametrize("width_px", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_boundary_counts_are_those_of_comparing_every_pixel_with_every_other(seed, width_px):
-    labels, answers = blobs(seed)
-    found = boundary_counts(labels, answers, C, IGNORE, width_px)
-    np.testing.assert_array_equal(found, brute_force(labels, answers, width_px))
+    labels, predicted = blobs(seed)
+    found = boundary_counts(labels, predicted, C, IGNORE, width_px)
+    np.testing.assert_array_equal(found, brute_force(labels, predicted, width_px))
     assert found[::2].sum() > 0
 
 
@@ -87,10 +87,10 @@ def test_a_boundary_may_be_off_by_the_width_and_no_more(shift, width_px, f1):
     }  # fmt: skip
 
 
-def test_precision_and_recall_are_of_the_answers_and_of_the_labels_boundaries():
-    answers = halves(15)
-    answers[:, 25:] = 0  # a second boundary, which the labels have not: half of each class's
-    found = boundary_scores(boundary_counts(halves(15), answers, C, IGNORE, 2), NAMES, [], 2)
+def test_precision_is_of_the_predicted_boundary_and_recall_of_the_labelled_one():
+    predicted = halves(15)
+    predicted[:, 25:] = 0  # a second boundary, which the labels have not: half of each class's
+    found = boundary_scores(boundary_counts(halves(15), predicted, C, IGNORE, 2), NAMES, [], 2)
     assert (found.precision["a"], found.recall["a"]) == (0.5, 1.0)
     assert found.f1["a"] == pytest.approx(2 / 3)
 
@@ -98,9 +98,9 @@ def test_precision_and_recall_are_of_the_answers_and_of_the_labels_boundaries():
 def test_neither_the_edge_of_the_image_nor_of_unlabelled_areas_is_a_boundary():
     labels = np.zeros((20, 30), int)
     labels[:, 20:] = IGNORE
-    answers = np.zeros((20, 30), int)
-    answers[:, 20:] = 1  # beyond the labels: not known to be wrong
-    assert not boundary_counts(labels, answers, C, IGNORE, 3).any()
+    predicted = np.zeros((20, 30), int)
+    predicted[:, 20:] = 1  # beyond the labels: not known to be wrong
+    assert not boundary_counts(labels, predicted, C, IGNORE, 3).any()
 
 
 def test_a_boundary_near_an_unlabelled_pixel_does_not_count_within_the_width():
@@ -114,8 +114,8 @@ def test_a_boundary_near_an_unlabelled_pixel_does_not_count_within_the_width():
 
 
 def test_a_class_with_a_boundary_in_the_labels_alone_scores_zero():
-    answers = np.zeros((20, 30), int)
-    found = boundary_scores(boundary_counts(halves(15), answers, C, IGNORE, 2), NAMES, [], 2)
+    predicted = np.zeros((20, 30), int)
+    found = boundary_scores(boundary_counts(halves(15), predicted, C, IGNORE, 2), NAMES, [], 2)
     assert (found.precision["b"], found.recall["b"], found.f1["b"]) == (0, 0, 0)
 
 
@@ -150,8 +150,8 @@ def test_calibration_error_is_torchmetrics_own_summed_over_tiles():
 
 
 def test_bins_hold_their_lower_edge_and_the_last_one_certainty():
-    labels, answers = np.array([[0, 0, 1]]), np.array([[0, 1, 1]])
-    found = calibration(calibration_counts(labels, answers, np.array([[0.4, 0.5, 1.0]], np.float32), IGNORE))
+    labels, predicted = np.array([[0, 0, 1]]), np.array([[0, 1, 1]])
+    found = calibration(calibration_counts(labels, predicted, np.array([[0.4, 0.5, 1.0]], np.float32), IGNORE))
     filled = {i: (b.pixels, b.confidence, b.accuracy) for i, b in enumerate(found.bins) if b.pixels}
     assert filled == {6: (1, pytest.approx(0.4), 1.0), 7: (1, 0.5, 0.0), 14: (1, 1.0, 1.0)}
     assert found.error == pytest.approx((0.6 + 0.5 + 0.0) / 3)
@@ -164,11 +164,11 @@ def test_calibration_of_no_pixel_is_not_a_number():
 
 def test_precision_and_recall_are_torchmetrics_own():
     rng = np.random.default_rng(1)
-    labels, answers = rng.integers(0, C, (2, 20, 30))
-    answers[answers == 2] = 0  # never answered: its precision is 0
+    labels, predicted = rng.integers(0, C, (2, 20, 30))
+    predicted[predicted == 2] = 0  # never predicted: its precision is 0
     labels[0, :9] = IGNORE
-    found = scores(count_pairs(labels, answers, C, C, IGNORE), NAMES, [])
-    a, b = torch.from_numpy(answers), torch.from_numpy(labels)
+    found = scores(count_pairs(labels, predicted, C, C, IGNORE), NAMES, [])
+    a, b = torch.from_numpy(predicted), torch.from_numpy(labels)
     for ours, theirs, mean in (
         (found.precision, multiclass_precision, found.mean_precision),
         (found.recall, multiclass_recall, found.mean_recall),

@@ -1,62 +1,19 @@
-"""Learning curves as text: whole runs over their resumes, shapes that are the figures', and lines that fit."""
-
-import csv
+"""Learning curves as text: their shapes are those of the figures, and their lines fit the terminal."""
 
 import numpy as np
 import pytest
 
-from kdpipe.pipeline.reports.terminal.curves import HEIGHT, curves_text, read_curves
-
-
-def log(folder, version, train, val=()):
-    """`metrics.csv` of a version, with a row for each step as lightning's logger writes them."""
-    path = folder / f"version_{version}"
-    path.mkdir()
-    names = ["epoch", "step", "train_hard_loss", "train_kd_loss", "train_loss", "val_mIoU"]
-    with (path / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for step, loss in train:
-            writer.writerow({"step": step, "train_loss": loss, "train_hard_loss": loss / 2, "train_kd_loss": loss / 4})
-        for step, miou in val:
-            writer.writerow({"step": step, "val_mIoU": miou})
-    return path
-
-
-def test_the_curves_of_a_resumed_run_are_of_all_its_versions_and_no_other_run(tmp_path):
-    log(tmp_path, 0, [(1, 90.0), (2, 91.0), (3, 92.0)], [(2, 0.9)])  # another run, overwritten since
-    log(
-        tmp_path, 1, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)], [(3, 0.3)]
-    )  # killed after step 5, saved at 3
-    log(tmp_path, 2, [])  # stopped before its first step
-    last = log(tmp_path, 3, [(4, 4.0), (6, 6.0)], [(6, "nan")])
-    curves = read_curves(last)
-    assert curves["train_loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 50.0, 6: 6.0}
-    assert curves["train_kd_loss"][4] == 1.0
-    assert list(curves["val_mIoU"]) == [3, 6]
-    shorter = log(tmp_path, 4, [(4, 5.0)])  # resumed anew, with fewer steps
-    assert read_curves(shorter)["train_loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 5.0}
-    assert read_curves(tmp_path / "version_1")["train_loss"][5] == 50.0
-    finished = log(tmp_path, 5, [], [(4, 0.4)])  # --resume of a run that is at its end
-    assert list(read_curves(finished)["train_loss"]) == [1, 2, 3, 4]
-
-
-def test_logs_that_are_lost_or_torn_are_no_error(tmp_path):
-    assert read_curves(tmp_path / "version_7") == {}
-    assert curves_text({}, 80) == ""
-    path = log(tmp_path, 0, [(1, 1.0)])
-    (path / "metrics.csv").write_text("step,train_loss\n1,0.5\n2,tor")
-    assert read_curves(path) == {}
+from kdpipe.pipeline.reports.terminal.training import HEIGHT, curves_text
 
 
 def marks(text):
-    """Row and column of every mark of the first curve of `curves_text(..., only_ascii=True)`, from its lower left corner."""
+    """Row and column of each mark of the first curve, from its lower left corner, and the rows."""
     rows = [line for line in text.splitlines() if line.startswith("|")][:HEIGHT]
     inner = [line[1 : line.index("|", 1)] for line in rows]
     return {(HEIGHT - 1 - y, x) for y, row in enumerate(inner) for x, mark in enumerate(row) if mark == "+"}, inner
 
 
-def test_a_curve_rises_where_its_figures_do_and_says_its_bounds():
+def test_a_curve_rises_with_its_figures_and_shows_its_bounds():
     text = curves_text({"train_loss": {step: 2.0 + step / 1000 for step in range(1, 1001)}}, 60, only_ascii=True)
     found, inner = marks(text)
     width = len(inner[0])
@@ -104,6 +61,10 @@ def test_lines_fit_and_are_plain(width, only_ascii):
 
 def test_a_terminal_too_narrow_for_anything_ends_no_run():
     assert "train loss" in curves_text(run(), 5)
+
+
+def test_no_curve_is_no_text():
+    assert curves_text({}, 80) == ""
 
 
 def test_one_point_nan_and_infinity_end_no_run():

@@ -1,4 +1,4 @@
-"""The page of a run in a real browser, from a file: nothing asked for outside, no complaint, and the divider moves."""
+"""The pages in a real browser, from a file: they load nothing, log no error, and the divider moves."""
 
 import re
 import shutil
@@ -7,21 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.configs import tiny_config
 
 from kdpipe.pipeline.evaluation.compare import compare
-from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.reports.html.comparison import write_comparison
-from kdpipe.pipeline.reports.html.comparison_tiles import comparison_tiles
-from kdpipe.pipeline.reports.html.layers import draw_tile
+from kdpipe.pipeline.reports.html.comparison import comparison_tiles, write_comparison
 from kdpipe.pipeline.reports.html.page import heading, page, paragraph, table
-from kdpipe.pipeline.reports.html.run import write_report
-from kdpipe.pipeline.reports.html.run_content import report_run
-from kdpipe.pipeline.reports.html.tiles import VIEWER, browser
-from kdpipe.pipeline.reports.html.verify import write_verification
-from kdpipe.pipeline.reports.html.verify_tiles import ParityTiles
+from kdpipe.pipeline.reports.html.run import report_run, write_report
+from kdpipe.pipeline.reports.html.tiles import VIEWER, browser, draw_tile
+from kdpipe.pipeline.reports.html.verify import ParityTiles, write_verification
 from kdpipe.pipeline.runs.record import read_run
-from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.verify.gate import verify
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -47,21 +40,16 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def folder(landscape, teacher_file, tmp_path_factory):
-    """The pages of two runs of a few steps on the small landscape: a report, a verification and a comparison."""
-    folder = tmp_path_factory.mktemp("pages")
+def folder(trained, tmp_path_factory):
+    """The pages of the two runs: a report, a verification and a comparison."""
+    folder, (at, config) = tmp_path_factory.mktemp("pages"), trained
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        config = tiny_config(landscape, teacher_file, folder)
-        precompute(config, CPU)
-        train(config, CPU)
-        train(with_mode(config, "none"), CPU)
+        patch.chdir(at)
         runs = [Path("model_weights/tests") / name for name in ("tiny", "tiny-none")]
         write_report([report_run(runs[0], CPU, tiles=4)], folder / "report.html")
         tiles = ParityTiles(config)
-        write_verification(
-            verify(config, "parity", CPU, sample=2, on_parity=tiles), config, tiles.drawn, folder / "parity.html"
-        )
+        verified = verify(config, "parity", CPU, sample=2, on_parity=tiles)
+        write_verification(verified, config, tiles.drawn, folder / "parity.html")
         read = [read_run(run) for run in runs]
         comparison = compare(read)
         drawn, notes = comparison_tiles(comparison, {id(r): run for r, run in zip(read, runs, strict=True)}, CPU, 2)
@@ -77,7 +65,7 @@ def run_page(folder):
 
 
 class Opened:
-    """A page in a tab of its own, and everything it asked for or complained of."""
+    """A page in its own tab, with what it loaded and the errors that it logged."""
 
     def __init__(self, chromium, file: Path, **options):
         self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
@@ -99,7 +87,7 @@ class Opened:
         self.tab.locator(".tiles button").nth(number).click()
 
     def clip(self):
-        """Where the left layer ends and the right one starts, in percent, as the browser computed it."""
+        """The end of the left layer and the start of the right one, in percent, as the browser computed them."""
         ends = []
         for side, place in (("left", 1), ("right", 3)):
             found = self.tab.locator(f".layer.{side}").evaluate("layer => getComputedStyle(layer).clipPath")
@@ -108,7 +96,7 @@ class Opened:
         return ends
 
     def shown_left(self):
-        """Width in px of the left layer that is visible: the place of the divider within the stage."""
+        """Width in px of the visible left layer, which is the place of the divider, and of the stage."""
         stage, divider = (self.tab.locator(name).bounding_box() for name in (".stage", ".stage .divider"))
         return divider["x"] + divider["width"] / 2 - stage["x"], stage["width"]
 
@@ -153,8 +141,8 @@ def test_the_divider_follows_the_pointer(opened):
     mouse.up()
 
 
-def test_what_is_left_and_right_of_the_divider_are_the_two_layers(opened, run_page):
-    """Looked at as pixels: the label is a map of few colours, the image is not."""
+def test_the_two_layers_lie_left_and_right_of_the_divider(opened):
+    """In the pixels of a screenshot: the label has few colours, the image has many."""
     import io
 
     from PIL import Image
@@ -193,7 +181,7 @@ def test_keys_turn_tiles_choose_layers_and_close(opened):
     assert opened.tab.evaluate("document.activeElement.closest('li').dataset.tile") == names[2]
 
 
-def test_a_layer_that_a_tile_does_not_have_is_said_to_be_absent(opened):
+def test_a_missing_layer_is_named(opened):
     opened.open_tile(0)
     opened.tab.locator("[data-part=left]").select_option("soft target")
     assert opened.tab.locator(".layer.left").inner_text() == "no soft target of this tile"
@@ -227,7 +215,7 @@ def test_every_picture_has_an_alt_and_every_control_a_name(opened):
         assert image.get_attribute("alt")
     for figure in opened.tab.locator("svg[role=img]").all():
         assert figure.get_attribute("aria-label")
-    # As the browser tells it to assistive technology.
+    # As the browser describes it to a screen reader.
     client = opened.context.new_cdp_session(opened.tab)
     nodes = client.send("Accessibility.getFullAXTree")["nodes"]
     roles = ("button", "slider", "combobox", "link", "image", "img", "dialog", "table", "region")
@@ -253,7 +241,7 @@ LUMINANCE = """element => {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_text_can_be_read_in_both_modes(chromium, run_page, mode):
-    """WCAG 2 asks for a contrast of 4.5; grounds of both modes differ."""
+    """WCAG 2 demands a contrast of 4.5, on either background."""
     with Opened(chromium, run_page, color_scheme=mode) as there:
         tab = there.tab
         for place in (
@@ -274,13 +262,30 @@ def test_text_can_be_read_in_both_modes(chromium, run_page, mode):
         figure = tab.locator("figure svg[role=img]").first
         figure.evaluate(fill)
         assert figure.evaluate(LUMINANCE) >= 4.5
-        # The darkest that a bar or a cell of the confusion can be behind its text.
+        # The darkest background that a cell of the confusion can have.
         cell = tab.locator(".confusion td").first
         cell.evaluate("e => { e.style.background = 'var(--heat)'; }")
         assert cell.evaluate(LUMINANCE) >= 4.5
         ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 28)"}[mode]
         assert there.complaints == []
+
+
+def test_numbers_do_not_run_into_bars(chromium, run_page):
+    with Opened(chromium, run_page) as there:
+        ends = there.tab.locator("td.bar:has(i)").evaluate_all(
+            "cells => cells.map(cell => [cell.querySelector('span'), cell.querySelector('i'), cell]"
+            ".map(part => part.getBoundingClientRect()).map(box => [box.left, box.right, box.width]))"
+        )
+        assert len(ends) > 20
+        for (_, number_end, _), (bar_start, bar_end, _), (_, cell_end, _) in ends:
+            assert number_end < bar_start
+            assert bar_end <= cell_end
+        shares = there.tab.locator("td.bar i").evaluate_all(
+            "bars => bars.map(b => Number(b.style.getPropertyValue('--share')))"
+        )
+        longest = max(range(len(shares)), key=shares.__getitem__)
+        assert ends[longest][1][2] > 20  # px: a bar can be seen
 
 
 @pytest.mark.parametrize("width", [400, 1280])
@@ -298,7 +303,7 @@ def test_a_narrow_window_needs_no_scrolling_sideways(chromium, run_page, width):
         assert stage["x"] + stage["width"] <= width
 
 
-def test_nothing_moves_once_the_page_is_shown(chromium, run_page):
+def test_the_page_does_not_shift_after_it_is_shown(chromium, run_page):
     with Opened(chromium, run_page) as there:
         shift = there.tab.evaluate(
             "new Promise(done => { let sum = 0; new PerformanceObserver(list => list.getEntries().forEach(e => sum += e.value))"
@@ -330,7 +335,7 @@ def test_pages_of_verification_and_comparison_browse_tiles_too(chromium, folder,
 def test_markup_in_names_is_shown_and_not_run(chromium, tmp_path):
     image = np.full((40, 60, 3), 90, np.uint8)
     labels = np.zeros((40, 60), int)
-    tile = draw_tile(EVIL, EVIL, image, 2, 255, labels_HW=labels, answers={EVIL: labels})
+    tile = draw_tile(EVIL, EVIL, image, 2, labels_HW=labels, predictions={EVIL: labels})
     body = (
         heading(1, EVIL)
         + paragraph(EVIL)
@@ -350,7 +355,7 @@ def test_markup_in_names_is_shown_and_not_run(chromium, tmp_path):
 
 
 def test_the_pages_own_policy_stops_what_is_not_escaped(chromium, tmp_path):
-    """The second wall: markup that did get into the page may neither run nor load."""
+    """The second line of defence: markup that did get into the page can neither run nor load."""
     file = tmp_path / "leak.html"
     file.write_text(
         page("safe", f"{EVIL}<img src='https://example.org/x.png' alt='x'>", script=False), encoding="utf-8"

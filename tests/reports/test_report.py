@@ -1,4 +1,4 @@
-"""The report of a run: its scores are evaluate's, its pictures are the tile's, and what is not shown is said."""
+"""The report of a run: scores as in evaluate, pictures of the tiles, and notes on what is missing."""
 
 import base64
 import io
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers.configs import tiny_config
 from PIL import Image
 
 from kdpipe.cache import SoftTargetCache
@@ -21,36 +20,24 @@ from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model
 from kdpipe.pipeline.models.smp import create_smp_model
-from kdpipe.pipeline.pictures import colours, paint_classes
+from kdpipe.pipeline.pictures import RIGHT, UNJUDGED, WRONG, colours, paint_classes
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.reports.html.charts import MAX_POINTS, class_map_figure, confusion_table, line_chart, pixels_text
-from kdpipe.pipeline.reports.html.layers import NO_LABEL, RIGHT, SHOWN_PX, WRONG, draw_tile, heat_colours
-from kdpipe.pipeline.reports.html.run_content import report_run
-from kdpipe.pipeline.reports.html.shown_tiles import spread
-from kdpipe.pipeline.runs.log import logged_curves
+from kdpipe.pipeline.reports.html.charts import (
+    MAX_POINTS,
+    Interval,
+    class_map_figure,
+    confusion_table,
+    interval_chart,
+    line_chart,
+    pixels_text,
+)
+from kdpipe.pipeline.reports.html.run import report_run
+from kdpipe.pipeline.reports.html.tiles import SHOWN_PX, draw_tile, heat_colours, spread
 from kdpipe.pipeline.runs.record import read_run, write_run
 from kdpipe.pipeline.training.run import train
 
 CPU = torch.device("cpu")
 RUN = "model_weights/tests/tiny"
-
-
-@pytest.fixture(scope="module")
-def trained(landscape, teacher_file, tmp_path_factory):
-    """A folder with a cache and a run of a few steps; its config."""
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        config = tiny_config(landscape, teacher_file, folder)
-        precompute(config, CPU)
-        train(config, CPU)
-    return folder, config
-
-
-@pytest.fixture
-def inside(trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
-    return trained[1]
 
 
 def pixels(url):
@@ -67,23 +54,23 @@ def test_scores_are_those_of_evaluate(inside):
     assert report.evaluation.as_dict() == expected.as_dict()
 
 
-def test_layers_of_a_training_tile_are_its_image_label_target_and_answers(inside):
+def test_layers_of_a_training_tile_are_its_image_label_target_and_predictions(inside):
     report = report_run(RUN, CPU, tiles=4)
     assert [tile.group for tile in report.tiles] == ["validation tile"] * 2 + ["training tile"] * 2
     shown = report.tiles[-1]
     tile = next(tile for tile in list_tiles(inside.data, "train") if tile.id == shown.tile)
     image, labels = read_image(tile.image), read_mask(tile.mask, 6, 255)
     target = SoftTargetCache.open(inside.cache.path).read(tile.id)
-    answers = student_model(f"{RUN}/best.ckpt", CPU, tta=None, window=None).answer(image).argmax(axis=0)
+    predicted = student_model(f"{RUN}/best.ckpt", CPU, tta=None, window=None).predict(image).argmax(axis=0)
     assert list(shown.layers) == ["image", "label", "soft target", "entropy", "student", "errors"]
     assert (shown.height, shown.width) == labels.shape
 
     np.testing.assert_array_equal(pixels(shown.layers["label"]), paint_classes(labels, 6))
-    np.testing.assert_array_equal(pixels(shown.layers["student"]), paint_classes(answers, 6))
-    errors = np.where((labels == answers)[..., None], RIGHT, WRONG)
-    errors[labels == 255] = NO_LABEL
+    np.testing.assert_array_equal(pixels(shown.layers["student"]), paint_classes(predicted, 6))
+    errors = np.where((labels == predicted)[..., None], RIGHT, WRONG)
+    errors[labels == 255] = UNJUDGED
     np.testing.assert_array_equal(pixels(shown.layers["errors"]), errors)
-    # Compressed with loss, yet the picture it was.
+    # Compressed with loss, and still the same picture.
     assert np.abs(pixels(shown.layers["image"]).astype(int) - image).mean() < 8
     blended = np.einsum("chw,cr->hwr", target, colours(6))
     assert np.abs(pixels(shown.layers["soft target"]) - blended).mean() < 8
@@ -95,19 +82,19 @@ def test_layers_of_a_training_tile_are_its_image_label_target_and_answers(inside
     labelled = labels != 255
     assert shown.figures == pytest.approx(
         {
-            "% right": 100 * (labels == answers)[labelled].mean(),
-            "% as the teacher": 100 * (target.argmax(axis=0) == answers).mean(),
+            "% right": 100 * (labels == predicted)[labelled].mean(),
+            "% as the teacher": 100 * (target.argmax(axis=0) == predicted).mean(),
             "nats of entropy": entropy.mean(),
         },
         rel=1e-4,
     )
 
 
-def test_validation_tiles_have_a_target_where_the_teacher_is_asked(inside):
-    without, asked = report_run(RUN, CPU, tiles=2), report_run(RUN, CPU, tiles=2, teacher=True)
+def test_validation_tiles_have_a_target_where_the_teacher_predicts_them(inside):
+    without, live = report_run(RUN, CPU, tiles=2), report_run(RUN, CPU, tiles=2, teacher=True)
     assert "soft target" not in without.tiles[0].layers
     assert "Validation tiles have no soft target here" in without.notes[0]
-    assert asked.notes == []
+    assert live.notes == []
     teacher = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
     teacher.load_state_dict(torch.load(inside.teacher.checkpoint, weights_only=True))
     image = read_image(list_tiles(inside.data, "val")[0].image)
@@ -118,16 +105,19 @@ def test_validation_tiles_have_a_target_where_the_teacher_is_asked(inside):
     assert inside.distill.temperature == 2
     target = torch.softmax(logits / 2, dim=0).permute(1, 2, 0).numpy() @ inside.class_map_matrix()
     entropy = -(target * np.log(target)).sum(axis=2).mean()
-    assert asked.tiles[0].figures["nats of entropy"] == pytest.approx(entropy, abs=1e-5)
+    assert live.tiles[0].figures["nats of entropy"] == pytest.approx(entropy, abs=1e-5)
     blended = target @ colours(6)
-    assert np.abs(pixels(asked.tiles[0].layers["soft target"]) - blended).mean() < 8
+    assert np.abs(pixels(live.tiles[0].layers["soft target"]) - blended).mean() < 8
 
 
 def test_a_run_whose_cache_is_gone_or_another_shows_validation_tiles_and_says_so(inside, tmp_path):
     run = read_run(RUN)
     for used, why in (
         ({"path": str(tmp_path / "gone.zarr")}, "No soft targets: .*gone.zarr"),
-        ({"fingerprint": "f" * 64}, r"No soft targets: .* has the fingerprint \w+ now, and the run learnt from f{64}"),
+        (
+            {"fingerprint": "f" * 64},
+            r"No soft targets: .* now has the fingerprint \w+, and the run was trained from f{64}",
+        ),
     ):
         folder = tmp_path / why[-3:]
         folder.mkdir(parents=True)
@@ -143,16 +133,16 @@ def trained_folder(config):
     return config.cache.path.rsplit("/", 1)[0]
 
 
-def test_without_a_teacher_nothing_of_one_is_shown(inside, tmp_path):
+def test_a_run_without_a_teacher_shows_no_soft_target(inside, tmp_path):
     run = read_run(RUN).model_copy(update={"mode": "none", "cache": None})
     (tmp_path / "best.ckpt").symlink_to(f"{trained_folder(inside)}/{RUN}/best.ckpt")
     write_run(tmp_path, run)
     report = report_run(tmp_path, CPU, tiles=1)
-    assert report.notes[0] == "No soft targets: it was trained without a teacher."
+    assert report.notes[0] == "No soft targets: the run was trained without a teacher."
     assert set(report.tiles[0].layers) == {"image", "label", "student", "errors"}
 
 
-def test_recorded_views_are_shown_where_the_teacher_answered_them(make_config):
+def test_recorded_views_are_shown_in_the_place_of_tiles(make_config):
     config = make_config(distill__teacher_view="crop", cache__views=2)
     precompute(config, CPU)
     train(config, CPU)
@@ -164,7 +154,7 @@ def test_recorded_views_are_shown_where_the_teacher_answered_them(make_config):
 def test_a_tile_without_labels_has_no_errors_and_a_large_one_is_scaled():
     image = np.zeros((300, 1500, 3), np.uint8)
     target = np.full((3, 300, 1500), 1 / 3, np.float32)
-    shown = draw_tile("t", "tile", image, 3, 255, target_CHW=target, answers={"": np.zeros((300, 1500), int)})
+    shown = draw_tile("t", "tile", image, 3, target_CHW=target, predictions={"": np.zeros((300, 1500), int)})
     assert list(shown.layers) == ["image", "soft target", "entropy", "student"]
     assert {pixels(url).shape for url in shown.layers.values()} == {(102, SHOWN_PX, 3)}
     assert shown.figures["nats of entropy"] == pytest.approx(math.log(3), rel=1e-5)
@@ -177,25 +167,7 @@ def test_tiles_are_spread_over_the_list():
     assert spread([1, 2, 3], 1) == [1]
 
 
-def log(folder, version, rows):
-    place = folder / f"version_{version}"
-    place.mkdir(parents=True)
-    lines = ["epoch,step,train_loss,val_mIoU", *(f"0,{step},{loss},{miou}" for step, loss, miou in rows)]
-    (place / "metrics.csv").write_text("\n".join(lines) + "\n")
-
-
-def test_logs_of_a_resumed_run_are_joined_and_those_of_an_earlier_run_are_not(tmp_path):
-    log(tmp_path, 0, [(1, 9.0, ""), (2, 9.0, ""), (3, 9.0, "")])  # overwritten
-    log(tmp_path, 2, [(1, 4.0, ""), (2, 3.0, ""), (3, 2.5, 0.1)])  # stopped after its checkpoint at step 2
-    log(tmp_path, 10, [(3, 2.0, ""), (4, 1.0, 0.2)])  # and resumed there
-    assert logged_curves(tmp_path) == {
-        "train_loss": [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)],
-        "val_mIoU": [(4, 0.2)],
-    }
-    assert logged_curves(tmp_path / "nothing") == {}
-
-
-def test_long_lines_are_shown_as_means_and_a_line_is_told_to_those_who_cannot_see_it():
+def test_long_lines_are_averaged_and_described_for_screen_readers():
     points = [(step, 1.0 if step % 2 else 3.0) for step in range(10 * MAX_POINTS)]
     text = line_chart("Loss", {"total": points}, "steps", "loss")
     drawn = re.search(r'points="([^"]+)"', text)[1].split()
@@ -209,6 +181,18 @@ def test_a_flat_line_and_a_single_point_can_be_drawn():
         text = line_chart("x", {"a": points}, "steps", "y")
         assert "nan" not in text
         assert "inf" not in text
+
+
+def test_intervals_are_drawn_to_scale_and_a_single_seed_has_none():
+    rows = {"mean": {"kd": Interval(2.0, 1.0, 3.0)}, "Forest": {"kd": Interval(-1.0)}}
+    text = interval_chart("Difference", rows, "points")
+    zero, minus = (float(re.search(rf'x="([\d.]+)" [^>]*>{tick}</text>', text)[1]) for tick in ("0", "-1"))
+    (low, high), (mean, single) = [
+        (float(a), float(b)) for a, b in re.findall(r'class="line" style[^>]* x1="([\d.]+)" x2="([\d.]+)"', text)
+    ][:1] + [tuple(float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', text))]
+    unit = zero - minus
+    assert [(x - zero) / unit for x in (low, high, mean, single)] == pytest.approx([1, 3, 2, -1], abs=0.01)
+    assert 'aria-label="Difference, points. mean, kd: +2.0 (+1.0 to +3.0); Forest, kd: -1.0"' in text
 
 
 def test_confusion_cells_are_shares_of_their_row():
@@ -232,7 +216,7 @@ def test_ribbons_of_the_class_map_have_the_classes_colours_and_are_as_high_as_th
 
 
 class Checked(HTMLParser):
-    """Tags in order, each closed where it has to be; attributes of all of them."""
+    """Tags in order with their attributes, each closed where it has to be."""
 
     VOID = frozenset({"meta", "img", "input", "br"})
 
@@ -257,7 +241,9 @@ class Checked(HTMLParser):
 def test_the_command_writes_a_page_of_several_runs_and_json(inside, tmp_path):
     page, result = tmp_path / "two.html", tmp_path / "two.json"
     done = CliRunner().invoke(
-        cli, ["report", RUN, RUN, "--tiles", "2", "--out", str(page), "--json", str(result)], catch_exceptions=False
+        cli,
+        ["report", RUN, f"{RUN}-none", "--tiles", "2", "--out", str(page), "--json", str(result)],
+        catch_exceptions=False,
     )
     assert done.exit_code == 0, done.output
     content = json.loads(result.read_text())
@@ -268,6 +254,10 @@ def test_the_command_writes_a_page_of_several_runs_and_json(inside, tmp_path):
     checked = Checked(text)
     headings = [tag for tag, _ in checked.tags if tag in ("h1", "h2")]
     assert headings[:3] == ["h1", "h2", "h2"]
+    assert "One seed proves nothing" in text
+    section = text[text.index('id="run-1"') :]
+    places = [section.index(part) for part in ('class="figures"', ">Tiles</h3>", ">Curves</h3>", ">Classes</h3>")]
+    assert places == sorted(places)  # tiles come second, after the scores
     ids = [attrs["id"] for _, attrs in checked.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     links = {attrs["href"] for tag, attrs in checked.tags if tag == "a"}
