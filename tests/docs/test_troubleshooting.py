@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the program prints: every quoted message is raised here and compared."""
+"""Every message that docs/troubleshooting.md quotes is raised here and compared."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from helpers.files import write_image
 from helpers.out_of_memory import CUDA, Exhausted
 from PIL import Image
 
-from kdpipe.cache import SoftTargetCache
+from kdpipe.cache import Softening, SoftTargetCache
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
@@ -34,7 +34,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md").rea
 
 
 def quotes() -> dict[str, str]:
-    """Every quoted message by `heading`, or `heading (2)` for the second under one."""
+    """Every quoted message by its heading; `heading (2)` is the second one below it."""
     found: dict[str, str] = {}
     for section in re.split(r"^#{2,3} ", PAGE, flags=re.MULTILINE)[1:]:
         heading = section.splitlines()[0]
@@ -56,7 +56,7 @@ def case(name):
 
 
 class Context:
-    """What a case may use: configs on the small landscape, a complete cache, and a place to write."""
+    """Configs on the small landscape, a complete cache, and a folder to write to."""
 
     def __init__(self, make_config, tmp_path, monkeypatch, landscape, finished_cache):
         self.make, self.folder, self.patch, self.landscape = make_config, tmp_path, monkeypatch, landscape
@@ -200,28 +200,27 @@ def _(c):
 
 @case("The teacher's classes are in another order")
 def _(c):
-    """Labels that are the teacher's own answers, and a config in which two of its channels have changed places."""
-    config = c.make()
+    """Labels that the teacher itself predicts, and a config in which two of its channels have changed places."""
     root = c.folder / "Own"
     for i in range(4):
         write_image(root / "images" / f"{i}.png", 64, 64, seed=i)
     (root / "masks").mkdir()
-    changes = {"data__train": [str(root)], "data__allow_missing_masks": True}
-    plain = c.make(cache__path=str(c.folder / "own.zarr"), **changes)
-    precompute(plain, CPU)
-    cache = SoftTargetCache.open(plain.cache.path)
-    for tile in cache.tile_ids:
-        labels = cache.read(tile).argmax(axis=0).astype(np.uint8)
-        Image.fromarray(labels).save(root / "masks" / f"{tile.split('/')[1]}.png")
+    own = {"data__train": [str(root)], "data__allow_missing_masks": True}
+    config = c.make(cache__kind="logits", cache__path=str(c.folder / "own.zarr"), **own)
     order = list(config.teacher.classes)
-    report = verify(plain, "parity", CPU)
-    common = [row.name for row in sorted(report.teacher_classes, key=lambda row: -row.pixels)]
-    row = {name: tuple(config.class_map[name]) for name in order}
-    first = common[0]
-    second = next(name for name in common[1:] if row[name] != row[first])
-    i, j = order.index(first), order.index(second)
+    precompute(config, CPU)
+    channels = SoftTargetCache.open(config.cache.path, Softening(1.0, np.eye(len(order), dtype=np.float32)))
+    students = SoftTargetCache.open(config.cache.path, Softening(1.0, config.class_map_matrix()))
+    pixels = np.zeros(len(order), dtype=np.int64)
+    for tile in channels.tile_ids:
+        pixels += np.bincount(channels.read(tile).argmax(axis=0).ravel(), minlength=len(order))
+        labels = students.read(tile).argmax(axis=0).astype(np.uint8)
+        Image.fromarray(labels).save(root / "masks" / f"{tile.split('/')[1]}.png")
+    row = [config.class_map[name] for name in order]
+    i, *rarer = np.argsort(-pixels)
+    j = next(channel for channel in rarer if row[channel] != row[i])
     order[i], order[j] = order[j], order[i]
-    wrong = c.make(teacher__classes=order, cache__path=str(c.folder / "wrong.zarr"), **changes)
+    wrong = c.make(teacher__classes=order, cache__path=str(c.folder / "wrong.zarr"), **own)
     precompute(wrong, CPU)
     return next(f.message for f in verify(wrong, "parity", CPU).findings if f.code == "class-map")
 
