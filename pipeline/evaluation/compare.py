@@ -172,8 +172,9 @@ def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, flo
 def one_seed_text(seed: int) -> str:
     """The warning beside a comparison that rests on one seed."""
     return (
-        f"One seed proves nothing: two runs that differ only in their seed score differently too. Before you believe a "
-        f"difference, train each configuration with three seeds or more (seed {seed} so far; `--set seed=…`)."
+        "One seed proves nothing: two runs that differ only in their seed score differently too. Before you believe a "
+        f"difference, train each configuration with three seeds or more, by --set seed=N and --set name=…; so far there is "
+        f"seed {seed}."
     )
 
 

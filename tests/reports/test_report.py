@@ -186,12 +186,12 @@ def test_a_flat_line_and_a_single_point_can_be_drawn():
 def test_intervals_are_drawn_to_scale_and_a_single_seed_has_none():
     rows = {"mean": {"kd": Interval(2.0, 1.0, 3.0)}, "Forest": {"kd": Interval(-1.0)}}
     text = interval_chart("Difference", rows, "points")
-    zero, minus = (float(re.search(rf'x="([\d.]+)" [^>]*>{tick}</text>', text)[1]) for tick in ("0", "-1"))
-    (low, high), (mean, single) = [
-        (float(a), float(b)) for a, b in re.findall(r'class="line" style[^>]* x1="([\d.]+)" x2="([\d.]+)"', text)
-    ][:1] + [tuple(float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', text))]
-    unit = zero - minus
-    assert [(x - zero) / unit for x in (low, high, mean, single)] == pytest.approx([1, 3, 2, -1], abs=0.01)
+    ticks = {float(tick): float(x) for x, tick in re.findall(r'<text x="([\d.]+)" [^>]*>([-\d.]+)</text>', text)}
+    (first, at_first), *_, (last, at_last) = ticks.items()
+    low, high = re.search(r'class="line" style[^>]* x1="([\d.]+)" x2="([\d.]+)"', text).groups()
+    mean, single = re.findall(r'<circle[^>]* cx="([\d.]+)"', text)
+    values = np.interp([float(x) for x in (low, high, mean, single)], [at_first, at_last], [first, last])
+    assert values == pytest.approx([1, 3, 2, -1], abs=0.02)
     assert 'aria-label="Difference, points. mean, kd: +2.0 (+1.0 to +3.0); Forest, kd: -1.0"' in text
 
 

@@ -70,8 +70,9 @@ def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(conf
 @pytest.mark.timeout(900)
 def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles):
     """
-    Windows of 256 px against the whole image: across the lines where windows begin and end, the targets change no more than the
-    whole's do there. Without blending they change at least twice as much, so that a seam would be seen.
+    Windows of 256 px against the whole image: at the borders of windows, targets change no more than those of the whole image.
+
+    Without blending they change at least twice as much, so that the test would notice a seam.
     """
     image_HWC = read_image(next((few_tiles / "Train" / "images").glob("t1_002.*")))[:448, :480]
     teacher = open_teacher(config, complete_recipe(config, None, None), CPU)
@@ -117,7 +118,7 @@ def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles):
 
 @pytest.fixture
 def parts(few_tiles, tmp_path):
-    """Of each training tile a part of 256 px: online, the teacher answers the whole tile for every sample."""
+    """A part of 256 px of each training tile: online, the teacher predicts the whole tile for every sample."""
     for kind in ("images", "masks"):
         for source in (few_tiles / "Train" / kind).iterdir():
             target = tmp_path / "Parts" / kind / f"{source.stem}.png"
@@ -129,10 +130,10 @@ def parts(few_tiles, tmp_path):
 
 def test_cached_and_online_agree_at_every_one_of_thirty_steps(config, parts, tmp_path):
     """
-    Losses within 1e-3 at either width; validation mIoU within 0.2 points; a cached step is faster.
+    Losses agree within 1e-3 at either width, validation mIoU within 0.2 points, and a cached step is faster.
 
-    The learning rates are a tenth of the config's: from random weights,
-    AdamW at 1e-3 magnifies a difference of 1e-7 to 1e-3 within five steps, whatever the cache holds.
+    The learning rates are a tenth of the config's: from random weights, AdamW at 1e-3 magnifies a difference of 1e-7 to
+    1e-3 within five steps, whatever the cache holds.
     """
     changes = {
         "batch_size": 2,

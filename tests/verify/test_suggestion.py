@@ -1,4 +1,4 @@
-"""The suggested class map: counts against NumPy, rows that sum to one, and a section that can be pasted."""
+"""The suggested class map: counts as in NumPy, rows that sum to one, and a section that can be pasted."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def pasted(config, suggestion, tmp_path):
-    """The configuration with the suggested section in the place of its own."""
+    """The configuration with the suggested section in place of its own."""
     text = dump_config(config)
     own = re.search(r"^class_map:\n(?: .*\n)+", text, flags=re.MULTILINE)[0]
     (tmp_path / "pasted.yaml").write_text(text.replace(own, suggestion.as_yaml() + "\n"))
@@ -62,7 +62,7 @@ def test_counts_are_those_of_numpy_over_labelled_pixels(make_config, landscape, 
         labels = np.array(Image.open(tile.mask))
         np.add.at(expected, (labels[labels != 255], logits.argmax(dim=0).numpy()[labels != 255]), 1)
     found = np.array([list(row.counts.values()) for row in suggestion.rows]).T
-    # A pixel between two classes may fall either way: the teacher computes in another memory layout.
+    # A pixel on the edge of two classes may differ: the teacher computes in another memory layout.
     assert np.abs(found - expected).sum() <= 4
     assert suggestion.pixels == expected.sum() == found.sum()
     assert suggestion.tiles == len(tiles) == 6
@@ -102,7 +102,7 @@ def test_a_hand_worked_row():
     assert (tree.pixels, tree.kept, tree.disagrees) == (1000, False, False)
 
 
-def test_classes_that_answer_rarely_or_never_keep_their_configured_row(tmp_path):
+def test_rare_and_absent_classes_keep_their_configured_row(tmp_path):
     config = load_config("dubai/linknet_kd", ["class_map.Cropland={Cropland: 0.123, Grassland: 0.877, Forest: 0}"])
     counts = counts_of(config, {"Tree": {"Forest": 100_000}, "Road": {"Forest": 480}, "Bareland": {"Forest": 520}})
     rows = {row.teacher_class: row for row in suggested_rows(counts, config)}
@@ -115,7 +115,7 @@ def test_classes_that_answer_rarely_or_never_keep_their_configured_row(tmp_path)
     assert rows["Cropland"].suggested == {"Cropland": 0.123, "Grassland": 0.877}
 
 
-def test_permuted_channels_are_put_right():
+def test_permuted_channels_are_corrected():
     config = load_config("dubai/linknet_kd")
     names, order = config.teacher_classes, [3, 0, 5, 1, 6, 2, 7, 4]
     rng = np.random.default_rng(1)
@@ -153,7 +153,7 @@ def test_tiles_without_labels_and_masks_of_another_size_are_refused(make_config,
         suggest_map(config, CPU)
 
 
-def test_the_report_fits_eighty_columns_and_says_what_was_done():
+def test_the_tables_fit_eighty_columns_and_explain_the_rows():
     config = load_config("dubai/linknet_kd")
     counts = counts_of(
         config,
@@ -192,7 +192,7 @@ def test_the_command_prints_the_section_and_writes_json(make_config, tmp_path):
     assert written["tiles"] == 1
 
 
-def test_the_real_map_is_the_one_that_the_labels_suggest(dubai, tmp_path):
+def test_the_labels_suggest_the_real_map(dubai, tmp_path):
     root = tmp_path / "Train"
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)

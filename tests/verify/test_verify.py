@@ -1,6 +1,7 @@
-"""The gate: a right cache passes, and every way of being wrong is found."""
+"""The gate: a correct cache passes, and each kind of fault is found."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from helpers.commands import run_command
 from helpers.files import write_image
+from PIL import Image
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.verify.gate import sampled_tiles, verify
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])
-def test_a_right_cache_passes(cached, level):
+def test_a_correct_cache_passes(cached, level):
     report = verify(cached, level, CPU)
     assert report.findings == []
     assert report.passes
@@ -30,15 +33,13 @@ def test_a_right_cache_passes(cached, level):
 
 def test_parity_measures_what_numpy_measures(cached):
     report = verify(cached, "parity", CPU, sample=2)
-    # The random teacher knows nothing, so that the labels may speak against it; the numbers must be right all the same.
+    # A random teacher may disagree with the labels; the numbers must be right all the same.
     assert {finding.code for finding in report.findings} <= {"class-map"}
     assert len(report.parity) == 2
     cache = SoftTargetCache.open(cached.cache.path)
     for row in report.parity:
         image = next(tile.image for tile in list_tiles(cached.data, "train") if tile.id == row.tile)
         model = torch.load(cached.teacher.checkpoint, weights_only=True)
-        from kdpipe.pipeline.models.smp import create_smp_model
-
         teacher = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
         teacher.load_state_dict(model)
         pixels = read_image(image)
@@ -54,7 +55,7 @@ def test_parity_measures_what_numpy_measures(cached):
 
 
 def test_parity_finds_targets_that_are_not_the_teachers(cached):
-    """A target moved by five times the bound fails in every figure that can see it."""
+    """Targets of exchanged classes fail in each figure that depends on them."""
     cache = SoftTargetCache.open(cached.cache.path)
     tile = list_tiles(cached.data, "train")[0]
     live = cache.read(tile.id)
@@ -66,7 +67,7 @@ def test_parity_finds_targets_that_are_not_the_teachers(cached):
     swapped = compare(tile.id, wrong, live, image, student, cached, cache.manifest.error_bound, 0.0, "fp32", CPU)
     assert all(measure.passes for measure in right.measures().values())
     assert failing(swapped) >= {"max_abs", "mean_abs", "kl", "decided_agreement", "gradient_cosine"}
-    # A fresh student is nearly uniform itself: to it a flat target is another loss.
+    # A fresh student is nearly uniform itself, so that a flat target changes its loss.
     flat = np.full_like(live, 1 / 6)
     assert "loss_difference" in failing(compare(tile.id, flat, live, image, student, cached, 1e-3, 0.0, "fp32", CPU))
 
@@ -85,7 +86,7 @@ def codes(config, level):
 
 
 @pytest.mark.parametrize("level", ["quick", "full", "parity"])
-def test_a_cache_that_is_not_there_is_a_finding(make_config, level):
+def test_a_missing_cache_is_a_finding(make_config, level):
     assert codes(make_config(), level) == [("incomplete", None)]
 
 
@@ -104,11 +105,7 @@ def test_swapped_tiles_are_found_by_full(cached):
 
 
 def test_a_changed_image_is_found_even_if_its_size_and_time_are_not(make_config, tmp_path):
-    """Uncompressed, so that other pixels take as many bytes; the old time is put back."""
-    import os
-
-    from PIL import Image
-
+    """An uncompressed image keeps its size when a pixel changes, and its old time is restored."""
     folder = tmp_path / "Raw" / "images"
     (tmp_path / "Raw" / "masks").mkdir(parents=True)
     for name in ("t0", "t1"):

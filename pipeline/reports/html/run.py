@@ -247,7 +247,7 @@ def _class_table(found: RootScores, names: Sequence[str], caption: str) -> str:
     means = [scores.miou, scores.mean_f1, scores.mean_precision, scores.mean_recall, boundary.mean_f1]
     cells = "".join(bar_cell(value, percent_cell(value)) for value in means)
     lines.append(f'<tr><th scope="row">mean of the scored classes</th>{cells}<td></td><td></td></tr>')
-    return framed_table(caption, head, "".join(lines))
+    return framed_table(caption, head, "".join(lines), "scores")
 
 
 def _charts(report: RunReport) -> list[str]:

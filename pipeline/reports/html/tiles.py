@@ -127,16 +127,16 @@ def draw_tile(
         shown.layers[TARGET] = _encoded(_scaled(paint_soft_target(target_CHW), Image.Resampling.BOX), lossless=False)
         shown.layers[ENTROPY] = _heat(entropy_HW, math.log(num_classes))
     for name, predicted_HW in (predictions or {}).items():
-        suffix = f" {name}" if name else ""
+        suffix, by = (f" {name}", f" by {name}") if name else ("", "")
         exactly(STUDENT + suffix, paint_classes(predicted_HW, num_classes))
         if labels_HW is not None:
             exactly(ERRORS + suffix, paint_errors(predicted_HW, labels_HW, num_classes))
             labelled_HW = (labels_HW >= 0) & (labels_HW < num_classes)
             if labelled_HW.any():
-                shown.figures["% right" + suffix] = 100 * float((labels_HW == predicted_HW)[labelled_HW].mean())
+                shown.figures["% right" + by] = 100 * float((labels_HW == predicted_HW)[labelled_HW].mean())
         if target_CHW is not None:
             agreement = float((target_CHW.argmax(axis=0) == predicted_HW).mean())
-            shown.figures["% as the teacher" + suffix] = 100 * agreement
+            shown.figures["% as the teacher" + by] = 100 * agreement
     if live_CHW is not None and target_CHW is not None:
         difference_HW = np.abs(target_CHW - live_CHW).max(axis=0)
         shown.layers[DIFFERENCE] = _heat(difference_HW, largest_difference)

@@ -103,7 +103,7 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
 
 def _findings(findings: Sequence[Finding]) -> str:
     items = "".join(
-        f"<li><strong>{escape(finding.code)}</strong> {escape(finding.tile or '')}: {escape(finding.message)}</li>"
+        f"<li><strong>{escape(' '.join(filter(None, (finding.code, finding.tile))))}</strong>: {escape(finding.message)}</li>"
         for finding in findings[:SHOWN_FINDINGS]
     )
     more = len(findings) - SHOWN_FINDINGS
@@ -119,7 +119,7 @@ def _parity_table(tiles: Sequence[TileParity]) -> str:
         cells = []
         for name in MEASURES:
             measure = measures[name]
-            bound = f"{'≥' if measure.at_least else '≤'} {measure.tolerance:.3g}"
+            bound = f"{'≥' if measure.at_least else '≤'}\N{NO-BREAK SPACE}{measure.tolerance:.3g}"
             cells.append(f"{measure.value:.3g} ({bound}{'' if measure.passes else ', NOT WITHIN'})")
         rows.append([tile.tile, *cells, f"{100 * tile.argmax_agreement:.2f}"])
     return table("Measured, and in brackets allowed", rows)
