@@ -75,15 +75,11 @@ class SoftTargetCache:
         Stored in blocks of 64 px (see `simplex.entropy_error`); zero for logits. `window` and errors are those of `read`.
         """
         record = self._record(tile_id)
-        if isinstance(self.manifest.recipe, LogitsRecipe):
-            return 0.0
         return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
 
     def entropy_error_over(self, tile_id: str, pixels_HW: NDArray[np.bool_]) -> float:
         """`entropy_error` as the mean over the pixels of a tile that are True in `pixels_HW`; at least one must be."""
         record = self._record(tile_id)
-        if isinstance(self.manifest.recipe, LogitsRecipe):
-            return 0.0
         assert pixels_HW.shape == (record.height, record.width), f"{pixels_HW.shape} for {record}"
         return mean_over_pixels(self._entropy_error_blocks(record), pixels_HW)
 
@@ -93,8 +89,6 @@ class SoftTargetCache:
 
     def largest_entropy_error(self, tile_id: str) -> float:
         """The `entropy_error` of the block where it is farthest from zero, in nats."""
-        if isinstance(self.manifest.recipe, LogitsRecipe):
-            return 0.0
         blocks = self._entropy_error_blocks(self._record(tile_id)).ravel()
         return float(blocks[np.abs(blocks).argmax()])
 
@@ -194,6 +188,8 @@ class SoftTargetCache:
         return shard
 
     def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
+        if isinstance(self.manifest.recipe, LogitsRecipe):
+            return np.zeros(tile.entropy_grid(record))
         try:
             return tile.read_entropy_error(self._shard(record).attributes, record)
         except (KeyError, TypeError, ValueError, OverflowError) as err:

@@ -128,15 +128,8 @@ def encode_receipt(
     metadata["attributes"] = {ATTRIBUTE: receipt}
     receipt[SEAL] = sha256(canonical(metadata))
     metadata_bytes = canonical(metadata)
-    record = TileRecord(
-        id=tile_id,
-        height=height,
-        width=width,
-        image=image,
-        shard_bytes=shard_bytes,
-        shard_sha256=shard_sha256,
-        metadata_sha256=sha256(metadata_bytes),
-    )
+    record = parse_receipt(metadata_bytes, tile_id, receipt["recipe_sha256"])
+    assert record is not None, receipt
     return metadata_bytes, record
 
 
@@ -167,13 +160,17 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
         return None
 
 
-def read_entropy_error(attributes: Mapping[str, Any], tile: TileRecord) -> NDArray[np.float64]:
+def read_entropy_error(attributes: Mapping[str, Any], record: TileRecord) -> NDArray[np.float64]:
     """The entropy error of each block in nats, from the attributes of a tile's metadata; `ValueError` if the shape is wrong."""
     blocks = np.asarray(attributes[ATTRIBUTE]["entropy_error"], dtype=np.float64) * ENTROPY_UNIT
-    expected = (-(-tile.height // ENTROPY_BLOCK_PX), -(-tile.width // ENTROPY_BLOCK_PX))
-    if blocks.shape != expected:
-        raise ValueError(f"{blocks.shape} blocks, not {expected}")
+    if blocks.shape != entropy_grid(record):
+        raise ValueError(f"{blocks.shape} blocks, not {entropy_grid(record)}")
     return blocks
+
+
+def entropy_grid(record: TileRecord) -> tuple[int, int]:
+    """Rows and columns of a tile's blocks of entropy error."""
+    return -(-record.height // ENTROPY_BLOCK_PX), -(-record.width // ENTROPY_BLOCK_PX)
 
 
 def sha256(data: bytes) -> str:

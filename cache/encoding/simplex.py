@@ -172,8 +172,3 @@ def mean_over_pixels(blocks: NDArray[np.float64], pixels_HW: NDArray[np.bool_]) 
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in pixels_HW.shape)
     counts = np.add.reduceat(np.add.reduceat(pixels_HW, rows, axis=0, dtype=np.int64), columns, axis=1)
     return float((counts * blocks).sum() / counts.sum())
-
-
-def is_simplex(units_CHW: NDArray[Any], levels: int) -> bool:
-    """Whether every pixel sums to `levels`."""
-    return bool((units_CHW.sum(axis=0, dtype=np.uint32) == levels).all())

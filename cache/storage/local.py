@@ -25,16 +25,11 @@ class LocalStorage:
         self._real = os.path.realpath(folder)
 
     def read(self, name: str) -> bytes:
-        """The content of a file; `FileNotFoundError` if there is none."""
         return self._path(name).read_bytes()
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """
-        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end.
-
-        Unlike `read`, this follows links out of the cache: the check takes a tenth of a crop's time, and the caller compares
-        every chunk with a file that `read` returned before.
-        """
+        # Unlike `read`, this follows links out of the cache: the check takes a tenth of a crop's time, and the caller compares
+        # every chunk with a file that `read` returned before.
         with open(f"{self.url}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
             size = os.fstat(file.fileno()).st_size
             return [
@@ -69,7 +64,6 @@ class LocalStorage:
             ) from err
 
     def info(self, name: str) -> FileInfo | None:
-        """Size and time of a file, None if there is none."""
         try:
             found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  a Path for each of 100,000 tiles costs more than the call
         except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +71,6 @@ class LocalStorage:
         return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def infos(self) -> Callable[[str], FileInfo | None]:
-        """`info`: a disk is asked file by file."""
         return self.info
 
     def last_write(self) -> float | None:
@@ -87,14 +80,12 @@ class LocalStorage:
         return None
 
     def children(self, name: str) -> list[str]:
-        """The names of the files and folders directly below a folder, sorted; empty if it does not exist."""
         try:
             return sorted(os.listdir(self._path(name)))  # noqa: PTH208  only names are needed
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self, name: str) -> None:
-        """Delete a file, or a folder with all its content; do nothing if there is none."""
         path = self._path(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -104,7 +95,6 @@ class LocalStorage:
             sync_folder(path.parent)
 
     def free_bytes(self) -> int | None:
-        """The free space of the disk that holds, or will hold, the folder."""
         return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
 
     def _path(self, name: str) -> Path:

@@ -71,15 +71,10 @@ class RemoteStorage:
         return RemoteStorage, (self.url,)
 
     def read(self, name: str) -> bytes:
-        """The content of a file; `FileNotFoundError` if there is none."""
         return self._try("reading", name, lambda: bytes(self._fs.cat_file(self._full(name))))
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """
-        The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end.
-
-        Each range is one request, and all run at the same time.
-        """
+        # One request for each range, all at the same time.
         starts = [start for start, _ in spans]
         ends = [None if start < 0 and start + length == 0 else start + length for start, length in spans]
         paths = [self._full(name)] * len(spans)
@@ -131,14 +126,12 @@ class RemoteStorage:
             raise self._unreachable("creating", name, err, "there is no such place") from err
 
     def info(self, name: str) -> FileInfo | None:
-        """Size and time, by the server's clock, of a file; None if there is none."""
         try:
             return _file_info(self._try("looking at", name, lambda: dict(self._fs.info(self._full(name)))))
         except FileNotFoundError:
             return None
 
     def infos(self) -> Callable[[str], FileInfo | None]:
-        """`info` from a single listing of the whole cache."""
         try:
             listed = self._try("listing", "", lambda: dict(self._fs.find(self._root, detail=True)))
         except FileNotFoundError:
@@ -151,7 +144,6 @@ class RemoteStorage:
         return None
 
     def children(self, name: str) -> list[str]:
-        """The names directly below a prefix, sorted; empty if there is nothing."""
         with contextlib.suppress(FileNotFoundError):
             found = self._try("listing", name, lambda: self._fs.ls(self._full(name), detail=False))
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
@@ -168,7 +160,6 @@ class RemoteStorage:
                 self._try("deleting", path.removeprefix(f"{self._root}/"), lambda path=path: self._fs.rm_file(path))  # type: ignore[misc]
 
     def free_bytes(self) -> int | None:
-        """None: object stores have no limit to ask for."""
         return None
 
     def _full(self, name: str) -> str:
