@@ -1,29 +1,36 @@
-# Two commands do everything from a fresh clone: `make demo` and `make test`. Both make and reuse .venv.
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Both make and reuse .venv. `make help` lists all.
 PYTHON ?= python3
 BIN := .venv/bin
+ROOM ?= cache
 SOURCES := $(shell find configs data cache pipeline -name "*.py" -o -name "*.yaml" -o -name "page.*")
 
-.PHONY: demo test bench lint docs clean
+.PHONY: help demo test test-one bench lint docs clean
 
-demo: .venv/installed
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: .venv/installed ## the whole pipeline on a generated landscape
 	$(BIN)/kdpipe demo
 
-test: lint
+test: lint ## lint, and all tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-lint: .venv/installed
+test-one: .venv/installed ## the tests of one room of tests/: make test-one ROOM=cache
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/$(ROOM)
+
+lint: .venv/installed ## ruff, mypy and the order of the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # -W: a link that leads nowhere, a page that no other names and a docstring that does not render are errors.
-docs: .venv/installed
+docs: .venv/installed ## the generated tables of docs/, and the site
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs site
 	@echo "the site is in site/index.html"
 
-bench: .venv/installed
+bench: .venv/installed ## all benchmarks, and one table of what they reached
 	test -e ../shared/data/dubai -o -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
 	$(BIN)/python tests/benchmarks/run.py --out demo_output/bench
 
@@ -37,5 +44,5 @@ bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-clean:
+clean: ## remove .venv and everything that was built
 	rm -rf .venv build site demo_output

@@ -74,6 +74,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
         training.append("train.workers=8")  # of the processor's cores, which compute nothing else
     precompute = ["-m", "kdpipe.pipeline", "precompute-teacher", "-c", config, *settings(cache)]
     scripts = {
+        "startup": ["startup.py"],
         "stage_one": ["stage_one.py", config, "--tiles", tiles, "--rounds", "3"],
         "size": ["size.py", config, "--temperature", "1", "2"],
         **{
@@ -102,7 +103,10 @@ def run(name: str, commands: list[list[str]], folder: Path) -> dict | None:
 
 
 def rows(found: dict[str, dict]) -> list[Row]:
-    table = []
+    table = [
+        Row(f"kdpipe {command}: CPU time beyond importing click and pydantic", seconds, "s", at_most=0.5)
+        for command, seconds in found.get("startup", {"more": {}})["more"].items()
+    ]
     if "stage_one" in found:
         stage_one = found["stage_one"]
         table += [

@@ -19,20 +19,74 @@ def run_process(*arguments, cwd=None):
     )
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([name] for name in sorted(cli.commands))], ids=lambda c: " ".join(c) or "kdpipe"
-)
-def test_help_imports_nothing_heavy(command):
-    code = (
-        "import sys; sys.argv = ['kdpipe', *%r, '--help']\n"
-        "from kdpipe.pipeline.commands.main import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'zarr', 'pydantic', 'rich', 'lightning'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    ) % (command,)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+TAKES = {  # in the order of the work, as `kdpipe --help` lists them
+    "init": {"--json", "--debug"},
+    "inspect": {"--json", "--debug", "--set"},
+    "suggest-map": {"--json", "--debug", "--device", "--set"},
+    "sample-data": {"--json", "--debug"},
+    "demo": {"--json", "--debug"},
+    "completion": set(),
+    "precompute-teacher": {"--json", "--debug", "--device", "--set"},
+    "verify-cache": {"--json", "--debug", "--device", "--set"},
+    "train-student": {"--json", "--debug", "--device", "--set"},
+    "evaluate": {"--json", "--debug", "--device", "--set"},
+    "compare": {"--json", "--debug", "--device"},
+    "report": {"--json", "--debug", "--device"},
+    "predict": {"--json", "--debug", "--device"},
+    "export": {"--json", "--debug"},
+}
+
+
+def test_each_command_takes_the_common_options_that_make_sense_for_it():
+    common = set.union(*TAKES.values())
+    taken = {
+        name: common & {option for parameter in command.params for option in parameter.opts}
+        for name, command in cli.commands.items()
+    }
+    assert taken == TAKES
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work_and_cuts_none_off(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = run_command("--help").stdout
+    listed = [line.split()[0] for line in said.splitlines() if re.match("  [a-z][a-z-]*  ", line)]
+    assert listed == list(TAKES) == cli.list_commands(None)
+    assert [line for line in said.splitlines() if re.match(r"[A-Z].*:$", line)] == [
+        "Options:", "Set up:", "The pipeline:", "Results:", "Maps:"
+    ]  # fmt: skip
+    assert "..." not in said.partition("Options:")[2]
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def imports_none_of(heavy, commands, code, cwd=None):
+    """One process that runs all of the commands, which end with this exit code, and then has none of `heavy` imported."""
+    script = (
+        "import sys\nfrom kdpipe.pipeline.commands.main import main\n"
+        f"for arguments in {commands!r}:\n"
+        "    sys.argv = ['kdpipe', *arguments]\n"
+        "    try: main()\n    except SystemExit as end: ended = end.code or 0\n    else: ended = 0\n"
+        f"    assert ended == {code}, (arguments, ended)\n"
+        f"    assert not {heavy!r} & set(sys.modules), (arguments, {heavy!r} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert "Usage: kdpipe" in done.stdout
+    return done
+
+
+def test_help_imports_nothing_heavy():
+    commands = [["--help"], *([name, "--help"] for name in cli.commands)]
+    heavy = {"torch", "numpy", "zarr", "pydantic", "rich", "lightning"}
+    assert imports_none_of(heavy, commands, 0).stdout.count("Usage: kdpipe") == len(commands)
+
+
+def test_a_refused_override_imports_nothing_to_compute_with(tmp_path):
+    configured = [[name] for name, takes in TAKES.items() if "--set" in takes and name not in ("inspect", "evaluate")]
+    configured.append(["evaluate", "--teacher"])
+    wrong = {"train.epoch=2": "did you mean train.epochs?", "train.epochs=many": "train.epochs: Input should be"}
+    for override, message in wrong.items():
+        commands = [[*command, "-c", "demo", "--set", override] for command in configured]
+        said = imports_none_of({"torch", "numpy", "zarr", "rich", "lightning"}, commands, 2, cwd=tmp_path).stderr
+        assert said.count(message) == len(commands), said
 
 
 @pytest.mark.parametrize("command", [["precompute-teacher"], ["verify-cache", "--level", "quick"]], ids=" ".join)
