@@ -16,9 +16,22 @@ def file_text(what: str, path: str | Path) -> str:
     return f"{what}: {path} ({size_text(Path(path).stat().st_size)})"
 
 
-def percent_text(share: float | None, digits: int = 1, unit: str = " %") -> str:
-    """A share in [0, 1] as a percentage: `12.3 %`; a dash for None. `unit` is empty in a table whose head says percent."""
-    return "–" if share is None else f"{100 * share:.{digits}f}{unit}"
+def percent_text(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage: `12.3 %`; a dash for None."""
+    return "–" if share is None else f"{percent_cell(share, digits)} %"
+
+
+def percent_cell(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] in a table whose head says percent: `12.3`; a dash for None."""
+    return "–" if share is None else f"{100 * share:.{digits}f}"
+
+
+def part_text(part: int, whole: int) -> str:
+    """A part of a whole as a percentage: `12.3 %`, with more digits where that would be 0.0."""
+    if not whole or not part:
+        return "0 %"
+    share = part / whole
+    return percent_text(share) if share >= 0.0005 else f"{100 * share:.2g} %"
 
 
 def duration_text(seconds: float) -> str:

@@ -101,6 +101,11 @@ class Comparison:
     classes: list[str]
     arms: list[Arm]
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any arm shares two seeds or more with the baseline."""
+        return any(d.low is not None for arm in self.arms for d in (arm.differences or {}).values())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

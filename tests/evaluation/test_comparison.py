@@ -135,6 +135,8 @@ def test_one_seed_has_no_interval_on_the_page_and_is_said_to_prove_nothing(tmp_p
     assert ">+10.0<" in text
     assert "95 %" not in text
     assert 'class="faint"' not in text
+    printed = [part for part in comparison_tables(compare(runs)) if isinstance(part, str)]
+    assert any("One seed proves nothing" in line for line in printed)
 
 
 def test_plots_on_request_are_pictures(tmp_path):

@@ -143,7 +143,7 @@ def test_a_run_without_a_teacher_shows_no_soft_target(inside, tmp_path):
 
 
 def test_recorded_views_are_shown_in_the_place_of_tiles(make_config):
-    config = make_config(distill__teacher_view="crop", cache__views=2)
+    config = make_config(distill__teacher_view="crop", cache__views=2, train__epochs=1, train__max_steps=1)
     precompute(config, CPU)
     train(config, CPU)
     tile = report_run(RUN, CPU, tiles=4).tiles[-1]

@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from kdpipe.pipeline.pictures import colours
-from kdpipe.pipeline.reports.html.page import framed_table, percent_cell
+from kdpipe.pipeline.reports.html.page import framed_table
+from kdpipe.pipeline.text import percent_cell
 
 WIDTH, HEIGHT = 520, 280
 RIGHT, TOP, BOTTOM = 12, 10, 40  # px around the plot, for its labels

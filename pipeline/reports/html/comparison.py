@@ -12,11 +12,11 @@ from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference
 from kdpipe.pipeline.evaluation.evaluate import student_model
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.reports.html.charts import Interval, Points, interval_chart, line_chart
-from kdpipe.pipeline.reports.html.page import heading, page, paragraph, percent_cell, table
+from kdpipe.pipeline.reports.html.page import heading, page, paragraph, table
 from kdpipe.pipeline.reports.html.tiles import VIEWER, TilePictures, browser, draw_tile, spread, validation_subjects
 from kdpipe.pipeline.runs.layout import LAST
 from kdpipe.pipeline.runs.record import Validation
-from kdpipe.pipeline.text import duration_text, pace_text
+from kdpipe.pipeline.text import duration_text, pace_text, percent_cell
 
 PAGE = "comparison.html"
 
@@ -100,7 +100,7 @@ def reached_text(arm: Arm) -> str:
 
 def _page(comparison: Comparison, tiles: Sequence[TilePictures], notes: Sequence[str]) -> str:
     baseline = comparison.arms[0]
-    intervals = any(d.low is not None for arm in comparison.arms for d in (arm.differences or {}).values())
+    intervals = comparison.has_intervals
     body = [
         heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
         table("Arms", list(_arm_rows(comparison))),

@@ -10,13 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from html import escape
 from importlib.resources import files
-
-from kdpipe.pipeline.text import percent_text
-
-percent_cell = partial(percent_text, unit="")  # of a table whose head says percent
 
 
 def page(title: str, body: str, *, script: bool = False) -> str:

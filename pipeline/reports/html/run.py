@@ -28,7 +28,6 @@ from kdpipe.pipeline.reports.html.page import (
     heading,
     page,
     paragraph,
-    percent_cell,
     table,
 )
 from kdpipe.pipeline.reports.html.tiles import (
@@ -47,7 +46,7 @@ from kdpipe.pipeline.runs.layout import BEST, RUN, logs_folder, run_folder
 from kdpipe.pipeline.runs.log import Curve, read_curves
 from kdpipe.pipeline.runs.record import Run, read_run
 from kdpipe.pipeline.teacher.frozen import open_teacher
-from kdpipe.pipeline.text import duration_text, pace_text, percent_text
+from kdpipe.pipeline.text import duration_text, pace_text, percent_cell, percent_text
 
 SHOWN_TILES = 24
 LOSSES = {"train_loss": "total", "train_hard_loss": "part from labels", "train_kd_loss": "part from soft targets"}

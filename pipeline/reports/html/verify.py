@@ -15,7 +15,7 @@ from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.precompute.expected_recipe import configured_softening
 from kdpipe.pipeline.reports.html.charts import confusion_table
-from kdpipe.pipeline.reports.html.page import figures, heading, page, paragraph, percent_cell, table
+from kdpipe.pipeline.reports.html.page import figures, heading, page, paragraph, table
 from kdpipe.pipeline.reports.html.run import class_map
 from kdpipe.pipeline.reports.html.tiles import (
     VIEWER,
@@ -27,6 +27,7 @@ from kdpipe.pipeline.reports.html.tiles import (
     training_noun,
     training_subjects,
 )
+from kdpipe.pipeline.text import percent_cell
 from kdpipe.pipeline.verify.gate import Compared, Report
 from kdpipe.pipeline.verify.parity import TileParity
 
