@@ -54,7 +54,7 @@ class Answers:
     def entropy_error(self, tile_id, window):
         return 0.0
 
-    def answer(self, view_id, image_3HW, inside_HW):
+    def read_view(self, view_id, image_3HW, inside_HW):
         return self.read(view_id, (0, 0, *inside_HW.shape)), 0.0
 
 
@@ -145,7 +145,7 @@ def test_of_recorded_views_the_teachers_answer_to_the_crop_is_shown(make_config)
     config = make_config(distill__teacher_view="crop", cache__views=2, data__val=[])
     writer, dataset, _ = shown(config, views=Answers())
     tag = f"{dataset.tiles[0].id.replace('/', ' ')}/3 soft target"
-    expected = np.einsum("chw,cr->hwr", Answers().answer("", None, np.ones((64, 64)))[0], COLOURS)
+    expected = np.einsum("chw,cr->hwr", Answers().read_view("", None, np.ones((64, 64)))[0], COLOURS)
     inside = dataset[0]["inside"]
     np.testing.assert_allclose(writer.pictures[tag][1][inside], expected[inside], atol=0.51)
 
