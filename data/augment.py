@@ -1,8 +1,8 @@
 """
-Which views a training sample is made of, drawn from a random generator, and the change of colours that ends it.
+Random augmentation: the views that make up a training sample, and the change of its colours.
 
-The recipe is GeoSeg's (https://github.com/WangLibo1995/GeoSeg, `SmartCropV1` and the mosaic of its data sets): random
-scale, a crop that no single class fills, now and then a mosaic of four, flips and quarter turns.
+The recipe is GeoSeg's (https://github.com/WangLibo1995/GeoSeg, `SmartCropV1` and the mosaic of its data sets): a random scale, a
+crop that no single class fills, a mosaic of four at times, flips and quarter turns.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from kdpipe.configs import schema
 from kdpipe.data.geometry import Plan, Resampler, View, scaled_size
 
-CROP_TRIES = 10  # a tile of one class must end somewhere; SmartCropV1 gives up after 11
+CROP_TRIES = 10  # the search must end on a tile of one class; SmartCropV1 gives up after 11
 
 SizeOf = Callable[[int], tuple[int, int]]
-"""Tile number to its `(H, W)` in px."""
+"""Maps a tile number to its `(H, W)` in px."""
 MaskOf = Callable[[int], NDArray[np.int32] | None]
-"""Tile number to its labels, int32 `(H, W)`, or None for a tile without mask."""
+"""Maps a tile number to its labels, int32 `(H, W)`, or None for a tile without a mask."""
 
 
 def sample_plan(
@@ -36,13 +36,13 @@ def sample_plan(
     """
     A plan for one sample of `train.crop` px around tile number `tile` of `num_tiles`.
 
-    With probability `train.mosaic` it shows this tile and three drawn from all, one a quadrant, split at a point uniform
-    in crop/4..3*crop/4 on both axes, each with its own scale. Positions are uniform, and are drawn again, up to
-    `CROP_TRIES` times, while one class covers more than `train.max_class_share` of the sample's labelled pixels or
-    fewer than two classes occur; the last draw stays. Where `max_class_share` is 1, or no tile of the sample has a
-    mask, the first does. Flips have probability 1/2 each, quarter turns 1/4 each.
+    With probability `train.mosaic` it shows this tile and three drawn from all tiles, one per quadrant, each with its own scale; the
+    quadrants meet at a point that is uniform in crop/4..3*crop/4 on both axes. Positions are uniform. They are drawn again, up to
+    `CROP_TRIES` draws in all, while one class covers more than `train.max_class_share` of the sample's labelled pixels or fewer than
+    two classes occur; the last draw stays. The first draw stays if `max_class_share` is 1 or no tile of the sample has a mask.
+    Flips have probability 1/2 each, quarter turns 1/4 each.
 
-    Of the masks only those of the sample's own tiles are asked for, and none where `max_class_share` is 1.
+    Only masks of the sample's own tiles are read, and none if `max_class_share` is 1.
     """
     frames = _frames(rng, tile, num_tiles, train)
     scales = [float(rng.choice(train.scales)) for _ in frames]
@@ -61,20 +61,20 @@ def sample_plan(
 
 
 def source_tiles(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[int]:
-    """The numbers of the tiles that `sample_plan` shows, given the same arguments: `tile`, and of a mosaic three more."""
+    """The numbers of the tiles that `sample_plan` shows for the same arguments: `tile`, and three more in a mosaic."""
     return [frame[0] for frame in _frames(rng, tile, num_tiles, train)]
 
 
 def views_per_sample(train: schema.Train) -> float:
-    """How many views of tiles a sample shows on average: a mosaic four."""
+    """Average number of views in a sample; a mosaic has four."""
     return 1 + 3 * train.mosaic
 
 
 def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int, mask_of: MaskOf) -> bool:
     """
-    Whether, of the labelled pixels of all views together, no class has more than `max_class_share` and two or more occur.
+    Whether at least two classes occur in the labelled pixels of all views, none with more than `max_class_share` of them.
 
-    True where no tile of the views has a mask.
+    True if no tile of the views has a mask.
     """
     counts = np.zeros(ignore_index + 1, dtype=np.int64)
     any_mask = False
@@ -95,15 +95,15 @@ def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int
 
 def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     """
-    The image, uint8 `(H, W, 3)`, a little brighter or darker, tinted, and blurred or noisy or neither, as `seed` has it.
+    The image, uint8 `(H, W, 3)`, with random brightness, contrast and tint, and perhaps blur or noise, seeded by `seed`.
 
-    Built anew each time (1 ms): albumentations keeps its generators in the transforms, which threads would share.
+    The transforms are built on each call (1 ms), because albumentations keeps its generators in them and threads would share them.
     """
-    # Else the import asks the network for a newer version, and warns where there is none.
+    # Without it, the import looks for a newer version on the network, and warns if it cannot.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations
 
-    # Ranges below albumentations' defaults (0.2; 20, 30, 20; 0.2-0.44): land cover is told by its colour.
+    # Ranges below albumentations' defaults (0.2; 20, 30, 20; 0.2-0.44), because colour identifies land cover.
     change = albumentations.Compose(
         [
             albumentations.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=1),
@@ -124,7 +124,7 @@ def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
 
 
 _Frame = tuple[int, int, int, int, int]
-"""A tile's number and its place in the sample: `(tile, top, left, height, width)`."""
+"""A tile number and its place in the sample: `(tile, top, left, height, width)`."""
 
 
 def _frames(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[_Frame]:

@@ -1,8 +1,8 @@
 """
-Training samples and validation tiles as map-style datasets, without torch: arrays that a DataLoader turns into tensors.
+Training samples and validation tiles as map-style datasets of NumPy arrays, without torch.
 
-What a training sample is depends on (seed, epoch, index) alone: not on the worker that makes it, nor on the samples
-before it. Both datasets are picklable, hold no open file and can be read from several threads.
+A training sample depends on (seed, epoch, index) alone, not on the worker that makes it or on earlier samples. Both
+datasets are picklable, hold no open file and can be read from several threads.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from kdpipe.data.lru import Recent
 from kdpipe.data.rasters import Stretch, image_size, read_image, read_mask
 from kdpipe.data.tiles import Tile
 
-# Of decoded tiles, in each process: 100 tiles of 1024 px. Reading a crop from a JPEG means decoding all of it, which took half
-# of the time of a small student's step.
+# Decoded tiles kept in each process: 100 tiles of 1024 px. A crop of a JPEG needs all of it decoded, which took half the time of a
+# small student's step.
 KEPT_BYTES = 512 * 2**20
 
 
 class TargetSource(Protocol):
-    """Where soft targets come from: the cache, or a teacher."""
+    """A source of soft targets: the cache, or a teacher."""
 
     def read(self, tile_id: str, window: Window) -> NDArray[np.float32]:
-        """The soft target of a tile within `(y, x, h, w)`: float32 `(C, h, w)`, summing to 1 over axis 0."""
+        """The soft target of a tile in the window `(y, x, h, w)`, float32 `(C, h, w)`, which sums to 1 over axis 0."""
         ...
 
     def entropy_error(self, tile_id: str, window: Window) -> float:
-        """Mean over a window of the exact target's entropy minus the read one's, in nats; 0 where targets are exact."""
+        """Mean over a window of the exact target's entropy minus the stored one's, in nats; 0 if targets are exact."""
         ...
 
 
@@ -59,19 +59,19 @@ class ValSample(TypedDict):
 
 class TrainTiles:
     """
-    Augmented crops of training tiles, `train.crops_per_tile` an epoch of each; of tiles without mask
-    `train.unlabelled_crops_per_tile`, if that is set.
+    Augmented crops of training tiles: `train.crops_per_tile` of each tile per epoch, or `train.unlabelled_crops_per_tile` (if set)
+    of a tile without a mask.
 
-    Sample `k` is number `k % len(self)` of epoch `k // len(self)`: hand in indices beyond the length for later epochs.
+    Sample `k` is number `k % len(self)` of epoch `k // len(self)`, so indices beyond the length belong to later epochs.
 
     Args:
-        tiles: as `list_tiles` gives them.
+        tiles: from `list_tiles`.
         config: `train`, `classes`, `data.bands` and `seed` are used.
-        stretch: as `resolve_stretch` gives it.
+        stretch: from `resolve_stretch`.
         targets: soft targets, read by window; None leaves `target` out of the samples.
-        sizes: the tiles' `(H, W)` if known; read from the files' headers as needed if not.
+        sizes: the tiles' `(H, W)`; None reads them from the files' headers as needed.
 
-    Reading raises `DataError` where a file cannot be used, or image and mask differ in size.
+    Reading a sample raises `DataError` if a file is unusable, or if image and mask differ in size.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainTiles:
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         if not tiles:
-            raise DataError("there is no tile to train on: data.train and data.unlabelled hold none that can be used")
+            raise DataError("there is no tile to train on: data.train and data.unlabelled hold no usable tile")
         self.tiles = list(tiles)
         self.targets = targets
         self._config = config
@@ -100,7 +100,7 @@ class TrainTiles:
         return self.render(self.plan(k))
 
     def plan(self, k: int) -> Plan:
-        """How sample `k` is made: the same in every process and on every machine."""
+        """The plan of sample `k`: the same in every process and on every machine."""
         if k < 0:
             raise IndexError(f"samples are counted from 0 over all epochs, found {k}")
         epoch, i = divmod(k, len(self))
@@ -115,7 +115,7 @@ class TrainTiles:
         )
 
     def render(self, plan: Plan) -> TrainSample:
-        """The sample that `plan` describes."""
+        """The sample made by `plan`."""
         crop, ignore_index = plan.crop, self._config.classes.ignore_index
         image = np.zeros((crop, crop, 3), dtype=np.uint8)
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
@@ -173,10 +173,10 @@ class TrainTiles:
 
 class ValTiles:
     """
-    Whole tiles, one a sample, unaltered.
+    Whole tiles, one per sample, unaltered.
 
-    Tiles differ in size: batch them by `batches_of_equal_size(dataset.sizes(), n)`. Reading raises `DataError` where a
-    file cannot be used, or image and mask differ in size.
+    Tiles differ in size: batch them with `batches_of_equal_size(dataset.sizes(), n)`. Reading raises `DataError` if a file
+    is unusable, or if image and mask differ in size.
     """
 
     def __init__(self, tiles: Sequence[Tile], config: Config, stretch: Stretch = None) -> None:
@@ -204,8 +204,8 @@ class ValTiles:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which the `n` samples of an epoch are taken: a permutation of 0..n-1, int64 `(n,)`."""
-    # [seed, epoch] would be the very stream of sample 0: NumPy fills the entropy up with zeros.
+    """The order of the `n` samples of an epoch: a permutation of 0..n-1, int64 `(n,)`."""
+    # [seed, epoch] would be the stream of sample 0, because NumPy pads the entropy with zeros.
     return np.random.default_rng([seed, epoch, 0, 1]).permutation(n)
 
 
@@ -225,7 +225,7 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
 
 
 def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
-    """The number of the tile of each sample of an epoch: all tiles in turn, as long as they have crops left."""
+    """The tile number of each sample of an epoch: all tiles in turn, for as long as they have crops left."""
     labelled, unlabelled = config.train.crops_per_tile, config.train.unlabelled_crops_per_tile
     crops = [labelled if unlabelled is None or tile.mask is not None else unlabelled for tile in tiles]
     return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]
@@ -235,7 +235,7 @@ def _read_image(tile: Tile, config: Config, stretch: Stretch, size: tuple[int, i
     image = read_image(tile.image, config.data.bands, stretch)
     if size is not None and image.shape[:2] != tuple(size):
         raise DataError(
-            f"{tile.image} is {_by(image)} px, and was {size[0]} x {size[1]} when it was listed: it was changed"
+            f"{tile.image} is {_by(image)} px, but was {size[0]} x {size[1]} when it was listed: it has changed"
         )
     return image
 
@@ -243,7 +243,7 @@ def _read_image(tile: Tile, config: Config, stretch: Stretch, size: tuple[int, i
 def _read_mask(tile: Tile, path: Path, config: Config, size: tuple[int, int]) -> NDArray[np.int32]:
     labels = read_mask(path, len(config.classes.names), config.classes.ignore_index)
     if labels.shape != tuple(size):
-        raise DataError(f"the mask {path} is {_by(labels)} px, and its image {tile.image} {size[0]} x {size[1]}")
+        raise DataError(f"the mask {path} is {_by(labels)} px, but its image {tile.image} is {size[0]} x {size[1]}")
     return labels
 
 

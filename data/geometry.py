@@ -1,11 +1,11 @@
 """
-Where each pixel of a training sample comes from: views of tiles, resampled exactly and alike for image, mask and target.
+The geometry of training samples: views of tiles, resampled exactly, and alike for image, mask and target.
 
-A view is a crop of a tile that was resized by `scale`; only the source pixels under the crop are needed, and the result
-is, to rounding, what resizing the whole tile and slicing it gives. Pixel centres lie at half integers
-(`align_corners=False`), there is no antialiasing, and beyond the border the nearest pixel holds.
+A view is a crop of a tile resized by `scale`. Only the source pixels under the crop are read; up to rounding, the result equals
+resizing the whole tile and slicing it. Pixel centres lie at half integers (`align_corners=False`), there is no antialiasing, and
+the border pixel extends beyond the border. Not covered: the choice of views (`augment.py`).
 
-H W are the tile's size, h w a window's or a view's, C classes. Not covered: which views are drawn (`augment.py`).
+Shapes: H W pixels of the tile, h w of a window or a view, C classes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Window = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class View:
     """
-    A crop of `height` x `width` px at `(top, left)` of tile number `tile` resized by `scale`, for `(out_top, out_left)`.
+    A crop of `height` x `width` px at `(top, left)` of tile number `tile` resized by `scale`, placed at `(out_top, out_left)`.
 
-    `top` and `left` are in px of the resized tile and lie in it; what of the crop lies below or right of it is padding.
+    `top` and `left` are px within the resized tile; the part of the crop below or to the right of it is padding.
     """
 
     tile: int
@@ -41,9 +41,9 @@ class View:
 @dataclass(frozen=True)
 class Plan:
     """
-    How a sample of `crop` x `crop` px is made: its views, then the flips, then `rot90` quarter turns counter-clockwise.
+    A recipe for a sample of `crop` x `crop` px: views, then flips, then `rot90` quarter turns counter-clockwise.
 
-    `photometric_seed` drives the change of colours, which comes last; None leaves them.
+    `photometric_seed` seeds the change of colours, which comes last; None leaves the colours.
     """
 
     crop: int
@@ -55,7 +55,7 @@ class Plan:
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """The size in px of a tile resized by `scale`: rounded, and at least 1."""
+    """`(H, W)` in px of a tile resized by `scale`, rounded, at least 1."""
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -63,7 +63,7 @@ class Resampler:
     """
     One view of a tile of `height` x `width` px.
 
-    `window` says which source pixels are needed; the methods take exactly those and return the view.
+    `window` is the part of the source that is needed; the methods take exactly its pixels and return the view.
     """
 
     def __init__(self, view: View, height: int, width: int) -> None:
@@ -73,13 +73,13 @@ class Resampler:
         self.window: Window = (self._rows.first, self._columns.first, self._rows.count, self._columns.count)
 
     def image(self, pixels_hw3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The view as uint8 `(height, width, 3)`, bilinear, rounded; its padding is the resized tile mirrored. Perhaps no copy."""
+        """The view, uint8 `(height, width, 3)`, bilinear and rounded; padding mirrors the resized tile. May not be a copy."""
         self._check(pixels_hw3.shape[:2])
         values = self._interpolated(pixels_hw3)
         return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
 
     def mask(self, labels_hw: NDArray[np.int32], ignore_index: int) -> NDArray[np.int32]:
-        """The view as int32 `(height, width)`, nearest pixel; its padding is `ignore_index`."""
+        """The view, int32 `(height, width)`, nearest pixel; padding is `ignore_index`."""
         self._check(labels_hw.shape)
         labels = np.full((len(self._rows.inside), len(self._columns.inside)), ignore_index, dtype=np.int32)
         rows, columns = self._rows.nearest, self._columns.nearest
@@ -87,33 +87,33 @@ class Resampler:
         return labels
 
     def target(self, probs_Chw: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The view as float32 `(C, height, width)`, bilinear: sums over axis 0 stay what they are. Its padding is 0."""
+        """The view, float32 `(C, height, width)`, bilinear, which keeps sums over axis 0; padding is 0."""
         self._check(probs_Chw.shape[1:])
-        # One by one, while a class is near.
+        # Class by class, while each is in the processor's cache.
         values_CHW = np.stack([self._interpolated(probs_hw) for probs_hw in probs_Chw])
         values_CHW[:, ~self._rows.inside] = 0
         values_CHW[:, :, ~self._columns.inside] = 0
         return values_CHW
 
     def inside(self) -> NDArray[np.bool_]:
-        """Where the view shows the tile, and not padding: bool `(height, width)`."""
+        """True where the view shows the tile, False over padding: bool `(height, width)`."""
         return self._rows.inside[:, None] & self._columns.inside[None, :]
 
     def _interpolated(self, values_hw: NDArray[Any]) -> NDArray[Any]:
-        """The view of what may have a third axis, rows first; in the dtype given, where no pixel lies between two."""
+        """The interpolated view, of rows, columns and perhaps a third axis; keeps the dtype if no pixel lies between two."""
         values_Hw = self._rows.interpolate(values_hw)
         if self._columns.is_whole:
             return values_Hw
         return transposed(self._columns.interpolate(transposed(values_Hw)))
 
     def _check(self, found: tuple[int, ...]) -> None:
-        assert tuple(found) == self.window[2:], f"pixels of window {self.window} expected, found {found}"
+        assert tuple(found) == self.window[2:], f"expected the pixels of window {self.window}, found {found}"
 
 
 def orient(array: NDArray[Any], plan: Plan) -> NDArray[Any]:
-    """The flips and quarter turns of `plan` applied to rows and columns, the first two of at most three axes; contiguous."""
+    """The array flipped and turned as in `plan` along its first two of at most three axes; contiguous."""
     rows, columns = 0, 1
-    if plan.rot90 % 2:  # a quarter turn is a transposition, after which rows are columns, and a flip
+    if plan.rot90 % 2:  # a quarter turn is a transposition, which swaps rows and columns, and a flip
         array, rows, columns = transposed(array), 1, 0
     if plan.flip_h != (plan.rot90 in (1, 2)):
         array = np.flip(array, columns)
@@ -123,11 +123,13 @@ def orient(array: NDArray[Any], plan: Plan) -> NDArray[Any]:
 
 
 def transposed(array: NDArray[Any]) -> NDArray[Any]:
-    """Rows and columns, the first two of at most three axes, exchanged; contiguous. Moves bytes, in an eighth of NumPy's time."""
+    """The array with its first two of at most three axes swapped; contiguous. Takes an eighth of NumPy's time."""
     import cv2  # takes 0.1 s
 
     height, width, *rest = array.shape
-    pixels = np.ascontiguousarray(array).view(np.uint8).reshape(height, width, -1)  # OpenCV would convert other types
+    pixels = (
+        np.ascontiguousarray(array).view(np.uint8).reshape(height, width, -1)
+    )  # as bytes, since OpenCV converts other types
     turned: NDArray[Any] = cv2.transpose(pixels).reshape(width, height, -1).view(array.dtype)
     return turned.reshape(width, height, *rest)
 
@@ -136,8 +138,8 @@ class _Axis:
     """
     Rows or columns `start .. start + length` of a tile that was resized from `source` to `scaled` px.
 
-    Pixel i of the resized axis has its centre at `(i + 1/2) * source / scaled - 1/2` of the source. All of it is kept in
-    integers of `1 / (2 * scaled)` px, so that the nearest pixel is never off by a rounding error.
+    The centre of pixel i of the resized axis lies at `(i + 1/2) * source / scaled - 1/2` in the source. Positions are integers in
+    units of `1 / (2 * scaled)` px, so that the nearest pixel is never off by a rounding error.
     """
 
     def __init__(self, start: int, length: int, source: int, scaled: int) -> None:
@@ -145,7 +147,7 @@ class _Axis:
         assert 0 <= start < scaled, f"a view from {start} of a resized tile of {scaled} px"
         positions = np.arange(start, start + length)
         self.inside = positions < scaled
-        # Mirrored with the border pixel repeated, again and again: defined for any length, and for a tile of 1 px.
+        # Mirrored with the border pixel repeated, as often as needed: defined for any length, even for a tile of 1 px.
         positions %= 2 * scaled
         positions = np.where(positions < scaled, positions, 2 * scaled - 1 - positions)
         lower, rest = np.divmod((2 * positions + 1) * source - scaled, 2 * scaled)
@@ -161,7 +163,7 @@ class _Axis:
         self.nearest = nearest[self.inside]
 
     def interpolate(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Float32 values between neighbours along the first axis; in the dtype given, where no pixel lies between two."""
+        """Float32 values between neighbours along the first axis; keeps the dtype if no pixel lies between two."""
         if self.is_whole:
             return values
         lower = values.take(self._lower, axis=0)

@@ -1,4 +1,4 @@
-"""The arrays that were read last, up to a number of bytes: tiles are drawn again and again, and decoding one is slow."""
+"""A cache of the arrays read last, up to a number of bytes: tiles are drawn again and again, and decoding is slow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 class Recent:
     """
-    Read-only arrays by key, the least recently used ones forgotten beyond `limit_bytes` in all; the newest always stays.
+    Read-only arrays by key. Beyond `limit_bytes`, the least recently used are dropped; the newest always stays.
 
-    Safe from several threads. A pickled one is empty, so that a DataLoader worker starts with its own.
+    Thread-safe. Pickling keeps no arrays, so a DataLoader worker starts with an empty cache.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -24,7 +24,7 @@ class Recent:
         self._bytes = 0
 
     def get(self, key: Hashable, read: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """The array under `key`; `read()`, whose errors pass, if it is not there."""
+        """The array under `key`, or `read()` if there is none; errors of `read` propagate."""
         with self._lock:
             if key in self._arrays:
                 self._arrays.move_to_end(key)
@@ -40,7 +40,7 @@ class Recent:
         return array
 
     def __getstate__(self) -> dict[str, Any]:
-        """The limit alone."""
+        """The limit, without arrays."""
         return {"limit_bytes": self._limit_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """
-Writing a map: a tiled, compressed GeoTIFF with overviews, whole under its name or not there at all.
+Writing maps as tiled, compressed GeoTIFFs with overviews. A map is whole or absent.
 
-A map is written beside its place as `.NAME.partial`, synced and renamed, as the last of what belongs to it. The names of its classes are in
-its tags, and beside it in `NAME.aux.xml`, where GIS programs look for them: GeoTIFF has no place of its own for them.
+It is written beside its place as `.NAME.partial`, then synced and renamed as the last of its files. Class names are in its tags, and in
+`NAME.aux.xml` beside it, where GIS programs look for them; GeoTIFF itself has no place for them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from kdpipe.configs.errors import DataError, KdpipeError
 from kdpipe.configs.files import partial_path, publish
 from kdpipe.data.scenes import Georeference, open_quietly
 
-BLOCK_PX = 512  # of a tile of the file
+BLOCK_PX = 512  # side of a block of the file
 SMALLEST_OVERVIEW_PX = 256
-# A probability p is stored as round(254 p), so that 255 is left for no data; half a step is 0.002. The files say so as their scale.
+# A probability p is stored as round(254 p), which leaves 255 for no data; half a step is 0.002. The scale in the file says so.
 PROBABILITY_STEPS, NO_PROBABILITY = 254, 255
 
 
 @dataclass(frozen=True)
 class Layer:
     """
-    What one file holds: `bands` by description, its dtype, the value of no data, and how its overviews are made.
+    The content of one file: descriptions of its `bands`, dtype, value for no data, and resampling of its overviews.
 
-    `colours`, uint8 `(C, 3)`, and `classes` make it a map of class indices; `scale` is what a stored value times it means.
+    A map of class indices has `classes` and their `colours`, uint8 `(C, 3)`. A stored value times `scale` is the true one.
     """
 
     bands: Sequence[str]
@@ -54,7 +54,7 @@ class Layer:
 def class_layer(
     classes: Sequence[str], colours: Sequence[Sequence[int]], nodata: int, tags: Mapping[str, str]
 ) -> Layer:
-    """A map of class indices; where `nodata`, an index of no class, needs it, in 16 bits."""
+    """A map of class indices, in 16 bits if the largest index or `nodata` needs them."""
     dtype = "uint8" if max(len(classes) - 1, nodata) <= np.iinfo(np.uint8).max else "uint16"
     return Layer(
         ["class"], dtype, nodata, "mode", classes, colours, tags={"classes": json.dumps(list(classes)), **tags}
@@ -62,18 +62,18 @@ def class_layer(
 
 
 def probability_layer(bands: Sequence[str], tags: Mapping[str, str]) -> Layer:
-    """Probabilities, a band each, in steps of 1 / 254."""
+    """Probabilities in steps of 1 / 254, one band each."""
     return Layer(bands, "uint8", NO_PROBABILITY, "average", scale=1 / PROBABILITY_STEPS, tags=tags)
 
 
 def as_bytes(probs: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Probabilities as they are stored."""
+    """Probabilities as stored, uint8: `round(254 p)`."""
     stored: NDArray[np.uint8] = np.rint(probs * PROBABILITY_STEPS).astype(np.uint8)
     return stored
 
 
 class RowWriter:
-    """Takes rows from top to bottom, and writes whole rows of tiles: a tile that is written twice is stored twice."""
+    """Takes rows from top to bottom and writes whole rows of blocks, because a block that is written twice is stored twice."""
 
     def __init__(self, raster: Any) -> None:
         self._raster, self._top = raster, 0
@@ -89,7 +89,7 @@ class RowWriter:
             self._waiting = [together[:, whole:]]
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         if self._waiting:
             self._put(np.concatenate(self._waiting, axis=1))
             self._waiting = []
@@ -107,9 +107,9 @@ class RowWriter:
 @contextmanager
 def new_map(file: Path, layer: Layer, height: int, width: int, place: Georeference) -> Iterator[RowWriter]:
     """
-    A writer of a map that is at `file` once the block has ended without an exception, and leaves nothing otherwise.
+    A writer of a map that appears at `file` when the block ends; an exception leaves nothing.
 
-    Raises `KdpipeError` where it cannot be written, `DataError` where another process is writing it.
+    Raises `KdpipeError` if the map cannot be written, `DataError` if another process is writing it.
     """
     partial = partial_path(file)
     with _locked(partial), _explained(file):
@@ -124,7 +124,7 @@ def new_map(file: Path, layer: Layer, height: int, width: int, place: Georeferen
         _add_overviews(partial, layer.resampling, factors)
         _require_whole(partial, layer, factors)
         names = file.with_name(f"{file.name}.aux.xml")
-        names.unlink(missing_ok=True)  # of an older map of this name
+        names.unlink(missing_ok=True)  # of an earlier map of this name
         if layer.classes:
             names.write_text(_category_names(layer.classes), encoding="utf-8")
         publish(partial, file)
@@ -162,7 +162,7 @@ def _create(partial: Path, layer: Layer, height: int, width: int, place: Georefe
         "blockxsize": BLOCK_PX,
         "blockysize": BLOCK_PX,
         "compress": "deflate",
-        "predictor": 1 if layer.classes else 2,  # neighbouring probabilities differ little; class indices have no order
+        "predictor": 1 if layer.classes else 2,  # neighbouring probabilities are similar; class indices have no order
         "interleave": "band",
         "bigtiff": "if_safer",
     }
@@ -198,15 +198,15 @@ def _add_overviews(partial: Path, resampling: str, factors: list[int]) -> None:
 
 def _require_whole(partial: Path, layer: Layer, factors: list[int]) -> None:
     """
-    Raise `OSError` unless each tile of the file, overviews included, lies in it.
+    Raise `OSError` unless the file holds all its blocks, overviews included.
 
-    On a full disk GDAL may close a file without an error that lacks its last tiles; read, they would be no data.
+    On a full disk, GDAL may close a file without an error although its last blocks are missing; they would read as no data.
     """
     size = partial.stat().st_size
     with open_quietly(partial) as raster:
-        # Counted, as their factors are told rounded: a side of 1000 px has one of 31 for 32.
+        # Compared by number, as factors are rounded: for a side of 1000 px, 32 is reported as 31.
         if len(raster.overviews(1)) != len(factors) or raster.nodata != layer.nodata:
-            raise OSError(errno.ENOSPC, "its overviews were not written to their end")
+            raise OSError(errno.ENOSPC, "its overviews were not written completely")
         for level, factor in ((None, 1), *enumerate(factors)):
             rows, columns = (math.ceil(math.ceil(side / factor) / BLOCK_PX) for side in raster.shape)
             for band, row, column in product(raster.indexes, range(rows), range(columns)):
@@ -215,12 +215,12 @@ def _require_whole(partial: Path, layer: Layer, factors: list[int]) -> None:
                     for what in ("OFFSET", "SIZE")
                 )
                 if offset is None or int(offset) + int(length) > size:
-                    raise OSError(errno.ENOSPC, f"its tile {column}, {row} was not written to its end")
+                    raise OSError(errno.ENOSPC, f"its block {column}, {row} was not written completely")
 
 
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """What GDAL or the system says against writing a file, as a `KdpipeError`."""
+    """Turn errors of GDAL and of the system while writing `file` into a `KdpipeError`."""
     from rasterio._err import CPLE_BaseError  # what closing a file raises is no RasterioError
     from rasterio.errors import RasterioError
 
@@ -228,7 +228,7 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except (RasterioError, CPLE_BaseError, OSError) as err:
         reason = getattr(err, "strerror", None) or err.__cause__ or err
-        raise KdpipeError(f"cannot write the map {file}: {reason}; is there room, and permission?") from err
+        raise KdpipeError(f"cannot write the map {file}: {reason}; check free space and permissions") from err
 
 
 def _category_names(classes: Sequence[str]) -> str:

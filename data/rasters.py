@@ -1,9 +1,10 @@
 """
-Pixels out of image and mask files, whole or not at all: a damaged file is an error, never a picture with a grey half.
+Pixels of image and mask files. A damaged file is an error, never an image with a grey half.
 
-PNG, JPEG, TIFF and GeoTIFF through rasterio. Every function opens the file anew and may be called from any thread.
-Georeferencing is not read here. Not covered: scenes that are read in parts and keep their place on earth (`scenes.py`), and
-writing (`maps.py`).
+PNG, JPEG, TIFF and GeoTIFF through rasterio. Every function opens the file anew and may be called from any thread. Not covered:
+georeferencing and other formats (`scenes.py`), and writing (`maps.py`).
+
+Shapes: B bands, H W pixels of the file, h rows that are read at once.
 """
 
 from __future__ import annotations
@@ -24,29 +25,31 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
     from rasterio.windows import Window
 
-# 32768 x 32768. An RGB image of that size takes 3 GiB and its float32 soft target of 6 classes 24 GiB, so that a larger
-# one is a mosaic still to be cut into tiles, or a header that lies: it is refused before anything is allocated.
+# 32768 x 32768. An RGB image of that size takes 3 GiB and its float32 soft target of 6 classes 24 GiB. A larger one is a mosaic
+# still to be cut into tiles, or has a false header; it is refused before anything is allocated.
 MAX_PIXELS = 2**30
 
 Stretch = Sequence[tuple[float, float]] | None
 """A `(low, high)` for each of the three bands, in the files' own units; None takes 8-bit values as they are."""
 
 _DRIVERS = ["PNG", "JPEG", "GTiff"]  # no VRT or the like, which could name any other file or URL
-_GDAL_OPTIONS = {
+GDAL_OPTIONS: dict[str, Any] = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # by default a truncated JPEG is a warning, and its rest is grey
-    "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 returns a truncated PNG as noise, without a word
-    "GDAL_PAM_ENABLED": False,  # no .aux.xml files, neither read nor written beside the user's data
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 silently returns a truncated PNG as noise
+}
+_TILE_OPTIONS = GDAL_OPTIONS | {
+    "GDAL_PAM_ENABLED": False,  # neither read nor write .aux.xml files beside the user's data
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder, which may hold a million files
-    "GDAL_CACHEMAX": 64,  # MB. By default a twentieth of the machine's memory; what is read here is read once
+    "GDAL_CACHEMAX": 64,  # MB. By default a twentieth of the machine's memory; here everything is read once
 }
 _SHOWN_VALUES = 5
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """
-    `(H, W)` in px, read from the file's header alone.
+    `(H, W)` in px, from the file's header alone.
 
-    Raises `DataError` where the file is missing, is no PNG, JPEG or TIFF, or declares more than `MAX_PIXELS`.
+    Raises `DataError` if the file is missing, is not a PNG, JPEG or TIFF, or declares more than `MAX_PIXELS`.
     """
     with _opened(path) as raster:
         return raster.height, raster.width
@@ -55,10 +58,10 @@ def image_size(path: Path) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Header:
     """
-    What a file's header says: size in px, number of bands, their type, the declared nodata of the first band.
+    The header of a file: size in px, number of bands, their type, the nodata declared for the first band.
 
-    `rgb` are the numbers of the bands that it calls red, green and blue, None where it does not; `alpha` says whether it calls
-    one opacity.
+    `rgb` are the numbers of the bands called red, green and blue, None if there are none; `alpha` says whether a band is called
+    opacity.
     """
 
     height: int
@@ -72,7 +75,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """
-    The header of an image or a mask; no pixel is decoded. Bands of several types have the type that holds all of them.
+    The header of an image or a mask; no pixel is decoded. The type of mixed bands is the one that holds all of them.
 
     Raises `DataError` as `image_size` does.
     """
@@ -98,11 +101,10 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
         path: an image file of 8-bit, 16-bit, 32-bit or float bands.
         bands: three band numbers, counted from 1; others (alpha, infrared) are left out.
         stretch: a `(low, high)` for each band, in the file's own units: low becomes 0, high 255, linearly, clipped and
-            rounded (half to even). The value that the file declares as nodata becomes 0. None takes 8-bit values as
-            they are, and refuses any others.
+            rounded (half to even). The declared nodata becomes 0. None takes 8-bit values as they are and refuses all others.
 
-    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and
-    has none, or holds NaN or infinity that is not its declared nodata.
+    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and has
+    none, or holds NaN or infinity other than its declared nodata.
     """
     with _opened(path) as raster:
         if stretch is None:
@@ -113,36 +115,53 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
 
 
 class Rows:
-    """An open image of which rows are read as they are asked for, the last ones kept: neighbours share some."""
+    """An open image that is read by rows, from the top down; rows that the next call shares are kept."""
 
-    def __init__(self, path: Path, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
-        self.height, self.width = raster.height, raster.width
-        self._path, self._raster, self._bands, self._stretch = path, raster, list(bands), stretch
-        self._top, self._kept_hW3 = 0, np.empty((0, raster.width, 3), dtype=np.uint8)
+    def __init__(
+        self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch, masked: bool = False
+    ) -> None:
+        self.path, self.height, self.width = path, raster.height, raster.width
+        self._raster, self._bands, self._stretch, self._masked = raster, list(bands), stretch, masked
+        self._top = 0
+        self._kept_hW3 = np.empty((0, raster.width, 3), dtype=np.uint8)
+        self._kept_data_hW = np.empty((0, raster.width), dtype=np.bool_)
 
     def read(self, top: int, bottom: int) -> NDArray[np.uint8]:
-        """Rows `top .. bottom`, uint8 `(bottom - top, W, 3)`, as those of `read_image`, whose errors are raised too."""
-        end = self._top + len(self._kept_hW3)
-        kept_hW3 = self._kept_hW3[top - self._top :] if self._top <= top <= end else self._kept_hW3[:0]
-        first = top + len(kept_hW3)
-        if first < bottom:
-            kept_hW3 = np.concatenate([kept_hW3, self._rows(first, bottom - first)])
-        self._top, self._kept_hW3 = top, kept_hW3
-        return kept_hW3[: bottom - top]
+        """Rows `top .. bottom` of the image, uint8 `(bottom - top, W, 3)`; raises `DataError` as `read_image` does."""
+        return self.read_with_data(top, bottom)[0]
 
-    def _rows(self, top: int, count: int) -> NDArray[np.uint8]:
+    def read_with_data(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """
+        As `read`, and which pixels hold data, bool `(bottom - top, W)`.
+
+        A pixel holds none where the mask or alpha band of a `masked` file is 0, or where all bands are their declared nodata.
+        """
+        end = self._top + len(self._kept_hW3)
+        kept = slice(top - self._top, None) if self._top <= top <= end else slice(0, 0)
+        image_hW3, data_hW = self._kept_hW3[kept], self._kept_data_hW[kept]
+        first = top + len(image_hW3)
+        if first < bottom:
+            read_hW3, read_data_hW = self._rows(first, bottom - first)
+            image_hW3, data_hW = np.concatenate([image_hW3, read_hW3]), np.concatenate([data_hW, read_data_hW])
+        self._top, self._kept_hW3, self._kept_data_hW = top, image_hW3, data_hW
+        return image_hW3[: bottom - top], data_hW[: bottom - top]
+
+    def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         from rasterio.windows import Window
 
         window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
+        values_BhW, nodata_BhW = bands_and_nodata(self.path, self._raster, self._bands, window)
+        data_hW: NDArray[np.bool_] = np.logical_or.reduce(~nodata_BhW, axis=0)
+        if self._masked:
+            np.logical_and(data_hW, self._raster.read_masks(self._bands[0], window=window) > 0, out=data_hW)
         if self._stretch is None:
-            return _pixels(self._path, self._raster, self._bands, window).transpose(1, 2, 0)
-        values_BhW, nodata_BhW = bands_and_nodata(self._path, self._raster, self._bands, window)
-        return stretched(self._path, self._bands, values_BhW, nodata_BhW, self._stretch, first_row=top)
+            return values_BhW.transpose(1, 2, 0), data_hW
+        return stretched(self.path, self._bands, values_BhW, nodata_BhW, self._stretch, first_row=top), data_hW
 
 
 @contextmanager
 def open_rows(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> Iterator[Rows]:
-    """The image as `read_image` gives it, to be read row by row; `DataError` as there, where it is opened and where it is read."""
+    """The image of `read_image`, to be read by rows; opening and reading raise `DataError` as there."""
     with _opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
@@ -158,9 +177,9 @@ def stretched(
     first_row: int = 0,
 ) -> NDArray[np.uint8]:
     """
-    Values in a file's own units as uint8 `(H, W, 3)`, as `read_image` describes; `first_row` is where they lie in the file.
+    Values in a file's own units as uint8 `(H, W, 3)`, as `read_image` describes; `first_row` is their first row in the file.
 
-    Raises `DataError` where they hold NaN or infinity that is not nodata.
+    Raises `DataError` if they hold NaN or infinity other than nodata.
     """
     image_HWB = np.empty((*values_BHW.shape[1:], len(bands)), dtype=np.uint8)
     for i, (band, (low, high)) in enumerate(zip(bands, stretch, strict=True)):
@@ -176,9 +195,9 @@ def stretched(
 
 def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int32]:
     """
-    The labels as int32 `(H, W)`: class indices 0..num_classes-1, or `ignore_index`. A palette's indices are the labels.
+    The labels, int32 `(H, W)`: class indices 0..num_classes-1, or `ignore_index`. Indices into a palette are labels.
 
-    Raises `DataError` where `read_mask_values` does, and where the file holds a value that is neither a class nor `ignore_index`.
+    Raises `DataError` as `read_mask_values` does, and for a value that is neither a class nor `ignore_index`.
     """
     values_HW = read_mask_values(path)
     foreign_HW = ((values_HW < 0) | (values_HW >= num_classes)) & (values_HW != ignore_index)
@@ -187,7 +206,7 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
         shown = ", ".join(map(str, found[:_SHOWN_VALUES])) + (", …" if len(found) > _SHOWN_VALUES else "")
         raise DataError(
             f"the mask {path} holds {shown}, neither a class (0..{num_classes - 1}) nor ignore_index {ignore_index}: "
-            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's answers, never masks)"
+            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's predictions, never masks)"
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW
@@ -195,10 +214,10 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
 
 def read_mask_values(path: Path) -> NDArray[Any]:
     """
-    A mask's values as they are, `(H, W)` in the file's integer type, whether or not they are classes.
+    The raw values of a mask, `(H, W)` in the file's integer type, whether or not they are classes.
 
-    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters
-    indices), has more than one band or no integers.
+    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters indices), has
+    several bands, or does not hold integers.
     """
     with _opened(path) as raster:
         if raster.driver == "JPEG":
@@ -214,9 +233,9 @@ def read_mask_values(path: Path) -> NDArray[Any]:
 
 def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """
-    The bands as they are, `(B, H, W)` in the file's dtype, and where they hold the declared nodata, bool `(B, H, W)`.
+    The raw bands, `(B, H, W)` in the file's dtype, and where they hold the declared nodata, bool `(B, H, W)`.
 
-    Raises `DataError` where the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
+    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
     with _opened(path) as raster:
         return bands_and_nodata(path, raster, bands)
@@ -224,31 +243,42 @@ def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[
 
 @contextmanager
 def _opened(path: Path) -> Iterator[DatasetReader]:
-    """The open file; what GDAL has to say against it, at opening or in the block, becomes a `DataError`."""
+    """The open file; errors of GDAL, on opening or in the block, become a `DataError`."""
     import rasterio
-    from rasterio.errors import RasterioError
 
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}")
+    with (
+        explained(path, "not a PNG, JPEG or TIFF"),
+        rasterio.Env(**_TILE_OPTIONS),  # type: ignore[no-untyped-call]
+        _pixel_reader()(path, driver=_DRIVERS) as raster,
+    ):
+        if raster.height * raster.width > MAX_PIXELS:
+            raise DataError(
+                f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
+                "cut it into tiles"
+            )
+        yield raster
+
+
+@contextmanager
+def explained(path: Path | str, otherwise: str) -> Iterator[None]:
+    """Turn errors of GDAL and of the system about a file into a `DataError`; `otherwise` is what the file may be if not damaged."""
+    from rasterio.errors import RasterioError
+
     try:
-        with rasterio.Env(**_GDAL_OPTIONS), _pixel_reader()(path, driver=_DRIVERS) as raster:  # type: ignore[no-untyped-call]
-            if raster.height * raster.width > MAX_PIXELS:
-                raise DataError(
-                    f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
-                    "cut it into tiles"
-                )
-            yield raster
+        yield
     except (RasterioError, OSError) as err:
         reason = err.__cause__ or err  # rasterio's own text is "Read failed. See previous exception for details."
-        raise DataError(f"cannot read {path}, which is damaged or no PNG, JPEG or TIFF: {reason}") from err
+        raise DataError(f"cannot read {path}, which is damaged or {otherwise}: {reason}") from err
 
 
 @cache
 def _pixel_reader() -> Any:
     """
-    Rasterio's reader less the georeferencing, for which it would warn of each plain PNG or JPEG.
+    Rasterio's reader without georeferencing, which otherwise warns about each plain PNG or JPEG.
 
-    `warnings.catch_warnings` could hush that too, but swaps the filters of the whole process: not for reader threads.
+    `warnings.catch_warnings` is no alternative, as it swaps the filters of the whole process and readers run in threads.
     """
     from rasterio.io import DatasetReader
 
@@ -272,7 +302,7 @@ def _pixels(
 def bands_and_nodata(
     path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """What `read_bands` returns, of an open file, within `window` if there is one; raises as it does."""
+    """As `read_bands`, for an open file, within `window` if given."""
     values_BHW = _pixels(path, raster, bands, window)
     if values_BHW.dtype.kind not in "iuf":
         raise DataError(f"{path} holds {values_BHW.dtype} values; an image should hold integers or floats")
@@ -287,13 +317,13 @@ def bands_and_nodata(
 
 
 def require_8_bit(path: Path | str, raster: DatasetReader, bands: Sequence[int]) -> None:
-    """Raise `DataError` where `bands` of an open file are not uint8, and so would need a stretch."""
+    """Raise `DataError` if `bands` of an open file are not uint8 and so need a stretch."""
     dtypes = {raster.dtypes[band - 1] for band in bands if band <= raster.count}
     wider = sorted(dtypes - {"uint8"})
     if wider:
         raise DataError(
-            f"{path} holds {', '.join(wider)} values, and only uint8 is taken as it is: say in the config how they become "
-            "0..255, as data: {stretch: {range: [low, high]}} or data: {stretch: {percentiles: [2, 98]}}"
+            f"{path} holds {', '.join(wider)} values, and only uint8 is taken as it is: set their stretch to 0..255 in the config, "
+            "as data: {stretch: {range: [low, high]}} or data: {stretch: {percentiles: [2, 98]}}"
         )
 
 

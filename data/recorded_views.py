@@ -1,10 +1,10 @@
 """
-Recorded views: a fixed number of augmented crops of every tile, each of which can be replayed at any time, in any order.
+Recorded views: a fixed number of augmented crops of each tile, which can be replayed at any time and in any order.
 
-A teacher answers each of them once (`distill.teacher_view: crop`), and training cycles through them: its student sees the very
-pixels that the teacher saw. What view `number` of a tile shows depends on the tile's id, on `number` and on what the
-configuration says of augmentation; and, where it is a mosaic, on the list of tiles. It does not depend on `seed`: runs of
-several seeds learn from the same answers, each in an order of its own.
+The teacher predicts each view once (`distill.teacher_view: crop`), and training cycles through them, so that the student sees
+exactly the pixels that the teacher saw. View `number` of a tile depends on the tile's id, on `number`, on the configured
+augmentation and, if it is a mosaic, on the list of tiles. It does not depend on `seed`: runs with several seeds share the
+predictions, each in its own order.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from kdpipe.data.tiles import Tile
 
 
 class ViewTargets(Protocol):
-    """Where the soft targets of recorded views come from: the cache, or a teacher."""
+    """A source of the soft targets of recorded views: the cache, or a teacher."""
 
-    def answer(
+    def read_view(
         self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """
-        The soft target of a view, float32 `(C, H, W)`, and the exact target's entropy minus its own, in nats.
+        The soft target of a view, float32 `(C, H, W)`, and the exact target's entropy minus this one's, in nats.
 
-        The view's pixels are `image_3HW`; the entropy is the mean over the pixels `inside_HW`.
+        `image_3HW` are the view's pixels; entropies are means over the pixels `inside_HW`.
         """
         ...
 
 
 class RecordedViews(TrainTiles):
     """
-    The samples of `TrainTiles`, with the recorded views in the place of crops that are new in every epoch.
+    As `TrainTiles`, with recorded views in place of crops that are new in every epoch.
 
-    The views of a tile are taken in turn: with one crop per tile, epoch `e` has view `e % cache.views` of each.
+    The views of a tile are taken in turn: with one crop per tile, epoch `e` shows view `e % cache.views` of each tile.
 
     Args:
-        tiles, config, stretch, sizes: as of `TrainTiles`; of the config `cache.views` is used too.
-        answers: soft targets by view; None leaves `target` out of the samples.
+        tiles, config, stretch, sizes: see `TrainTiles`; `cache.views` is used too.
+        view_targets: soft targets by view; None leaves `target` out of the samples.
     """
 
     def __init__(
@@ -56,34 +56,31 @@ class RecordedViews(TrainTiles):
         tiles: Sequence[Tile],
         config: Config,
         stretch: Stretch = None,
-        answers: ViewTargets | None = None,
+        view_targets: ViewTargets | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(tiles, config, stretch, sizes=sizes)
         assert config.cache.views is not None  # the configuration has been checked
         self.per_tile = config.cache.views
-        self._answers = answers
-        crops_of = [0] * len(
-            tiles
-        )  # which crop of its tile each sample of an epoch is, and then how many each tile has
-        self._turns = []
+        self._view_targets = view_targets
+        self._crops_of = [0] * len(tiles)  # crops of each tile per epoch
+        self._turns = []  # for each sample of an epoch, the number of this crop among those of its tile
         for tile in self._drawn:
-            self._turns.append(crops_of[tile])
-            crops_of[tile] += 1
-        self._crops_of = crops_of
+            self._turns.append(self._crops_of[tile])
+            self._crops_of[tile] += 1
 
     def __getitem__(self, k: int) -> TrainSample:
         """Sample `k`."""
         view = self.shown(k)
         sample = self.render(view.plan())
-        if self._answers is not None:
-            target_CHW, entropy_error = self._answers.answer(view.id, sample["image"], sample["inside"])
+        if self._view_targets is not None:
+            target_CHW, entropy_error = self._view_targets.read_view(view.id, sample["image"], sample["inside"])
             sample["target"] = np.where(sample["inside"], target_CHW, np.float32(0))
             sample["entropy_error"] = np.float32(entropy_error)
         return sample
 
     def plan(self, k: int) -> Plan:
-        """How sample `k` is made."""
+        """The plan of sample `k`."""
         return self.shown(k).plan()
 
     def shown(self, k: int) -> RecordedView:
@@ -95,15 +92,15 @@ class RecordedViews(TrainTiles):
         return RecordedView(self, tile, (epoch * self._crops_of[tile] + self._turns[i]) % self.per_tile)
 
     def all_views(self) -> list[RecordedView]:
-        """Every view, those of a tile together, so that it is decoded once for all of them."""
+        """All views, grouped by tile, so that each tile is decoded once."""
         return [RecordedView(self, tile, number) for tile in range(len(self.tiles)) for number in range(self.per_tile)]
 
     def sources(self, view: RecordedView) -> list[int]:
-        """The numbers of the tiles that a view shows, its own first; found without reading any file."""
+        """The numbers of the tiles that a view shows, its own first; reads no file."""
         return source_tiles(self._stream(view), view.tile, len(self.tiles), self._config.train)
 
     def plan_of(self, view: RecordedView) -> Plan:
-        """How a view is made; reads the masks of its tiles where `train.max_class_share` is below 1."""
+        """The plan of a view; reads the masks of its tiles if `train.max_class_share` is below 1."""
         return sample_plan(
             self._stream(view),
             view.tile,
@@ -115,13 +112,13 @@ class RecordedViews(TrainTiles):
         )
 
     def files_of(self, view: RecordedView) -> list[Path]:
-        """The files that decide what a view shows: its tiles' images, and masks where `train.max_class_share` asks for them."""
+        """The files that determine a view: the images of its tiles, and their masks if `train.max_class_share` is below 1."""
         tiles = [self.tiles[number] for number in self.sources(view)]
         masks = [tile.mask for tile in tiles if tile.mask is not None] if self._config.train.max_class_share < 1 else []
         return [*(tile.image for tile in tiles), *masks]
 
     def _stream(self, view: RecordedView) -> np.random.Generator:
-        """By the tile's id and not its place in the list, so that tiles which come or go leave the others' views alone."""
+        """The random stream of a view, seeded by the tile's id, so that adding or removing other tiles does not change it."""
         digest = hashlib.sha256(self.tiles[view.tile].id.encode()).digest()
         return np.random.default_rng([view.number, *np.frombuffer(digest[:16], dtype="<u4").tolist()])
 
@@ -137,10 +134,9 @@ class RecordedView:
     @property
     def id(self) -> str:
         """
-        Its name in the cache: `Train/t1_001/view-0003`, with 8 more digits where it is a mosaic.
+        The view's name in the cache: `Train/t1_001/view-0003`, and for a mosaic `-` and 8 digits of a digest of the other tiles' ids.
 
-        These are of the other tiles' ids: a mosaic that shows other tiles since one came or went is another view, which the
-        cache does not have.
+        A mosaic that shows other tiles, because one was added or removed, is thus another view, which the cache lacks.
         """
         own, *others = (self.views.tiles[number].id for number in self.views.sources(self))
         suffix = f"-{hashlib.sha256('/'.join(others).encode()).hexdigest()[:8]}" if others else ""
@@ -148,7 +144,7 @@ class RecordedView:
 
     @property
     def mask(self) -> Path | None:
-        """The file of labels of its own tile."""
+        """The mask of the view's own tile."""
         return self.views.tiles[self.tile].mask
 
     @property
@@ -161,11 +157,11 @@ class RecordedView:
         return self.views.plan_of(self)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """What it shows, uint8 `(3, H, W)`, H and W `train.crop`; raises what reading a sample does."""
+        """The image, uint8 `(3, H, W)` with H and W `train.crop`; raises as reading a sample does."""
         return self.views.render(self.plan())["image"]
 
     def labels(self) -> NDArray[np.int64]:
-        """Its labels, `ignore_index` where there are none: int64 `(H, W)`."""
+        """The labels, int64 `(H, W)`, `ignore_index` where there are none."""
         return self.views.render(self.plan())["mask"]
 
     def __str__(self) -> str:

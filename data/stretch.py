@@ -1,4 +1,4 @@
-"""From the configured stretch to one `(low, high)` per band, the same for every tile of the data set."""
+"""Resolving the configured stretch to one `(low, high)` per band, the same for all tiles of a data set."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from kdpipe.configs.errors import DataError
 from kdpipe.data.rasters import read_bands
 from kdpipe.data.tiles import Tile
 
-# Values per band over all tiles: 3 bands of 4 Mi float64 are 100 MB, and the standard error of a 2 % quantile's rank
-# among 4 Mi independent values is 0.007 %, far below what differs from one choice of percentiles to the next.
+# Values per band over all tiles: 3 bands of 4 Mi float64 are 100 MB. The standard error of the rank of a 2 % quantile among
+# 4 Mi independent values is 0.007 %, far below the difference between one choice of percentiles and the next.
 SAMPLE_VALUES = 2**22
 MIN_VALUES_PER_TILE = 16  # a million tiles still fit: 16 M values a band
 
 
 def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[float, float]] | None:
     """
-    A `(low, high)` for each of the 3 bands in the files' own units, or None where 8-bit values are taken as they are.
+    A `(low, high)` for each of the 3 bands in the files' own units, or None if 8-bit values are taken as they are.
 
-    Percentiles are taken over all `tiles` together, from the same regular grid of pixels whenever it is called, in memory
-    bounded by `SAMPLE_VALUES`; nodata and non-finite values are left out. Every image is read once.
+    Percentiles are taken over all `tiles` together, on the same regular grid of pixels in each call, in memory bounded by
+    `SAMPLE_VALUES`, without nodata and non-finite values. Every image is read once.
 
-    Raises `DataError` where an image cannot be read, no value is left, or a band is constant between the percentiles.
+    Raises `DataError` if an image cannot be read, no value is left, or a band is constant between the percentiles.
     """
     if data.stretch is None:
         return None
@@ -45,12 +45,12 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
     for band, sample in zip(data.bands, samples, strict=True):
         values = np.concatenate(sample)
         if values.size == 0:
-            raise DataError(f"band {band} holds nothing but nodata in all {len(tiles)} images, as {tiles[0].image}")
+            raise DataError(f"band {band} holds only nodata in all {len(tiles)} images, such as {tiles[0].image}")
         low, high = np.percentile(values, data.stretch.percentiles).tolist()
         if not low < high:
             raise DataError(
                 f"band {band} is {low:g} from percentile {data.stretch.percentiles[0]:g} to {data.stretch.percentiles[1]:g} of "
-                f"the {len(tiles)} images, as {tiles[0].image}, and cannot be stretched: choose other data.bands, or a "
+                f"the {len(tiles)} images, such as {tiles[0].image}, and cannot be stretched: choose other data.bands, or a "
                 "data.stretch.range"
             )
         pairs.append((low, high))
@@ -58,7 +58,7 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
 
 
 def sample_grid(height: int, width: int, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Evenly spaced row and column indices, int64, whose product is at most `at_most` pixels (all if there are fewer)."""
+    """Evenly spaced row and column indices, int64, of at most `at_most` pixels, or of all pixels if there are fewer."""
     if height * width <= at_most:
         return np.arange(height), np.arange(width)
     num_rows = min(max(1, round((at_most * height / width) ** 0.5)), height, at_most)

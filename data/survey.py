@@ -1,9 +1,9 @@
 """
-What lies in folders of tiles, counted: sizes, bands, types, values, and which indices the masks hold.
+A survey of folders of tiles: sizes, bands, types, ranges of values, and class indices in the masks.
 
-Of many tiles some are looked at, evenly spread over the sorted names: `MAX_HEADERS` of a root by their headers, `MAX_READ` by
-their pixels, but no scene of more than `MAX_VALUES`. What is found wrong is kept as a text that names the file, not raised: the
-user gets all of it at once.
+From many tiles a sample is taken, evenly spread over the sorted names: `MAX_HEADERS` headers and the pixels of `MAX_READ` images and
+masks per root, without scenes of more than `MAX_VALUES`. Faults are collected as texts that name the file, so that the user gets
+all of them at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from kdpipe.data.rasters import Header, read_bands, read_header, read_mask_value
 from kdpipe.data.stretch import sample_grid
 from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
 
-MAX_HEADERS = 1000  # of a root: opening an image and its mask takes some milliseconds, on a network's disk far more
-MAX_READ = 100  # of a root: decoding a tile of 1024 px and its mask takes about 50 ms
-MAX_VALUES = 2**28  # of an image, all bands together: 512 MB of 16 bits; larger ones are not decoded
-SAMPLE_VALUES = (
-    2**14
-)  # of a band of an image: of 100 images, were they independent, the 2nd percentile's rank is known to 0.01 %
+MAX_HEADERS = 1000  # per root: opening an image and its mask takes some milliseconds, far more on a network drive
+MAX_READ = 100  # per root: decoding a tile of 1024 px and its mask takes about 50 ms
+MAX_VALUES = 2**28  # per image over all bands, 512 MB of 16 bits; larger images are not decoded
+# Per band of an image: over 100 images, the rank of the 2nd percentile is known to 0.01 % if values are independent.
+SAMPLE_VALUES = 2**14
 PERCENTILES = (2.0, 98.0)
 
 Item = TypeVar("Item")
@@ -37,11 +36,11 @@ Item = TypeVar("Item")
 @dataclass
 class Root:
     """
-    One root of tiles, and what was found in it.
+    A root of tiles and its survey.
 
-    `sizes_HW`, `bands`, `dtypes` and `rgb` are of the `headers` images whose header was read; `values` are pixels by mask value in the
-    `masks_read` masks that were decoded. `ranges` are low and high percentile of each band over the `images_read` images, in the files'
-    own units; empty where all are 8-bit. `problems` are texts of what a run would stop at.
+    `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. `values` counts pixels by mask
+    value in the `masks_read` masks that were decoded. `ranges` are the `PERCENTILES` of each band over the `images_read` images, in
+    the files' own units; empty if all are 8-bit. `problems` describe faults that a run would stop at.
     """
 
     path: str
@@ -60,37 +59,20 @@ class Root:
 
     @property
     def masks(self) -> int:
-        """How many tiles have a mask."""
+        """Number of tiles with a mask."""
         return sum(tile.mask is not None for tile in self.tiles)
 
     @property
     def headers(self) -> int:
-        """How many images' headers were read."""
+        """Number of images whose header was read."""
         return len(self.sizes_HW)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; all sizes as counts."""
-        return {
-            "path": self.path,
-            "tiles": len(self.tiles),
-            "masks": self.masks,
-            "headers_read": self.headers,
-            "sizes": [[*size, count] for size, count in sorted(Counter(self.sizes_HW).items())],
-            "bands": dict(self.bands),
-            "dtypes": dict(self.dtypes),
-            "images_read": self.images_read,
-            "ranges": self.ranges,
-            "masks_read": self.masks_read,
-            "mask_values": dict(sorted(self.values.items())),
-            "problems": self.problems,
-        }
 
 
 def find_roots(folder: str, images: str = "images", masks: str = "masks") -> list[str]:
     """
-    The roots that a folder means: itself if it holds a folder `images`, else those of its folders that have one with files, by name.
+    The roots in a folder: the folder itself if it holds a folder `images`, else its folders that hold one with files, by name.
 
-    Raises `DataError` where there is none, saying what lies there instead.
+    Raises `DataError` if there is none; the message says what was found instead.
     """
     path = Path(folder)
     if not path.exists():
@@ -106,31 +88,31 @@ def find_roots(folder: str, images: str = "images", masks: str = "masks") -> lis
         found = f"the folders {', '.join(inner[:5])}{', …' if len(inner) > 5 else ''}" if inner else "no folder"
         raise DataError(
             f"neither {path} nor a folder in it holds a folder {images!r}; found {found} and {loose} image files. Lay tiles out as "
-            f"ROOT/{images} and ROOT/{masks}, paired by stem, or say how yours are called with --images and --masks"
+            f"ROOT/{images} and ROOT/{masks}, paired by stem, or name your folders with --images and --masks"
         )
     return roots
 
 
 def list_root(path: str, images: str = "images", masks: str = "masks") -> Root:
     """
-    A root with its tiles, none of them opened yet.
+    A root with its tiles, none of them opened.
 
-    Raises `DataError` as `list_tiles` does, but for images without a mask.
+    Raises `DataError` as `list_tiles` does, except for images without a mask.
     """
     data = schema.Data(train=[path], images=images, masks=masks, allow_missing_masks=True)
     return Root(path, list_tiles(data, "train"))
 
 
-def looked_at(root: Root) -> int:
-    """How many steps `survey_root` takes: images that it opens, and masks that it counts."""
+def survey_steps(root: Root) -> int:
+    """Number of steps of `survey_root`: images to open, and masks to count."""
     return min(len(root.tiles), MAX_HEADERS) + min(root.masks, MAX_READ)
 
 
 def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
-    """Look into the files of a listed root and fill in what is found; `advance` is called after each step."""
+    """Survey the files of a listed root and fill in its counts; `advance` is called after each step."""
     opened = evenly(root.tiles, MAX_HEADERS)
     with_pixels = {tile.id for tile in evenly(opened, MAX_READ)}
-    # Masks may be few among many images, so that they are chosen from the labelled tiles.
+    # Chosen from the labelled tiles, which may be few among many.
     with_labels = {tile.id for tile in evenly([tile for tile in root.tiles if tile.mask is not None], MAX_READ)}
     samples: list[list[NDArray[Any]]] = []
     for tile in opened:
@@ -148,7 +130,7 @@ def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
 
 
 def evenly(items: Sequence[Item], at_most: int) -> list[Item]:
-    """At most so many of the items, evenly spread, in their order."""
+    """At most `at_most` of the items, evenly spread, in their order."""
     n = min(len(items), at_most)
     return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
 
@@ -181,7 +163,7 @@ def _look(root: Root, tile: Tile) -> None:
 def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
     if (mask.height, mask.width) != (image.height, image.width):
         raise DataError(
-            f"the mask {tile.mask} is {mask.height} x {mask.width} px, and its image {tile.image} {image.height} x {image.width}"
+            f"the mask {tile.mask} is {mask.height} x {mask.width} px, but its image {tile.image} is {image.height} x {image.width}"
         )
 
 

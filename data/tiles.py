@@ -1,7 +1,7 @@
 """
-Which tiles there are: images and masks paired by stem, each with the id under which the cache keeps its soft target.
+Listing tiles: images and masks paired by stem, each with the id of its soft target in the cache.
 
-Only names are looked at: what is in the files is the business of `rasters.py`.
+Only names are read; the content of files is read in `rasters.py`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
     """
     The tiles of a split, by root in the order of the config, then by stem: the same list in every process.
 
-    `train` is `data.train` and `data.unlabelled` (where a folder of masks is not looked at), `val` is `data.val`.
-    `labelled_only` leaves out the tiles without a mask. A root's name in the ids is that of its folder, or the shortest
-    end of its path that tells it from all other configured roots: adding a root can thus change ids.
+    `train` is `data.train` and `data.unlabelled` (whose masks are ignored), `val` is `data.val`. `labelled_only` leaves out tiles
+    without a mask. A root's name in the ids is that of its folder, or the shortest end of its path that distinguishes it from all
+    other configured roots; adding a root can thus change ids.
 
-    Raises `DataError` for a missing folder, a folder without images, a folder configured twice (in train and val: a
-    leak), an image without mask or a mask without image, two files of one stem, and names that the cache cannot hold.
+    Raises `DataError` for a missing folder, a folder without images, a folder configured twice (in train and val: a leak), an image
+    without a mask or a mask without an image, two files with one stem, and names that the cache cannot store.
     """
     names = _root_names(data)
     roots = [(root, True) for root in (data.train if split == "train" else data.val)]
@@ -53,7 +53,7 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
     for tile in tiles:
         if tile.id in taken:
             raise DataError(
-                f"the tile {tile.image} would have the id {tile.id}, which is also a root's: rename one of them"
+                f"the tile {tile.image} would have the id {tile.id}, which is also the name of a root: rename one of them"
             )
     return [tile for tile in tiles if tile.mask is not None or not labelled_only]
 
@@ -77,49 +77,51 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
     masks = _files_by_stem(mask_dir) if mask_dir.is_dir() else {}
     without_image = [masks[stem].name for stem in sorted(masks.keys() - images.keys())]
     if without_image:
-        raise DataError(f"{_few(without_image, 'mask')} in {mask_dir} without an image of that stem in {image_dir}")
+        raise DataError(f"{_few(without_image, 'mask')} in {mask_dir} without an image of the same stem in {image_dir}")
     without_mask = [images[stem].name for stem in sorted(images.keys() - masks.keys())]
     if without_mask and not data.allow_missing_masks:
         raise DataError(
-            f"{_few(without_mask, 'image')} in {image_dir} without a mask of that stem in {mask_dir}: add it, or set "
+            f"{_few(without_mask, 'image')} in {image_dir} without a mask of the same stem in {mask_dir}: add it, or set "
             "data.allow_missing_masks: true"
         )
     return [Tile(f"{name}/{stem}", images[stem], masks.get(stem)) for stem in sorted(images)]
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """The image files by stem; hidden ones, other types and folders are no tiles. A dead link is one: it fails when read."""
+    """Image files by stem, without hidden files, other types and folders. A dead link counts, and fails when it is read."""
     files: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
     for name in names:
-        stem, extension = os.path.splitext(name)  # noqa: PTH122 - a million names; a Path of each costs ten times as much
+        stem, extension = os.path.splitext(name)  # noqa: PTH122 - for a million names, a Path each would cost ten times as much
         if extension.lower() not in EXTENSIONS:
             continue
         path = folder / name
         _require_storable(stem, path)
         if stem in files:
-            raise DataError(f"two files of one stem in {folder}: {files[stem].name} and {name}; a stem names one tile")
+            raise DataError(
+                f"two files with one stem in {folder}: {files[stem].name} and {name}; a stem must name one tile"
+            )
         files[stem] = path
     return files
 
 
 def _root_names(data: schema.Data) -> dict[Path, str]:
-    """For each configured root, resolved, the shortest end of its path that no other root has."""
+    """The name of each configured root, resolved: the shortest end of its path that no other root shares."""
     key_of: dict[Path, str] = {}
     for key in ("train", "val", "unlabelled"):
         for root in getattr(data, key):
             folder = Path(root).resolve()
             if folder in key_of:
                 keys = f"data.{key_of[folder]} and data.{key}" if key_of[folder] != key else f"data.{key}, twice"
-                leak = "; scores on tiles that were trained on mean nothing" if "val" in {key, key_of[folder]} else ""
+                leak = "; scores on training tiles mean nothing" if "val" in {key, key_of[folder]} else ""
                 raise DataError(f"the folder {folder} is in {keys}{leak}: list it once")
             key_of[folder] = key
     names: dict[Path, str] = {}
     for folder in key_of:
         parts = folder.parts[1:]
         if not parts:
-            raise DataError(f"the root {folder} has no name of its own: tiles need a folder that names them")
+            raise DataError(f"the root {folder} has no name: tiles need a folder to be named after")
         others = [other.parts[1:] for other in key_of if other != folder]
         length = 1
         while any(other[-length:] == parts[-length:] for other in others):
@@ -131,7 +133,7 @@ def _root_names(data: schema.Data) -> dict[Path, str]:
 
 
 def _groups(root_names: Iterable[str]) -> set[str]:
-    """Every id that is a group of tiles in the cache: a tile of that id would be array and group at once."""
+    """All ids that are groups in the cache: a tile with such an id would be array and group at once."""
     groups: set[str] = set()
     for name in root_names:
         parts = name.split("/")

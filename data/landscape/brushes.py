@@ -1,8 +1,8 @@
 """
 The brushes of the generated landscape: smooth noise, parcels of land, curves, rectangles, displacement.
 
-Fields are `(H, W)`, rows first; coordinates are pixels. Everything random comes from the generator that is passed in,
-and in a fixed order, so that one seed gives one picture. Not covered: classes and colours, which are in `scenery`.
+Fields are `(H, W)`; coordinates are pixels. All randomness comes from the generator that is passed in, in a fixed order, so that
+one seed gives one image. Not covered: classes and colours, which are in `ground`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Field = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Points = NDArray[np.float64]
 
-CURVE_POINTS = 48  # enough for straight pieces of about 6 px on the largest tiles
+CURVE_POINTS = 48  # pieces of about 6 px on the largest tiles
 
 
 def fractal_noise(
@@ -33,10 +33,10 @@ def fractal_noise(
     Args:
         height: rows.
         width: columns.
-        rng: the source of the grids' values.
-        cell_px: the side of the coarsest grid's cells, in pixels; about the size of the largest blobs.
-        octaves: number of grids; the cells halve from one to the next, down to one pixel.
-        gain: amplitude of a grid relative to the one before.
+        rng: source of the grids' values.
+        cell_px: side of the coarsest grid's cells in pixels, about the size of the largest blobs.
+        octaves: number of grids; cells halve from one to the next, down to one pixel.
+        gain: amplitude of a grid relative to the previous one.
     """
     total = np.zeros((height, width), dtype=np.float32)
     for octave in range(octaves):
@@ -50,7 +50,7 @@ def fractal_noise(
 
 
 def highest(field: Field, share: float) -> Bools:
-    """Where `field` `(H, W)` is among its highest values: bool `(H, W)` that covers `share` (0 to 1) of the area."""
+    """True at the highest values of `field`, on `share` (0 to 1) of the area: bool `(H, W)`."""
     if share <= 0:
         return np.zeros(field.shape, dtype=np.bool_)
     return np.asarray(field > np.quantile(field, 1 - share), dtype=np.bool_)
@@ -83,8 +83,8 @@ def parcels(height: int, width: int, rng: np.random.Generator, *, length_px: flo
     """
     Divide `(H, W)` into Voronoi cells of a jittered, rotated lattice of `length_px` x `width_px`.
 
-    Each pixel looks for its nearest seed among the nine lattice cells about it (Worley 1996, "A cellular texture basis
-    function"): with this jitter the nearest two are always there.
+    Each pixel takes its nearest seed among the nine lattice cells around it (Worley 1996, "A cellular texture basis function"); with
+    this jitter the nearest two are always among them.
     """
     jitter = 0.3  # of a lattice cell: irregular, yet four-sided as fields are
     along, across = rotated_coordinates(height, width, rng.uniform(0, np.pi))
@@ -113,10 +113,10 @@ def parcels(height: int, width: int, rng: np.random.Generator, *, length_px: flo
 
 def curve(start: Points, end: Points, rng: np.random.Generator, *, bend: float) -> Points:
     """
-    A winding way between two points (x, y), float64 `(CURVE_POINTS, 2)`.
+    A winding path between two points (x, y), float64 `(CURVE_POINTS, 2)`.
 
-    Three sines that vanish at both ends, across the straight line; `bend` is the first one's largest amplitude as a
-    share of the length.
+    Three sines across the straight line, zero at both ends; `bend` is the largest amplitude of the first as a share of the
+    length.
     """
     t = np.linspace(0, 1, CURVE_POINTS)
     ahead = end - start
@@ -126,7 +126,7 @@ def curve(start: Points, end: Points, rng: np.random.Generator, *, bend: float) 
 
 
 def stroke(height: int, width: int, points: Points, thickness_px: float) -> Bools:
-    """A line through `points` `(N, 2)` (x, y): bool `(H, W)`."""
+    """True on a line through `points` `(N, 2)` (x, y): bool `(H, W)`."""
     canvas = Image.new("L", (width, height))
     flat = [(float(x), float(y)) for x, y in points]
     ImageDraw.Draw(canvas).line(flat, fill=1, width=max(1, round(thickness_px)), joint="curve")
@@ -141,7 +141,7 @@ def corners(centre: Points, size: tuple[float, float], angle: float) -> Points:
 
 
 def polygons(height: int, width: int, outlines: list[Points]) -> NDArray[np.int32]:
-    """Fill `outlines` (each `(N, 2)`, x and y), later over earlier: int32 `(H, W)`, 0 outside, n in the n-th from 1."""
+    """Filled `outlines` (each `(N, 2)`, x and y), later over earlier: int32 `(H, W)`, 0 outside and n in the n-th, from 1."""
     canvas = Image.new("I", (width, height))
     draw = ImageDraw.Draw(canvas)
     for number, outline in enumerate(outlines, start=1):
@@ -150,7 +150,7 @@ def polygons(height: int, width: int, outlines: list[Points]) -> NDArray[np.int3
 
 
 def shifted(field: Field, dx: int, dy: int) -> Field:
-    """`field` `(H, W)` moved right by `dx` and down by `dy` pixels, the edge repeated: float32 `(H, W)`."""
+    """`field` moved right by `dx` and down by `dy` pixels, with the edge repeated: float32 `(H, W)`."""
     height, width = field.shape
     rows = np.clip(np.arange(height) - dy, 0, height - 1)
     cols = np.clip(np.arange(width) - dx, 0, width - 1)
@@ -158,7 +158,7 @@ def shifted(field: Field, dx: int, dy: int) -> Field:
 
 
 def displaced(mask: NDArray[np.uint8], dx: Field, dy: Field) -> NDArray[np.uint8]:
-    """`mask` `(H, W)` read at (x + dx, y + dy), to the nearest pixel and no further than the edge: uint8 `(H, W)`."""
+    """`mask` read at (x + dx, y + dy), at the nearest pixel, clipped at the edge: uint8 `(H, W)`."""
     height, width = mask.shape
     y, x = np.mgrid[0:height, 0:width]
     rows = np.clip(np.rint(y + dy).astype(np.int64), 0, height - 1)

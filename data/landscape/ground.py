@@ -1,12 +1,11 @@
 """
-The ground of the generated landscape, and a picture of it taken from the air.
+The ground of the generated landscape, and its aerial image.
 
-From bottom to top: rangeland, fields, bare ground, woods and hedges, water, settlements with streets and roofs,
-roads, clouds. Each layer writes its class into `truth` and its colours into `colour`. Season, sun, haze, colour cast
-and blur are drawn once a tile and the palettes of the classes overlap, so that colour alone does not tell the classes
-apart.
+Layers from bottom to top: rangeland, fields, bare ground, woods and hedges, water, settlements with streets and roofs, roads,
+clouds. Each layer writes its class into `truth` and its colours into `colour`. Season, sun, haze, colour cast and blur are drawn
+once per tile, and the palettes of the classes overlap, so that colour alone does not separate the classes.
 
-Not covered: the errors of those who label it, which are in `landscape`.
+Not covered: errors of annotators, which are in `labels`.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ ROOFS = ((0.62, 0.34, 0.25), (0.46, 0.46, 0.48), (0.82, 0.81, 0.79), (0.27, 0.26
 @dataclass(frozen=True)
 class Scene:
     """
-    One tile as it is.
+    One tile without labelling errors.
 
-    `image` uint8 `(H, W, 3)`; `truth` uint8 `(H, W)`, indices into `TEACHER_CLASSES`, without any error; `shrubs` bool
-    `(H, W)`, where rangeland, if there is any, is overgrown: about 30 % of it, in patches.
+    `image` uint8 `(H, W, 3)`; `truth` uint8 `(H, W)`, indices into `TEACHER_CLASSES`; `shrubs` bool `(H, W)`, True where rangeland
+    is overgrown: about 30 % of it, in patches.
     """
 
     image: NDArray[np.uint8]
@@ -102,7 +101,7 @@ class _Canvas:
         return fractal_noise(self.height, self.width, self.rng, cell_px=cell_px, octaves=octaves)
 
     def mixed(self, pair: tuple[tuple[float, ...], tuple[float, ...]], share: float | Field) -> Field:
-        """`pair[0]` to `pair[1]` by `share`, 0 to 1, with a colour error of this tile's own: `(3,)` or `(H, W, 3)`."""
+        """The colour between `pair[0]` and `pair[1]` at `share`, 0 to 1, with an error drawn per tile: `(3,)` or `(H, W, 3)`."""
         first, second = (np.array(colour) + self.rng.normal(0, 0.025, 3) for colour in pair)
         share_last = np.clip(np.asarray(share), 0, 1)[..., None]
         return np.asarray(first + share_last * (second - first), dtype=np.float32)
@@ -146,7 +145,7 @@ class _Canvas:
         self.lay(pits, BARELAND, self.mixed(SOIL, 0.5 + 0.5 * self.noise(40)), stones)
 
     def plant(self, where: Bools, tall: float) -> None:
-        """Trees on `where`: crowns as bumps of noise, lit from the side of the sun."""
+        """Plant trees on `where`: crowns are bumps of noise, lit by the sun."""
         crowns = self.noise(7, 3)
         dx, dy = round(1.6 * np.cos(self.sun)), round(1.6 * np.sin(self.sun))
         lit = crowns - shifted(crowns, -dx, -dy)
@@ -185,7 +184,7 @@ class _Canvas:
             self.lay(road, ROAD, self.mixed(PAVING, rng.uniform()), 0.05 * self.noise(5, 2))
 
     def settle(self, centre: Points, radius_px: float) -> None:
-        """A village about `centre` (x, y): yards, gardens, streets, houses with two-sided roofs, trees."""
+        """Build a village around `centre` (x, y): yards, gardens, streets, houses with two-sided roofs, trees."""
         rng, angle, block = self.rng, self.rng.uniform(0, np.pi), self.rng.uniform(24, 34)
         u, v = rotated_coordinates(self.height, self.width, angle)
         cu, cv = (axis @ centre for axis in ([np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]))
@@ -215,7 +214,7 @@ class _Canvas:
         self.lay(street, ROAD, self.mixed(PAVING, 0.3 * rng.uniform()), 0.04 * self.noise(5, 2))
 
     def light(self) -> None:
-        """Cast the shadows of what is tall, and shade the slopes."""
+        """Cast shadows of tall objects, and shade slopes."""
         shade = np.zeros(self.truth.shape, dtype=np.float32)
         for step in (1, 2, 3):
             above = shifted(self.tall, round(-step * np.cos(self.sun)), round(-step * np.sin(self.sun)))
@@ -224,7 +223,7 @@ class _Canvas:
         self.colour *= (1 - 0.5 * shade + np.clip(0.25 * slope, -0.12, 0.12))[..., None]
 
     def lay_clouds(self) -> None:
-        """Clouds with thin edges and shadows, which leave the ground's class as it is; and a strip never photographed."""
+        """Lay clouds, which are Background where they are dense, with shadows that change no class; and at times a strip without image."""
         rng = self.rng
         if rng.uniform() < 0.6:
             vapour = self.noise(75, 5)
@@ -240,7 +239,7 @@ class _Canvas:
             self.lay(highest(u, rng.uniform(0.02, 0.07)), BACKGROUND, np.zeros(3, np.float32), np.zeros_like(u))
 
     def photograph(self) -> NDArray[np.uint8]:
-        """The picture, uint8 `(H, W, 3)`: haze, colour cast, exposure, blur and sensor noise, drawn once a tile."""
+        """The image, uint8 `(H, W, 3)`, with haze, colour cast, exposure, blur and sensor noise drawn once per tile."""
         rng = self.rng
         haze = rng.uniform(0.0, 0.15)
         air = np.array([0.66, 0.70, 0.76])
@@ -254,7 +253,7 @@ class _Canvas:
 
 
 def _across(size: Points, rng: np.random.Generator, through: Points | None = None) -> tuple[Points, Points]:
-    """Two points (x, y) outside the tile of `size` (width, height), on a line through a point of it."""
+    """Two points (x, y) outside a tile of `size` (width, height), on a line through a point in it."""
     middle = size * rng.uniform(0.25, 0.75, 2) if through is None else through
     angle = rng.uniform(0, np.pi)
     reach = float(np.hypot(*size)) * np.array([np.cos(angle), np.sin(angle)])
@@ -262,6 +261,6 @@ def _across(size: Points, rng: np.random.Generator, through: Points | None = Non
 
 
 def _blurred(mask: Bools, radius_px: float) -> Field:
-    """`mask` `(H, W)` smoothed by a Gaussian: float32 `(H, W)` from 0 to 1."""
+    """`mask` smoothed by a Gaussian, float32 `(H, W)`, 0 to 1."""
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius_px)), dtype=np.float32) / np.float32(255)

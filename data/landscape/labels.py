@@ -1,13 +1,11 @@
 """
-A generated landscape: aerial tiles with labels as people draw them, to show the pipeline without a download.
+Labels of the generated landscape, and folders of its tiles; `ground` paints the land.
 
-The land and its picture are in `scenery`; here are the labels and the folders. Labels have the errors of real ones:
-outlines drawn a pixel or two beside the edge, regions taken for something else, parts never labelled. A perfect model
-therefore does not score 100 %. Student labels follow the class map of the project's guide; rangeland becomes Grassland
-where it is open and SemiNatural where it is overgrown, 70 to 30.
+Labels have the errors of real ones: outlines a pixel or two off the edge, regions mistaken for others, parts never labelled. A
+perfect model therefore does not score 100 %. Student labels follow the class map of the project's guide; rangeland becomes
+Grassland where it is open and SemiNatural where it is overgrown, 70 to 30.
 
-Not covered: anything geographic (no coordinates, no scale), and realism beyond what it takes to challenge a small
-network.
+Not covered: geography (no coordinates, no scale), and more realism than it takes to challenge a small network.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ STUDENT_OF = {
     "Background": "Background",
 }
 
-# What a tired eye takes a class for.
+# What a tired annotator mistakes a class for.
 MISTAKEN_FOR = {
     TREE: RANGELAND,
     RANGELAND: CROPLAND,
@@ -70,14 +68,14 @@ MISTAKEN_FOR = {
     BARELAND: CROPLAND,
     WATER: TREE,
 }
-MISTAKEN_SHARE = 0.03  # of the area: visible in the scores, small beside the classes
+MISTAKEN_SHARE = 0.03  # of the area: shows in the scores, and is small compared with the classes
 WOBBLE_PX = 0.8  # standard deviation of an outline's distance from the edge; roads are 3 to 6 px wide
 
-SPLITS = ("Train", "Val", "Unlabelled", "Teacher")  # the order is part of each tile's seed: append only
+SPLITS = ("Train", "Val", "Unlabelled", "Teacher")  # the position seeds the tiles of a split: append only
 MARKER = "sample-data.json"
 FORMAT_VERSION = 1
-NETWORK_STRIDE = 32  # sides avoid its multiples, so that padding is exercised
-SMALLEST_SIDE_PX = 64  # below it a tile holds one field or one village at most
+NETWORK_STRIDE = 32  # sides are never multiples, so that padding is exercised
+SMALLEST_SIDE_PX = 64  # a smaller tile holds one field or one village at most
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,9 @@ class Landscape:
     """
     One tile.
 
-    `image` uint8 `(H, W, 3)`; `teacher_mask` uint8 `(H, W)`, indices into `TEACHER_CLASSES`; `student_mask` uint8
-    `(H, W)`, indices into `STUDENT_CLASSES` or `IGNORE_INDEX`; `truth` uint8 `(H, W)`, the teacher classes as they
-    really are, which no model gets to see; `shrubs` bool `(H, W)`, where rangeland counts as SemiNatural.
+    `image` uint8 `(H, W, 3)`; `teacher_mask` uint8 `(H, W)`, indices into `TEACHER_CLASSES`; `student_mask` uint8 `(H, W)`, indices
+    into `STUDENT_CLASSES` or `IGNORE_INDEX`; `truth` uint8 `(H, W)`, the true teacher classes, which no model sees; `shrubs` bool
+    `(H, W)`, True where rangeland counts as SemiNatural.
     """
 
     image: NDArray[np.uint8]
@@ -99,7 +97,7 @@ class Landscape:
 
 @dataclass(frozen=True)
 class SampleData:
-    """What `write_sample_data` wrote: number of tiles and of pixels by split, and bytes in all."""
+    """The data that `write_sample_data` wrote: tiles and pixels by split, and bytes in total."""
 
     out_dir: str
     seed: int
@@ -126,7 +124,7 @@ def generate_landscape(height: int, width: int, rng: np.random.Generator) -> Lan
 
 def to_student_classes(teacher_mask: NDArray[np.uint8], shrubs: Bools) -> NDArray[np.uint8]:
     """
-    `teacher_mask` `(H, W)` in student classes, uint8 `(H, W)`: `STUDENT_OF`, and SemiNatural for rangeland in `shrubs`.
+    `teacher_mask` in student classes, uint8 `(H, W)`: by `STUDENT_OF`, and SemiNatural for rangeland in `shrubs`.
 
     The map of the guide gives 70 % of Rangeland to Grassland and 30 % to SemiNatural; a label has to be one of them.
     """
@@ -147,21 +145,20 @@ def write_sample_data(
     side: tuple[int, int] = (190, 290),
 ) -> SampleData:
     """
-    Write tiles as 8-bit PNG to `{Train,Val,Unlabelled,Teacher}/images` and `masks` (none for Unlabelled), by stem.
+    Write 8-bit PNG tiles to `{Train,Val,Unlabelled,Teacher}/images` and `masks` (none for Unlabelled), paired by stem.
 
-    Masks of Train and Val hold student classes and 255 where there is no label; those of Teacher hold teacher classes.
-    Every tile depends on the seed, `side`, its split and its number alone: more tiles leave the others as they are. The
-    same call writes the same bytes as long as NumPy and Pillow stay the same. A folder of an earlier call is written
-    anew.
+    Masks of Train and Val hold student classes, and 255 for no label; those of Teacher hold teacher classes. A tile depends on the
+    seed, `side`, its split and its number alone, so asking for more tiles does not change the others. The same call writes the
+    same bytes with the same NumPy and Pillow. A folder written by an earlier call is replaced.
 
     Args:
-        out_dir: an absent or empty folder, or one that this function wrote.
+        out_dir: a missing or empty folder, or one that this function wrote.
         seed: at least 0.
         train: number of labelled tiles for the student.
-        val: number of labelled tiles to score on.
+        val: number of labelled tiles for validation.
         unlabelled: number of tiles without a mask.
-        teacher: number of tiles with teacher classes; more than `train`, so that the teacher knows more than they tell.
-        side: smallest and largest side of a tile in pixels; multiples of 32 are left out.
+        teacher: number of tiles with teacher classes; more than `train`, so that the teacher knows more than the student's labels.
+        side: smallest and largest side of a tile in pixels; multiples of 32 are never used.
 
     Raises:
         ConfigError: a negative number, or sides that leave no choice.
@@ -177,7 +174,7 @@ def write_sample_data(
         )
     files = [file for split in SPLITS for stem in range(counts[split]) for file in _files(split, stem)]
     _make_room(out_dir)
-    _mark(out_dir, files, seed, complete=False)  # before the first tile: an interrupted run can be repeated
+    _mark(out_dir, files, seed, complete=False)  # before the first tile, so that an interrupted call can be repeated
     pixels = dict.fromkeys(SPLITS, 0)
     for number, split in enumerate(SPLITS):
         for folder in ("images",) if split == "Unlabelled" else ("images", "masks"):
@@ -196,7 +193,7 @@ def write_sample_data(
 
 
 def _files(split: str, tile: int) -> list[str]:
-    """The image and, but for Unlabelled, the mask of a tile, relative to the output folder."""
+    """The image and the mask (none for Unlabelled) of a tile, relative to the output folder."""
     name = f"{split.lower()}_{tile:03d}.png"
     folders = ["images"] if split == "Unlabelled" else ["images", "masks"]
     return [f"{split}/{folder}/{name}" for folder in folders]
@@ -208,7 +205,7 @@ def _mark(out_dir: Path, files: list[str], seed: int, *, complete: bool) -> None
 
 
 def _make_room(out_dir: Path) -> None:
-    """Create `out_dir`, or take away what an earlier call wrote there; refuse a folder with anything else in it."""
+    """Create `out_dir`, or delete what an earlier call wrote there; refuse a folder with anything else in it."""
     resolved = out_dir.resolve()
     package = next((folder for folder in (resolved, *resolved.parents) if (folder / "__init__.py").exists()), None)
     if package is not None:
@@ -240,7 +237,7 @@ def _listed(marker: Path) -> list[str]:
 
 
 def _drawn_by_hand(truth: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """`truth` uint8 `(H, W)` with wobbling outlines, all a little to one side, and regions mistaken for others."""
+    """`truth`, uint8 `(H, W)`, with wobbling outlines, shifted a little to one side, and regions mistaken for others."""
     height, width = truth.shape
     offset = rng.normal(0, 0.5, 2)
     dx, dy = (WOBBLE_PX * fractal_noise(height, width, rng, cell_px=14, octaves=2) + o for o in offset)
@@ -251,7 +248,7 @@ def _drawn_by_hand(truth: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 
 
 def _never_labelled(height: int, width: int, rng: np.random.Generator) -> Bools:
-    """Bool `(H, W)`: up to three turned rectangles, and on every other tile a strip along an edge."""
+    """True where labels are missing, bool `(H, W)`: one to three turned rectangles, and on half of the tiles a strip along an edge."""
     size = np.array([width, height], dtype=np.float64)
     shapes = [
         corners(size * rng.uniform(0, 1, 2), (rng.uniform(12, 40), rng.uniform(8, 24)), rng.uniform(0, np.pi))

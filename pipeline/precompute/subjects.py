@@ -88,34 +88,27 @@ class WholeTile:
 
     @property
     def id(self) -> str:
-        """The tile's id."""
         return self.tile.id
 
     @property
     def source(self) -> Path:
-        """The image file."""
         return self.tile.image
 
     @property
     def files(self) -> list[Path]:
-        """The image file, alone."""
         return [self.tile.image]
 
     @property
     def mask(self) -> Path | None:
-        """The label file."""
         return self.tile.mask
 
     def size(self) -> tuple[int, int]:
-        """The size in the image's header."""
         return image_size(self.tile.image)
 
     def image(self) -> NDArray[np.uint8]:
-        """The image in the configured bands and stretch."""
         return read_image(self.tile.image, self.config.data.bands, self.stretch)
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
-        """The image, and the digest of its file."""
         before = _file_state(self.tile.image)
         image_HW3 = self.image()
         digest = digest_image(self.tile.image)
@@ -138,7 +131,7 @@ class WholeTile:
         (height, width), (image_height, image_width) = labels_HW.shape, self.size()
         if (height, width) != (image_height, image_width):
             raise DataError(
-                f"the mask {tile.mask} is {height} x {width} px, and its image {tile.image} {image_height} x {image_width}"
+                f"the mask {tile.mask} is {height} x {width} px, but its image {tile.image} is {image_height} x {image_width}"
             )
         return labels_HW
 
@@ -154,7 +147,6 @@ class ViewOfTile:
 
     @property
     def source(self) -> RecordedView:
-        """The view, which can be rendered again."""
         return self.view
 
     @property
@@ -164,20 +156,16 @@ class ViewOfTile:
 
     @property
     def stretch(self) -> Stretch:
-        """The stretch of its tiles' images."""
         return self.view.views.stretch
 
     @property
     def mask(self) -> Path | None:
-        """The label file of its own tile."""
         return self.view.mask
 
     def size(self) -> tuple[int, int]:
-        """The crop's size."""
         return self.crop, self.crop
 
     def image(self) -> NDArray[np.uint8]:
-        """The view, rendered again."""
         return np.ascontiguousarray(self.view.pixels().transpose(1, 2, 0))
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
@@ -191,7 +179,6 @@ class ViewOfTile:
         return np.ascontiguousarray(pixels_3HW.transpose(1, 2, 0)), digest
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """The view's labels, `ignore_index` over padding."""
         return self.view.labels()
 
 

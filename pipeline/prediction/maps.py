@@ -170,36 +170,41 @@ class _Drawer:
         """
         Final logits float32 `(C, h, W)` from top to bottom, and where the scene has data, bool `(h, W)`.
 
-        The mask is valid until the next band is requested. Logits are zero where no window has data.
+        Logits are zero where no window has data.
         """
         rows, columns = (
             spans(size, self._window, self._overlap, tapered_overlap) for size in (scene.height, scene.width)
         )
-        strip, top = _Strip(scene, len(rows[0].shares)), 0
+        waiting_hW = np.empty((0, scene.width), np.bool_)  # of rows whose logits are not final
 
         def logits_of(row: Span) -> Iterator[tuple[Span, Tensor]]:
-            strip.move_to(row.start)
-            return self._windows(strip, columns, advance)
+            nonlocal waiting_hW
+            bottom = min(row.start + len(row.shares), scene.height)
+            image_hWB, waiting_hW = scene.read_with_data(row.start, bottom)
+            return self._windows(scene, row.start, image_hWB, waiting_hW, columns, advance)
 
         for logits_1ChW in blended_rows(logits_of, rows, scene.height, scene.width):
             height = logits_1ChW.shape[-2]
-            yield logits_1ChW[0], strip.data_hW[top - strip.top :][:height]
-            top += height
+            yield logits_1ChW[0], waiting_hW[:height]
+            waiting_hW = waiting_hW[height:]
 
-    def _windows(self, strip: _Strip, columns: Sequence[Span], advance: Advance) -> Iterator[tuple[Span, Tensor]]:
-        """The windows of a strip and their logits `(1, C, h, w)`; the model does not see windows without data."""
-        height, total_width = strip.data_hW.shape
+    def _windows(
+        self, scene: Scene, top: int, image_hWB: NDArray[np.uint8], data_hW: NDArray[np.bool_], columns: Sequence[Span],
+        advance: Advance,
+    ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
+        """The windows over the rows from `top`, and their logits `(1, C, h, w)`; windows without data are not predicted."""
+        height, total_width = data_hW.shape
         side = len(columns[0].shares)
         widths = [min(side, total_width - column.start) for column in columns]
         wanted = [
             (column, width)
             for column, width in zip(columns, widths, strict=True)
-            if strip.data_hW[:, column.start : column.start + width].any()
+            if data_hW[:, column.start : column.start + width].any()
         ]
         advance(len(columns) - len(wanted))
         if not wanted:
             yield columns[0], torch.zeros(1, len(self._predictor.card.classes), height, widths[0])
-        image_BhW = torch.from_numpy(strip.image_hWB).permute(2, 0, 1)
+        image_BhW = torch.from_numpy(image_hWB).permute(2, 0, 1)
         for batch in _batches(wanted, self._batch_size):
             if self._stop.is_set():
                 raise Interrupted("stopped")
@@ -211,7 +216,7 @@ class _Drawer:
                 logits_NChw = self._predictor.ask(images_NBhw)
             if not torch.isfinite(logits_NChw).all():
                 raise KdpipeError(
-                    f"{self._predictor.origin} answers {strip.scene.path} with numbers that are not finite near row {strip.top}, column "
+                    f"{self._predictor.origin} answers {scene.path} with numbers that are not finite near row {top}, column "
                     f"{batch[0][0].start}: it cannot be drawn"
                 )
             for (column, _), logits_1Chw in zip(batch, logits_NChw.split(1), strict=True):
@@ -229,36 +234,6 @@ class _Drawer:
         if kind == CLASSES:
             return class_layer(card.classes, card.palette, card.ignore_index, tags)
         return probability_layer(["confidence"] if kind == CONFIDENCE else card.classes, tags)
-
-
-class _Strip:
-    """The rows of a scene that one row of windows covers: `image_hWB` uint8, `data_hW` bool; `top` is the first of them."""
-
-    def __init__(self, scene: Scene, side: int) -> None:
-        self.scene, self._side, self.top = scene, side, 0
-        self._image = np.empty((side, scene.width, 3), np.uint8)
-        self._data = np.empty((side, scene.width), np.bool_)
-        self._held = 0
-
-    @property
-    def image_hWB(self) -> NDArray[np.uint8]:
-        return self._image[: self._held]
-
-    @property
-    def data_hW(self) -> NDArray[np.bool_]:
-        return self._data[: self._held]
-
-    def move_to(self, top: int) -> None:
-        """Start at row `top`: keep the rows held from there on, and read the others."""
-        kept = self._held - (top - self.top)
-        # Copies, as source and destination may overlap.
-        self._image[:kept] = self._image[self._held - kept : self._held].copy()
-        self._data[:kept] = self._data[self._held - kept : self._held].copy()
-        self.top, self._held = top, min(self._side, self.scene.height - top)
-        if kept < self._held:
-            self._image[kept : self._held], self._data[kept : self._held] = self.scene.read(
-                top + kept, self._held - kept
-            )
 
 
 class _Counted:

@@ -1,4 +1,4 @@
-"""The student's classes, from the values that the masks hold: how many, which value means no label, and what looks wrong."""
+"""The section `classes` from the values in the masks: the number of classes, the value for no label, and oddities."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.starter.yaml import Item, Key
+from kdpipe.pipeline.text import part_text
 
-NO_LABEL_VALUES = (255, 65535)  # the largest of 8 and of 16 bits: what nearly everyone writes where nobody looked
-MAX_LISTED = 64  # classes; beyond that, values are codes or colours rather than indices
+NO_LABEL_VALUES = (255, 65535)  # the largest of 8 and of 16 bits, which nearly everyone writes for unlabelled pixels
+MAX_LISTED = 64  # classes; larger values are codes or colours rather than indices
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The keys of `classes`, the names if they are known, and what the user is to know."""
+    """The keys of `classes`, and the names if they are known. `problems` would stop a run; `notes` would not."""
 
     keys: list[Key]
     names: list[str] | None
@@ -29,9 +30,9 @@ def read_labels(
     roots: Sequence[Root], roles: dict[str, str], names: list[str] | None, ignore_index: int | None
 ) -> Labels:
     """
-    The section `classes` for surveyed roots; `names` and `ignore_index` are what the user said, None where nothing.
+    The section `classes` for surveyed roots; `names` and `ignore_index` are the user's, None if not given.
 
-    Raises `ConfigError` where masks hold values beyond the names.
+    Raises `ConfigError` if masks hold values beyond the names.
     """
     used = [root for root in roots if roles[root.path] in ("train", "val") and root.masks_read]
     values = sum((root.values for root in used), Counter[int]())
@@ -47,25 +48,31 @@ def read_labels(
         count = max(classes, default=-1) + 1
     listed = names is not None or (2 <= count <= MAX_LISTED and not problems)
     total = sum(count for value, count in trained.items() if value != no_label)
-    why = "In the order of the indices in the masks, counted from 0."
+    why = ("Given" if names else "Asked") + ": the names, in the order of the indices in the masks, counted from 0."
     if trained:
-        why += f" Measured: shares of the labelled pixels of {read} masks to train on."
+        why += f" Measured: shares of the labelled pixels in {read} training masks."
     entries: object = FILL_IN
     if listed:
         entries = [
             Item(names[i] if names else FILL_IN, f"{i}{_share(trained, i, total)}" if trained else str(i))
             for i in range(count)
         ]
-    keys = [Key("names", entries, ("Said: " if names else "Asked: their names. ") + why)]
+    keys = [Key("names", entries, why)]
     if no_label is not None:
-        where = f"on {_percent(trained[no_label], sum(trained.values()))} of the pixels to train on"
-        origin = "Said" if ignore_index is not None else "Measured"
-        keys.append(Key("ignore_index", no_label, f"{origin}: this value in a mask means no label; {where}."))
+        share = part_text(trained[no_label], sum(trained.values()))
+        source = "Given" if ignore_index is not None else "Measured"
+        keys.append(
+            Key(
+                "ignore_index",
+                no_label,
+                f"{source}: mask value of pixels without a label, {share} of the training pixels.",
+            )
+        )
     return Labels(keys, names, problems, notes)
 
 
 def _no_label(roots: Sequence[Root], values: Counter[int]) -> int | None:
-    """The value that means no label: the largest one, if it is set apart from at least two others and is the type's last or nodata."""
+    """The value for no label: the largest, if a gap parts it from at least two others, and it is its type's largest or nodata."""
     ordered = sorted(values)
     if len(ordered) < 3 or ordered[-1] == ordered[-2] + 1:
         return None
@@ -78,8 +85,8 @@ def _require_named(roots: Sequence[Root], names: list[str], classes: list[int]) 
     if beyond:
         where = ", ".join(root.path for root in roots if root.values.keys() & set(beyond))
         raise ConfigError(
-            f"--classes names {len(names)} classes, 0 to {len(names) - 1}, and masks in {where} hold {', '.join(map(str, beyond[:5]))}: "
-            "name every class, leave that folder out, or, if the value means no label, say --ignore-index"
+            f"--classes names {len(names)} classes, 0 to {len(names) - 1}, but masks in {where} hold {', '.join(map(str, beyond[:5]))}: "
+            "name every class, leave that folder out, or pass --ignore-index for a value that means no label"
         )
 
 
@@ -91,36 +98,32 @@ def _oddities(
         problems.append(f"masks hold {classes[0]}: class indices are counted from 0 up, so recode negative values")
     elif classes and (classes[-1] >= MAX_LISTED or (len(classes) == 2 and classes[-1] > 1)):
         shown = ", ".join(map(str, classes[:6])) + (", ..." if len(classes) > 6 else "")
-        hint = "as a class or nothing, 255 is 1" if classes == [0, 255] else "recode them"
-        problems.append(f"masks hold {shown}, which are no indices counted from 0: {hint}, or say --ignore-index")
+        hint = "with two classes, recode 255 to 1" if classes == [0, 255] else "recode them"
+        problems.append(
+            f"masks hold {shown}, which are not class indices counted from 0: {hint}, or pass --ignore-index"
+        )
     elif len(classes) == 1:
-        problems.append(f"all masks hold {classes[0]} and nothing else: a student needs two classes")
+        problems.append(f"all masks hold only {classes[0]}: a student needs two classes")
     missing = [value for value in range(max(classes, default=0)) if value not in values]
     if missing and not problems:
-        notes.append(f"no mask that was read holds {', '.join(map(str, missing))}: such a class is never scored")
+        notes.append(
+            f"no mask that was read holds {', '.join(map(str, missing))}: a class without labels is never scored"
+        )
     declared = {nodata for root in roots for nodata in root.mask_nodata if nodata is not None} - {no_label}
     if declared & set(classes):
         value = min(declared & set(classes))
         notes.append(
-            f"masks declare {value:g} as nodata, and it is class {value:g} here: if it means no label, recode it to 255"
+            f"masks declare {value:g} as nodata, which is a class index here: if it means no label, recode it to 255"
         )
     for root in roots:
         others = {value for other in roots if other is not root for value in other.values} | {no_label}
         own = sorted(root.values.keys() - others)
         if own and len(roots) > 1:
             notes.append(
-                f"of the masks only those in {root.path} hold {', '.join(map(str, own[:6]))}: are their classes the same as the others'?"
+                f"only masks in {root.path} hold {', '.join(map(str, own[:6]))}: are their classes the same as in the other folders?"
             )
     return problems, notes
 
 
 def _share(counts: Counter[int], value: int, total: int) -> str:
-    return f": {_percent(counts[value], total)}" if counts[value] else ": on no pixel that was read"
-
-
-def _percent(part: int, whole: int) -> str:
-    """`12.3 %`, and more digits where that would be 0.0."""
-    if not whole or not part:
-        return "0 %"
-    share = 100 * part / whole
-    return f"{share:.1f} %" if share >= 0.05 else f"{share:.2g} %"
+    return f": {part_text(counts[value], total)}" if counts[value] else ": in no mask that was read"

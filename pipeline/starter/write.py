@@ -1,8 +1,9 @@
-"""`kdpipe init`: look at tiles and a teacher, and write a first config for them."""
+"""`kdpipe init`: survey tiles, inspect a teacher, and write a first config for them."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.load import unfilled_in
 from kdpipe.configs.outputs import output_path
-from kdpipe.data.survey import Root, find_roots, list_root, looked_at, survey_root
+from kdpipe.data.survey import Root, find_roots, list_root, survey_root, survey_steps
 from kdpipe.pipeline.inspection.checkpoint import Inspection, inspect_checkpoint
 from kdpipe.pipeline.progress import Progress, Silent
-from kdpipe.pipeline.starter.draft import Draft, Said, draft_config
+from kdpipe.pipeline.starter.draft import Draft, draft_config
+from kdpipe.pipeline.starter.given import Given
 
 
 @dataclass(frozen=True)
 class FirstConfig:
-    """What was looked at and written; `unfilled` are the keys that the user is asked for, with their lines."""
+    """The written config and its sources; `unfilled` are the keys left to the user, with their lines."""
 
     path: str
     roots: list[Root]
@@ -34,7 +36,7 @@ class FirstConfig:
             "unfilled": self.unfilled,
             "problems": self.draft.problems,
             "notes": self.draft.notes,
-            "roots": [{"role": self.draft.roles[root.path], **root.as_dict()} for root in self.roots],
+            "roots": [{"role": self.draft.roles[root.path], **_plain(root)} for root in self.roots],
             "teacher": asdict(self.teacher.network) if self.teacher else None,
         }
 
@@ -43,16 +45,16 @@ def write_first_config(
     folders: Sequence[str],
     teacher: str | None,
     out: str,
-    said: Said,
+    given: Given,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> FirstConfig:
     """
-    Look at the tiles in `folders` and in `said.val` and at the file `teacher`, and write a config to `out`.
+    Write a config to `out` for the tiles in `folders` and in `given.val` and for the weights in the file `teacher`.
 
-    Raises `ConfigError` where `out` exists and is not to be replaced, or what was said contradicts what was found; `DataError` where
-    there are no tiles or none can be read; `CheckpointError` where the file is not a teacher's weights. Nothing is written then.
+    Raises `ConfigError` if `out` exists and `overwrite` is false, or if an option contradicts the files; `DataError` if there are no
+    tiles or none can be read; `CheckpointError` if the file does not hold a teacher's weights. Nothing is written then.
     """
     progress = progress or Silent()
     file = output_path(out, "--out")
@@ -60,17 +62,17 @@ def write_first_config(
         raise ConfigError(f"--out {out} is a folder: name the config to write in it, such as {Path(out) / 'mine.yaml'}")
     if file.exists() and not overwrite:
         raise ConfigError(f"{out} exists already: --overwrite replaces it, --out NAME.yaml writes another")
-    val = [path for folder in said.val for path in find_roots(folder, said.images, said.masks)]
-    train = [path for folder in folders for path in find_roots(folder, said.images, said.masks)]
-    said = replace(said, val=val)
-    # Each once, however it is written: Val is in a folder that holds Train and Val, and may be named by --val too.
+    val = [path for folder in given.val for path in find_roots(folder, given.images, given.masks)]
+    train = [path for folder in folders for path in find_roots(folder, given.images, given.masks)]
+    given = replace(given, val=val)
+    # Each root once, however its path is written: --val may name a folder that `folders` contain too.
     once = {Path(path).resolve(): path for path in reversed([*val, *train])}
-    roots = [list_root(path, said.images, said.masks) for path in sorted(once.values())]
+    roots = [list_root(path, given.images, given.masks) for path in sorted(once.values())]
     inspection = inspect_checkpoint(teacher) if teacher is not None else None
-    with progress.bar("tiles", sum(map(looked_at, roots)), "files") as advance:
+    with progress.bar("tiles", sum(map(survey_steps, roots)), "files") as advance:
         for root in roots:
             survey_root(root, advance)
-    draft = draft_config(roots, inspection, said)
+    draft = draft_config(roots, inspection, given)
     unfilled = unfilled_in(draft.text, out)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,24 @@ def write_first_config(
     return FirstConfig(out, roots, inspection, draft, unfilled)
 
 
+def _plain(root: Root) -> dict[str, Any]:
+    """A root's counts for JSON; sizes as `[height, width, count]`."""
+    return {
+        "path": root.path,
+        "tiles": len(root.tiles),
+        "masks": root.masks,
+        "headers_read": root.headers,
+        "sizes": [[*size, count] for size, count in sorted(Counter(root.sizes_HW).items())],
+        "bands": dict(root.bands),
+        "dtypes": dict(root.dtypes),
+        "images_read": root.images_read,
+        "ranges": root.ranges,
+        "masks_read": root.masks_read,
+        "mask_values": dict(sorted(root.values.items())),
+        "problems": root.problems,
+    }
+
+
 def run_name(out: str) -> str:
-    """A name for the run from the config's file name: what is neither letter, digit nor `._-` becomes `-`."""
+    """The run's name from the config's file name, with anything but letters, digits and `._-` replaced by `-`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(out).stem).strip("-._") or "student"

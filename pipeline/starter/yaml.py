@@ -1,4 +1,4 @@
-"""YAML with a comment for every key, written from plain values; read back, it gives those values again."""
+"""YAML with a comment for each key, written from plain values, which it is read back to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-COLUMNS = 110  # where comments break
+COLUMNS = 110  # of a comment
 
 
 @dataclass(frozen=True)
 class Item:
-    """An entry of a list, or a value, with a comment that stands beside it."""
+    """An entry of a list, or a value, with a comment beside it."""
 
     value: Any
     why: str = ""
@@ -22,7 +22,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Key:
-    """A key, its value, and a comment that stands above it. The value is plain, a list of `Item`, or for a section a list of `Key`."""
+    """A key with a comment above it. Its value is plain, a list of `Item`, or for a section a list of `Key`."""
 
     name: str
     value: Any
@@ -30,7 +30,7 @@ class Key:
 
 
 def as_plain(value: Any) -> Any:
-    """The plain nested values that the text of `as_yaml` holds."""
+    """The plain nested values of `Key` and `Item`, as `as_yaml` writes them."""
     if isinstance(value, Item):
         return value.value
     if isinstance(value, list) and value and isinstance(value[0], Key):
@@ -41,7 +41,7 @@ def as_plain(value: Any) -> Any:
 
 
 def as_yaml(keys: Sequence[Key], indent: int = 0) -> str:
-    """The keys as YAML, each below its comment, in their order."""
+    """The keys as YAML in their order, each below its comment."""
     margin = " " * indent
     lines: list[str] = []
     for key in keys:
@@ -58,7 +58,7 @@ def as_yaml(keys: Sequence[Key], indent: int = 0) -> str:
 
 
 def comment(text: str, indent: int = 0) -> list[str]:
-    """A text as lines of a comment; each line of it starts one."""
+    """The text as lines of a comment, wrapped; line breaks are kept."""
     margin = f"{' ' * indent}# "
     width = max(COLUMNS - indent, 40)
     return [
@@ -87,5 +87,5 @@ def _flow(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names of files may hold line breaks, which would end a comment."""
+    """The text without line breaks, which names of files may contain and which would end a comment."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -56,7 +56,7 @@ class OnlineTargets:
         """Zero: these targets were never rounded."""
         return 0.0
 
-    def answer(
+    def read_view(
         self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """The soft target of a recorded view, float32 `(C, H, W)`, and 0: nothing was rounded."""

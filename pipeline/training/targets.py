@@ -92,7 +92,7 @@ class CachedViews:
     def __init__(self, cache: SoftTargetCache) -> None:
         self._cache = cache
 
-    def answer(
+    def read_view(
         self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """

@@ -265,7 +265,7 @@ def test_entropy_error_is_the_mean_of_the_windows_over_the_pixels_inside(root):
 def test_image_and_mask_of_different_size_are_refused(root):
     Image.fromarray(np.zeros((61, 82), np.uint8)).save(root / "masks/0.png")
     dataset = make_dataset(root, with_targets=False, mosaic=0)
-    message = r"the mask /.*masks/0\.png is 61 x 82 px, and its image /.*images/0\.png 61 x 83"
+    message = r"the mask /.*masks/0\.png is 61 x 82 px, but its image /.*images/0\.png is 61 x 83"
     with pytest.raises(DataError, match=message):
         dataset[0]
     with pytest.raises(DataError, match=message):

@@ -97,7 +97,7 @@ def test_tile_whose_id_is_a_root_s_is_refused(tmp_path):
             make_root(tmp_path / "q/x"),
         ]
     )
-    with pytest.raises(DataError, match=r"would have the id Train/x, which is also a root's"):
+    with pytest.raises(DataError, match=r"would have the id Train/x, which is also the name of a root"):
         list_tiles(data, "train")
 
 
@@ -144,7 +144,7 @@ def test_two_files_of_one_stem_are_refused(tmp_path):
         [(["a.png", "a.jpg"], ["a.png"], r"a\.jpg and a\.png"), (["a.png"], ["a.tif", "a.png"], r"a\.png and a\.tif")]
     ):
         root = make_root(tmp_path / str(i), images, masks)
-        with pytest.raises(DataError, match=rf"two files of one stem in /.*: {named}; a stem names one tile"):
+        with pytest.raises(DataError, match=rf"two files with one stem in /.*: {named}; a stem must name one tile"):
             list_tiles(schema.Data(train=[root]), "train")
 
 
@@ -239,10 +239,10 @@ def test_constant_or_empty_band_cannot_be_stretched(tmp_path):
     data = schema.Data(train=["x"], stretch={"percentiles": [2, 98]})
     values = np.random.default_rng(1).random((3, 30, 30), dtype=np.float32)
     values[1] = 4
-    with pytest.raises(DataError, match=r"band 2 is 4 from percentile 2 to 98 of the 1 images, as .*0\.tif"):
+    with pytest.raises(DataError, match=r"band 2 is 4 from percentile 2 to 98 of the 1 images, such as .*0\.tif"):
         resolve_stretch(data, deep_tiles(tmp_path, [values]))
     values[1] = -9999
-    with pytest.raises(DataError, match=r"band 2 holds nothing but nodata in all 1 images"):
+    with pytest.raises(DataError, match=r"band 2 holds only nodata in all 1 images"):
         resolve_stretch(data, deep_tiles(tmp_path, [values], nodata=-9999))
 
 

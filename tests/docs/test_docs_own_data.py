@@ -14,7 +14,8 @@ from kdpipe.configs.load import load_config
 from kdpipe.data import survey
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.starter.classes import NO_LABEL_VALUES
-from kdpipe.pipeline.starter.draft import TEST_NAMES, VAL_NAMES, WINDOW_FROM_PX
+from kdpipe.pipeline.starter.draft import TEST_NAMES, VAL_NAMES
+from kdpipe.pipeline.starter.teacher import WINDOW_FROM_PX
 from kdpipe.pipeline.training.run import with_mode
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "own-data.md").read_text()

@@ -88,7 +88,7 @@ def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, case):
         message = r"none of the 1 images of .*A has a mask: scores need .*A/masks, with masks named like the images"
     elif case == "sizes":
         write_tile(root, "t", predicted, labels[:-1])
-        message = r"the mask .*t\.png is 39 x 53 px, and its image .*t\.png 40 x 53"
+        message = r"the mask .*t\.png is 39 x 53 px, but its image .*t\.png is 40 x 53"
     elif case == "missing":
         message = "there is no folder .*A, which data names as a root of tiles"
     elif case == "twice":

@@ -82,7 +82,7 @@ def exported(trained, made, monkeypatch, capsys):
         made["files"] = sorted(os.listdir(trained.parent))
         made["onnx"] = trained.with_suffix(".onnx").read_bytes()
     assert made["code"] == 0
-    assert "largest difference of a probability" in made["said"]
+    assert "largest difference in probability" in made["said"]
     assert not [name for name in made["files"] if "partial" in name]
     trained.with_suffix(".onnx").write_bytes(made["onnx"])
     return trained.with_suffix(".onnx"), made["json"]
@@ -173,7 +173,7 @@ def test_metadata_is_enough_to_use_an_onnx_file_without_kdpipe(exported, trained
     page = (Path(__file__).resolve().parents[2] / "docs" / "maps.md").read_text()
     found = {}
     exec(re.search(r"```python\n(.+?)```", page, flags=re.DOTALL)[1], found)
-    expected = student_model(trained, CPU, tta=None, window=None).answer(read_image(tile)).argmax(axis=0)
+    expected = student_model(trained, CPU, tta=None, window=None).predict(read_image(tile)).argmax(axis=0)
     assert (found["classes"] == expected).mean() > 0.999
     assert found["classes"].shape == expected.shape
     described = [(i.name, i.type, i.shape) for i in found["session"].get_inputs()]

@@ -433,8 +433,8 @@ def test_unreadable_scenes_are_named_and_the_others_go_on(tmp_path):
     summary = predict(predictor(), [str(tmp_path / "in")], tmp_path / "out", window=128, overlap=32, progress=Bars())
     reasons = {Path(path).name: reason for path, reason in summary.failed.items()}
     assert sorted(reasons) == ["cut.tif", "float.tif", "grey.tif", "text.tif"]
-    assert "cut.tif, which is damaged or no raster" in reasons["cut.tif"]
-    assert "text.tif, which is damaged or no raster" in reasons["text.tif"]
+    assert "cut.tif, which is damaged or not a raster" in reasons["cut.tif"]
+    assert "text.tif, which is damaged or not a raster" in reasons["text.tif"]
     assert "holds float32 values, and only uint8 is taken as it is" in reasons["float.tif"]
     assert "grey.tif has 1 bands, and the student was trained on bands [1, 2, 3]" in reasons["grey.tif"]
     assert [drawn.scene for drawn in summary.maps] == [str(good)]
@@ -544,7 +544,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, file_limit):
     for limit in (1000, size // 2, size - 4000, size - 500, size - 100, size - 1):
         file_limit(limit)
         with pytest.raises(
-            KdpipeError, match=r"cannot write the map .*out/scene\.tif: .*; is there room, and permission\?"
+            KdpipeError, match=r"cannot write the map .*out/scene\.tif: .*; check free space and permissions"
         ):
             predict(predictor(), [str(scene)], tmp_path / "out")
         file_limit(None)
@@ -598,7 +598,7 @@ def test_the_command_draws_writes_json_and_names_failures(trained, landscape, tm
     assert code == 1
     assert "kdpipe: cannot read" in said.err
     assert "bad.tif" in said.err
-    assert "What the maps show" in said.out
+    assert "Area by class" in said.out
     content = json.loads((tmp_path / "a.json").read_text())
     assert len(content["maps"]) == len(tiles)
     assert list(content["failed"]) == [str(tmp_path / "in" / "bad.tif")]

@@ -1,0 +1,102 @@
+"""The section `teacher` from an inspected checkpoint, and the rows of `class_map`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.fill_in import FILL_IN
+from kdpipe.data.survey import Root
+from kdpipe.pipeline.inspection.checkpoint import Inspection
+from kdpipe.pipeline.models.student import FORMERS
+from kdpipe.pipeline.starter.given import Given
+from kdpipe.pipeline.starter.yaml import Item, Key
+from kdpipe.pipeline.teacher.loading import KNOWN_ORDERS
+
+WINDOW_FROM_PX = 2048**2  # a U-Net's feature maps of a whole tile of this size take several GB in float32
+WINDOW_PX = 1024
+OWN_RUN = "Measured: from the configuration that this student was trained with."
+
+
+def teacher_classes(teacher: Inspection | None, given: Given) -> list[str] | None:
+    """
+    The names of the teacher's channels in order, or None if unknown.
+
+    Raises `ConfigError` if their number differs from the file's.
+    """
+    own = teacher.student.classes if teacher and teacher.student else None
+    names = given.teacher_classes or own
+    channels = teacher.network.channels if teacher else None
+    if names is not None and channels is not None and len(names) != channels:
+        raise ConfigError(
+            f"--teacher-classes names {len(names)} classes, but {teacher.path if teacher else ''} has {channels} channels: name "
+            "every channel, in order (docs/teachers.md says how to drop one)"
+        )
+    return names
+
+
+def teacher_keys(teacher: Inspection | None, names: list[str] | None, train: Sequence[Root], given: Given) -> list[Key]:
+    """The keys of `teacher`; raises `CheckpointError` if the file holds a network that can only be a student."""
+    network = teacher.network if teacher else None
+    if teacher and teacher.network.architecture in FORMERS:
+        raise CheckpointError(
+            f"{teacher.path} is {network}, which kdpipe trains as a student; a teacher is a network of segmentation-models-pytorch"
+        )
+    asked = "Asked: it was not recognised in the file;" if teacher else "Asked:"
+    keys = [
+        Key("architecture", network.architecture, "Measured: recognised from the names and shapes of its tensors.")
+        if network and network.architecture else
+        Key("architecture", FILL_IN, f"{asked} one of segmentation-models-pytorch's, such as unet."),
+        Key("encoder", network.encoder, "Measured: likewise.") if network and network.encoder else
+        Key("encoder", FILL_IN, f"{asked} such as efficientnet-b4, or tu-NAME for one of timm's."),
+        Key("checkpoint", teacher.path, "Given: the file of its weights.") if teacher else
+        Key("checkpoint", FILL_IN, "Asked: the file of its weights (.pth, .ckpt, .safetensors)."),
+        _channels(teacher, names, given),
+        _normalize(teacher, given),
+    ]  # fmt: skip
+    sizes = (size for root in train for size in root.sizes_HW)
+    height, width = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    if height * width > WINDOW_FROM_PX:
+        why = f"Guess: the largest tile has {height} x {width} px. Windows of this side fit a GPU; larger ones predict better."
+        keys.append(Key("window", WINDOW_PX, why))
+    return keys
+
+
+def class_map_key(teacher_classes: list[str] | None, names: list[str] | None) -> Key:
+    """The key `class_map`; rows of classes that both name alike are filled in."""
+    why = ("For each teacher class, its shares in your classes. Every row sums to 1, as in Rangeland: {Grassland: 0.7, SemiNatural: "
+           "0.3}. With labelled tiles, `kdpipe suggest-map` counts the labels and prints all rows, even before they are filled in."
+           )  # fmt: skip
+    if teacher_classes is None:
+        return Key("class_map", FILL_IN, f"Asked. {why}")
+    alike = {name.casefold(): name for name in names or []}
+    rows = []
+    for name in teacher_classes:
+        own = alike.get(name.casefold())
+        rows.append(Key(name, Item({own: 1}, "same name") if own else Item(FILL_IN, "asked: {YourClass: share, ...}")))
+    return Key("class_map", rows, why)
+
+
+def _channels(teacher: Inspection | None, names: list[str] | None, given: Given) -> Key:
+    if given.teacher_classes:
+        return Key("classes", names, "Given: its classes, in the order of its channels. No file confirms the order; `kdpipe verify-cache "
+                   "--level parity` compares it with your labels.")  # fmt: skip
+    if names is not None:
+        return Key("classes", names, OWN_RUN)
+    channels = teacher.network.channels if teacher else None
+    why = "Asked: its classes in the order of its channels, from its training code or its author."
+    if channels is None:
+        return Key("classes", FILL_IN, f"{why} Such as [Tree, Road, Water].")
+    if channels in KNOWN_ORDERS:
+        lines, shipped = KNOWN_ORDERS[channels]
+        why += f" Teachers with {channels} channels often have {lines['classes']}, as in {shipped}; another order is as likely."
+    return Key("classes", [Item(FILL_IN, f"channel {channel}") for channel in range(channels)], why)
+
+
+def _normalize(teacher: Inspection | None, given: Given) -> Key:
+    if given.teacher_normalize:
+        return Key("normalize", given.teacher_normalize, "Given: the normalisation of its input in training.")
+    if teacher and teacher.student:
+        return Key("normalize", teacher.student.normalize, OWN_RUN)
+    return Key("normalize", FILL_IN, "Asked: the normalisation of its input in training: unit (x / 255), imagenet, or {mean: [...], "
+               "std: [...]} of x / 255. A wrong one raises no error; the predictions get worse.")  # fmt: skip
