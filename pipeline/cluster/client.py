@@ -33,6 +33,7 @@ from kdpipe.cache.storage.fence import open_fence
 from kdpipe.cache.writer import CacheWriter, sweep
 from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
 from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.cluster.local import local_cluster
 from kdpipe.pipeline.cluster.worker import (
@@ -54,7 +55,6 @@ from kdpipe.pipeline.precompute.plan import Plan, Summary
 from kdpipe.pipeline.precompute.run import stopped_text
 from kdpipe.pipeline.precompute.subjects import (
     Reference,
-    Stretch,
     Subject,
     ViewOfTile,
     WholeTile,

@@ -24,6 +24,7 @@ from kdpipe.cache.writer import finished_tile, store_tile
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Job:
 
     config: Config
     recipe: CacheRecipe
-    stretch: Sequence[tuple[float, float]] | None
+    stretch: Stretch
     tiles: Sequence[Tile] | None
     cache: str
     token: str
@@ -118,7 +119,7 @@ def resolve_precision(
     config: Config,
     recipe: CacheRecipe,
     tiles: Sequence[Tile],
-    stretch: Sequence[tuple[float, float]] | None,
+    stretch: Stretch,
     device: str,
 ) -> CacheRecipe:
     """A task: `precision.resolve` on this worker's device."""

@@ -24,7 +24,18 @@ from kdpipe.pipeline.models.weights import load_published
 WINDOW = 8
 
 
-class FTUNetFormer(nn.Module):
+class _Published(nn.Module):
+    heads: tuple[str, ...]
+    """The tensors whose first axis is the classes."""
+
+    def load_published_state_dict(
+        self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
+    ) -> None:
+        """Load published weights strictly, under any usual prefix (see `weights.load_published`)."""
+        load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
+
+
+class FTUNetFormer(_Published):
     """A Swin encoder and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`."""
 
     heads = ("decoder.segmentation_head.2.0.weight",)
@@ -49,14 +60,8 @@ class FTUNetFormer(nn.Module):
         logits: Tensor = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])[0]
         return logits
 
-    def load_published_state_dict(
-        self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
-    ) -> None:
-        """Load published weights strictly, under any usual prefix (see `weights.load_published`)."""
-        load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
 
-
-class UNetFormer(nn.Module):
+class UNetFormer(_Published):
     """
     A convolutional encoder from timm and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
 
@@ -78,12 +83,6 @@ class UNetFormer(nn.Module):
         """Logits at the images' size; in training mode a pair, the second from the auxiliary head."""
         logits, auxiliary = self.decoder(self.backbone(images_NCHW), images_NCHW.shape[-2:])
         return (logits, auxiliary) if self.training else logits
-
-    def load_published_state_dict(
-        self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
-    ) -> None:
-        """Load published weights strictly, under any usual prefix (see `weights.load_published`)."""
-        load_published(self, state, self.heads, replace_head=replace_head, origin=origin)
 
 
 class Decoder(nn.Module):

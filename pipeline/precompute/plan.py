@@ -116,9 +116,7 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision) -> Plan:
 
 def initial_summary(plan: Plan, config: Config) -> Summary:
     """The summary of a run that has computed nothing yet."""
-    return Summary(
-        cache=plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished), noun=subject_noun(config)
-    )  # fmt: skip
+    return Summary(plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished), noun=subject_noun(config))
 
 
 def complete_summary(plan: Plan, config: Config) -> Summary:

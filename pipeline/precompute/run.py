@@ -291,8 +291,10 @@ def _compute(
                 yield writing.popleft()[1].result()
         finally:
             summary.teacher_seconds += teacher.seconds_taken()
-            for future in [*loading, *(future for _, future in writing)]:
-                future.cancel()
+            for loading_future in loading:
+                loading_future.cancel()
+            for _, writing_future in writing:
+                writing_future.cancel()
     if stop.is_set():
         raise Interrupted(stopped_text(summary))
 

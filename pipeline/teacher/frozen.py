@@ -161,8 +161,8 @@ class FrozenTeacher:
         if self._transfers is None:
             assert isinstance(images, np.ndarray)
             with self._clock.timed():
-                values_NCHW = self.cached_values(images)
-            return [partial(codec.encode, values_CHW, self._recipe) for values_CHW in values_NCHW]
+                values = self.cached_values(images)
+            return [partial(codec.encode, values_CHW, self._recipe) for values_CHW in values]
         sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
         # The current CUDA device of a thread is the first one, which need not be the teacher's.
         with torch.inference_mode(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():

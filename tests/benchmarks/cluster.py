@@ -1,11 +1,11 @@
 """
-What a dask cluster costs stage one beside computing, and how its speed grows with its workers.
+The cost of a dask cluster in stage one beside computing, and how speed grows with the number of workers.
 
     python tests/benchmarks/cluster.py [TILES] [--pause SECONDS]
 
-Small tiles and a small teacher, one process, then workers of one thread each; CPU seconds of each process are its own, however loaded
-the machine is. With `--pause` every answer of a worker's teacher takes so many seconds more, in which it needs no core, as on an
-accelerator of its own: workers then do not share what they wait for, and one machine stands for several.
+Small tiles, a small teacher, first in one process, then on workers of one thread each. CPU seconds are each process's own, however
+loaded the machine is. `--pause` adds so many seconds to every prediction in which the worker needs no core, as with an accelerator of
+its own: one machine then stands for several.
 """
 
 import argparse

@@ -1,18 +1,18 @@
 """
-How fast is stage one against bare loops of the same network, and against the script one would write without kdpipe?
+The speed of stage one against bare loops over the same network, and against a script written without kdpipe.
 
     python tests/benchmarks/stage_one.py dubai/linknet_kd [--tiles 45] [--rounds 3] [--json FILE] [--set KEY=VALUE …]
 
-In each round four processes take turns of two seconds, those that wait are stopped: a machine's pace drifts by a fifth within a
-minute, which one loop after the other would measure. Only what comes after the teacher is loaded is timed. A run of kdpipe costs
-0.3 s beside its tiles (digests, the last tile's encoding), so that few tiles show less than many.
+In each round four processes take turns of two seconds while the others are stopped: a machine's pace drifts by a fifth within a
+minute, which would distort loops that run one after the other. Timing begins once the teacher is loaded. A run of kdpipe costs 0.3 s
+beside its tiles (digests, the last tile's encoding), so few tiles show less than many.
 
-- `bare` asks the network, as smp and torch have it, about tiles that lie decoded in memory, in kdpipe's batches and precision: no
-  softmax, nothing read, nothing kept.
-- `prepared` is that loop over the network as kdpipe asks it: batch norms folded, channels last, in pages of 2 MB.
-- `naive` reads, asks and saves one tile after the other, as float16 soft targets with `np.save`, in torch's own precision.
+- `bare` runs the network, as smp and torch provide it, on tiles decoded in memory, in kdpipe's batches and precision: no softmax,
+  nothing read, nothing kept.
+- `prepared` is that loop over the network as kdpipe runs it: batch norms folded, channels last, in pages of 2 MB.
+- `naive` reads, predicts and saves one tile after the other, as float16 soft targets with `np.save`, in torch's own precision.
 
-More tiles than there are, for a GPU that is soon through them, are the same ones again under other names.
+A GPU is soon done with the tiles there are; more than that are the same tiles again under other names.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def bare(config, tiles, device, folder):
 
 def prepared(config, tiles, device, folder):
     batches = decoded(config, tiles, device)
-    teacher = asked_teacher(config, batches, device)
+    teacher = warm_teacher(config, batches, device)
     stop_here()
     for images_NHWC in batches:
         teacher.logits(images_NHWC)
@@ -92,7 +92,7 @@ def naive(config, tiles, device, folder):
 
 
 def logits_of(model, images_N3HW, device):
-    """As a script asks a network about images, uint8 `(N, 3, H, W)`."""
+    """A script's logits of images, uint8 `(N, 3, H, W)`."""
     import torch
 
     x = torch.from_numpy(images_N3HW).to(device).float() / 255
@@ -102,7 +102,7 @@ def logits_of(model, images_N3HW, device):
 
 
 def decoded(config, tiles, device):
-    """The batches that kdpipe makes of the tiles, read, uint8 `(N, H, W, 3)`."""
+    """kdpipe's batches of the tiles, uint8 `(N, H, W, 3)`."""
     from kdpipe.pipeline.precompute.batches import load_batch, make_batches, teacher_batch_size
     from kdpipe.pipeline.precompute.subjects import subjects
 
@@ -111,7 +111,7 @@ def decoded(config, tiles, device):
 
 
 def first_ones(arrays, device, items=None):
-    """One to ask about before the clock runs, on a GPU one of each shape: what is set up at the first call is no tile's cost."""
+    """The items to run before the clock starts, on a GPU one of each shape: the set-up of the first call is not a tile's cost."""
     found = {array.shape: item for array, item in zip(arrays, items or arrays, strict=True)}
     return list(found.values()) if device.type == "cuda" else (items or arrays)[:1]
 
@@ -124,11 +124,11 @@ def wait_for(device):
 
 
 def kdpipe(config, tiles, device, folder):
-    """`precompute` from its first tile on: the lists, the lock and the manifest are in its time, loading the teacher is not."""
+    """`precompute` from its first tile on: lists, lock and manifest are timed, loading the teacher is not."""
     from kdpipe.pipeline.precompute import plan
     from kdpipe.pipeline.precompute import run as stage
 
-    teacher = asked_teacher(config, decoded(config, tiles, device), device)
+    teacher = warm_teacher(config, decoded(config, tiles, device), device)
     plan.list_tiles = lambda data, split: tiles
     stage.open_teacher = lambda config, recipe, device: teacher
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": str(folder / "cache.zarr")})})
@@ -138,23 +138,22 @@ def kdpipe(config, tiles, device, folder):
     assert summary.computed == len(tiles)
 
 
-def asked_teacher(config, batches, device):
-    """The teacher as kdpipe has it, after first answers."""
+def warm_teacher(config, batches, device):
+    """kdpipe's teacher after its first predictions."""
     from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
     from kdpipe.pipeline.teacher.frozen import open_teacher
 
     teacher = open_teacher(config, complete_recipe(config, None, None), device)
     for images_NHWC in first_ones(batches, device):
         teacher.logits(images_NHWC)
-        for _ in range(3 if device.type == "cuda" else 0):  # from the second time on they are replayed
-            for encode in teacher.encoded(images_NHWC):
-                encode()
+        for encode in teacher.encoded(images_NHWC) if device.type == "cuda" else []:
+            encode()
     wait_for(device)
     return teacher
 
 
 def own_precision(options):
-    """What `teacher.precision: auto` is on the device and these tiles."""
+    """The precision that `teacher.precision: auto` resolves to on the device and these tiles."""
     from kdpipe.configs import load_config
     from kdpipe.data.tiles import list_tiles
     from kdpipe.pipeline.devices import resolve_device
@@ -168,12 +167,12 @@ def own_precision(options):
 
 
 def run_arm(arm: str, options: argparse.Namespace) -> None:
-    """The whole loop in this process, which stops itself before its first tile and after its last."""
+    """Run one loop in this process, which stops itself before its first tile and after its last."""
     from kdpipe.configs import load_config
     from kdpipe.data.tiles import list_tiles
     from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 
-    if arm in ("prepared", "kdpipe"):  # the command does so before anything else
+    if arm in ("prepared", "kdpipe"):  # as the command does first of all
         ask_for_huge_pages()
         keep_freed_memory()
     config = load_config(options.config, options.overrides)
@@ -194,14 +193,16 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--arm", choices=ARMS, help="run this one in this process, which stops itself: for the turns")
+    parser.add_argument(
+        "--arm", choices=ARMS, help="run only this loop, in this process, which stops itself between turns"
+    )
     options = parser.parse_args()
     if options.arm:
         return run_arm(options.arm, options)
     rounds, precision = [], own_precision(options)
     print(f"precision {precision}", flush=True)
     for turn in range(options.rounds):
-        # Which of two processes has the better memory is chance, and drawn again in each round.
+        # Memory placement differs between processes by chance; each round draws it again.
         rounds.append(
             in_turns({arm: [*sys.argv, "--arm", arm, "--set", f"teacher.precision={precision}"] for arm in ARMS})
         )
@@ -212,7 +213,7 @@ def main() -> None:
     result = {f"of_{arm}": statistics.median(r[arm] / r["kdpipe"] for r in rounds) for arm in ARMS if arm != "kdpipe"}
     print(
         f"stage one is {result['of_bare']:.3f} x as fast as the bare loop, {result['of_prepared']:.3f} x as fast as that loop over the "
-        f"network as kdpipe asks it, and {result['of_naive']:.2f} x as fast as the naive script"
+        f"network as kdpipe runs it, and {result['of_naive']:.2f} x as fast as the naive script"
     )
     if options.json:
         Path(options.json).write_text(

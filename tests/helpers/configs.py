@@ -6,7 +6,7 @@ from kdpipe.configs import Config, parse_config
 
 
 def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: object) -> Config:
-    """A config on the small landscape, with its cache in `folder`; overrides have dotted keys, written with `__`."""
+    """A configuration on the small landscape, with its cache in `folder`; overrides are dotted keys written with `__`."""
     raw: dict = {
         "name": "tiny",
         "group": "tests",

@@ -1,7 +1,7 @@
 """
-Dask schedulers and workers as processes of their own, forked from one that has imported everything: each starts in a moment.
+Dask schedulers and workers as processes, forked from one that has imported everything, so that each starts in a moment.
 
-Run as a program, it forks a process for each line that it reads, and prints its number; the lines are JSON.
+Run as a program, it forks a process for each line of JSON that it reads, and prints its id.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def _be_command(arguments, output):
-    """`kdpipe`, what it prints in a file."""
+    """`kdpipe`, with its output in a file."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
@@ -42,12 +42,16 @@ def _be_scheduler(port, ttl_seconds):
 
 
 def _known(folder, pid):
-    """Is there once the scheduler knows the worker `pid`."""
+    """A file that exists once the scheduler knows the worker `pid`."""
     return Path(folder) / f"known.{pid}"
 
 
+def _runs(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
 def _be_worker(address, name, threads, folder, computed, slow):
-    """Without a nanny. Writes a line of ids into `computed` for every batch that its teacher was asked about."""
+    """A worker without a nanny, which writes the ids of every batch that its teacher predicts as a line into `computed`."""
     import asyncio
 
     import torch
@@ -57,20 +61,20 @@ def _be_worker(address, name, threads, folder, computed, slow):
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    compute, ask = module.Station._compute, module.Station._predict
+    compute, predict = module.Station._compute, module.Station._predict
 
     def noted_compute(self, batch, wanted):
         self.batch_ids = [tile.id for tile in batch]
         return compute(self, batch, wanted)
 
-    def noted_ask(self, images_NHWC):
-        if not self._stopped.is_set():  # else the teacher will not be asked
-            with Path(computed).open("a") as file:  # one write of a short line: whole among those of others
+    def noted_predict(self, images_NHWC):
+        if not self._stopped.is_set():  # else nothing is predicted
+            with Path(computed).open("a") as file:  # a short line is written whole among those of others
                 file.write(json.dumps([name, os.getpid(), self.batch_ids]) + "\n")
             time.sleep(slow)
-        return ask(self, images_NHWC)
+        return predict(self, images_NHWC)
 
-    module.Station._compute, module.Station._predict = noted_compute, noted_ask
+    module.Station._compute, module.Station._predict = noted_compute, noted_predict
 
     async def run():
         async with Worker(address, nthreads=threads, name=name, dashboard=False, local_directory=folder) as worker:
@@ -91,7 +95,7 @@ def _launch():
     import kdpipe.pipeline.cluster.worker  # noqa: F401
 
     torch.set_num_threads(1)
-    # Killed by tests, not by what they compute; and a dead scheduler or worker is noticed soon.
+    # Tests kill workers, so many deaths must not fail a task; and a dead scheduler or worker is to be noticed soon.
     dask.config.set({"distributed.scheduler.allowed-failures": 1000, "distributed.comm.timeouts.connect": "5s"})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
@@ -113,7 +117,7 @@ def _launch():
 
 
 class DaskProcesses:
-    """Starts, kills and counts them; every process ends with `close`."""
+    """Starts and kills schedulers, workers and commands; `close` ends every one."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -123,7 +127,8 @@ class DaskProcesses:
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.computed = self.folder / "computed.jsonl"
         self.scheduler, self.workers = 0, []
-        self.errors = self.folder / "errors.txt"  # what schedulers and workers say
+        self.first = self.second = 0  # the workers of `start_pair`
+        self.errors = self.folder / "errors.txt"  # of schedulers and workers
         with self.errors.open("w") as errors:
             self._launcher = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -136,14 +141,14 @@ class DaskProcesses:
         return int(self._launcher.stdout.readline())
 
     def start_command(self, *arguments, output):
-        """`kdpipe ARGUMENTS`; see that it ends by its lock, its output or its number."""
+        """Start `kdpipe ARGUMENTS`; its end shows in its lock, its output or its process."""
         return self._fork("command", arguments=list(arguments), output=str(output))
 
     def start_scheduler(self, ttl_seconds=60):
         self.scheduler = self._fork("scheduler", port=self.port, ttl_seconds=ttl_seconds)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            if not Path(f"/proc/{self.scheduler}").exists():
+            if not _runs(self.scheduler):
                 raise ChildProcessError(f"the scheduler ended: {self.errors.read_text()[-2000:]}")
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -157,8 +162,17 @@ class DaskProcesses:
         self.workers.append(pid)
         return pid
 
+    def start_pair(self):
+        self.end_all()
+        self.start_scheduler()
+        self.first, self.second = self.start_worker("a"), self.start_worker("b")
+        self.wait_for_workers()
+
+    def pair_is_alive(self):
+        return self.workers == [self.first, self.second] and all(map(_runs, (self.scheduler, *self.workers)))
+
     def wait_for_workers(self):
-        """Until the scheduler knows all that were started: a client begins with those that are known to it."""
+        """Wait until the scheduler knows all that were started: a client begins with those."""
         deadline = time.monotonic() + 30
         while unknown := [pid for pid in self.workers if not _known(self.folder, pid).exists()]:
             if time.monotonic() > deadline:
@@ -167,14 +181,20 @@ class DaskProcesses:
 
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
-        # Its locks and its port go with it, a moment later.
-        while number == signal.SIGKILL and Path(f"/proc/{pid}").exists():
+        # Its locks and its port are released with it, a moment later.
+        while number == signal.SIGKILL and _runs(pid):
             time.sleep(0.001)
         if pid in self.workers and number == signal.SIGKILL:
             self.workers.remove(pid)
 
-    def asked(self):
-        """The ids of tiles about which a teacher was asked, as often as that was, with the process that did."""
+    def kill_workers(self):
+        killed = list(self.workers)
+        for pid in killed:
+            self.kill(pid)
+        return killed
+
+    def predicted(self):
+        """(process, tile id) of every prediction so far."""
         lines = self.computed.read_text().splitlines() if self.computed.exists() else []
         return [(pid, tile) for line in lines for _, pid, ids in [json.loads(line)] for tile in ids]
 
@@ -183,7 +203,7 @@ class DaskProcesses:
             if pid:
                 with contextlib.suppress(ProcessLookupError):
                     self.kill(pid)
-        for known in self.folder.glob("known.*"):  # a number may come again
+        for known in self.folder.glob("known.*"):  # process ids come again
             known.unlink()
         self.workers, self.scheduler = [], 0
 

@@ -10,7 +10,7 @@ from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 
 
 class Plain(torch.nn.Module):
-    """A student in which samples do not meet: no batch norm."""
+    """A student without batch norm, so that samples do not affect each other."""
 
     def __init__(self):
         super().__init__()
@@ -22,7 +22,7 @@ class Plain(torch.nn.Module):
 
 
 class CostlessTeacher(FrozenTeacher):
-    """Answers by the `cached_values` of a subclass, without a network; `by` takes the place of `open_teacher`."""
+    """A teacher without a network: a subclass defines `cached_values`, and `by` replaces `open_teacher`."""
 
     def __init__(self):
         self._transfers = None
@@ -34,7 +34,7 @@ class CostlessTeacher(FrozenTeacher):
 
 
 class Lines:
-    """A progress that keeps what is said."""
+    """Progress that keeps its messages."""
 
     def __init__(self):
         self.said = []
@@ -47,14 +47,12 @@ class Lines:
 
 
 class StopAfter(Silent):
-    """A progress that asks to stop after some tiles."""
+    """Progress that sets `stop` after some tiles."""
 
     def __init__(self, tiles, stop):
         self.left, self.stop = tiles, stop
 
     def bar(self, *args, **kwargs):
-        from contextlib import nullcontext
-
         def advance(steps=1, **figures):
             self.left -= steps
             if self.left <= 0:

@@ -1,4 +1,4 @@
-"""The students as graphs: padding without branches, and compiled. Exported graphs are in test_export.py."""
+"""Students without branches on sizes, and compiled; test_export.py tests exported graphs."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def student(name):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (4, 8), (5, 9), (8, 8), (9, 16)])
 @pytest.mark.parametrize("more", [(0, 0), (1, 0), (0, 1), (7, 4), (3, 7), (1, 1)])
-def test_maps_are_mirrored_where_that_fits_and_held_where_not(size, more):
+def test_maps_are_mirrored_where_that_fits_and_repeat_their_border_elsewhere(size, more):
     x = np.random.default_rng(0).standard_normal((2, 3, *size)).astype(np.float32)
     expected = x
     for axis, below in enumerate(more):
@@ -35,10 +35,10 @@ def test_parts_are_rounded_up():
 @pytest.mark.parametrize("name", ["ftunetformer", "unetformer"])
 def test_a_compiled_student_has_the_outputs_and_gradients_of_the_eager_one(name):
     """
-    One graph without a break (`fullgraph`), its backward included, run operator by operator.
+    One graph without a break (`fullgraph`), backward included, run operator by operator.
 
-    Inductor's own kernels are left to torch's tests: a C++ compiler may be absent, and takes minutes. So does reasoning about
-    sizes with `dynamic=True`; crops all have one.
+    Inductor's kernels are left to torch's tests: a C++ compiler may be absent, and takes minutes. So does `dynamic=True`; crops
+    all have one size.
     """
     x = torch.randn(2, 3, 45, 72)
     results = []
@@ -46,8 +46,8 @@ def test_a_compiled_student_has_the_outputs_and_gradients_of_the_eager_one(name)
         model = student(name).train()
         run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else model
         torch.manual_seed(1)
-        answer = run(x)
-        outputs = answer if isinstance(answer, tuple) else (answer,)
+        outputs = run(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         sum(output.square().mean() for output in outputs).backward()
         results.append([*outputs, *(parameter.grad for parameter in model.parameters())])
     for eager, compiled in zip(*results, strict=True):

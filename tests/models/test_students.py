@@ -26,7 +26,7 @@ def tiny(num_classes=6, **options):
 
 
 def golden_value(name, shape):
-    """As the golden outputs' README has it."""
+    """A golden weight, as the README of the golden outputs defines it."""
     a = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype("float32")
     if name.endswith("running_var"):
         a = 1 + 0.3 * abs(a)
@@ -57,7 +57,7 @@ def golden_model(dubai):
     return model.eval(), shapes
 
 
-def test_ftunetformer_answers_as_the_reference_does(golden_model, dubai):
+def test_ftunetformer_has_the_logits_of_the_reference(golden_model, dubai):
     model, shapes = golden_model
     assert {name: list(value.shape) for name, value in model.state_dict().items()} == shapes
     x = np.random.default_rng(448).standard_normal((1, 3, 192, 256)).astype("float32")
@@ -85,8 +85,8 @@ def test_students_take_any_size_and_learn_at_it(student, size):
     model = tiny() if student == "ftunetformer" else UNetFormer(6)
     x = torch.randn(2, 3, *size)
     model.train()
-    answer = model(x)
-    outputs = answer if isinstance(answer, tuple) else (answer,)
+    outputs = model(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert [tuple(output.shape) for output in outputs] == [(2, 6, *size)] * len(outputs)
     sum(output.square().mean() for output in outputs).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
@@ -118,7 +118,7 @@ def test_every_side_from_32_px_has_finite_logits_of_its_size(student):
 @pytest.mark.parametrize("size", [(64, 96), (33, 75)])
 @pytest.mark.parametrize("student", ["ftunetformer", "unetformer"])
 def test_bfloat16_as_in_training_gives_nearly_the_gradients_of_float32(student, size):
-    """Under autocast, as the trainer has it: weights and their gradients in float32, matrix products in bfloat16."""
+    """Under autocast, as in training: weights and gradients in float32, matrix products in bfloat16."""
     torch.manual_seed(0)
     model = (tiny() if student == "ftunetformer" else UNetFormer(6)).eval()  # without dropout and batch statistics
     x = torch.randn(2, 3, *size)
@@ -137,7 +137,7 @@ def test_bfloat16_as_in_training_gives_nearly_the_gradients_of_float32(student, 
     assert F.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.99
 
 
-def test_auxiliary_logits_come_in_training_alone():
+def test_auxiliary_logits_come_in_training_mode_only():
     model = UNetFormer(4)
     x = torch.randn(2, 3, 64, 64)
     logits, auxiliary = model.train()(x)
@@ -169,7 +169,7 @@ def test_weights_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize("make", [tiny, UNetFormer])
-def test_a_head_for_other_classes_is_replaced_on_request_alone(make):
+def test_a_head_for_other_classes_is_replaced_only_on_request(make):
     torch.manual_seed(0)
     source, model = make(8), make(6)
     own = model.state_dict()[HEAD].clone()
@@ -183,7 +183,7 @@ def test_a_head_for_other_classes_is_replaced_on_request_alone(make):
 
 
 def test_timms_swin_weights_load_and_mean_the_same():
-    """At 224 px every map but the last is a multiple of the window and larger than it: there timm's order does not matter."""
+    """At 224 px every map but the last is a larger multiple of the window, where timm's order does not matter."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8)}
     reference = SwinTransformer(img_size=224, num_classes=10, drop_path_rate=0.0, **sizes).eval()

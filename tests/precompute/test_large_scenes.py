@@ -1,4 +1,4 @@
-"""A tile larger than the teacher's window is read, asked and encoded from the top down, and stored as one that is held whole."""
+"""A tile larger than the teacher's window is read, predicted and encoded from the top down, to the bytes of one held whole."""
 
 import errno
 import io
@@ -28,12 +28,12 @@ from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 CPU = torch.device("cpu")
-SIZES = {"a": (300, 150), "b": (90, 330), "c": (60, 64)}  # the last is no larger than a window
+SIZES = {"a": (300, 150), "b": (90, 330), "c": (60, 64)}  # the last fits into a window
 
 
 @pytest.fixture
 def scenes(make_config, tmp_path):
-    """A config over three images, two of which are larger than the window of 64 px."""
+    """A configuration over three images, two of them larger than the window of 64 px."""
     for seed, (name, size) in enumerate(SIZES.items()):
         write_image(tmp_path / f"data/Mine/images/{name}.png", *size, seed=seed)
     return make_config(
@@ -42,7 +42,7 @@ def scenes(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
-def test_rows_are_those_of_the_whole_image_and_each_is_read_once(tmp_path, monkeypatch, ending):
+def test_rows_equal_the_whole_images_and_each_is_read_once(tmp_path, monkeypatch, ending):
     path = tmp_path / f"scene.{ending}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 70, 3), dtype=np.uint8)).save(path)
     whole, read, from_file = read_image(path), [], rasters.Rows._rows
@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_whole_image_and_each_is_read_once(tmp_path, monke
     assert read == list(range(150))
 
 
-def test_rows_are_stretched_as_the_whole_image_is_and_a_nan_is_located(tmp_path):
+def test_rows_are_stretched_like_the_whole_image_and_a_nan_is_located(tmp_path):
     values = np.random.default_rng(1).uniform(0, 4000, (4, 100, 30)).astype(np.float32)
     options = {"driver": "GTiff", "width": 30, "height": 100, "count": 4, "dtype": "float32", "nodata": -1}
     values[1, 3, 4] = -1
@@ -82,7 +82,7 @@ def test_rows_are_stretched_as_the_whole_image_is_and_a_nan_is_located(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["soft", "logits"])
-def test_the_bytes_are_those_of_images_that_are_held_whole(scenes, tmp_path, kind):
+def test_scenes_have_the_bytes_of_images_held_whole(scenes, tmp_path, kind):
     config = scenes.model_copy(update={"cache": scenes.cache.model_copy(update={"kind": kind})})
     assert precompute(config, CPU).computed == 3
     recipe = complete_recipe(config, None, None)
@@ -110,7 +110,7 @@ def test_no_more_rows_are_held_than_a_window_has(scenes, monkeypatch):
     assert max(held) == 64
 
 
-def test_a_scene_that_ends_too_soon_is_named_and_the_next_run_goes_on(scenes, tmp_path):
+def test_a_truncated_scene_is_named_and_the_next_run_continues(scenes, tmp_path):
     image = tmp_path / "data/Mine/images/a.png"
     intact = image.read_bytes()
     image.write_bytes(intact[: len(intact) // 2])
@@ -142,21 +142,21 @@ def test_a_scene_that_changes_while_it_is_read_is_not_stored(scenes, monkeypatch
 def test_a_run_stops_within_a_scene(scenes, monkeypatch):
     stop, read, tops = threading.Event(), rasters.Rows.read, []
 
-    def asked_to_stop(rows, top, bottom):
+    def stopping_read(rows, top, bottom):
         tops.append(top)
         if top > 50:
             stop.set()
         return read(rows, top, bottom)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rasters.Rows, "read", asked_to_stop)
+        patch.setattr(rasters.Rows, "read", stopping_read)
         with pytest.raises(Interrupted, match="0 of 3 tiles are finished"):
             precompute(scenes, CPU, stop=stop)
     assert max(tops) < 200
     assert precompute(scenes, CPU).computed == 3
 
 
-def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_taken_for_a_bad_image(scenes, monkeypatch):
+def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_mistaken_for_a_bad_image(scenes, monkeypatch):
     store = writer.store_tile
 
     def broken(storage, tile_id, *others):
@@ -170,7 +170,7 @@ def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_taken_for_a_bad_
 
 
 def temporary_files(folder):
-    """The nameless ones of this process that are open in a folder."""
+    """Unnamed files of this process that are open in a folder."""
     links = (Path(link) for link in Path("/proc/self/fd").iterdir())
     return [link for link in links if os.path.realpath(link).startswith(f"{folder}/")]
 

@@ -1,4 +1,4 @@
-"""Stage one: complete, resumable, and equal to the teacher."""
+"""Stage one: complete, resumable, and equal to the teacher's predictions."""
 
 import json
 import os
@@ -35,12 +35,19 @@ TEACHER_CLASSES = ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Barela
 CPU = torch.device("cpu")
 
 
-def command_line(*of_config, folder):
-    return [sys.executable, "-m", "kdpipe.pipeline", *arguments(*of_config, folder=folder)]
+def fingerprint_of(config):
+    return SoftTargetCache.open(config.cache.path).manifest.fingerprint
+
+
+def even_tiles(folder, count, height=64, width=64):
+    """Overrides for a training set of tiles of one size, without masks."""
+    for i in range(count):
+        write_image(folder / "Even" / "images" / f"t{i}.png", height, width, seed=i)
+    return {"data__train": [str(folder / "Even")], "data__allow_missing_masks": True}
 
 
 @pytest.mark.parametrize("bits", [6, 8, 16])
-def test_cache_holds_what_the_teacher_says_within_the_stated_bound(make_config, bits):
+def test_cache_holds_the_teachers_soft_targets_within_the_error_bound(make_config, bits):
     config = make_config(cache__bits=bits, data__unlabelled=[])
     summary = precompute(config, CPU)
     assert summary.computed == 6
@@ -69,14 +76,12 @@ def test_unlabelled_tiles_are_cached_too(make_config, landscape):
     assert sum(tile.startswith("Unlabelled/") for tile in SoftTargetCache.open(config.cache.path).tile_ids) == 2
 
 
-def test_a_second_run_does_nothing_and_needs_no_teacher_in_memory(make_config, monkeypatch):
-    config = make_config()
-    first = precompute(config, CPU)
-    before = tree(stage.open_storage(config.cache.path).folder)
+def test_a_second_run_does_nothing_and_needs_no_teacher_in_memory(cached, tmp_path, monkeypatch):
+    before = tree(tmp_path / "cache.zarr")
     monkeypatch.setattr(stage, "open_teacher", lambda *arguments: pytest.fail("the teacher was loaded"))
-    again = precompute(config, CPU)
-    assert (again.computed, again.kept, again.fingerprint) == (0, 6, first.fingerprint)
-    assert tree(stage.open_storage(config.cache.path).folder) == before
+    again = precompute(cached, CPU)
+    assert (again.computed, again.kept, again.fingerprint) == (0, 6, fingerprint_of(cached))
+    assert tree(tmp_path / "cache.zarr") == before
 
 
 NOTHING_TO_DO = """
@@ -90,11 +95,10 @@ finally:
 """
 
 
-def test_that_nothing_is_to_do_is_seen_without_torch(make_config, tmp_path):
-    config = make_config()
-    fingerprint = precompute(config, CPU).fingerprint
+def test_a_complete_cache_is_found_complete_without_torch(cached, tmp_path):
+    fingerprint = fingerprint_of(cached)
     code = NOTHING_TO_DO.format(
-        arguments=arguments(config, "precompute-teacher", "--json", str(tmp_path / "s.json"), folder=tmp_path)
+        arguments=arguments(cached, "precompute-teacher", "--json", str(tmp_path / "s.json"), folder=tmp_path)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -103,9 +107,7 @@ def test_that_nothing_is_to_do_is_seen_without_torch(make_config, tmp_path):
     assert (summary["kept"], summary["computed"], summary["fingerprint"]) == (6, 0, fingerprint)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(make_config, tmp_path):
-    whole = make_config(cache__path=str(tmp_path / "whole.zarr"))
-    precompute(whole, CPU)
+def test_an_interrupted_run_continues_to_the_same_bytes(make_config, finished_cache, tmp_path):
     config = make_config()
     stop = threading.Event()
     with pytest.raises(
@@ -115,17 +117,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(make_config, tmp_path):
     resumed = precompute(config, CPU)
     assert resumed.kept >= 1
     assert resumed.computed == 6 - resumed.kept
-    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
+    assert tree(tmp_path / "cache.zarr") == tree(finished_cache)
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(make_config, tmp_path):
+def test_ctrl_c_stops_cleanly_and_keeps_finished_tiles(make_config, tmp_path):
     config = make_config(teacher__tta="d4", teacher__scales=[1.0, 2.0])
-    process = subprocess.Popen(
-        command_line(config, "precompute-teacher", folder=tmp_path),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "kdpipe.pipeline", *arguments(config, "precompute-teacher", folder=tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache.zarr").glob("tiles/*/*/zarr.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -138,17 +136,15 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(make_config, tmp_path):
     assert not list((tmp_path / "cache.zarr").rglob("*.partial"))
 
 
-def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, landscape, tmp_path):
-    images = tmp_path / "Mixed" / "images"
-    for i in range(3):
-        write_image(images / f"t{i}.png", 70, 81 + i, seed=i)
-    (images / "t1.png").write_bytes((images / "t1.png").read_bytes()[:3000])
-    config = make_config(data__train=[str(tmp_path / "Mixed")], data__allow_missing_masks=True)
-    (tmp_path / "Mixed" / "masks").mkdir()
+def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, tmp_path):
+    config = make_config(**even_tiles(tmp_path, 3, 70, 81))
+    image = tmp_path / "Even" / "images" / "t1.png"
+    intact = image.read_bytes()
+    image.write_bytes(intact[:3000])
     summary = precompute(config, CPU)
-    assert (summary.computed, list(summary.failed), summary.fingerprint) == (2, ["Mixed/t1"], None)
+    assert (summary.computed, list(summary.failed), summary.fingerprint) == (2, ["Even/t1"], None)
     assert "t1.png" in failure_report(summary)
-    write_image(images / "t1.png", 70, 82, seed=1)
+    image.write_bytes(intact)
     assert precompute(config, CPU).computed == 1
     done = run_command(*arguments(config, "precompute-teacher", folder=tmp_path))
     assert done.returncode == 0, done.stderr
@@ -156,13 +152,10 @@ def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, landsc
 
 
 def test_a_changed_image_is_computed_again_and_only_that(make_config, tmp_path):
-    for i in range(3):
-        write_image(tmp_path / "Mine" / "images" / f"t{i}.png", 70, 81, seed=i)
-    (tmp_path / "Mine" / "masks").mkdir()
-    config = make_config(data__train=[str(tmp_path / "Mine")], data__allow_missing_masks=True)
+    config = make_config(**even_tiles(tmp_path, 3, 70, 81))
     first = precompute(config, CPU)
     time.sleep(0.01)
-    write_image(tmp_path / "Mine" / "images" / "t1.png", 70, 81, seed=9)
+    write_image(tmp_path / "Even" / "images" / "t1.png", 70, 81, seed=9)
     second = precompute(config, CPU)
     assert (second.computed, second.kept) == (1, 2)
     assert second.fingerprint != first.fingerprint
@@ -183,16 +176,13 @@ def test_a_changed_image_is_computed_again_and_only_that(make_config, tmp_path):
         ),
     ],
 )
-def test_a_cache_made_otherwise_is_refused_naming_the_field(make_config, change, field):
-    precompute(make_config(), CPU)
+def test_a_cache_of_another_recipe_is_refused_naming_the_field(make_config, cached, change, field):
     with pytest.raises(StaleCache, match=field):
         precompute(make_config(**change), CPU)
 
 
-def test_other_weights_are_another_teacher(make_config, tmp_path):
-    config = make_config()
-    precompute(config, CPU)
-    state = torch.load(config.teacher.checkpoint, weights_only=True)
+def test_other_weights_are_another_teacher(make_config, cached, teacher_file, tmp_path):
+    state = torch.load(teacher_file, weights_only=True)
     state["segmentation_head.0.bias"] += 1
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(StaleCache, match=r"teacher\.checkpoint_sha256"):
@@ -203,10 +193,7 @@ def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_n
     make_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(batches, "HEADERS_AT_ONCE", 3)
-    for i in range(5):
-        write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
-    (tmp_path / "Even" / "masks").mkdir()
-    data = {"data__train": [str(tmp_path / "Even")], "data__allow_missing_masks": True}
+    data = even_tiles(tmp_path, 5)
     single = make_config(**data, cache__path=str(tmp_path / "single.zarr"))
     batched = make_config(**data, teacher__batch_size=2)
     precompute(single, CPU)
@@ -220,24 +207,22 @@ def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_n
     assert tree(tmp_path / "cache.zarr") == before
 
 
-@pytest.mark.parametrize("left", [3000, 10], ids=["its header says its size still", "not even a header"])
+@pytest.mark.parametrize("left", [3000, 10], ids=["with a header", "without a header"])
 @pytest.mark.parametrize("position", [0, 1])
 def test_the_neighbours_of_an_unreadable_image_are_computed_in_a_batch_of_the_same_size(
     make_config, tmp_path, monkeypatch, position, left
 ):
-    """By a teacher whose answer shows in what batch it was asked, as a GPU's last bits do."""
+    """With a teacher whose predictions depend on the size of the batch, as a GPU's last bits do."""
 
-    class Crowd(CostlessTeacher):
+    class CountingTeacher(CostlessTeacher):
         def cached_values(self, images_NHWC):
             count = len(images_NHWC)
             probs = np.full((count, 6, *images_NHWC.shape[1:3]), (1 - 0.1 * count) / 5, dtype=np.float32)
             probs[:, 0] = 0.1 * count
             return probs
 
-    monkeypatch.setattr(stage, "open_teacher", Crowd().by)
-    for i in range(4):
-        write_image(tmp_path / "Even" / "images" / f"t{i}.png", 64, 64, seed=i)
-    data = {"data__train": [str(tmp_path / "Even")], "data__allow_missing_masks": True, "teacher__batch_size": 2}
+    monkeypatch.setattr(stage, "open_teacher", CountingTeacher().by)
+    data = even_tiles(tmp_path, 4) | {"teacher__batch_size": 2}
     whole = make_config(**data, cache__path=str(tmp_path / "whole.zarr"))
     precompute(whole, CPU)
     image = tmp_path / "Even" / "images" / f"t{position}.png"
@@ -257,7 +242,7 @@ def test_a_missing_teacher_is_named(make_config):
         precompute(make_config(teacher__checkpoint="absent.pth"), CPU)
 
 
-def test_the_second_writer_is_told_who_writes(make_config, tmp_path):
+def test_a_second_writer_is_refused_and_told_who_writes(make_config, tmp_path):
     config = make_config()
     with stage.open_writer(
         stage.open_storage(config.cache.path), complete_recipe(config, None, None), device="cpu", libraries={}
@@ -293,7 +278,7 @@ def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monk
     assert not estimate(make_config(), CPU).fits
 
 
-def test_dry_run_counts_the_temporary_file_of_the_largest_scene_that_is_asked_in_windows(make_config, monkeypatch):
+def test_dry_run_counts_the_temporary_file_of_the_largest_scene_in_windows(make_config, monkeypatch):
     whole = estimate(make_config(), CPU)
     assert whole.temporary_bytes == 0 and "besides" not in estimate_text(whole)
     config = make_config(teacher__window=64)
@@ -317,7 +302,7 @@ def test_json_holds_the_summary(make_config, tmp_path):
 
 @pytest.fixture
 def two_teachers(make_config, teacher_file, tmp_path):
-    """A config of two teachers of which the second has other weights and its channels in the opposite order."""
+    """A configuration of two teachers; the second has other weights and its channels in the opposite order."""
     state = torch.load(teacher_file, weights_only=True)
     for name in ("segmentation_head.0.weight", "segmentation_head.0.bias"):
         state[name] = state[name].flip(0) * 0.5
@@ -342,13 +327,13 @@ def two_teachers(make_config, teacher_file, tmp_path):
     return make, first, second
 
 
-def test_several_teachers_are_paid_for_once_and_pass_every_gate(two_teachers):
+def test_several_teachers_are_cached_once_and_pass_every_check(two_teachers):
     make, _, _ = two_teachers
     config = make(train__max_steps=1)
     assert estimate(config, CPU).tiles == 6
     fingerprint = precompute(config, CPU).fingerprint
     report = verify(config, "parity", CPU, sample=2)
-    assert {finding.code for finding in report.findings} <= {"class-map"}  # random weights fit no labels
+    assert {finding.code for finding in report.findings} <= {"class-map"}  # a random teacher fits no labels
     assert len(report.parity) == 2
     assert report.fingerprint == fingerprint
     online = train(with_mode(config, "online"), CPU)
@@ -373,14 +358,13 @@ def test_a_stale_cache_names_the_teacher_that_changed(two_teachers):
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, (2, 2)), (8, (2, 6)), (64, (16, 48)), (None, (2, 2))])
-def test_all_cores_encode_beside_a_gpu_and_few_beside_a_network_that_takes_them(monkeypatch, cores, expected):
+def test_all_cores_encode_beside_a_gpu_and_few_beside_a_network_on_the_cpu(monkeypatch, cores, expected):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert stage.stage_threads(torch.device("cuda")) == expected
     assert stage.stage_threads(CPU) == (2, 2)
 
 
-def test_many_threads_write_the_bytes_of_few(make_config, tmp_path, monkeypatch):
-    precompute(make_config(cache__path=str(tmp_path / "few.zarr")), CPU)
+def test_many_threads_write_the_bytes_of_few(make_config, finished_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "CPU_THREADS", (5, 7))
     precompute(make_config(), CPU)
-    assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "few.zarr")
+    assert tree(tmp_path / "cache.zarr") == tree(finished_cache)

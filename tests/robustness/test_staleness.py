@@ -3,6 +3,7 @@
 import os
 import shutil
 import types
+from functools import cache
 from pathlib import Path
 from typing import Union, get_args, get_origin
 
@@ -19,6 +20,7 @@ from kdpipe.configs import Config, parse_config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import versions
+from kdpipe.pipeline.precompute import expected_recipe as recipes
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.precompute.subjects import subjects
@@ -154,9 +156,12 @@ def test_every_key_of_the_configuration_has_its_side():
 
 @pytest.fixture(scope="module")
 def data(landscape, teacher_file, tmp_path_factory):
-    """The landscape with a second folder of images, one of which differs, a second one of masks, and a second teacher."""
+    """Two tiles of the landscape, a second folder of images in which one differs, a second one of masks, and a second teacher."""
     folder = tmp_path_factory.mktemp("stale") / "data"
     shutil.copytree(landscape, folder)
+    for kind in ("images", "masks"):
+        for path in sorted((folder / "Train" / kind).iterdir())[2:]:  # two tiles tell as much as six
+            path.unlink()
     for root in ("Train", "Val"):
         shutil.copytree(folder / root / "images", folder / root / "edited")
         shutil.copytree(folder / root / "masks", folder / root / "edited masks")
@@ -167,6 +172,12 @@ def data(landscape, teacher_file, tmp_path_factory):
     shutil.copy(teacher_file, folder / "same.pth")
     (folder / "other.pth").write_bytes(b"other weights")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hash_each_checkpoint_once(monkeypatch):
+    """Some 80 configs over the same 26 MB of weights."""
+    monkeypatch.setattr(recipes, "file_sha256", cache(recipes.file_sha256))
 
 
 @pytest.fixture
@@ -230,7 +241,7 @@ def test_each_key_changes_the_recipe_the_tiles_or_nothing(raw, data, kind, views
     two = digests(changed(raw, "teachers.1.weight", 1.0, data))
     for key, (value, side) in (CHANGES if views is None else CHANGES | WITH_VIEWS).items():
         if views is not None and key == "classes.ignore_index":
-            continue  # masks that hold 255 cannot be read by another; see test_recorded_views
+            continue  # masks that hold 255 cannot be read by another; see test_stale_views
         if kind == "logits" and key in FREE_WITH_LOGITS:
             side = "nothing"
         if kind == "logits" and key == "cache.kind":
@@ -269,11 +280,11 @@ def test_keys_of_the_recipe_change_values_and_others_do_not(raw, data, side, tmp
 
 
 @pytest.fixture
-def cached(make_config, landscape, tmp_path):
-    """A finished cache over images of its own."""
+def own_images(make_config, landscape, finished_cache, tmp_path):
+    """The config of a finished cache over copies of its images, which keep their times, and those copies."""
     shutil.copytree(landscape, tmp_path / "data")
+    shutil.copytree(finished_cache, tmp_path / "cache.zarr")
     config = make_config(data__train=[str(tmp_path / "data/Train")], train__max_steps=1)
-    precompute(config, CPU)
     return config, sorted((tmp_path / "data/Train/images").iterdir())
 
 
@@ -294,8 +305,8 @@ def other_pixels(image: Path, seconds: float) -> None:
     os.utime(image, (stat.st_atime, stat.st_mtime + seconds))
 
 
-def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(cached):
-    config, images = cached
+def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(own_images):
+    config, images = own_images
     other_pixels(images[0], 3600)
     stale = ("stale-tile", f"Train/{images[0].stem}")
     assert found(config, "quick") == found(config, "full") == {stale}
@@ -305,24 +316,24 @@ def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(cached):
         open_for_training(config)
 
 
-def test_an_image_touched_or_copied_without_a_change_is_not_stale(cached):
-    config, images = cached
+def test_an_image_touched_or_copied_without_a_change_is_not_stale(own_images):
+    config, images = own_images
     for image in images:
         os.utime(image, (image.stat().st_atime, image.stat().st_mtime + 3600))
     assert found(config, "quick") == found(config, "full") == set()
     open_for_training(config)
 
 
-def test_an_image_changed_behind_the_clock_is_found_by_full_alone(cached):
+def test_an_image_changed_behind_the_clock_is_found_by_full_alone(own_images):
     """Same size, older than its tile: `quick` takes it for unchanged, as make would; only reading it all tells."""
-    config, images = cached
+    config, images = own_images
     other_pixels(images[0], 0)
     assert found(config, "quick") == set()
     assert found(config, "full") == {("stale-tile", f"Train/{images[0].stem}")}
 
 
-def test_an_added_and_a_removed_image_are_found(cached):
-    config, images = cached
+def test_an_added_and_a_removed_image_are_found(own_images):
+    config, images = own_images
     mask = images[0].parents[1] / "masks" / images[0].name
     new = images[0].with_name("new.png")
     images[0].rename(new)
@@ -334,8 +345,8 @@ def test_an_added_and_a_removed_image_are_found(cached):
         open_for_training(config)
 
 
-def test_other_versions_of_libraries_are_said_in_a_line_and_refused_by_nobody(cached, monkeypatch):
-    config, _ = cached
+def test_other_versions_of_libraries_are_said_in_a_line_and_refused_by_nobody(own_images, monkeypatch):
+    config, _ = own_images
     now = versions.library_versions()
     monkeypatch.setattr(versions, "library_versions", lambda: {**now, "timm": "99.0", "zarr": "98.1"})
     line = (

@@ -1,0 +1,186 @@
+"""What a run on dask workers refuses or reports: other files, versions and devices, wrong addresses, unreadable images."""
+
+import json
+import socket
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers.cluster_runs import Told, beside, command, run, wait_for
+from helpers.doubles import Lines
+
+from kdpipe.cache.storage import fence
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.configs.errors import CacheLocked, CheckpointError, ClusterUnreachable, ConfigError, DataError, ShutOut
+from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.cluster import client as module
+from kdpipe.pipeline.cluster.client import Cluster, agreed_device
+from kdpipe.pipeline.cluster.worker import Facts, SampledTiles
+from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
+from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.teacher import precision
+from kdpipe.pipeline.versions import library_versions
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def with_teacher(config, checkpoint):
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
+
+
+def test_an_unreadable_image_ends_the_command_with_the_summary_of_a_single_process(
+    two_workers, config, tmp_path, images
+):
+    broken = images / "images/t07.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
+    try:
+        said = tmp_path / "said"
+        arguments = command(config, tmp_path, "--scheduler", two_workers.address, "--json", str(tmp_path / "run.json"))
+        two_workers.start_command(*arguments, output=said)
+        wait_for(lambda: said.exists() and "Repair or remove" in said.read_text())
+    finally:
+        broken.write_bytes(content)
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert (result["computed"], list(result["failed"])) == (15, ["T/t07"])
+    text = " ".join(said.read_text().split())
+    assert "2 workers on cpu" in text
+    assert "1 of 16 tiles could not be computed: T/t07." in text
+    assert "Traceback" not in text
+
+
+def test_an_error_of_a_worker_is_reported_as_its_own(two_workers, config, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(
+        CheckpointError, match="other.pth holds a network that is not recognised, but teacher says unet"
+    ):
+        run(with_teacher(config, tmp_path / "other.pth"), two_workers.address)
+    assert beside(tmp_path / "cache.zarr") == []
+
+
+def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, monkeypatch):
+    """Each job has one thing that differs, as on a machine without the shared file system."""
+    right = module.Job
+    image = config.data.train[0] + "/images/t00.png"
+    (tmp_path / "another.pth").write_bytes(b"x")
+    for changes, error, message in (
+        ({"cache": "/nowhere/c.zarr"}, ConfigError, "does not see the cache /nowhere/c.zarr that this run writes"),
+        ({"probe": ("/nowhere.png", 1)}, DataError, r"does not see the image /nowhere.png \(No such file"),
+        ({"probe": (image, 1)}, DataError, r"sees another image .*t00.png: \d+ bytes, not 1;"),
+        ({"config": with_teacher(config, "/nowhere.pth")}, CheckpointError, "has no file at /nowhere.pth"),
+        (
+            {"config": with_teacher(config, tmp_path / "another.pth")},
+            CheckpointError,
+            r"has another file at .*another.pth: its sha256 is 2d711642b726…, not",
+        ),
+        (
+            {"libraries": {**library_versions(), "torch": "0"}},
+            ConfigError,
+            "has other versions than the run: torch .*, not 0",
+        ),
+    ):
+        monkeypatch.setattr(module, "Job", lambda changes=changes, **fields: right(**{**fields, **changes}))
+        key = "teacher.checkpoint: " if error is CheckpointError else ""
+        with pytest.raises(error, match=f"{key}worker tcp://127.* {message}"):
+            run(config, two_workers.address)
+
+
+def test_precision_auto_is_decided_on_a_worker(two_workers, config):
+    """As if the workers were fast at bf16, which this process is not asked about."""
+    recipe = complete_recipe(config, None, None)
+    tiles = list_tiles(config.data, "train")
+    with Cluster(Told(), "cpu", address=two_workers.address) as cluster:
+        assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == recipe
+        cluster._fast_bf16 = True
+        # The worker's own processor decides; seen here is that it was called with the tiles it needs.
+        expected = precision.resolve(config, recipe, tiles, None, torch.device("cpu"))
+        assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == expected
+    sampled = SampledTiles(tiles, [3, 5])
+    assert (len(sampled), sampled[np.int64(5)]) == (16, tiles[5])
+
+
+def facts(**changes):
+    return Facts(**{"device": "cuda", "libraries": {"torch": "2.9"}, "processor": "H100", "threads": 4, **changes})
+
+
+def test_workers_must_agree_in_device_and_libraries():
+    assert agreed_device({"a": facts(), "b": facts(processor="A100")}, {"torch": "2.9"}) == "cuda"
+    with pytest.raises(
+        ConfigError, match="worker b computes on cpu, worker a on cuda: .* end the workers of the other kind"
+    ):
+        agreed_device({"a": facts(), "b": facts(device="cpu")}, {"torch": "2.9"})
+    with pytest.raises(ConfigError, match="worker b has other versions than this command: torch 2.8, not 2.9"):
+        agreed_device({"a": facts(), "b": facts(libraries={"torch": "2.8"})}, {"torch": "2.9"})
+
+
+def test_a_wrong_address_and_an_absent_scheduler_are_named(config, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.3)
+    with pytest.raises(ConfigError, match=r"--scheduler nonsense://x: expected an address .* such as tcp://host:8786"):
+        run(config, "nonsense://x")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
+        told = Told()
+        with pytest.raises(
+            ClusterUnreachable,
+            match=rf"the dask scheduler at {address} does not respond \(waited 1 s\); start it with its",
+        ):
+            run(config, address, told)
+    assert told.said == [f"the dask scheduler at {address} does not respond; waiting for up to 1 s"]
+
+
+def test_a_fence_waits_for_workers_that_store_and_keeps_them_out_once_it_is_down(tmp_path, monkeypatch):
+    storage = open_storage(str(tmp_path / "c.zarr"))
+    order = []
+    with fence.open_fence(storage) as token:
+        with (
+            pytest.raises(ShutOut, match="the worker stores nothing; start that run again"),
+            fence.within_fence(storage, "x"),
+        ):
+            pass
+        entered, go = threading.Event(), threading.Event()
+
+        def store():
+            with fence.within_fence(storage, token):
+                entered.set()
+                go.wait(10)
+                order.append("stored")
+
+        worker = threading.Thread(target=store)
+        worker.start()
+        assert entered.wait(10)
+        monkeypatch.setattr(fence, "PATIENCE_SECONDS", 0.1)
+        with pytest.raises(
+            CacheLocked, match=r"a worker of an earlier run has been storing a tile .*c.zarr.workers\); end that"
+        ):
+            fence.shut_out_workers(storage)
+        monkeypatch.undo()
+        threading.Timer(0.2, go.set).start()
+    order.append("down")
+    worker.join()
+    assert order == ["stored", "down"]
+    with pytest.raises(ShutOut), fence.within_fence(storage, token):
+        pass
+    assert not (tmp_path / "c.zarr.workers").exists()
+
+
+def test_a_fence_on_an_object_store_keeps_workers_out_too():
+    storage = open_storage("memory://fence/c.zarr")
+    with fence.open_fence(storage) as token:
+        with fence.within_fence(storage, token):
+            pass
+        with pytest.raises(ShutOut), fence.within_fence(storage, "x"):
+            pass
+    with pytest.raises(ShutOut), fence.within_fence(storage, token):
+        pass
+
+
+def test_without_dask_distributed_the_command_says_how_to_install_it(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.delitem(sys.modules, "kdpipe.pipeline.cluster.client")
+    monkeypatch.delitem(sys.modules, "kdpipe.pipeline.cluster.worker")
+    with pytest.raises(ConfigError, match=r"need dask.distributed: pip install 'kdpipe\[cluster\]'"):
+        precompute_on_cluster(config, None, Lines(), repair=False, workers=2, scheduler=None)
