@@ -15,7 +15,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
     """Scores by arm, then by class, then the settings of each arm; three arms fit 80 columns."""
     interval = " [95 %]" if comparison.has_intervals else ""
     arms = Table(title=f"After {comparison.steps} steps: mIoU in percent", title_justify="left")
-    for column in ("arm", "seeds", "mIoU", f"difference{interval}", "step", "reaches baseline's mIoU"):
+    for column in ("arm", "seeds", "mIoU", f"difference{interval}", "step (median)", "reaches baseline's mIoU"):
         arms.add_column(column, justify="left" if column == "arm" else "right")
     for arm in comparison.arms:
         arms.add_row(

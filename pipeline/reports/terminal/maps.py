@@ -1,4 +1,4 @@
-"""What `kdpipe predict` and `kdpipe export` print."""
+"""Maps and exported files as tables and text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.pipeline.text import duration_text, size_text
+from kdpipe.pipeline.text import duration_text, percent_cell, percent_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.export import Exported
@@ -18,28 +18,22 @@ SHOWN_MAPS = 20  # the rest is in --json
 
 
 def map_tables(summary: MapSummary) -> Iterator[Table | str]:
-    """Which maps there are, and what of them is of which class; narrow enough for 80 columns."""
-    yield (
-        f"{summary.model} on {summary.device}: windows of {summary.window} px, {summary.overlap} px shared, TTA {summary.tta}"
-    )
+    """The maps that were written, and the area of each class on all of them; fits 80 columns."""
+    windows = f"windows of {summary.window} px, overlap {summary.overlap} px"
+    yield f"{summary.model} on {summary.device}: {windows}, TTA {summary.tta}"
     if not summary.maps:
         return
-    yield "\n".join(
-        [
-            *(
-                f"{map_.files['classes']}: {map_.height} x {map_.width} px in {duration_text(map_.seconds)}"
-                for map_ in summary.maps[:SHOWN_MAPS]
-            ),
-            *([f"and {len(summary.maps) - SHOWN_MAPS} more maps"] if len(summary.maps) > SHOWN_MAPS else []),
-        ]
-    )
+    for map_ in summary.maps[:SHOWN_MAPS]:
+        yield f"{map_.files['classes']}: {map_.height} x {map_.width} px in {duration_text(map_.seconds)}"
+    if len(summary.maps) > SHOWN_MAPS:
+        yield f"and {len(summary.maps) - SHOWN_MAPS} more maps"
     pixels = {name: sum(map_.pixels[name] for map_ in summary.maps) for name in summary.classes}
     mapped, empty = sum(pixels.values()), sum(map_.no_data for map_ in summary.maps)
-    table = Table("class", title="What the maps show", title_justify="left")
+    table = Table("class", title="Area by class", title_justify="left")
     table.add_column("MP", justify="right")
     table.add_column("percent", justify="right")
     for name, count in pixels.items():
-        table.add_row(name, f"{count / 1e6:.3f}", f"{100 * count / mapped:.1f}" if mapped else "–")
+        table.add_row(name, f"{count / 1e6:.3f}", percent_cell(count / mapped if mapped else None))
     if empty:
         table.add_section()
         table.add_row("no data", f"{empty / 1e6:.3f}", "")
@@ -47,10 +41,10 @@ def map_tables(summary: MapSummary) -> Iterator[Table | str]:
 
 
 def export_table(result: Exported) -> str:
-    """The file, and how far its answers are from the checkpoint's."""
+    """The exported file, and how far its predictions are from those of the checkpoint."""
+    size = size_text(Path(result.file).stat().st_size)
     return (
-        f"{result.file}: {result.network}, {len(result.classes)} classes, {size_text(Path(result.file).stat().st_size)}, images of "
-        f"{result.sizes}\n"
-        f"verified on {result.images} images of {result.tiles} tiles: largest difference of a probability {result.largest_difference:.1e}, "
-        f"same class at {100 * result.same_class:.4f} % of {result.pixels / 1e6:.2f} MP"
+        f"{result.file}: {result.network}, {len(result.classes)} classes, {size}, images of {result.sizes}\n"
+        f"verified on {result.images} images of {result.tiles} tiles: largest difference in probability {result.largest_difference:.1e}, "
+        f"same class for {percent_text(result.same_class, 4)} of {result.pixels / 1e6:.2f} MP"
     )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from kdpipe.pipeline.evaluation.calibration import BINS
-from kdpipe.pipeline.text import percent_text
+from kdpipe.pipeline.text import percent_cell, percent_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.evaluation.evaluate import Evaluation, Network, RootScores
 
 SHOWN_TILES = 5  # the rest is in --json
-_percent = partial(percent_text, unit="")
 
 
 def evaluation_tables(result: Evaluation) -> Iterator[Table | str]:
@@ -66,14 +64,16 @@ def _scores_of(root: RootScores, names: list[str]) -> Iterator[Table | str]:
     labelled_L, predicted_P = root.confusion_LP.sum(axis=1) / pixels, root.confusion_LP.sum(axis=0) / pixels
     for name, labelled, predicted in zip(names, labelled_L, predicted_P, strict=True):
         by_class = (scores.iou, scores.f1, scores.precision, scores.recall, boundary.f1)
-        table.add_row(name, *(_percent(values[name]) for values in by_class), _percent(labelled), _percent(predicted))
+        table.add_row(
+            name, *(percent_cell(values[name]) for values in by_class), percent_cell(labelled), percent_cell(predicted)
+        )
     table.add_section()
     means = (scores.miou, scores.mean_f1, scores.mean_precision, scores.mean_recall, boundary.mean_f1)
-    table.add_row("mean", *map(_percent, means), "", "")
+    table.add_row("mean", *map(percent_cell, means), "", "")
     yield table
     yield (
-        f"overall accuracy {_percent(scores.overall_accuracy)}, "
-        f"calibration error {_percent(root.calibration.error)} ({BINS} bins)"
+        f"overall accuracy {percent_cell(scores.overall_accuracy)}, "
+        f"calibration error {percent_cell(root.calibration.error)} ({BINS} bins)"
     )
     if scores.left_out:
         yield f"left out of the means: {_reasons(scores.left_out)}"
@@ -96,7 +96,7 @@ def _confusion_table(root: RootScores, names: list[str]) -> Table:
     for i in range(len(names)):
         table.add_column(str(i), justify="right")
     for i, (name, row) in enumerate(zip(names, root.confusion_LP.tolist(), strict=True)):
-        table.add_row(f"{i} {name}", *(_percent(count / sum(row) if sum(row) else None) for count in row))
+        table.add_row(f"{i} {name}", *(percent_cell(count / sum(row) if sum(row) else None) for count in row))
     return table
 
 

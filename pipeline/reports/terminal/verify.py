@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kdpipe.pipeline.reports.terminal.scores import score_table
-from kdpipe.pipeline.text import percent_text
+from kdpipe.pipeline.text import percent_cell, percent_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.verify.class_map import Suggestion
@@ -73,14 +73,14 @@ def suggestion_tables(result: Suggestion) -> Iterator[Table | str]:
     if any(row.kept for row in result.rows):
         yield f"Classes on less than {100 * result.min_share:g} % of the pixels keep their configured row."
     if any(row.unfilled for row in result.rows):
-        yield "Does the teacher find each class where you expect it? If not, teacher.classes is in the wrong order."
-    yield "Shares include the teacher's mistakes: write {Class: 1} where you know that these are mistakes."
+        yield "Is each class where you expect it? If not, check the order of teacher.classes."
+    yield "Shares include the teacher's mistakes: write {Class: 1} where you know better."
     yield ""
     yield result.as_yaml()
 
 
 def _shares_text(shares: dict[str, float]) -> str:
-    return ", ".join(f"{name} {percent_text(share, 0, unit='')}" for name, share in shares.items())
+    return ", ".join(f"{name} {percent_cell(share, 0)}" for name, share in shares.items())
 
 
 def _parity_table(rows: list[TileParity]) -> Table:
