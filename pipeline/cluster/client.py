@@ -250,7 +250,7 @@ class Cluster:
     def _receipts(
         self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Reference]], job: Job
     ) -> Receipts:
-        """What a task returned; raises what it raised, as the cause of a `KdpipeError` where it is not one."""
+        """The receipts that a task returned; raises its `KdpipeError`, or one caused by its other error."""
         err = None if awaited.cancelled() else awaited.exception()
         if err is not None and future.status == "error":
             names = summarise(tile.id for batch in batches for tile in batch)

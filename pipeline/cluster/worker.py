@@ -38,7 +38,7 @@ CONCURRENT = 8
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides the bytes that a worker computes beside the recipe; `processor` and `threads` decide only the last bits."""
+    """The properties of a worker that decide its bytes, beside the recipe; `processor` and `threads` decide only the last bits."""
 
     device: str
     libraries: dict[str, str]

@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Network:
-    """What a state dict was recognised as; None where it was not. `attention` is `scse` or None (no attention)."""
+    """A recognised network; fields that were not recognised are None. `attention` is `scse`, or None without it."""
 
     architecture: str | None
     encoder: str | None

@@ -216,7 +216,7 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _unsafe_text(file: Path, err: Exception) -> str:
-    """Why a pickle is refused: what it holds beside weights, and how to extract them."""
+    """The message for a refused pickle: what it holds beside weights, and how to extract them."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError, IndexError, AttributeError):

@@ -81,7 +81,7 @@ def make_batches(
 
 
 def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
-    """As `load_batch`, but a single tile larger than the teacher's window is left as a `scene`, so that memory stays flat."""
+    """`load_batch`, except that a single tile larger than the teacher's window is left as a `scene`, so that memory stays flat."""
     (first, *others) = batch
     try:
         if not others and isinstance(first, WholeTile) and predicts_in_bands(recipe, (1, *first.size(), 3)):

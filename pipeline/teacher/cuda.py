@@ -52,7 +52,7 @@ class Transfers:
             return PendingCopy([sent], self._to_device.record_event())
 
     def receive(self, sent: PendingCopy) -> Tensor:
-        """What `send` copied, for the current stream, which waits for it."""
+        """The tensor that `send` copied, for the current stream, which waits for it."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(sent.arrived)
         (tensor,) = sent.tensors

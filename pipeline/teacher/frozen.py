@@ -118,7 +118,7 @@ class FrozenTeacher:
         return targets_NSHW
 
     def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """What a cache of the recipe's kind stores, float32: soft targets `(N, C_s, H, W)` or logits `(N, C_t, H, W)`."""
+        """The values that a cache of the recipe's kind stores, float32: soft targets `(N, C_s, H, W)` or logits `(N, C_t, H, W)`."""
         if predicts_in_bands(self._recipe, images_NHWC.shape):
             image_HWC = images_NHWC[0]
             bands = self.cached_bands(lambda top, bottom: image_HWC[top:bottom], *image_HWC.shape[:2])
@@ -188,7 +188,7 @@ class FrozenTeacher:
         return self.targets_of(logits_NTHW)
 
     def _logits(self, images_NHWC: NDArray[np.uint8] | Tensor, *, checked: bool) -> Tensor:
-        """As `logits`; unless `checked`, a CUDA device is not waited for."""
+        """`logits`; unless they are `checked`, a CUDA device is not waited for."""
         images_NCHW = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2)
         total_NTHW: Tensor | None = None
         for number, (record, share) in enumerate(zip(self._recipe.teachers, self._shares, strict=True)):

@@ -56,7 +56,7 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
 
 
 def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str:
-    """What the file holds, what the configuration says, and the lines that fit the file."""
+    """The message for a misfit: what the file holds, what the configuration says, and the lines that fit the file."""
     lines, hint = {}, ""
     if found.architecture is not None and found.architecture != teacher.architecture.lower():
         lines["architecture"] = found.architecture

@@ -1,5 +1,7 @@
 """A scheduler and workers as real processes, sixteen small tiles, and the cache that one process makes of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.configs import tiny_config
@@ -59,4 +61,4 @@ def whole(landscape, teacher_file, images, tmp_path_factory):
     """Every file of the cache that a single process makes."""
     config = tiny_config(landscape, teacher_file, tmp_path_factory.mktemp("whole"), **over(images))
     precompute(config, torch.device("cpu"))
-    return tree(config.cache.path)
+    return tree(Path(config.cache.path))

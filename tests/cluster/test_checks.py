@@ -88,7 +88,7 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
 
 
 def test_precision_auto_is_decided_on_a_worker(two_workers, config):
-    """As if the workers were fast at bf16, which this process is not asked about."""
+    """The client takes its workers for fast at bf16."""
     recipe = complete_recipe(config, None, None)
     tiles = list_tiles(config.data, "train")
     with Cluster(Told(), "cpu", address=two_workers.address) as cluster:

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def whole_views(landscape, teacher_file, tmp_path_factory):
     """Every file of the cache that a single process makes."""
     config = tiny_config(landscape, teacher_file, tmp_path_factory.mktemp("views"), **VIEWS)
     precompute(config, torch.device("cpu"))
-    return tree(config.cache.path)
+    return tree(Path(config.cache.path))
 
 
 def test_ctrl_c_within_the_views_of_a_tile_keeps_and_counts_those_that_are_stored(
