@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import tree
-from helpers.views import K, dataset
+from helpers.views import K, dataset, rendered
 from PIL import Image
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, StaleCache
@@ -51,7 +51,7 @@ def shows(config, tile_id):
 
 def test_a_crop_other_than_the_predicted_one_is_refused_at_its_first_use(make_views, plain_student, monkeypatch):
     """Here the colours change, as with another version of their library."""
-    config = make_views(train__photometric=1.0)
+    config = make_views(train__photometric=1.0, train__max_steps=2)
     precompute(config, CPU)
     changed = samples.change_colours
     monkeypatch.setattr(samples, "change_colours", lambda image, seed: changed(image, seed + 1))
@@ -84,10 +84,10 @@ def test_more_views_cost_only_the_new_ones(make_views, views_cache):
 def test_a_changed_image_makes_exactly_the_views_stale_that_show_the_change(make_views, own_data):
     config = make_views(data__train=[str(own_data)], train__mosaic=0.5)
     precompute(config, CPU)
-    before = {view.id: view.pixels() for view in dataset(config).all_views()}
+    before = rendered(config)
     image = sorted((own_data / "images").iterdir())[0]
     edit(image)
-    changed = {view.id for view in dataset(config).all_views() if not np.array_equal(view.pixels(), before[view.id])}
+    changed = {view for view, pixels in rendered(config).items() if not np.array_equal(pixels, before[view])}
     assert changed
     assert changed <= shows(config, f"Train/{image.stem}")
     assert findings(config, "quick") == findings(config, "full") == {("stale-tile", view) for view in changed}
@@ -106,11 +106,11 @@ def test_a_mask_counts_where_it_decides_what_a_crop_shows(make_views, own_data):
     config = make_views(data__train=[str(own_data)], train__max_class_share=0.3)
     assert any(mask in view.files for view in dataset(config).all_views())
     precompute(config, CPU)
-    before = {view.id: view.pixels() for view in dataset(config).all_views()}
+    before = rendered(config)
     pixels = np.asarray(Image.open(mask)).copy()
     Image.fromarray(np.full_like(pixels, 1)).save(mask)
     os.utime(mask, (mask.stat().st_atime, mask.stat().st_mtime + 3600))
-    changed = {view.id for view in dataset(config).all_views() if not np.array_equal(view.pixels(), before[view.id])}
+    changed = {view for view, pixels in rendered(config).items() if not np.array_equal(pixels, before[view])}
     assert changed
     assert findings(config, "quick") == {("stale-tile", view) for view in changed}
     free = make_views(data__train=[str(own_data)], train__max_class_share=1.0)
