@@ -7,7 +7,6 @@ The commands run as a user would run them, each in its own process, with the shi
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -79,10 +78,10 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
     draw_demo(config, *(run / LAST for run in runs), out / PICTURE)
     yield _comparison(config, results)
     yield "So short a run shows how kdpipe works, not what distillation gains: docs/results.md says that."
-    yield f"The demo took {duration_text(time.perf_counter() - start)}; everything is in {out}. Next:\n"
-    yield f"    open {shlex.quote(str(out / PAGE))}    # scores, curves, and tiles to compare; the picture is {PICTURE}"
-    yield "    kdpipe init my_tiles -o mine.yaml    # a configuration for your own tiles: docs/own-data.md"
-    yield "    docs/tutorial.md    # the same steps one by one, and why"
+    yield f"The demo took {duration_text(time.perf_counter() - start)}; everything is in {out}. Next:"
+    yield f"  - Open {out / PAGE} in a browser: scores, curves, and tiles to compare. {PICTURE} shows three of them."
+    yield "  - kdpipe init FOLDER --teacher CHECKPOINT writes a config for your own tiles: docs/own-data.md"
+    yield "  - docs/tutorial.md explains the same steps one by one."
 
 
 def train_teacher(config: Config, root: Path, progress: Progress) -> None:

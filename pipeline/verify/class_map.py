@@ -55,17 +55,20 @@ class TeacherClass:
 
 @dataclass(frozen=True)
 class Row:
-    """A teacher class: its pixels by label, and its row of the class map as configured and as suggested."""
+    """
+    A teacher class: its pixels by label, and its row of the class map as configured and as suggested.
+
+    `kept` rows have too few pixels to judge by: the suggested row is the configured one. `unfilled` rows are FILL_IN in the
+    configuration: the configured row is empty.
+    """
 
     teacher_class: str
     pixels: int
     counts: dict[str, int]
     configured: dict[str, float]
     suggested: dict[str, float]
-    kept: bool  # too few pixels to judge by: the suggested row is the configured one
-    unfilled: bool = (
-        False  # the configuration has FILL_IN: `configured` is empty, and so is `suggested` where it is kept
-    )
+    kept: bool
+    unfilled: bool = False
 
     @property
     def disagrees(self) -> bool:
