@@ -37,6 +37,7 @@ from kdpipe.pipeline.text import duration_text
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_CROP, TEACHER_LR = 300, 8, 128, 2e-3
 SHOWN_TILES = 3
 PICTURE, PAGE = "demo.png", "report.html"
+STUDENTS: dict[str, list[str]] = {"with": [], "without": ["--kd", "none"]}  # options by label; results in LABEL.json
 MARKER = ".kdpipe-demo"  # marks a folder as a demo's, which may be replaced
 
 
@@ -69,7 +70,7 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
     _command(progress, "precompute-teacher", "-c", "demo", *settings)
     _command(progress, "verify-cache", "-c", "demo", *settings, "--level", "parity")
     results = {}
-    for label, kd in (("with", []), ("without", ["--kd", "none"])):
+    for label, kd in STUDENTS.items():
         result = out / f"{label}.json"
         _command(progress, "train-student", "-c", "demo", *settings, *kd, "--overwrite", "--json", str(result))
         results[label] = json.loads(result.read_text())

@@ -1,4 +1,4 @@
-"""What the stages tell of their progress, and how they are asked to stop: no printing here, see `console.py`."""
+"""How a stage reports its progress, and how it is stopped. Printing is left to `commands/console.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Protocol
 
-Advance = Callable[..., None]  # advance(steps=1, **figures): figures such as loss=0.3 stand beside the bar
+Advance = Callable[..., None]  # advance(steps=1, **figures): figures such as loss=0.3 are shown beside the bar
 
 
 class Progress(Protocol):
@@ -19,26 +19,25 @@ class Progress(Protocol):
         """Show one line."""
 
     def bar(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
-        """A bar, or plain lines, over `total` units of which `done` are done already; yields what advances it."""
+        """A bar, or plain lines, over `total` units of which `done` are done; yields the function that advances it."""
 
 
 class Silent:
     """Reports nothing: the default for library calls."""
 
     def say(self, line: str) -> None:
-        """Show nothing."""
+        pass
 
     def bar(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
-        """A bar that is not shown."""
         return nullcontext(lambda steps=1, **figures: None)
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """
-    An event that is set by Ctrl-C or SIGTERM, so that work can end at a safe point; a second Ctrl-C ends it at once.
+    An event that Ctrl-C or SIGTERM sets, so that work can end at a safe point; a second Ctrl-C ends it at once.
 
-    Outside of the main thread, where signals cannot be handled, the event is never set.
+    The event is never set outside the main thread, where signals cannot be handled.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

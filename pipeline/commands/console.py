@@ -32,12 +32,10 @@ class Terminal:
             self.console.print(part, highlight=False, markup=False, soft_wrap=whole)
 
     def say(self, line: str) -> None:
-        """Show one line."""
         self.show(line)
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """A bar, or plain lines, over `total` units of which `done` are done; yields the function that advances it."""
         rate = _Rate(total, done, unit)
         if not self.console.is_terminal:
             yield self._plain(title, rate)

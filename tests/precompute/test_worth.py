@@ -21,7 +21,6 @@ from kdpipe.pipeline.reports.terminal.stage_one import estimate_text, precompute
 from kdpipe.pipeline.reports.terminal.training import training_tables
 from kdpipe.pipeline.runs.record import paces_of_other_modes
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
-from kdpipe.pipeline.training import worth
 from kdpipe.pipeline.training.loaders import steps_in
 from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.training.worth import Worth
@@ -66,14 +65,14 @@ def test_the_verdict_is_hardly_for_a_heavy_student_and_no_for_a_short_run(change
 
 def slowed(patch, teacher_seconds, student_seconds):
     """Have the teacher take at least so long for a tile, and the student for a step."""
-    logits, steps = FrozenTeacher.logits, worth.take_steps
+    logits, steps = FrozenTeacher.logits, forecasts.take_steps
 
     def slow_logits(self, images):
         time.sleep(teacher_seconds)
         return logits(self, images)
 
     patch.setattr(FrozenTeacher, "logits", slow_logits)
-    patch.setattr(worth, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
+    patch.setattr(forecasts, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
 
 
 def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, monkeypatch):
@@ -107,7 +106,7 @@ def test_a_student_that_does_not_fit_leaves_the_forecast_of_stage_one(make_confi
     def exhausted(*arguments):
         raise OutOfMemory("out of memory while timing the student")
 
-    monkeypatch.setattr(worth, "take_steps", exhausted)
+    monkeypatch.setattr(forecasts, "take_steps", exhausted)
     forecast = estimate(make_config(), CPU)
     assert forecast.bytes > 0
     assert (
@@ -130,7 +129,7 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     said = precompute_text(replace(summary, online_seconds=90.0, crops_seconds=20.0, seconds=50.0))
     live = "1 min 30 s (--kd online: whole tiles) or 20 s (crops alone)"
     assert f"a live teacher would take {live} of each epoch;\nthe cache pays for itself after 2.5 epochs\n" in said
-    monkeypatch.setattr(forecasts, "measure", lambda *arguments: pytest.fail("something was timed"))
+    monkeypatch.setattr(forecasts, "measure_worth", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
 

@@ -12,7 +12,7 @@ from kdpipe.pipeline.inspection.cache import inspect_cache, is_cache
 from kdpipe.pipeline.inspection.statistics import (
     CacheStatistics,
     compute_statistics,
-    open_as_answered,
+    open_as_predicted,
     require_table_format,
     write_table,
 )
@@ -47,7 +47,7 @@ def show_cache(
 def _statistics(path: str, table_path: str | None, plot_path: str | None, terminal: Terminal) -> CacheStatistics:
     if table_path is not None:
         require_table_format(Path(table_path))
-    cache = open_as_answered(path)
+    cache = open_as_predicted(path)
     with terminal.bar("statistics", len(cache.tile_ids), "tiles") as advance:
         statistics = compute_statistics(cache, advance)
     if table_path is not None:

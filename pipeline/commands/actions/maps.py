@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS, complain
@@ -26,7 +27,7 @@ def predict_maps(
             predictor, inputs, out, window=window, overlap=overlap, batch_size=batch_size, confidence=confidence,
             probabilities=probabilities, overwrite=overwrite, progress=terminal, stop=stop,
         )  # fmt: skip
-    write_json(json_path, summary.as_dict())
+    write_json(json_path, asdict(summary))
     terminal.show(*map_tables(summary))
     if summary.failed:
         for reason in summary.failed.values():
@@ -40,5 +41,5 @@ def export_model(
     """Write a student's file, verified, and report it."""
     terminal = Terminal()
     result = export_student(checkpoint, format_, out, tiles=tiles, overwrite=overwrite, progress=terminal)
-    write_json(json_path, result.as_dict())
+    write_json(json_path, asdict(result))
     terminal.show(export_table(result))

@@ -1,4 +1,4 @@
-"""What `kdpipe init` found and what is next, for a terminal."""
+"""The survey of `kdpipe init` and the next commands, as tables and text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_VALUES = 12
 
 
 def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
-    """Tables and paragraphs, in the order in which they are to be printed."""
+    """Tables and paragraphs, in the order in which they are printed."""
     parent = _common_parent(found.roots)
     table = Table(title=f"Tiles in {parent}" if parent else "Tiles", title_justify="left")
     for column in ("folder", "for", "tiles", "masks", "px", "bands", "type", "mask values, % of px"):
@@ -30,12 +30,12 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
         )  # fmt: skip
     yield table
     partly = [
-        f"of {root.path} {root.headers} headers, {root.images_read} images and {root.masks_read} masks were read"
+        f"{root.headers} headers, {root.images_read} images and {root.masks_read} masks of {root.path}"
         for root in found.roots
         if root.images_read < len(root.tiles) or root.masks_read < root.masks
     ]
     if partly:
-        yield f"Not all: {'; '.join(partly)}, evenly spread."
+        yield f"Only a sample was read, evenly spread: {'; '.join(partly)}."
     if found.teacher:
         yield f"Teacher: {found.teacher.path} is {found.teacher.network}."
     for note in found.draft.notes:
@@ -44,7 +44,7 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
     for problem in problems[:SHOWN]:
         yield f"To mend: {problem}"
     if len(problems) > SHOWN:
-        yield f"To mend: {len(problems) - SHOWN} more of such (--json FILE lists all)."
+        yield f"To mend: {len(problems) - SHOWN} more (--json FILE lists all)."
     yield from _next(found)
 
 
@@ -55,7 +55,7 @@ def _next(found: FirstConfig) -> Iterator[str]:
         yield f"Wrote {found.path}, which is complete. Next:\n"
     else:
         yield (
-            f"Wrote {found.path}. Its {FILL_IN} are for you, as no file tells them: {places_text(found.unfilled)}. "
+            f"Wrote {found.path}. No file holds the values of its {FILL_IN}: {places_text(found.unfilled)}. "
             f"Edit these lines{_options(found)}. Then:\n"
         )
     if labelled and any(key.startswith("class_map") for key in found.unfilled):
@@ -67,7 +67,7 @@ def _next(found: FirstConfig) -> Iterator[str]:
 
 
 def _options(found: FirstConfig) -> str:
-    """The options that would fill in what is asked, if any would."""
+    """The options that would fill in the missing keys, if there are any."""
     options = {
         "classes.names": "--classes A,B,…",
         "data.bands": "--bands 3,2,1",
@@ -80,7 +80,7 @@ def _options(found: FirstConfig) -> str:
 
 
 def _common_parent(roots: list[Root]) -> str:
-    """The folder that all roots lie in, as far as it shortens their paths in a table; else nothing."""
+    """The folder that holds all roots, to shorten their paths in the table; empty if there is none."""
     if len(roots) == 1:
         return os.path.dirname(roots[0].path)  # noqa: PTH120 - as written, without a `.` where there is none
     try:
