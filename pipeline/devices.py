@@ -1,10 +1,10 @@
 """
-The device to compute on, and how a process holds tensors in main memory. torch is imported only where a device is asked for.
+The device to compute on, and the handling of tensors in main memory. Imports torch only to resolve a device.
 
-By default glibc maps each tensor of a few MB anew and unmaps it when it is freed; the kernel then clears and maps its pages at
-every step, which took a quarter of a small student's step on a CPU. So freed memory is kept, as CUDA's allocator keeps it. Pages of
-4 kB are so many that a processor looks most of them up again at each layer; where Linux offers pages of 2 MB
-(`/sys/kernel/mm/transparent_hugepage/enabled`), torch asks for them.
+By default glibc maps each tensor of a few MB anew and unmaps it when it is freed. The kernel then clears and maps its pages at every
+step: a quarter of a small student's step on a CPU. So freed memory is kept, as CUDA's allocator does. Pages of 4 kB are so many that
+the processor misses most of them in its page cache at each layer; where Linux offers pages of 2 MB
+(`/sys/kernel/mm/transparent_hugepage/enabled`), torch requests them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 
 
 def ask_for_huge_pages() -> None:
-    """Have torch ask for pages of 2 MB, in this process and those that it starts; call it before the first tensor is made."""
+    """Make torch request pages of 2 MB, in this process and its children; call it before the first tensor is created."""
     # https://docs.pytorch.org/tutorials/recipes/inference_tuning_on_aws_graviton.html
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> bool:
-    """Whether malloc was told so: glibc's alone can be, and a user's own settings or allocator stay as they are."""
+    """Make malloc keep freed memory; False without glibc, or where the user's own settings or allocator take precedence."""
     if sys.platform != "linux" or any(name in os.environ for name in USERS_OWN):
         return False
     try:
@@ -43,9 +43,9 @@ def keep_freed_memory() -> bool:
 
 def resolve_device(name: str | None) -> torch.device:
     """
-    The device to compute on: the named one, or else CUDA, Apple's MPS, or the CPU, whichever comes first.
+    The named device, or the first available of CUDA, Apple's MPS and the CPU.
 
-    Raises `ConfigError` for a device that is not there.
+    Raises `ConfigError` for a device that is not available.
     """
     import torch
 
@@ -62,7 +62,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def is_fast_at_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself: NVIDIA's since Ampere, and processors with AMX; others only emulate it."""
+    """Whether the device has native bf16: NVIDIA GPUs since Ampere, and processors with AMX; others only emulate it."""
     import torch
 
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """
-Processes and devices of stage two: Lightning Fabric with the configured precision, and sums over the ranks of a distributed run (DDP).
+Processes of stage two: Lightning Fabric with the configured precision, and sums over the ranks of a distributed run (DDP).
 
-Outside of a distributed run there is one process, with rank 0.
+Outside of a distributed run there is one process, of rank 0.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ LIGHTNING_NAMES: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"
 
 
 def computed_precision(config: Config, device: torch.device) -> Precision:
-    """What `train.precision` means on a device; `auto` is bf16 where a GPU computes it natively, else fp32."""
+    """The precision that `train.precision` means on a device; `auto` is bf16 on a GPU with native bf16, else fp32."""
     precision = config.train.precision
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if native else "fp32"
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError(
-            "train.precision fp16 needs a GPU (its loss scaling is not there on the CPU); use bf16 or fp32"
-        )
+        raise ConfigError("train.precision fp16 needs a GPU, because the CPU has no loss scaling; use bf16 or fp32")
     return precision
 
 
 def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabric:
     """
-    A Fabric of its own state (loss scaling in fp16) on one device, or with one process on each of several (DDP).
+    A new Fabric, with its own loss scaling in fp16, on one device, or with one process on each of several (DDP).
 
-    Raises `ConfigError` where there are fewer.
+    Raises `ConfigError` where there are fewer devices.
     """
     from lightning.fabric import Fabric
 
     if devices > 1 and str(device) not in ("cuda", "cpu"):
         raise ConfigError(
-            f"train.devices {devices} takes the first ones of a kind, found --device {device}; say cuda or cpu"
+            f"train.devices {devices} takes the first devices of a kind, found --device {device}; use cuda or cpu"
         )
     if devices > 1 and device.type == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"train.devices is {devices}, and there are {torch.cuda.device_count()} GPUs")
     precision = LIGHTNING_NAMES[computed_precision(config, device)]
-    # Lines on the precision, on one that is not asked for, and six on how processes found each other.
+    # It would report the precision, tips, and how processes found each other.
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     if devices == 1:
         own = [device.index or 0] if device.type == "cuda" else 1
@@ -59,14 +57,14 @@ def open_fabric(config: Config, device: torch.device, devices: int = 1) -> Fabri
 
 
 def is_further_process(config: Config) -> bool:
-    """Whether this process is one of those that Lightning started beside the first one, which alone speaks and writes."""
+    """Whether Lightning started this process beside the first one, which alone prints and writes."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return config.train.devices > 1 and vars(rank_zero_only)["rank"] != 0
 
 
 class Alone(nn.Module):
-    """A student asked in the run's precision, and in this process only."""
+    """A student that predicts in the run's precision, in this process only."""
 
     def __init__(self, student: nn.Module, fabric: Fabric) -> None:
         super().__init__()
@@ -75,8 +73,8 @@ class Alone(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Any:
         """Logits `(N, C, H, W)`, float32; no other process takes part."""
         with self._fabric.autocast():
-            answer = self._student(images_NCHW)
-        return answer[0].float() if isinstance(answer, tuple) else answer.float()
+            output = self._student(images_NCHW)
+        return output[0].float() if isinstance(output, tuple) else output.float()
 
 
 def world_size() -> int:
@@ -86,11 +84,10 @@ def world_size() -> int:
 
 def sums_over_ranks(*sums: Tensor) -> tuple[Tensor, ...]:
     """
-    Each tensor's sum over all ranks: what a batch of all ranks' samples would have had; in float64, unchanged in a single process.
+    Each tensor's sum over all ranks, in float64; unchanged in a single process.
 
-    The gradient to a rank's own part comes back multiplied by the number of ranks, because DDP takes the mean of their
-    gradients: so a loss that is computed from such sums has, after DDP, the gradients of the whole batch. All ranks call it
-    as often as each other.
+    The gradient to a rank's own part is multiplied by the number of ranks, because DDP takes the mean of their gradients: after DDP, a
+    loss computed from such sums has the gradients of the whole batch. All ranks must call this equally often.
     """
     if world_size() == 1:
         return sums
@@ -113,7 +110,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in at least one rank: the same answer in all of them."""
+    """Whether `flag` is set in at least one rank; all ranks get the same result."""
     if world_size() == 1:
         return flag
     flags = torch.tensor([int(flag)], device=device)

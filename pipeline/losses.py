@@ -1,8 +1,8 @@
 """
 The distillation loss.
 
-Shapes: N batch, C student classes, H W pixels. Every mean is taken over the batch of all ranks of a distributed run: the parts of a
-loss are sums, which go through `sums_over_ranks` before they are divided.
+Shapes: N batch, C student classes, H W pixels. In a distributed run every mean is over the batch of all ranks: a loss is computed from
+sums that go through `sums_over_ranks` before they are divided.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LossTerms:
 
 
 def mean_terms(terms: Sequence[LossTerms]) -> LossTerms:
-    """The means of several batches' terms, without gradients: what an optimizer step over accumulated batches descends."""
+    """The loss terms of an optimizer step: the means over its accumulated batches, without gradients."""
     return LossTerms(
         *(torch.stack([getattr(t, name).detach() for t in terms]).mean() for name in ("total", "hard", "soft"))
     )
@@ -52,9 +52,9 @@ def distillation_loss(
     `(1 - alpha) * hard + alpha * T² * KL(p || softmax(s / T))`; without targets `hard` alone.
 
     `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding; `targets_NCHW` is
-    float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is what rounding took from their entropy, mean
-    over each sample's inside pixels, in nats. A batch without one labelled pixel has `hard` zero.
-    An auxiliary head's logits add `AUXILIARY_WEIGHT` of their own hard loss to `hard`.
+    float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is the entropy that they lost to rounding, in nats, mean
+    over each sample's inside pixels. `hard` is zero for a batch without a labelled pixel.
+    An auxiliary head's logits add `AUXILIARY_WEIGHT` times their own hard loss to `hard`.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
     """
     hard = hard_loss(logits_NCHW, mask_NHW, ignore_index)
@@ -76,11 +76,11 @@ def soft_loss(
     """
     `KL(p || softmax(s / T))`, summed over classes, averaged over the pixels inside the tile; a scalar, in float32.
 
-    Zero if no pixel is inside. `0 log 0` is 0. `KL = -Σ p log q - H(p)`: a cached p has lost `entropy_error_N` of its
-    entropy to rounding, a constant to the student, which is taken back so that the value is that of the exact target.
+    Zero if no pixel is inside; `0 log 0` is 0. `KL = -Σ p log q - H(p)`: rounding took `entropy_error_N` from H(p), a constant to the
+    student, which is subtracted so that the loss has the value of the unrounded target.
     """
     log_q_NCHW = F.log_softmax(logits_NCHW.float() / temperature, dim=1)
-    # Summed apart: their difference by class would be one more array of that size, and its gradient another.
+    # Summed separately: the difference by class would be one more array of this size, and its gradient another.
     kl_NHW = torch.xlogy(targets_NCHW, targets_NCHW).sum(dim=1) - (targets_NCHW * log_q_NCHW).sum(dim=1)
     pixels_N = inside_NHW.sum(dim=(1, 2))
     total = (kl_NHW * inside_NHW).sum()
@@ -103,7 +103,7 @@ def hard_loss(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int) -> Tenso
     known_NHW = mask_NHW != ignore_index
     entropy = F.cross_entropy(logits_NCHW, mask_NHW, ignore_index=ignore_index, label_smoothing=SMOOTH, reduction="sum")
     probs_NCHW = logits_NCHW.softmax(dim=1) * known_NHW[:, None]
-    # An eighth of `one_hot`'s integers, and the index that is to be ignored is no class's.
+    # An eighth of the bytes of `one_hot`, and `ignore_index` matches no class.
     labels_NCHW = mask_NHW[:, None] == torch.arange(num_classes, device=mask_NHW.device)[:, None, None]
     over = (0, 2, 3)
     entropy, pixels, both_C, probs_C, labels_C = sums_over_ranks(

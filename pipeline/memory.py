@@ -1,4 +1,4 @@
-"""Out of memory, on any device and in any process: recognised in one place, and said with the keys that would help."""
+"""Out of memory, on any device and in any process: recognised in one place, and explained with the keys that help."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from kdpipe.configs.errors import KdpipeError, OutOfMemory
 from kdpipe.configs.schema import Config, Precision
 
-# What torch says where it raises a plain RuntimeError: the CPU's allocator, cuBLAS, the driver, Apple's MPS, and C++ itself.
-# A worker's numpy error of two arguments comes back as a RuntimeError that holds its name.
+# In the message of a plain RuntimeError: torch's CPU allocator, cuBLAS, the driver, Apple's MPS, C++ itself, and NumPy in a worker,
+# whose error comes back as a RuntimeError with its name in it.
 PHRASES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -26,7 +26,7 @@ PHRASES = (
     "std::bad_alloc",
     "_ArrayMemoryError",
 )
-# Batches of DataLoader workers come through shared memory, a file system of its own (/dev/shm).
+# DataLoader workers pass batches through shared memory, a file system of its own (/dev/shm).
 SHARED_MEMORY_PHRASES = (
     "is killed by signal: Bus error",
     "insufficient shared memory",
@@ -36,23 +36,23 @@ SHARED_MEMORY_PHRASES = (
 )
 WORKER_DIED = re.compile(r"DataLoader worker \(pid[^)]*\)* (?:is )?(killed by signal: [\w ]+|exited unexpectedly)")
 SHARED_MEMORY = Path("/dev/shm")
-WINDOWS_PX = (512, 256)  # of a teacher, to try
+WINDOWS_PX = (512, 256)  # values to try for a teacher's window
 
 
 @contextmanager
 def fits_in_memory(stage: str, advice: Sequence[str], *, workers: int | None = None) -> Iterator[None]:
     """
-    Turn what torch, NumPy and the DataLoader raise for want of memory within the block into `OutOfMemory`.
+    Turn the errors of torch, NumPy and the DataLoader for lack of memory within the block into `OutOfMemory`.
 
-    `stage` says what was done and at which size, `advice` which keys to set to what, the best first. `workers` is
-    `train.workers` where the block waits for a loader's workers, whose deaths are explained then too; their own
-    `KdpipeError`s come out as they were raised, without the traceback that torch writes into them.
+    `stage` names the work and its size, `advice` the keys to set and their values, the best first. With `workers` (`train.workers`, where
+    the block waits for a loader) the death of a worker is explained too, and a `KdpipeError` raised in a worker comes out without the
+    traceback that torch writes into it.
     """
     try:
         yield
     except KdpipeError as err:
         if (as_raised := _as_raised(err)) is err:
-            raise  # not from itself: who follows the causes, as dask does, would never come to an end
+            raise  # not from itself: dask follows the causes, and would never come to an end
         raise as_raised from err
     except Exception as err:
         if is_out_of_memory(err):
@@ -63,7 +63,7 @@ def fits_in_memory(stage: str, advice: Sequence[str], *, workers: int | None = N
 
 
 def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an exception of torch, NumPy, Python or the system says that memory ran out."""
+    """Whether an exception of torch, NumPy, Python or the system means that memory ran out."""
     if isinstance(err, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(err, OSError):
@@ -77,11 +77,11 @@ def sized(noun: str, count: int, height: int, width: int) -> str:
 
 
 def training_advice(config: Config, precision: Precision) -> list[str]:
-    """The keys that make a training step smaller; `precision` is the one computed in."""
+    """The keys that make a training step smaller; `precision` is the resolved one."""
     train = config.train
     advice = []
     if train.batch_size != "auto" and train.batch_size > 1:
-        # A size that was found by auto did fit: on this device as it is now, a smaller one must be named.
+        # A size found by auto did fit once, so auto is no advice: a smaller size must be named.
         samples = train.batch_size * train.accumulate
         smaller = max(size for size in range(1, train.batch_size) if samples % size == 0)
         advice.append(
@@ -110,9 +110,9 @@ def validation_advice(config: Config, precision: Precision) -> list[str]:
 
 def teacher_advice(config: Config, batch_size: int, device: torch.device, side_px: int | None = None) -> list[str]:
     """
-    The keys that make the teachers' forward pass smaller, those that leave its values alone first; `side_px` is the tile's.
+    The keys that make the teachers' forward pass smaller, those that keep its values first; `side_px` is the side of the tile.
 
-    Views of test-time augmentation are taken one after another, so that `tta` costs time and hardly any memory.
+    `tta` is not among them: its views are predicted one after another, and cost time but hardly any memory.
     """
     advice = [f"{next(iter(config.members))}.batch_size: 1 (now {batch_size})"] if batch_size > 1 else []
     for key, teacher in config.members.items():
@@ -132,35 +132,35 @@ def teacher_advice(config: Config, batch_size: int, device: torch.device, side_p
 
 
 def _figures(text: str) -> str:
-    """` (2.00 GiB more were asked for; 1.20 GiB of 23.68 GiB were free)`, as far as the error tells."""
+    """` (2.00 GiB more were requested; 1.20 GiB of 23.68 GiB were free)`, as far as the error tells."""
     asked = re.search(r"allocate ([\d.]+ [kKMGTPE]?i?[Bb]\w*)", text)
     free = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text)
-    figures = [f"{asked[1]} more were asked for"] if asked else []
+    figures = [f"{asked[1]} more were requested"] if asked else []
     figures += [f"{free[2]} of {free[1]} were free"] if free else []
     return f" ({'; '.join(figures)})" if figures else ""
 
 
 def _worker_failure(err: Exception, workers: int) -> str | None:
-    """What a worker died of, if it is memory; torch says `exited unexpectedly`, and the signal in that error's cause."""
+    """Why a worker died, if for lack of memory; torch says `exited unexpectedly` and names the signal in the error's cause."""
     text = f"{err.__cause__ or ''}\n{err}"
     fewer = f"train.workers: {workers // 2} (now {workers}; 0 reads in the main process and needs none)"
     if any(phrase in text for phrase in SHARED_MEMORY_PHRASES):
         size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 1e9:.2g} GB)" if SHARED_MEMORY.is_dir() else ""
         return (
-            f"the data loader's workers ran out of shared memory, {SHARED_MEMORY}{size}, through which they hand over batches. "
+            f"the data loader's workers ran out of shared memory, {SHARED_MEMORY}{size}, through which they pass batches. "
             f"To fit: {fewer}; in a container a larger one (docker run --shm-size=8g)"
         )
     died = WORKER_DIED.search(text)
     if died and died[1] in ("killed by signal: Killed", "exited unexpectedly"):
         return (
-            f"a worker of the data loader died ({died[1]}), most often because the machine ran out of memory and the system "
+            f"a worker of the data loader died ({died[1]}), usually because the machine ran out of memory and the system "
             f"killed it. To fit: {fewer}; a lower train.batch_size or train.crop"
         )
     return None
 
 
 def _as_raised(err: KdpipeError) -> KdpipeError:
-    """An error as a worker raised it: torch puts `Caught X in DataLoader worker process 0` and the traceback before it."""
+    """The error that a worker raised, without torch's `Caught X in DataLoader worker process 0` and traceback before it."""
     text = str(err)
     if "in DataLoader worker process" not in text:
         return err

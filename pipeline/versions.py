@@ -20,7 +20,7 @@ LIBRARIES = (
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of what computes and stores the values: recorded, not part of the fingerprint."""
+    """The installed version of each: recorded in caches and checkpoints, not part of the fingerprint."""
     return {name: _installed(name) for name in LIBRARIES}
 
 
@@ -30,7 +30,7 @@ def _installed(name: str) -> str:
 
 
 def other_libraries(recorded: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """The libraries of a cache that have another version now, with both: a reason to warn, never to refuse."""
+    """Libraries whose version now differs from the recorded one, with both: a reason to warn, never to refuse."""
     installed = library_versions()
     return {
         name: (then, installed[name])
@@ -40,7 +40,7 @@ def other_libraries(recorded: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def library_note(recorded: Mapping[str, str]) -> str | None:
-    """One line on `other_libraries`, None where there are none."""
+    """One line on `other_libraries`; None if there are none."""
     others = other_libraries(recorded)
     if not others:
         return None

@@ -1,1 +1,1 @@
-"""What a checkpoint or a cache holds."""
+"""The contents of a checkpoint or a cache."""

@@ -1,4 +1,4 @@
-"""What a cache says of itself, and in what a configuration would have it otherwise. Reads the manifest, no tile."""
+"""The manifest of a cache, and where it differs from a configuration. No tile is read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kdpipe.pipeline.versions import other_libraries
 @dataclass(frozen=True)
 class CacheInspection:
     """
-    A cache's manifest, and what differs from a configuration (None where none was asked for).
+    A cache's manifest, and its differences from a configuration (None if there is nothing to compare with).
 
-    `other_libraries` names the libraries that had another version when the cache was computed: a warning, never a refusal.
+    `other_libraries` holds libraries whose version differed when the cache was computed: then and now.
     """
 
     url: str
@@ -34,12 +34,12 @@ class CacheInspection:
 
     @property
     def pixels(self) -> int:
-        """Of all tiles together."""
+        """Pixels of all tiles."""
         return sum(tile.height * tile.width for tile in self.manifest.tiles)
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards together."""
+        """Bytes of all shards."""
         return sum(tile.shard_bytes for tile in self.manifest.tiles)
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def is_cache(path: str) -> bool:
 
 def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
     """
-    What the cache at a folder or URL holds, compared with `config` if one is given.
+    The manifest of the cache at a folder or URL, compared with `config` if one is given.
 
-    Raises `IncompleteCache` where there is none or it is not finished, `CorruptCache` where its manifest was changed, and
-    `DataError` where the configuration's tiles cannot be listed.
+    Raises `IncompleteCache` where there is no finished cache, `CorruptCache` where its manifest was changed, and `DataError` where the
+    configuration's tiles cannot be listed.
     """
     storage = open_storage(path)
     manifest = read_manifest(storage)

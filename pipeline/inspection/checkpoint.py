@@ -1,4 +1,4 @@
-"""What a checkpoint file is: its network as recognised, its channels, where in the file its weights lie. Nothing in it is run."""
+"""What a checkpoint file is: the recognised network, its channels, and where its weights lie. No code in it is run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kdpipe.pipeline.runs.checkpoint import FORMAT
 @dataclass(frozen=True)
 class StudentRun:
     """
-    The run of `kdpipe train-student` that a checkpoint was saved by; best mIoU in 0..1.
+    The run of `kdpipe train-student` that saved a checkpoint; best mIoU in 0..1.
 
-    `classes` are those of its channels in their order, `normalize` is `student.normalize` of its configuration.
+    `classes` name its channels in order, `normalize` is its `student.normalize`.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Inspection:
     """
     A checkpoint file: size in bytes, sha256, network, and how its weights lie in it.
 
-    `nest` is the key they lie under, `prefix` what all their names begin with beside it; `dtypes` counts tensors. `parameters`
-    counts floating-point numbers, buffers such as a batch norm's statistics included. `student` is None where the file is
-    not a checkpoint of `kdpipe train-student`.
+    The weights lie under the key `nest`, and all their names begin with `prefix`; `dtypes` counts tensors. `parameters` counts
+    floating-point numbers, buffers such as a batch norm's statistics included. `student` is None if the file is not a checkpoint of
+    `kdpipe train-student`.
     """
 
     path: str
@@ -62,9 +62,9 @@ class Inspection:
 
 def inspect_checkpoint(path: str) -> Inspection:
     """
-    What the file at `path` is.
+    A description of the checkpoint at `path`.
 
-    Raises `CheckpointError` where it is not readable without executing code, or holds no tensors.
+    Raises `CheckpointError` where it cannot be read without executing code, or holds no tensors.
     """
     content = read_checkpoint(path)
     weights = unwrapped(content)

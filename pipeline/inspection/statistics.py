@@ -1,8 +1,8 @@
 """
-What the numbers in a cache look like: class shares, entropy, confidence, sizes, and the tiles that are unlike the others.
+Statistics of a cache: class shares, entropy, confidence, sizes, and outlying tiles.
 
-Out of core with dask.array: blocks of a tile are read, reduced and forgotten, so that memory does not grow with tiles or
-with their sizes. Threads alone: kdpipe's reader of shards needs no event loop, and zstd and NumPy release the GIL.
+Out of core with dask.array: blocks of a tile are read, reduced and dropped, so that memory grows neither with the number of tiles nor
+with their size. Threads are enough: kdpipe's reader of shards needs no event loop, and zstd and NumPy release the GIL.
 
 Shapes: C classes, H W a tile's pixels.
 """
@@ -30,19 +30,19 @@ from kdpipe.configs.errors import ConfigError, IncompleteCache
 if TYPE_CHECKING:
     import dask.array as da
 
-BLOCK_PX = 512  # side of what a thread holds at once: whole inner chunks, some 40 MB with what is computed of 6 classes
+BLOCK_PX = 512  # side of the block that a thread holds: whole inner chunks, some 40 MB with intermediates of 6 classes
 THREADS = 4
-TILES_AT_ONCE = 32  # whose blocks the threads share; a graph of all tiles would grow with the cache
+TILES_AT_ONCE = 32  # tiles in one dask graph; a graph of all tiles would grow with the cache
 BINS = 20
 # Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993): a modified z-score, 0.6745 (x - median) / MAD, beyond 3.5.
 MAD_TO_SIGMA = 0.6745
 OUTLIER_SCORE = 3.5
-MIN_TILES = 8  # below, the median of the deviations says nothing
+MIN_TILES = 8  # the median deviation of fewer means nothing
 
 
 @dataclass(frozen=True)
 class TileStatistics:
-    """One tile: sizes, mean entropy in nats, mean confidence (the largest probability), shares in the order of the classes."""
+    """One tile: sizes, mean entropy in nats, mean confidence (the largest probability), and shares by class."""
 
     tile: str
     height: int
@@ -57,18 +57,18 @@ class TileStatistics:
 
     @property
     def pixels(self) -> int:
-        """How many pixels it has."""
+        """Pixels of the tile."""
         return self.height * self.width
 
     @property
     def bytes_per_pixel(self) -> float:
-        """Of its shard."""
+        """Bytes of its shard per pixel."""
         return self.shard_bytes / self.pixels
 
 
 @dataclass(frozen=True)
 class Outlier:
-    """A tile that is unlike the others: in which figure, its value there, the median of all tiles, and the robust z-score."""
+    """An outlying tile: the figure, its value there, the median of all tiles, and the modified z-score."""
 
     tile: str
     figure: str
@@ -80,13 +80,12 @@ class Outlier:
 @dataclass(frozen=True)
 class CacheStatistics:
     """
-    A cache's numbers; means are over pixels, entropies in nats.
+    Statistics of a cache; means are over pixels, entropies in nats.
 
-    Of logits they are the teacher's own classes at T 1, and what rounding took from the entropy is not known (0).
-    `entropy_histogram` counts pixels in `BINS` equal bins of 0..ln C, `confidence_histogram` in those of 0..1.
-    `largest_entropy_lost` is that of a block of 64 px: what rounding did is known only so far, as the teacher is not asked
-    (`verify-cache --level parity` asks it). `without_spread` names the figures by which no tile is judged, because more than
-    half of the tiles agree in them; with fewer than `MIN_TILES` tiles none is judged by any.
+    A cache of logits is described by the teacher's own classes at T 1, and its entropy lost to rounding is unknown (0).
+    `entropy_histogram` counts pixels in `BINS` equal bins of 0..ln C, `confidence_histogram` in bins of 0..1. `largest_entropy_lost` is
+    that of the worst block of 64 px. `without_spread` names figures in which more than half of the tiles agree, so that they have no
+    outliers; a cache of fewer than `MIN_TILES` tiles has none at all.
     """
 
     kind: str
@@ -107,7 +106,7 @@ class CacheStatistics:
     without_spread: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the tiles as in the table."""
+        """Plain values for JSON; tiles as in the table."""
         plain = {key: value for key, value in vars(self).items() if key not in {"tiles", "outliers"}}
         return {
             **plain,
@@ -120,9 +119,9 @@ class CacheStatistics:
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row a tile for a table: its figures, shares by class, and the largest outlier score (None if it is none)."""
+        """One row per tile: its figures, shares by class, and its largest outlier score (None for a tile that is no outlier)."""
         scores: dict[str, Outlier] = {}
-        for outlier in self.outliers:  # the largest come first
+        for outlier in self.outliers:  # the largest first
             scores.setdefault(outlier.tile, outlier)
         for tile in self.tiles:
             worst = scores.get(tile.tile)
@@ -143,8 +142,8 @@ class CacheStatistics:
             }
 
 
-def open_as_answered(path: str) -> SoftTargetCache:
-    """The cache at a folder or URL; logits as the probabilities of the teacher's own classes, at T 1: no configuration is asked."""
+def open_as_predicted(path: str) -> SoftTargetCache:
+    """The cache at a folder or URL; logits become probabilities of the teacher's own classes at T 1, without a configuration."""
     storage = open_storage(path)
     manifest = read_manifest(storage)
     if not isinstance(manifest.recipe, LogitsRecipe):
@@ -155,8 +154,7 @@ def open_as_answered(path: str) -> SoftTargetCache:
 
 def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lambda: None) -> CacheStatistics:
     """
-    The statistics of all tiles of a cache as `open_as_answered` opens it, each block read once. `on_tile` is called once a
-    tile is done.
+    Statistics of all tiles of a cache that `open_as_predicted` opened, each block read once; `on_tile` is called after each tile.
 
     Raises `CorruptCache` where a tile is damaged.
     """
@@ -164,7 +162,7 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
 
     manifest = cache.manifest
     if not manifest.tiles:
-        raise IncompleteCache("the cache has no tiles, and so no statistics")
+        raise IncompleteCache("the cache has no tiles to compute statistics of")
     classes = manifest.recipe.channels
     tiles: list[TileStatistics] = []
     histograms = np.zeros((2, BINS), dtype=np.int64)
@@ -213,9 +211,9 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
 
 def _blocks(cache: SoftTargetCache, record: TileRecord) -> da.Array:
     """
-    A tile `(C, H, W)` as a dask array in blocks of `BLOCK_PX`, each read when it is asked for.
+    A tile `(C, H, W)` as a lazy dask array in blocks of `BLOCK_PX`.
 
-    Stored integers of soft targets, whose logarithms are looked up; of logits float32 probabilities.
+    Stored integers for soft targets, whose logarithms are looked up; float32 probabilities for logits.
     """
     import dask.array as da
 
@@ -234,7 +232,7 @@ def _blocks(cache: SoftTargetCache, record: TileRecord) -> da.Array:
 
 
 def _reductions(cache: SoftTargetCache, record: TileRecord) -> tuple[Any, ...]:
-    """Lazily: sums of probability and counts of argmax by class, sums of entropy and confidence, and the histograms of both."""
+    """Lazy sums of probability and counts of argmax by class, sums of entropy and confidence, and histograms of both."""
     import dask.array as da
 
     blocks_CHW, recipe = _blocks(cache, record), cache.manifest.recipe
@@ -263,10 +261,10 @@ def _reductions(cache: SoftTargetCache, record: TileRecord) -> tuple[Any, ...]:
 
 def find_outliers(tiles: Sequence[TileStatistics], classes: Sequence[str]) -> tuple[list[Outlier], list[str]]:
     """
-    Tiles unlike the others, the farthest first, and the figures in which more than half of the tiles agree.
+    Outlying tiles, the farthest first, and the figures in which more than half of the tiles agree.
 
-    A tile is one if in entropy, confidence, bytes a pixel or a class's share its modified z-score, 0.6745 (x - median) / MAD,
-    lies beyond ±3.5 (Iglewicz and Hoaglin, 1993). Tiles count alike, however large they are.
+    A tile is an outlier if in entropy, confidence, bytes per pixel or a class's share its modified z-score, 0.6745 (x - median) / MAD,
+    lies beyond ±3.5 (Iglewicz and Hoaglin, 1993). All tiles have the same weight, whatever their size.
     """
     if len(tiles) < MIN_TILES:
         return [], []
@@ -294,7 +292,7 @@ def find_outliers(tiles: Sequence[TileStatistics], classes: Sequence[str]) -> tu
 
 def write_table(statistics: CacheStatistics, path: Path) -> None:
     """
-    One row a tile (see `CacheStatistics.rows`), as CSV or Parquet by the name's ending.
+    Write one row per tile (see `CacheStatistics.rows`) as CSV or Parquet, by the suffix of `path`.
 
     Raises `ConfigError` for another ending, and for Parquet without pyarrow.
     """
@@ -313,7 +311,7 @@ def write_table(statistics: CacheStatistics, path: Path) -> None:
 
 
 def require_table_format(path: Path) -> None:
-    """Raise `ConfigError`, before any work, for a table that cannot be written."""
+    """Raise `ConfigError` for a table that cannot be written; call it before any work."""
     from importlib.util import find_spec
 
     if path.suffix not in {".csv", ".parquet"}:

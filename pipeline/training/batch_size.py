@@ -1,7 +1,7 @@
 """
-`train.batch_size: auto`: the largest batch that fits, accumulated to the size that an optimizer step should see.
+`train.batch_size: auto`: the largest batch that fits in memory, accumulated to `train.effective_batch_size`.
 
-Steps are taken for real, with a student and an optimizer that are thrown away before the run makes its own from its seed.
+Real steps are tried, with a student and an optimizer that are thrown away before the run builds its own from its seed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.training.optimizer import make_optimizer
 
-# The share of the available memory that the CPU's steps may take: loader workers and validation want some as well, and a
-# machine that begins to swap is as good as stopped.
+# Share of the available memory that steps on the CPU may take: loader workers and validation need some too, and a machine that swaps
+# is too slow to use.
 CPU_SHARE = 0.8
-STEPS = 2  # the first makes the optimizer's state, the second has it beside the activations
+STEPS = 2  # the first allocates the optimizer's state, the second holds it beside the activations
 SAMPLE_EVERY_SECONDS = 0.002
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux, version 2: absent elsewhere
 
@@ -41,11 +41,10 @@ def resolve_batch_size(
     config: Config, device: torch.device, progress: Progress, recorded: Mapping[str, Any] | None = None
 ) -> Config:
     """
-    The configuration with `train.batch_size` and `train.accumulate` as numbers, whose product is the effective size.
+    The configuration with numbers for `train.batch_size` and `train.accumulate`, whose product is the effective size.
 
-    `recorded` is the resolved config of a run to go on with: its numbers are taken, and nothing is tried. Draws random
-    numbers: seed after it. Raises `OutOfMemory` where nothing fits, `ConfigError` where the recorded effective size is
-    another one.
+    `recorded` is the resolved config of the run to resume: its numbers are taken without a trial. A trial draws random numbers, so seed
+    after it. Raises `OutOfMemory` where nothing fits, `ConfigError` where the recorded effective size differs.
     """
     if config.train.batch_size != "auto":
         return config
@@ -57,7 +56,7 @@ def resolve_batch_size(
                 f"the run to resume has steps of {size * accumulate} samples (train.batch_size {size} x train.accumulate "
                 f"{accumulate}), and train.effective_batch_size is now {effective}; set it back, or start a new run"
             )
-        progress.say(f"train.batch_size auto: {size} x {accumulate} accumulated, as the run was begun")
+        progress.say(f"train.batch_size auto: {size} x {accumulate} accumulated, as in the run that is resumed")
         return _with_sizes(config, size)
     start = time.perf_counter()
     size, why = largest_batch(config, device)
@@ -70,11 +69,11 @@ def resolve_batch_size(
 
 def largest_batch(config: Config, device: torch.device) -> tuple[int, str]:
     """
-    The largest divisor of the effective size with which a step fits, and a clause on what larger ones would have taken.
+    The largest divisor of the effective size whose step fits, and a clause on what a larger one would have taken.
 
-    On the CPU, where the system lends memory that it does not have and kills later, the two smallest divisors are measured,
-    and no larger one is tried than fits by the line through them. A batch of one is passed over where a network's batch
-    norm, after pooling to one pixel, has nothing to take a deviation of.
+    The CPU's system overcommits memory and kills the process later, so there the two smallest divisors are measured, and only those
+    that fit by the line through both are tried. A batch of one is skipped for networks that cannot train on it: batch norm after
+    pooling to one pixel has no deviation.
     """
     effective = config.train.samples_per_step
     sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
@@ -101,8 +100,8 @@ def largest_batch(config: Config, device: torch.device) -> tuple[int, str]:
 
 
 def _forecast(config: Config, device: torch.device, sizes: list[int], room: float) -> Callable[[int], float]:
-    """Bytes that a step of a size would take on the CPU, from the smallest size, and the next one if that surely fits."""
-    # Once for all: what a first try gave back to malloc but malloc not to the system would hide from a second one.
+    """Bytes of a step by batch size on the CPU, extrapolated from the smallest size and, if it surely fits, the next one."""
+    # Read once: memory that malloc keeps after the first trial would hide what the second one takes.
     before = psutil.Process().memory_info().rss
     measured: list[tuple[int, int]] = []
     for size in sorted(sizes):
@@ -117,13 +116,13 @@ def _forecast(config: Config, device: torch.device, sizes: list[int], room: floa
     if not measured:
         return lambda size: float("inf")
     (small, least), (large, most) = measured[0], measured[-1]
-    # One measurement says no share that does not grow with the batch (weights, optimizer): all of it is taken to grow.
+    # A single measurement cannot tell the constant share (weights, optimizer), so all of it is assumed to grow with the batch.
     slope = (most - least) / (large - small) if large > small else least / small
     return lambda size: least + max(0.0, slope) * (size - small) if size >= small else float("inf")
 
 
 def _fits(config: Config, device: torch.device, size: int) -> bool:
-    """Whether steps of a size can be taken; what they held is given back."""
+    """Whether steps of a batch size fit in memory, which is released again."""
     try:
         take_steps(config, device, size, STEPS)
     except (RuntimeError, MemoryError) as err:
@@ -135,7 +134,7 @@ def _fits(config: Config, device: torch.device, size: int) -> bool:
             raise
         return False
     finally:
-        gc.collect()  # modules refer to themselves
+        gc.collect()  # modules hold reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
         elif device.type == "mps":
@@ -145,9 +144,9 @@ def _fits(config: Config, device: torch.device, size: int) -> bool:
 
 def take_steps(config: Config, device: torch.device, size: int, steps: int) -> list[float]:
     """
-    Forward, backward and optimizer of a student like the run's, every pixel labelled and taught: the dearest batch.
+    Seconds of each of `steps` steps of a student like the run's, on the most expensive batch: every pixel has a label and a soft target.
 
-    Returns the seconds of each of `steps` batches; the first allocates.
+    The first step allocates.
     """
     seconds = []
     student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder).to(
@@ -159,13 +158,13 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     images = torch.zeros(size, 3, crop, crop, dtype=torch.uint8, device=device)
     mask = torch.zeros(size, crop, crop, dtype=torch.int64, device=device)
     inside = torch.ones(size, crop, crop, dtype=torch.bool, device=device)
-    taught = config.distill.mode != "none"
-    targets = torch.full((size, classes, crop, crop), 1 / classes, device=device) if taught else None
+    distills = config.distill.mode != "none"
+    targets = torch.full((size, classes, crop, crop), 1 / classes, device=device) if distills else None
     model.train()
     for _ in range(steps):
         start = time.perf_counter()
-        answer = model(normalized(images, config.student.normalize))
-        logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
+        output = model(normalized(images, config.student.normalize))
+        logits, auxiliary = output if isinstance(output, tuple) else (output, None)
         terms = distillation_loss(
             logits, mask, inside, targets, alpha=config.distill.alpha, temperature=config.distill.temperature,
             ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary,
@@ -181,7 +180,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
 
 @contextmanager
 def _watched() -> Iterator[Callable[[], int]]:
-    """A function that says, after the block, how many bytes the process held at its largest."""
+    """Yields a function that returns the peak memory of the process within the block, in bytes."""
     process = psutil.Process()
     largest = process.memory_info().rss
     done = threading.Event()
@@ -201,7 +200,7 @@ def _watched() -> Iterator[Callable[[], int]]:
 
 
 def available_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> int:
-    """The memory that can be had without swapping: of the machine, or what a container's, job's or shell's limit leaves."""
+    """Bytes that can be allocated without swapping: free on the machine, or left by the limit of a container, job or shell."""
     available: int = psutil.virtual_memory().available
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]  # `ulimit -v`
     if address_space != resource.RLIM_INFINITY:

@@ -1,4 +1,4 @@
-"""A loss that is no longer a number, or that grows: said with the keys to change and their values."""
+"""Diverging losses, infinite, NaN or growing: errors and hints with the keys to change and their values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from kdpipe.configs.errors import TrainingDiverged
 from kdpipe.configs.schema import Config, Precision
 from kdpipe.pipeline.losses import LossTerms
 
-LEAST_STEPS = 100  # from which on a tenth of a run is enough of a sample
-STANDARD_ERRORS = (
-    3.0  # by which the last tenth must lie above the first: by chance one run in 260 whose loss stays level
-)
-TIMES = 3.0  # a batch's loss may be a third of the mean by chance, hardly less
+MIN_STEPS = 100  # a tenth of fewer steps is too small a sample
+# The last tenth must exceed the first by this many standard errors: by chance in one of 260 runs of `MIN_STEPS` with a level loss.
+STANDARD_ERRORS = 3.0
+TIMES = 3.0  # the loss of a single batch may be a third of the mean by chance, hardly less
 
 
 def refuse_divergence(
     terms: LossTerms, targets_NCHW: Tensor | None, step: int, config: Config, precision: Precision, folder: Path
 ) -> None:
     """
-    Raise `TrainingDiverged` where the loss of a step is infinite or NaN; says what to change, from what to what.
+    Raise `TrainingDiverged` if the loss of a step is infinite or NaN, naming the keys to change and their values.
 
-    Soft targets that are not finite are blamed before any key.
+    If the soft targets are not finite, the error names them instead of any key.
     """
     if torch.isfinite(terms.total):
         return
@@ -34,24 +33,24 @@ def refuse_divergence(
     found = f"the loss became {terms.total.item()} at step {step} (hard {hard:.4g}, distillation {soft:.4g})"
     if targets_NCHW is not None and not torch.isfinite(targets_NCHW).all():
         raise TrainingDiverged(
-            f"{found}: the soft targets of this batch are not finite, which no training can mend; "
+            f"{found}: the soft targets of this batch are not finite, which no setting can fix; "
             "run `kdpipe verify-cache --level full`"
         )
     raise TrainingDiverged(
-        f"{found}; try {', or '.join(_advice(config, precision))}. Start again with --overwrite: a resumed run would take the "
+        f"{found}; try {', or '.join(_advice(config, precision))}. Start again with --overwrite: a resumed run would repeat the "
         f"same step. Checkpoints up to the last one saved are in {folder}"
     )
 
 
 def growth_hint(losses: Sequence[float], config: Config, precision: Precision) -> str | None:
     """
-    A line for the end of a run whose loss grew without becoming infinite, None for any other.
+    A line for the end of a run whose loss grew without becoming infinite; None for other runs.
 
-    Grown is a last tenth of the steps that lies above the first tenth by `STANDARD_ERRORS` of their difference, or (where
-    the loss leapt up within the first tenth) above the first step's, which no update has touched, by `TIMES`.
+    A loss has grown if its mean over the last tenth of the steps exceeds that over the first tenth by `STANDARD_ERRORS` of their
+    difference, or the loss of the first step, before any update, `TIMES` over (it may leap up within the first tenth).
     """
     tenth = len(losses) // 10
-    if len(losses) < LEAST_STEPS:
+    if len(losses) < MIN_STEPS:
         return None
     first, last = losses[:tenth], losses[-tenth:]
     grown = statistics.fmean(last) - statistics.fmean(first)

@@ -20,10 +20,10 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
-from kdpipe.data.rasters import Stretch
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import Interrupted
 from kdpipe.configs.schema import Config, DistillMode
+from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.distributed import Alone, any_rank, computed_precision
 from kdpipe.pipeline.evaluation.confusion import Scores
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
@@ -294,7 +294,7 @@ class Loop:
             self._save(layout.BEST)
         logged = {"val_mIoU": scores.miou, "val_F1": scores.mean_f1, "val_OA": scores.overall_accuracy}
         self._log(logged | {f"val_IoU/{name}": value for name, value in scores.iou.items() if value is not None})
-        self.summary.final = scores.as_dict()
+        self.summary.final = asdict(scores)
         left_out = "".join(f"; {name} {reason}" for name, reason in scores.left_out.items())
         self._progress.say(f"step {self.position.steps}: val mIoU {100 * scores.miou:.2f}{left_out}")
 

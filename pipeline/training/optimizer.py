@@ -1,4 +1,4 @@
-"""The optimizer of stage two: AdamW with two learning rates, no decay on biases, and Lookahead that can be resumed."""
+"""The optimizer of stage two: AdamW with two learning rates and no decay on biases, optionally within Lookahead."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOOKAHEAD_STEPS, LOOKAHEAD_SHARE = 5, 0.5  # k and alpha, Zhang et al. 2019, arX
 
 def make_optimizer(student: nn.Module, train: Train) -> torch.optim.AdamW:
     """
-    AdamW, within Lookahead if `train.lookahead`: the encoder learns at `backbone_lr`, all else at `lr`.
+    AdamW, within Lookahead if `train.lookahead`; the encoder learns at `backbone_lr`, the rest at `lr`.
 
-    Biases, by name, have no weight decay. Four groups: the encoder's weights and biases, then the others'.
+    Biases, by name, have no weight decay. Four parameter groups: the encoder's weights and biases, then the others'.
     """
     encoder = encoder_parameters(student)
     groups: list[dict[str, Any]] = []
@@ -35,15 +35,15 @@ def make_optimizer(student: nn.Module, train: Train) -> torch.optim.AdamW:
 
 class LookaheadAdamW(torch.optim.AdamW):
     """
-    AdamW whose weights go half of the way back, every five steps, to where they were after the last five.
+    AdamW with slow weights: every five steps they move half of the way to the fast ones, which continue from there.
 
-    The slow weights are part of each parameter's state, so that `state_dict` holds all that a resumed run needs.
+    The slow weights are part of each parameter's state, so `state_dict` holds all that a resumed run needs.
     Source: Zhang et al. 2019, "Lookahead Optimizer: k steps forward, 1 step back", arXiv 1907.08610, algorithm 1.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of AdamW; every fifth, the slow weights move half of the way to the fast ones, which then start there."""
+        """One step of AdamW, and every fifth time one of the slow weights."""
         before = {
             parameter: parameter.detach().clone()
             for parameter in self._learning()

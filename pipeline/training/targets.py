@@ -1,4 +1,4 @@
-"""Where stage two's soft targets come from: the cache, the live teacher, or nowhere."""
+"""The source of stage two's soft targets: the cache, the live teacher, or none."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from kdpipe.pipeline.versions import library_note
 @dataclass(frozen=True)
 class Targets:
     """
-    A source of soft targets (None without distillation), and of the cache behind it, if one is, the fingerprint, a line on
-    libraries that have another version now, and what stage one cost, where that is known.
+    A source of soft targets (None without distillation).
+
+    For a cache also its fingerprint, a note on libraries whose version differs now, and the cost of stage one, where it is recorded.
     """
 
     source: SoftTargetCache | CachedViews | OnlineTargets | None
@@ -50,8 +51,8 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     """
     The soft targets that `distill.mode` asks for.
 
-    `cached` needs no teacher, neither in memory nor on disk; where its file is there, its digest is compared. Raises
-    `IncompleteCache`, `StaleCache` or `CorruptCache` where the cache does not hold what the configuration describes.
+    `cached` needs no teacher, neither in memory nor on disk; if its file exists, its digest is compared. Raises `IncompleteCache`,
+    `StaleCache` or `CorruptCache` where the cache does not hold what the configuration describes.
     """
     if config.distill.mode == "none":
         return Targets(None)
@@ -63,7 +64,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
-    if costs:  # repaired tiles are paid for twice, and lie there once
+    if costs:  # a repaired tile is paid for twice and stored once
         costs = costs.model_copy(update={"bytes": sum(tile.shard_bytes for tile in manifest.tiles)})
     return Targets(source, manifest.fingerprint, library_note(manifest.libraries), costs)
 
@@ -75,9 +76,9 @@ def training_samples(
     source: SoftTargetCache | CachedViews | OnlineTargets | None,
 ) -> TrainTiles:
     """
-    The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or their recorded views.
+    The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or recorded views.
 
-    The latter in every mode, so that runs with and without teacher see the same crops.
+    `distill.teacher_view` alone decides, so that runs with and without a teacher see the same crops.
     """
     if config.distill.teacher_view == "tile":
         assert not isinstance(source, CachedViews)
@@ -87,7 +88,7 @@ def training_samples(
 
 
 class CachedViews:
-    """The soft targets of recorded views out of a cache, each for the very crop that the teacher saw and no other."""
+    """The soft targets of recorded views in a cache, each for exactly the crop that the teacher saw."""
 
     def __init__(self, cache: SoftTargetCache) -> None:
         self._cache = cache
@@ -96,23 +97,23 @@ class CachedViews:
         self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """
-        The soft target of a view, float32 `(C, H, W)`, and what rounding took from its entropy, mean over the pixels inside.
+        The soft target of a view, float32 `(C, H, W)`, and the entropy that it lost to rounding, mean over the pixels inside.
 
-        Raises `StaleCache` where the crop is not, to the last bit, the one that was answered.
+        Raises `StaleCache` where the crop differs in any bit from the one that the teacher predicted.
         """
         if digest_pixels(image_3HW) != self._cache.image_sha256(view_id):
             note = library_note(self._cache.manifest.libraries)
             raise StaleCache(
-                f"the crop that view {view_id} shows now is not the one that the teacher answered: an image or a mask has changed, or "
-                "this machine or its libraries resample or change colours otherwise"
+                f"the crop that view {view_id} shows now is not the one that the teacher predicted: an image or a mask has changed, or "
+                "this machine or its libraries resample or change colours differently"
                 + (f" ({note.removeprefix('note: ').partition(';')[0]})" if note else "")
-                + "; run `kdpipe precompute-teacher --repair`, which computes just such views again"
+                + "; run `kdpipe precompute-teacher --repair`, which computes only such views again"
             )
         return self._cache.read(view_id), self._cache.entropy_error_over(view_id, inside_HW)
 
 
 def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> SoftTargetCache:
-    """The cache of a configuration, refused where it is unfinished, made otherwise, or lacks a tile as it is now."""
+    """The cache of a configuration; refused if it is unfinished, stale or damaged, or lacks a tile as it is now."""
     storage = open_storage(config.cache.path)
     manifest = read_manifest(storage)
     refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
@@ -124,7 +125,7 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
         raise CorruptCache(
             f"{storage.url}: {edited[0]}; restore it, or delete it and run `kdpipe precompute-teacher` again: finished tiles are kept"
         )
-    advice = "run `kdpipe precompute-teacher` again: it computes just these"
+    advice = "run `kdpipe precompute-teacher` again: it computes only these"
     for code, error in (("missing-tile", IncompleteCache), ("stale-tile", StaleCache), ("damaged-tile", CorruptCache)):
         found = [finding for finding in findings if finding.code == code]
         if found:

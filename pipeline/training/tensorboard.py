@@ -1,7 +1,7 @@
 """
-What a student learns from and what it answers, as pictures in TensorBoard: a few fixed samples, from the first validation on.
+Pictures in TensorBoard of what a student learns from and what it predicts: a few fixed samples, from the first validation on.
 
-A sample is asked as a training sample is, so that its crop is as large; shown is the middle of it.
+A sample is predicted at the size of a training crop; its middle is shown.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.pictures import UNLABELLED, legend, paint_classes, paint_entropy, paint_errors, paint_soft_target
 
-TRAIN_SHOWN, VAL_SHOWN = 3, 2  # samples of each
-SIDE_PX = 256  # of a picture, at most: five samples take 0.5 MB each time then, and 0.8 MB once (PNG, Dubai tiles)
-# TensorBoard shows 10 pictures of a tag, taken at random from what there is (--samples_per_plugin), so that more would only fill disks.
+TRAIN_SHOWN, VAL_SHOWN = 3, 2  # samples
+SIDE_PX = 256  # largest side of a picture: five samples then take 0.5 MB each time, and 0.8 MB once (PNG, Dubai tiles)
+# TensorBoard shows 10 pictures of a tag, a random sample of them all (--samples_per_plugin): more would only fill disks.
 PICTURES_A_RUN = 10
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A crop to show: image `(3, H, W)`, mask `(H, W)`, inside `(H, W)` and soft target `(C, H, W)`, where there is one."""
+    """A crop to show: image `(3, H, W)`, mask `(H, W)`, inside `(H, W)`, and the soft target `(C, H, W)` if there is one."""
 
     name: str
     image: NDArray[np.uint8]
@@ -40,13 +40,13 @@ class Sample:
 
 class BoardPictures:
     """
-    Pictures of up to five samples: image, label, soft target, its entropy, the student's class, its softened answer, its errors.
+    Pictures of up to five samples: image, label, soft target and its entropy, the student's classes, its softened output, its errors.
 
     Args:
         config: `classes`, `distill.temperature`, `student.normalize` and `train.crop` are used.
-        dataset: three samples of its first epoch are shown as the student sees them, of its first, its middle and its last tile.
-        val_tiles: of the first and the last, a crop from the middle is shown; they have no soft target.
-        total_steps: of the run, which is shown ten times.
+        dataset: the first epoch's samples of its first, middle and last tile are shown as the student sees them.
+        val_tiles: the middle of the first and last tile is shown, without a soft target.
+        total_steps: steps of the run, over which pictures are written ten times.
     """
 
     def __init__(self, config: Config, dataset: TrainTiles, val_tiles: ValTiles, total_steps: int) -> None:
@@ -58,9 +58,9 @@ class BoardPictures:
     @torch.inference_mode()
     def show(self, writer: Any, model: nn.Module, device: torch.device, step: int) -> None:
         """
-        Write the pictures after `step` steps to a `SummaryWriter`, if they are due; leaves `model` in eval mode.
+        Write the pictures to a `SummaryWriter` if they are due after `step` steps; leaves `model` in eval mode.
 
-        No random number is drawn. What does not change is written once. Raises what reading a sample raises.
+        Draws no random number. Pictures that do not change are written once. Raises what reading a sample raises.
         """
         if step < self._due:
             return
@@ -68,17 +68,17 @@ class BoardPictures:
         model.eval()
         if not self._samples:
             self._samples = self._read()
-            del self._dataset, self._val_tiles  # with the tiles that were decoded
+            del self._dataset, self._val_tiles  # they hold decoded tiles
             writer.add_image("classes", np.asarray(legend(self._config.classes.names)), step, dataformats="HWC")
             for sample in self._samples:
                 _add(writer, sample, self._given(sample), step)
         for sample in self._samples:
             inputs = normalized(torch.from_numpy(sample.image)[None].to(device), self._config.student.normalize)
-            _add(writer, sample, self._answered(sample, padded_logits(model, inputs)[0].float()), step)
+            _add(writer, sample, self._predicted(sample, padded_logits(model, inputs)[0].float()), step)
 
     def _read(self) -> list[Sample]:
         samples = []
-        # The first samples of an epoch are one of each tile.
+        # An epoch begins with one sample of each tile.
         for number in _spread(len(self._dataset.tiles), TRAIN_SHOWN):
             crop = self._dataset[number]
             samples.append(
@@ -101,16 +101,16 @@ class BoardPictures:
             pictures["4 entropy of the soft target"] = paint_entropy(sample.target)
         return pictures
 
-    def _answered(self, sample: Sample, logits_CHW: Tensor) -> dict[str, NDArray[np.uint8]]:
+    def _predicted(self, sample: Sample, logits_CHW: Tensor) -> dict[str, NDArray[np.uint8]]:
         classes = self._config.classes
-        answer_HW = logits_CHW.argmax(dim=0).cpu().numpy()
+        predicted_HW = logits_CHW.argmax(dim=0).cpu().numpy()
         softened_CHW = torch.softmax(logits_CHW / self._config.distill.temperature, dim=0).cpu().numpy()
         pictures = {
-            "5 student": paint_classes(answer_HW, len(classes.names)),
+            "5 student": paint_classes(predicted_HW, len(classes.names)),
             "6 student, soft": paint_soft_target(softened_CHW),
         }
         if (sample.mask != classes.ignore_index).any():
-            pictures["7 errors"] = paint_errors(answer_HW, sample.mask, len(classes.names))
+            pictures["7 errors"] = paint_errors(predicted_HW, sample.mask, len(classes.names))
         return pictures
 
 
@@ -118,14 +118,14 @@ def _add(writer: Any, sample: Sample, pictures: dict[str, NDArray[np.uint8]], st
     # TensorBoard groups tags by what stands before the first slash.
     name = sample.name.replace("/", " ")
     for title, painted_HW3 in pictures.items():
-        if title != "1 image":  # what lies outside of the tile has no answer
+        if title != "1 image":  # pixels outside of the tile have no prediction
             painted_HW3 = np.where(sample.inside[..., None], painted_HW3, np.array(UNLABELLED, dtype=np.uint8))
         shown_3HW = _middle(painted_HW3.transpose(2, 0, 1), SIDE_PX)
         writer.add_image(f"{name}/{title}", np.ascontiguousarray(shown_3HW), step)
 
 
 def _spread(count: int, shown: int) -> list[int]:
-    """At most `shown` of the numbers below `count`: the first, the last, and some between."""
+    """At most `shown` numbers below `count`, evenly spread from the first to the last."""
     return sorted({int(number) for number in np.linspace(0, count - 1, shown)}) if count else []
 
 

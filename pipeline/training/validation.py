@@ -1,4 +1,4 @@
-"""Whole validation tiles, and the scores of a network on them."""
+"""Scores of a network on whole validation tiles."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kdpipe.pipeline.models.views import padded_logits
 @torch.inference_mode()
 def validate(model: nn.Module, loader: Any, config: Config, device: torch.device) -> Scores:
     """
-    Scores of `model` on whole tiles, mirrored to what the network needs and cropped back; leaves it in eval mode.
+    Scores of `model` on whole tiles, padded by mirroring to what the network needs; leaves it in eval mode.
 
-    Of several ranks, each brings the tiles of its own loader, and all have the scores of all tiles.
+    Each rank of a distributed run predicts the tiles of its own loader, and all ranks get the scores of all tiles.
     """
     num_classes = len(config.classes.names)
     counts = MulticlassConfusionMatrix(num_classes, ignore_index=config.classes.ignore_index).to(device)
@@ -31,12 +31,12 @@ def validate(model: nn.Module, loader: Any, config: Config, device: torch.device
         with fits_in_memory(f"while validating {batch_size_text(batch, 'tile')}", advice):
             logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
         counts.update(logits.argmax(dim=1), batch["mask"])
-    confusion: Any = counts.confmat  # and not compute(), which would warn of a rank without a tile
+    confusion: Any = counts.confmat  # not compute(), which would warn about a rank without a tile
     (whole,) = sums_over_ranks(confusion)
     return scores(whole.to(confusion.dtype).cpu().numpy(), config.classes.names, config.classes.not_scored)
 
 
 def batch_size_text(batch: dict[str, Tensor], noun: str) -> str:
-    """How large a batch is, for errors: `4 tiles of 512 x 640 px`."""
+    """The size of a batch for errors: `4 tiles of 512 x 640 px`."""
     count, _, height, width = batch["image"].shape
     return sized(noun, count, height, width)

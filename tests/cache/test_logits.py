@@ -1,30 +1,29 @@
-"""A cache of logits: temperature and class map change freely, within a stated bound, and damage is found as in any other."""
+"""A cache of logits: any temperature and class map, within the stated bound, and damage is found as in any other cache."""
 
 import itertools
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import plain_reader
+from helpers.configs import tiny_config
 from helpers.doubles import Plain
 from helpers.files import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe.cache import CorruptCache, Softening, SoftTargetCache, StaleCache
-from kdpipe.cache import codec as values
+from kdpipe.cache import CorruptCache, Softening, SoftTargetCache, StaleCache, codec
 from kdpipe.cache.encoding.logits import DEPTH, decode, encode, error_bound, logit_bound, soft_targets
-from kdpipe.cache.manifest import parse_manifest
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.commands.main import cli
-from kdpipe.pipeline.inspection.statistics import compute_statistics, open_as_answered
+from kdpipe.pipeline.inspection.statistics import compute_statistics, open_as_predicted
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe, configured_softening
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.teacher.frozen import open_teacher
@@ -47,7 +46,7 @@ def random_map(rows, columns, rng):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_value_is_the_square_root_of_its_depth_below_the_largest(bits):
+def test_an_integer_is_the_square_root_of_the_depth_below_the_largest_logit(bits):
     depths, top = [0, 1, 2.5, 12.25, DEPTH[bits], 99], 2**bits - 1
     stored = encode(np.array([7 - depth for depth in depths], dtype=np.float32)[:, None, None], bits)
     by_hand = [top - round(top * (min(depth, DEPTH[bits]) / DEPTH[bits]) ** 0.5) for depth in depths]
@@ -74,8 +73,8 @@ def test_probabilities_stay_within_the_stated_bound(num_classes, spread, tempera
 
 def worst(num_classes, temperature, bits):
     """
-    The largest error where rounding conspires: each class just short of, or just past, the middle between two stored depths,
-    those of a set S of classes one way and all others the other way.
+    The largest error in the worst case of rounding: the depths of a set S of classes lie just past the middle between two stored
+    depths, and those of all other classes just short of it.
     """
     step = np.arange(1, 2**bits - 1, max(1, 2**bits // 256))
     one, other = (DEPTH[bits] * ((step + half) / (2**bits - 1)) ** 2 for half in (0.49, -0.49))
@@ -94,14 +93,14 @@ def worst(num_classes, temperature, bits):
 
 
 @pytest.mark.parametrize(("num_classes", "temperature"), [(2, 1.0), (4, 1.0), (4, 2.0), (8, 2.0)])
-def test_the_worst_that_rounding_can_do_stays_within_the_bound_and_comes_near_it(num_classes, temperature):
+def test_the_worst_case_of_rounding_is_within_the_bound_and_near_it(num_classes, temperature):
     found, stated = worst(num_classes, temperature, 8), error_bound(8, num_classes, temperature)
     assert 0.5 * stated < found <= stated
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_logits_deeper_than_what_is_stored_are_within_the_bound(bits):
-    """All classes but one at infinity, at a temperature at which the depth that is stored still has a probability."""
+def test_logits_beyond_the_largest_stored_depth_are_within_the_bound(bits):
+    """All classes but one are far deeper, at a temperature at which the largest stored depth still has a probability."""
     logits = np.full((5, 1, 1), -1e6, dtype=np.float32)
     logits[2] = 3
     temperature = DEPTH[bits] / 4
@@ -124,19 +123,40 @@ def test_logits_that_are_not_finite_are_refused(bad):
         encode(logits, 8)
 
 
-def test_a_scene_encoded_band_by_band_has_the_same_values(monkeypatch):
+def test_a_scene_encoded_in_bands_has_the_same_values(monkeypatch):
     logits = np.random.default_rng(0).standard_normal((5, 300, 70)).astype(np.float32)
     whole = encode(logits, 8)
     monkeypatch.setattr("kdpipe.cache.encoding.simplex.BAND_PX", 64 * 70 * 2)
     np.testing.assert_array_equal(encode(logits, 8), whole)
 
 
+@pytest.fixture(scope="module")
+def finished_logits(landscape, teacher_file, tmp_path_factory):
+    """Finished caches of logits by bits, computed once."""
+    folder, paths = tmp_path_factory.mktemp("logits"), {}
+    for bits in BITS:
+        config = tiny_config(
+            landscape,
+            teacher_file,
+            folder,
+            cache__kind="logits",
+            cache__bits=bits,
+            cache__path=str(folder / f"{bits}.zarr"),
+        )
+        precompute(config, CPU)
+        paths[bits] = config.cache.path
+    return paths
+
+
 @pytest.fixture
-def logits_config(make_config, tmp_path):
-    """A function from overrides to a config of a cache of logits, T 2 unless said otherwise."""
+def logits_config(make_config, finished_logits):
+    """A function from overrides to a config of logits, at T 2 unless they say otherwise, whose cache is complete."""
 
     def make(**overrides):
-        return make_config(**{"cache__kind": "logits", **overrides})
+        config = make_config(**{"cache__kind": "logits", **overrides})
+        if not Path(config.cache.path).exists():
+            shutil.copytree(finished_logits[config.cache.bits], config.cache.path)
+        return config
 
     return make
 
@@ -145,9 +165,8 @@ OTHER_MAP = {"Tree": {"Forest": 0.5, "SemiNatural": 0.5}, "Road": {"Background":
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_one_cache_holds_what_the_teacher_says_at_any_temperature_and_class_map(logits_config, bits):
+def test_one_cache_gives_the_teachers_soft_targets_at_any_temperature_and_class_map(logits_config, bits):
     config = logits_config(cache__bits=bits)
-    assert precompute(config, CPU).computed == 6
     before = tree(Path(config.cache.path))
     fingerprints = set()
     for temperature, rows in itertools.product((1.0, 2.0, 4.0), ({}, OTHER_MAP)):
@@ -167,13 +186,13 @@ def test_one_cache_holds_what_the_teacher_says_at_any_temperature_and_class_map(
     assert tree(Path(config.cache.path)) == before
 
 
-def test_averages_over_views_windows_and_teachers_are_taken_before_the_cache(logits_config):
-    """The mean is of logits, so that what was cached at T 2 is what online gives at T 3."""
-    raw = logits_config().teacher.model_dump()
+def test_averages_over_views_windows_and_teachers_are_taken_before_the_cache(make_config):
+    """The mean is taken of logits, so a cache computed at T 2 gives the soft targets of a live teacher at T 3."""
+    raw = make_config().teacher.model_dump()
     members = [raw, raw | {"tta": "flips", "weight": 2.0, "scales": [1.0, 1.5], "window": 64}]
     options = {"teacher": None, "teachers": members, "cache__bits": 16}
-    precompute(logits_config(**options), CPU)
-    config = logits_config(**options, distill__temperature=3.0)
+    precompute(make_config(cache__kind="logits", **options), CPU)
+    config = make_config(cache__kind="logits", **options, distill__temperature=3.0)
     teacher = open_teacher(config, complete_recipe(config, None, None), CPU)
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
     tile = list_tiles(config.data, "train")[0]
@@ -181,13 +200,12 @@ def test_averages_over_views_windows_and_teachers_are_taken_before_the_cache(log
     assert np.abs(cache.read(tile.id) - live).max() <= error_bound(16, 8, 3.0)
 
 
-def test_every_gate_and_both_stages_take_another_temperature_and_map_without_the_teacher(logits_config, monkeypatch):
+def test_another_temperature_and_class_map_pass_the_gate_and_train_without_the_teacher(logits_config, monkeypatch):
     config = logits_config(train__max_steps=2)
-    precompute(config, CPU)
     other = logits_config(train__max_steps=2, distill__temperature=1.0, class_map__Road={"Background": 1}, name="other")
     for level in ("quick", "full", "parity"):
         report = verify(other, level, CPU, sample=2)
-        # The random teacher knows nothing, so that the labels may speak against it.
+        # The teacher is random, so its predictions may contradict the labels.
         assert {finding.code for finding in report.findings} <= {"class-map"}
         assert report.error_bound == error_bound(8, 8, 1.0)
     assert len(report.parity) == 2
@@ -202,19 +220,16 @@ def test_every_gate_and_both_stages_take_another_temperature_and_map_without_the
 
 def test_a_run_is_not_resumed_at_another_temperature(logits_config):
     config = logits_config(train__max_steps=1)
-    precompute(config, CPU)
     train(config, CPU)
     with pytest.raises(ConfigError, match=r"distill\.temperature: was 2\.0, is 1\.0"):
         train(logits_config(train__max_steps=1, distill__temperature=1.0), CPU, resume=True)
 
 
 def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch):
-    """Within 1e-3, as for soft targets, without a correction of the entropy; whatever the student is."""
+    """Within 1e-3, as for soft targets, but without a correction of the entropy."""
     monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
     small = {"train__lr": 1e-4, "train__backbone_lr": 1e-5, "train__max_steps": 4, "data__val": []}
     caches = [{"cache__bits": bits, "cache__path": f"{bits}.zarr"} for bits in BITS]
-    for cache in caches:
-        precompute(logits_config(**small, **cache), CPU)
     for temperature in (1.0, 4.0):
         runs = []
         for number, (mode, cache) in enumerate([("online", {}), *(("cached", cache) for cache in caches)]):
@@ -226,21 +241,19 @@ def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch
             np.testing.assert_allclose(cached, runs[0], rtol=1e-3)
 
 
-def test_soft_targets_and_logits_do_not_share_a_cache(logits_config):
-    config = logits_config()
-    precompute(config, CPU)
+def test_soft_targets_and_logits_do_not_share_a_cache(logits_config, make_config, finished_cache):
+    logits_config()
     with pytest.raises(StaleCache, match=r'kind: the cache has "logits", the configuration says "soft"\. Set the'):
-        precompute(logits_config(cache__kind="soft"), CPU)
+        precompute(make_config(cache__kind="soft"), CPU)
     with pytest.raises(StaleCache, match="teacher.normalize_mean"):
         precompute(logits_config(teacher__normalize="imagenet"), CPU)
-    precompute(logits_config(cache__kind="soft", cache__path="soft.zarr"), CPU)
+    shutil.copytree(finished_cache, "soft.zarr")
     with pytest.raises(StaleCache, match=r'kind: the cache has "soft", the configuration says "logits"\. Set the'):
         precompute(logits_config(cache__path="soft.zarr"), CPU)
 
 
-def test_the_version_says_that_older_readers_cannot_read_it(logits_config):
+def test_logits_have_a_format_version_and_a_recipe_of_their_own(logits_config):
     config = logits_config()
-    precompute(config, CPU)
     manifest, root = (
         json.loads((Path(config.cache.path) / name).read_text()) for name in ("manifest.json", "zarr.json")
     )
@@ -249,27 +262,17 @@ def test_the_version_says_that_older_readers_cannot_read_it(logits_config):
     assert manifest["error_bound"] == logit_bound(8)
 
 
-def test_a_version_that_does_not_hold_the_kind_is_damage(logits_config):
-    from helpers.caches import sign
-
-    config = logits_config()
-    precompute(config, CPU)
-    content = json.loads((Path(config.cache.path) / "manifest.json").read_text())
-    with pytest.raises(CorruptCache, match=r"format version 1\.0 does not hold logits"):
-        parse_manifest(sign({**content, "format_version": "1.0"}), "manifest.json")
-
-
-def test_zeros_in_the_place_of_a_chunk_are_found(logits_config, monkeypatch):
-    """A tile that was written with a hole, and that every digest and checksum vouches for."""
+def test_zeros_in_place_of_missing_data_are_found(make_config, monkeypatch):
+    """Every digest and checksum vouches for the tile."""
 
     def with_a_hole(units, recipe):
         units, lost = encode_values(units, recipe)
         units[:, 10:20, 10:20] = 0
         return units, lost
 
-    encode_values = values.encode
-    monkeypatch.setattr(values, "encode", with_a_hole)
-    config = logits_config()
+    encode_values = codec.encode
+    monkeypatch.setattr(codec, "encode", with_a_hole)
+    config = make_config(cache__kind="logits")
     precompute(config, CPU)
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
     assert cache.read(cache.tile_ids[0], (20, 20, 30, 30)).shape == (6, 30, 30)
@@ -280,7 +283,6 @@ def test_zeros_in_the_place_of_a_chunk_are_found(logits_config, monkeypatch):
 
 def test_resumed_and_repaired_the_bytes_are_the_same(logits_config):
     config = logits_config()
-    precompute(config, CPU)
     folder = Path(config.cache.path)
     before, tiles = tree(folder), sorted(folder.glob("tiles/Train/*/zarr.json"))
     (folder / "manifest.json").unlink()
@@ -294,19 +296,8 @@ def test_resumed_and_repaired_the_bytes_are_the_same(logits_config):
     assert tree(folder) == before
 
 
-def test_a_reader_written_from_the_page_alone_reads_logits(logits_config):
-    config = logits_config(cache__bits=16)
-    precompute(config, CPU)
-    plain, cache = plain_reader.Cache(Path(config.cache.path)), SoftTargetCache.open(config.cache.path)
-    for tile in cache.tile_ids[:2]:
-        np.testing.assert_array_equal(plain.read(tile), cache.read_units(tile))
-        np.testing.assert_allclose(plain.logits(tile), cache.read_logits(tile), rtol=1e-6)
-
-
-def test_what_a_reader_is_asked_for_and_does_not_have_is_said(logits_config):
-    config, soft = logits_config(), logits_config(cache__kind="soft", cache__path="soft.zarr")
-    precompute(config, CPU)
-    precompute(soft, CPU)
+def test_a_reader_explains_why_it_cannot_convert(logits_config, finished_cache):
+    config, soft = logits_config(), str(finished_cache)
     cache = SoftTargetCache.open(config.cache.path)
     with pytest.raises(
         ConfigError, match=r"holds logits, and soft targets need a temperature .* Softening\(temperature, class_map\)"
@@ -317,23 +308,21 @@ def test_what_a_reader_is_asked_for_and_does_not_have_is_said(logits_config):
     with pytest.raises(
         ConfigError, match="holds soft targets, from which logits cannot be recovered: .* cache.kind: logits"
     ):
-        SoftTargetCache.open(soft.cache.path).read_logits(cache.tile_ids[0])
+        SoftTargetCache.open(soft).read_logits(cache.tile_ids[0])
     with pytest.raises(ConfigError, match="holds soft targets of temperature 2, which cannot be changed"):
-        SoftTargetCache.open(soft.cache.path, configured_softening(config))
+        SoftTargetCache.open(soft, configured_softening(config))
 
 
-def test_a_worker_that_unpickles_a_cache_softens_its_logits_alike(logits_config):
+def test_an_unpickled_cache_keeps_its_softening(logits_config):
     config = logits_config()
-    precompute(config, CPU)
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
     tile = cache.tile_ids[0]
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache)).read(tile), cache.read(tile))
 
 
-def test_statistics_are_of_the_teachers_own_classes(logits_config):
+def test_statistics_are_those_of_the_teachers_classes(logits_config):
     config = logits_config(cache__bits=16)
-    precompute(config, CPU)
-    found = compute_statistics(open_as_answered(config.cache.path))
+    found = compute_statistics(open_as_predicted(config.cache.path))
     assert found.classes == config.teacher.classes
     cache = SoftTargetCache.open(config.cache.path)
     probs = np.concatenate(
@@ -348,9 +337,8 @@ def test_statistics_are_of_the_teachers_own_classes(logits_config):
     assert sum(found.entropy_histogram) == sum(found.confidence_histogram) == probs.shape[1]
 
 
-def test_inspect_says_what_a_cache_of_logits_is(logits_config, tmp_path):
+def test_inspect_describes_a_cache_of_logits(logits_config, tmp_path):
     config = logits_config()
-    precompute(config, CPU)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     asked = ["--stats", "--diff", "c.yaml", "--set", "distill.temperature=4"]
     done = CliRunner().invoke(cli, ["inspect", config.cache.path, *asked])

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers.doubles import Plain
+from helpers.doubles import Plain, StopAfter
 
 from kdpipe.configs import load_config
 from kdpipe.configs.errors import Interrupted
 from kdpipe.pipeline.losses import distillation_loss
-from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loop import Loop
 
@@ -56,21 +55,6 @@ def gradients(student, name, part):
 def fresh(*arguments, **options):
     torch.manual_seed(5)
     return Plain()
-
-
-class StopAfter(Silent):
-    def __init__(self, steps, stop):
-        self.left, self.stop = steps, stop
-
-    def bar(self, *args):
-        from contextlib import nullcontext
-
-        def advance(steps=1, **figures):
-            self.left -= steps
-            if self.left == 0:
-                self.stop.set()
-
-        return nullcontext(advance)
 
 
 def main(rank, port, folder):

@@ -1,4 +1,4 @@
-"""`kdpipe inspect` says what a file is, and nothing that it does not know."""
+"""`kdpipe inspect` describes a file of weights, and names what it does not recognise."""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.inspection.checkpoint import inspect_checkpoint
-from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.training.run import train
 
 CPU = torch.device("cpu")
@@ -31,12 +30,8 @@ def test_a_teachers_file_is_told_with_its_nest_prefix_and_numbers(tmp_path):
     torch.save({"epoch": 3, "state_dict": state}, path)
     found = inspect_checkpoint(str(path))
     assert str(found.network) == "unet with resnet18 and scSE attention, 9 channels"
-    assert (found.nest, found.prefix, found.other_keys, found.student) == (
-        "state_dict",
-        "teacher.model.",
-        ["epoch"],
-        None,
-    )
+    assert (found.nest, found.prefix, found.other_keys) == ("state_dict", "teacher.model.", ["epoch"])
+    assert found.student is None
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.size_bytes == len(path.read_bytes())
     integers = sum(not value.is_floating_point() for value in state.values())
@@ -57,10 +52,9 @@ def test_the_table_and_the_json_say_the_same(teacher_file, tmp_path):
     assert lines["sha256"].strip() == content["sha256"]
 
 
-def test_a_students_checkpoint_is_told_with_its_run(make_config):
-    config = make_config(train__max_steps=1, student__encoder="tu-mobilenetv3_small_050")
-    fingerprint = precompute(config, CPU).fingerprint
-    train(config, CPU)
+def test_a_students_checkpoint_is_described_with_its_run(cached, make_config):
+    config = make_config(train__max_steps=1, student__encoder="tu-mobilenetv3_small_050", data__val=[])
+    fingerprint = train(config, CPU).fingerprint
     path = "model_weights/tests/tiny/last.ckpt"
     found = inspect_checkpoint(path)
     assert str(found.network) == "unet with tu-mobilenetv3_small_050, 6 channels"

@@ -57,7 +57,7 @@ def test_a_crop_other_than_the_predicted_one_is_refused_at_its_first_use(make_vi
     monkeypatch.setattr(samples, "change_colours", lambda image, seed: changed(image, seed + 1))
     with pytest.raises(
         StaleCache,
-        match=r"view Train/.*/view-0000\S* shows now is not the one .* --repair`, which computes just such views",
+        match=r"view Train/.*/view-0000\S* shows now is not the one .* --repair`, which computes only such views",
     ):
         train(config, CPU)
     assert {finding.code for finding in verify(config, "full", CPU).findings} == {"stale-tile"}

@@ -43,9 +43,9 @@ ACCELERATOR = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might 
 @pytest.mark.parametrize(
     ("err", "figures"),
     [
-        (CUDA, r" \(2\.00 GiB more were asked for; 1\.20 GiB of 23\.68 GiB were free\)"),
-        (CPU_ALLOCATOR, r" \(4000000000000 bytes more were asked for\)"),
-        (MPS, r" \(256\.00 MB more were asked for\)"),
+        (CUDA, r" \(2\.00 GiB more were requested; 1\.20 GiB of 23\.68 GiB were free\)"),
+        (CPU_ALLOCATOR, r" \(4000000000000 bytes more were requested\)"),
+        (MPS, r" \(256\.00 MB more were requested\)"),
         (ACCELERATOR, ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
         (RuntimeError("std::bad_alloc"), ""),
@@ -68,7 +68,7 @@ def test_every_way_of_running_out_is_said_in_one_paragraph(err, figures):
 
 def test_numpys_own_error_is_one():
     with (
-        pytest.raises(OutOfMemory, match=r"out of memory here \(7\.28 TiB more were asked for\)"),
+        pytest.raises(OutOfMemory, match=r"out of memory here \(7\.28 TiB more were requested\)"),
         fits_in_memory("here", ["x"]),
     ):
         np.empty((1000, 1000, 1000, 1000), dtype=np.float64)
@@ -207,7 +207,7 @@ class Dying(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, r"a worker of the data loader died \(killed by signal: Killed\), most often because the machine ran "
+        (signal.SIGKILL, r"a worker of the data loader died \(killed by signal: Killed\), usually because the machine ran "
          r"out of memory .* To fit: train\.workers: 1 \(now 2; 0 reads in the main process"),
         (signal.SIGBUS, r"workers ran out of shared memory, /dev/shm.* train\.workers: 1 .*--shm-size=8g"),
     ],

@@ -10,6 +10,7 @@ import torch
 import yaml
 from helpers.doubles import Lines, Plain
 from helpers.out_of_memory import CUDA, LIMITED, PLAIN_MALLOC
+from helpers.runs import assert_same_weights, checkpoint, weights
 
 from kdpipe.configs import dump_config, load_config
 from kdpipe.configs.errors import ConfigError, OutOfMemory
@@ -156,27 +157,19 @@ def cached(cached, auto):
     return auto(effective=4)
 
 
-def weights(name):
-    return torch.load(f"model_weights/tests/{name}/last.ckpt", weights_only=True)["state_dict"]
-
-
-def test_the_probe_changes_nothing_of_the_run(cached, make_config, limit_batch):
+def test_the_probe_changes_nothing_of_the_run(cached, make_config, limit_batch, small_student):
     """To the bit the run of a config that says the sizes itself, batch norm's running statistics included."""
     limit_batch(2)
     found = train(cached, CPU)
     said = make_config(name="said", train__batch_size=2, train__accumulate=2)
     assert train(said, CPU).losses == found.losses
-    one, two = weights("tiny"), weights("said")
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+    assert_same_weights(weights(), weights("said"))
 
 
-def test_resuming_takes_the_recorded_sizes_and_tries_nothing(cached, limit_batch):
+def test_resuming_takes_the_recorded_sizes_and_tries_nothing(cached, auto, limit_batch, small_student):
     limit_batch(2)
-    half = cached.model_copy(update={"train": cached.train.model_copy(update={"max_steps": 1})})
-    train(half, CPU)
-    recorded = yaml.safe_load(torch.load("model_weights/tests/tiny/last.ckpt", weights_only=True)["kdpipe"]["config"])
+    train(auto(effective=4, train__max_steps=1), CPU)
+    recorded = yaml.safe_load(checkpoint()["kdpipe"]["config"])
     beside = load_config("model_weights/tests/tiny/config.yaml").train
     for sizes in (recorded["train"], beside.model_dump()):
         assert (sizes["batch_size"], sizes["accumulate"], sizes["effective_batch_size"]) == (2, 2, 4)
@@ -185,12 +178,10 @@ def test_resuming_takes_the_recorded_sizes_and_tries_nothing(cached, limit_batch
     lines = Lines()
     assert train(cached, CPU, resume=True, progress=lines).steps == 2
     assert tried == []
-    assert "train.batch_size auto: 2 x 2 accumulated, as the run was begun" in lines.said
-    other = cached.model_copy(update={"train": cached.train.model_copy(update={"effective_batch_size": 6})})
-    with pytest.raises(
-        ConfigError, match=r"steps of 4 samples \(train\.batch_size 2 x train\.accumulate 2\).* is now 6"
-    ):
-        train(other, CPU, resume=True)
+    assert "train.batch_size auto: 2 x 2 accumulated, as in the run that is resumed" in lines.said
+    message = r"steps of 4 samples \(train\.batch_size 2 x train\.accumulate 2\).* is now 6"
+    with pytest.raises(ConfigError, match=message):
+        train(auto(effective=6), CPU, resume=True)
 
 
 def test_an_auxiliary_head_and_lookahead_are_probed_too(auto):

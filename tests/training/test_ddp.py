@@ -135,7 +135,8 @@ def test_dice_is_that_of_smp():
 
 def test_what_several_devices_cannot_do_is_refused(make_config, monkeypatch):
     with pytest.raises(
-        ConfigError, match="batch_size: auto measures one device, and devices is 2: set batch_size to the samples per device"
+        ConfigError,
+        match="batch_size: auto measures one device, and devices is 2: set batch_size to the samples per device",
     ):
         make_config(train__batch_size="auto", train__devices=2)
     with pytest.raises(
@@ -146,7 +147,7 @@ def test_what_several_devices_cannot_do_is_refused(make_config, monkeypatch):
     with pytest.raises(ConfigError, match="online trains on one device, and train.devices is 2"):
         training.train(online, CPU)
     config = make_config(train__devices=2)
-    with pytest.raises(ConfigError, match="train.devices 2 takes the first ones of a kind, found --device cuda:1"):
+    with pytest.raises(ConfigError, match="train.devices 2 takes the first devices of a kind, found --device cuda:1"):
         open_fabric(config, torch.device("cuda:1"), 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="train.devices is 2, and there are 1 GPUs"):

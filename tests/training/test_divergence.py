@@ -1,4 +1,4 @@
-"""A loss that is no longer a number, or that grows, is said with what to change."""
+"""A loss that becomes NaN or infinite, or grows, is reported with the keys to change."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def cached(cached, make_config):
-    """A function to configs on one complete cache."""
-    return make_config
-
-
-def test_bf16_is_told_to_try_fp32(cached, monkeypatch):
+def plain_student(monkeypatch):
     monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
-    config = cached(train__precision="bf16", train__lr=1e30, train__backbone_lr=0.0)
+
+
+def test_bf16_is_told_to_try_fp32(cached, make_config, plain_student):
+    config = make_config(train__precision="bf16", train__lr=1e30, train__backbone_lr=0.0)
     message = (
         r"the loss became (nan|inf) at step \d \(hard .*, distillation .*\); try train\.lr: 1e\+29 \(now 1e\+30\), or "
         r"train\.clip_norm: 1\.0 \(now none\), or train\.precision: fp32 \(now bf16\)\. Start again with --overwrite: a resumed "
-        r"run would take the same step\. Checkpoints up to the last one saved are in .*model_weights/tests/tiny$"
+        r"run would repeat the same step\. Checkpoints up to the last one saved are in .*model_weights/tests/tiny$"
     )
     with pytest.raises(TrainingDiverged, match=message):
         train(config, CPU)
@@ -52,23 +50,23 @@ def test_an_overflow_of_fp16_is_told_to_try_fp32_and_fp32_is_not(make_config, tm
     assert "precision" not in str(caught.value)
 
 
-def test_targets_that_are_no_numbers_are_blamed_and_no_key(cached, monkeypatch):
+def test_soft_targets_of_nan_are_named_instead_of_a_key(cached, plain_student, monkeypatch):
     read = SoftTargetCache.read
     monkeypatch.setattr(SoftTargetCache, "read", lambda *args, **options: read(*args, **options) * np.float32("nan"))
     message = r"the loss became nan at step 1 .*: the soft targets of this batch are not finite, .* verify-cache --level full`$"
     with pytest.raises(TrainingDiverged, match=message) as caught:
-        train(cached(), CPU)
+        train(cached, CPU)
     assert "train.lr" not in str(caught.value)
 
 
-def test_a_loss_that_grows_is_said_at_the_end_of_the_run(cached, monkeypatch):
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+def test_a_loss_that_grows_is_reported_at_the_end_of_the_run(cached, make_config, plain_student):
     runs = {}
     for name, lr in (("grows", 30.0), ("falls", 1e-3)):
         lines = Lines()
-        config = cached(
-            name=name, train__epochs=40, train__lr=lr, train__backbone_lr=0.0, train__restart_epochs=99, data__val=[]
-        )
+        config = make_config(
+            name=name, train__epochs=20, train__batch_size=1, train__crop=32, train__lr=lr, train__backbone_lr=0.0,
+            train__restart_epochs=99, data__val=[],
+        )  # fmt: skip
         losses = train(config, CPU, progress=lines).losses
         assert len(losses) == 120
         assert np.isfinite(losses).all(), losses

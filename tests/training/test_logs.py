@@ -34,7 +34,9 @@ def log(folder, version, train, val=()):
 def test_the_versions_of_a_resumed_run_are_joined_and_those_of_another_run_are_not(tmp_path):
     assert read_curves(tmp_path / "nothing") == {}
     log(tmp_path, 0, [(1, 90.0), (2, 91.0), (3, 92.0)], [(2, 0.9)])  # another run, overwritten since
-    log(tmp_path, 2, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)], [(3, 0.3), (5, 0.5)])  # saved at 3, killed after 5
+    log(
+        tmp_path, 2, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)], [(3, 0.3), (5, 0.5)]
+    )  # saved at 3, killed after 5
     assert read_curves(tmp_path)["train_loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0, 5: 50.0}
     log(tmp_path, 3, [])  # stopped before its first step
     log(tmp_path, 10, [(4, 4.0), (5, 5.0), (6, 6.0)], [(6, "nan")])

@@ -54,7 +54,11 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_conf
 
 
 def test_a_unetformer_trains_with_its_auxiliary_head_and_lookahead_and_resumes(cached, make_config):
-    options = {"student": {"architecture": "unetformer", "encoder": "resnet18"}, "train__lookahead": True, "data__val": []}
+    options = {
+        "student": {"architecture": "unetformer", "encoder": "resnet18"},
+        "train__lookahead": True,
+        "data__val": [],
+    }
     config = make_config(**options)
     whole = train(config, CPU)
     assert all(0 < loss < float("inf") for loss in whole.losses)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.runs import assert_same_weights, weights
 from PIL import Image
 from scipy.stats import entropy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,8 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdpipe.data.dataset import TrainTiles, ValTiles
 from kdpipe.data.recorded_views import RecordedViews
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training import tensorboard as board_pictures
 from kdpipe.pipeline.training.loaders import OnlineTargets
 from kdpipe.pipeline.training.run import train
@@ -64,18 +63,6 @@ class Student(torch.nn.Module):
     def forward(self, x):
         scores = torch.cat([x, x.flip(1) * 1.5], dim=1)
         return scores + 9 * torch.rand_like(scores) if self.training else scores
-
-
-class Small(torch.nn.Module):
-    """A student that trains in a moment, and whose statistics would tell of a picture that was taken while it trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
-        self.head = torch.nn.Conv2d(8, 6, 1)
-
-    def forward(self, x):
-        return self.head(torch.nn.functional.dropout(self.encoder(x), 0.2, self.training))
 
 
 def shown(config, source=None, views=None, steps=(1,)):
@@ -186,10 +173,8 @@ def test_showing_draws_no_random_number(make_config):
     assert generators() == before
 
 
-def test_a_run_logs_them_and_its_numbers_are_those_of_a_run_without(make_config, monkeypatch):
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Small())
-    config = make_config()
-    precompute(config, CPU)
+def test_a_run_logs_them_and_its_numbers_are_those_of_a_run_without(cached, small_student, monkeypatch):
+    config = cached
     with_pictures = train(config, CPU)
     events = EventAccumulator("lightning_logs/tests/tiny/version_0", size_guidance={"images": 0})
     events.Reload()
@@ -211,14 +196,10 @@ def test_a_run_logs_them_and_its_numbers_are_those_of_a_run_without(make_config,
     plain = train(config.model_copy(update={"name": "plain"}), CPU)
     assert with_pictures.losses == plain.losses
     assert with_pictures.final == plain.final
-    weights = [
-        torch.load(f"model_weights/tests/{name}/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("tiny", "plain")
-    ]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert_same_weights(weights(), weights("plain"))
 
 
-def test_what_a_live_teacher_answers_for_pictures_is_no_part_of_a_step(make_config, monkeypatch):
+def test_a_live_teachers_time_for_pictures_is_no_part_of_a_step(make_config, small_student, monkeypatch):
     asked = []
     ask = OnlineTargets._ask
 
@@ -229,7 +210,6 @@ def test_what_a_live_teacher_answers_for_pictures_is_no_part_of_a_step(make_conf
         return answer
 
     monkeypatch.setattr(OnlineTargets, "_ask", noted)
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Small())
     config = make_config(distill__mode="online", data__val=[], train__max_steps=1, train__mosaic=0.0)
     summary = train(config, CPU)
     of_steps = [seconds for source, seconds in asked if source == asked[0][0]]
