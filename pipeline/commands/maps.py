@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdpipe.pipeline.commands import completion
-from kdpipe.pipeline.commands.options import debug_option, device_option, json_option, run
+from kdpipe.pipeline.commands.options import common_options, run
 
 
 @click.command("predict")
@@ -27,9 +27,7 @@ from kdpipe.pipeline.commands.options import debug_option, device_option, json_o
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), default="none", show_default=True,
               help="Views over which logits are averaged.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace maps that exist.")
-@json_option
-@device_option
-@debug_option
+@common_options(device=True)
 def predict(**options: Any) -> None:
     """
     Map scenes of any size, as GeoTIFF.
@@ -51,8 +49,7 @@ def predict(**options: Any) -> None:
 @click.option("--tiles", multiple=True, metavar="PATH", shell_complete=completion.files,
               help="Images, or folders of images, to verify with. Default: data.val of its config. Repeatable.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
-@json_option
-@debug_option
+@common_options(device=False)
 def export(**options: Any) -> None:
     """
     Export a student for other programs, and verify it.

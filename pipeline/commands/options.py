@@ -90,18 +90,11 @@ def config_option(help_text: str, *names: str, required: bool = False) -> Callab
     )
 
 
-json_option = file_option("--json", "json_path", "Write the result as JSON.")
-# `main` looks for it in the arguments: an error may come before they are parsed.
-debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-device_option = click.option(
-    "--device", metavar="NAME", shell_complete=completion.devices,
-    help="cuda, cuda:1, mps or cpu. Default: the best one available.",
-)  # fmt: skip
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=completion.overrides,
     help="Override a key of CONFIG: --set train.epochs=2. Repeatable.",
 )  # fmt: skip
-tiles_window_option = click.option(
+window_option = click.option(
     "--window",
     type=click.IntRange(64),
     metavar="PX",
@@ -109,9 +102,25 @@ tiles_window_option = click.option(
 )
 
 
+def common_options(*, device: bool) -> Callable[[Command], Command]:
+    """Add `--json`, `--debug` and, to a command that computes, `--device`."""
+
+    def added(command: Command) -> Command:
+        # `main` looks for --debug in the arguments: an error may come before they are parsed.
+        debugged = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
+            command
+        )
+        if device:
+            help_text = "cuda, cuda:1, mps or cpu. Default: the best one available."
+            debugged = click.option("--device", metavar="NAME", shell_complete=completion.devices, help=help_text)(
+                debugged
+            )
+        return file_option("--json", "json_path", "Write the result as JSON.")(debugged)
+
+    return added
+
+
 def with_config(command: Command) -> Command:
     """Add the options of a command that runs on a configuration."""
-    source_option = config_option("A YAML file, or the name of a shipped config.", "-c", "--config", required=True)
-    for option in (debug_option, device_option, json_option, set_option, source_option):
-        command = option(command)
-    return command
+    source = config_option("A YAML file, or the name of a shipped config.", "-c", "--config", required=True)
+    return source(set_option(common_options(device=True)(command)))

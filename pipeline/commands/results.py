@@ -8,15 +8,13 @@ import click
 
 from kdpipe.pipeline.commands import completion
 from kdpipe.pipeline.commands.options import (
+    common_options,
     config_option,
-    debug_option,
-    device_option,
     file_option,
-    json_option,
     load,
     run,
     set_option,
-    tiles_window_option,
+    window_option,
 )
 
 
@@ -25,22 +23,20 @@ from kdpipe.pipeline.commands.options import (
 @click.option("--teacher", is_flag=True, help="Score the mapped teacher of CONFIG instead of a CHECKPOINT.")
 @config_option("The teacher's config. A CHECKPOINT carries its own.", "-c", "--config")
 @set_option
-@tiles_window_option
+@window_option
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views over which logits are averaged.")
 @click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
               help="How far apart matching boundaries may lie.")  # fmt: skip
 @file_option("--png", "png_path", "Draw the confusion matrices.")
-@json_option
-@device_option
-@debug_option
+@common_options(device=True)
 def evaluate(
     paths: tuple[str, ...], teacher: bool, source: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """
     Score a student or a teacher on labelled tiles.
 
-    Each ROOT is a folder of images and masks (default: data.val of the config). It is scored by itself, then all together.
-    A student predicts whole tiles without TTA by default, a teacher does as its config says.
+    ROOT is a folder of images and masks (default: data.val of the config). Each is scored by itself, then all together.
+    By default a student predicts whole tiles without TTA, and a teacher as its config says.
 
     Exit codes: 0 done, 2 usage, config, data or checkpoint.
     """
@@ -61,9 +57,7 @@ def evaluate(
 @click.option("--tiles", type=click.IntRange(0), default=12, show_default=True, metavar="N",
               help="Validation tiles shown with the predictions of every arm.")  # fmt: skip
 @click.option("--png", is_flag=True, help="Draw curves and differences as PNG files too.")
-@json_option
-@device_option
-@debug_option
+@common_options(device=True)
 def compare(**options: Any) -> None:
     """
     Compare runs over seeds, in an HTML report.
@@ -82,10 +76,8 @@ def compare(**options: Any) -> None:
 @click.option("--tiles", type=click.IntRange(0), default=24, show_default=True, metavar="N",
               help="Tiles shown for each run.")  # fmt: skip
 @click.option("--teacher", is_flag=True, help="Run the teacher on the validation tiles shown.")
-@tiles_window_option
-@json_option
-@device_option
-@debug_option
+@window_option
+@common_options(device=True)
 def report(**options: Any) -> None:
     """
     Show runs in one HTML report.

@@ -8,10 +8,9 @@ import click
 
 from kdpipe.pipeline.commands import completion
 from kdpipe.pipeline.commands.options import (
+    common_options,
     config_option,
-    debug_option,
     file_option,
-    json_option,
     load,
     load_open,
     run,
@@ -61,8 +60,7 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--images", default="images", show_default=True, metavar="NAME", help="Folder of images in a root.")
 @click.option("--masks", default="masks", show_default=True, metavar="NAME", help="Folder of masks in a root.")
 @click.option("--overwrite", is_flag=True, help="Replace a config that exists.")
-@json_option
-@debug_option
+@common_options(device=False)
 def init(**options: Any) -> None:
     """
     Write a first config for your tiles and teacher.
@@ -84,8 +82,7 @@ def init(**options: Any) -> None:
 )
 @file_option("--table", "table_path", "With --stats: write one row per tile, as .csv or .parquet.")
 @file_option("--plot", "plot_path", "With --stats: draw them as a PNG.")
-@json_option
-@debug_option
+@common_options(device=False)
 def inspect(
     path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None,
     plot_path: str | None, json_path: str | None,
@@ -132,8 +129,7 @@ def suggest_map(source: str, overrides: tuple[str, ...], **options: Any) -> None
 @click.command("sample-data")
 @click.argument("folder", type=click.Path(file_okay=False))
 @click.option("--seed", default=0, show_default=True, help="Another seed generates another landscape.")
-@json_option
-@debug_option
+@common_options(device=False)
 def sample_data(**options: Any) -> None:
     """
     Generate a small landscape with labels.
@@ -146,8 +142,7 @@ def sample_data(**options: Any) -> None:
 @click.command("demo")
 @click.option("--out", default="demo_output", show_default=True, type=click.Path(file_okay=False), metavar="DIR",
               help="Folder of all results.")  # fmt: skip
-@json_option
-@debug_option
+@common_options(device=False)
 def demo(**options: Any) -> None:
     """
     Run the whole pipeline on a generated landscape.

@@ -8,7 +8,8 @@ from pathlib import Path
 from kdpipe.configs import Config
 from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS
-from kdpipe.pipeline.inspection.cache import inspect_cache, is_cache
+from kdpipe.pipeline.inspection.cache import inspect_cache
+from kdpipe.pipeline.inspection.cache import is_cache as is_cache
 from kdpipe.pipeline.inspection.statistics import (
     CacheStatistics,
     compute_statistics,
@@ -17,8 +18,6 @@ from kdpipe.pipeline.inspection.statistics import (
     write_table,
 )
 from kdpipe.pipeline.reports.terminal.inspection import cache_tables, statistics_tables
-
-__all__ = ["is_cache", "show_cache"]
 
 
 def show_cache(
