@@ -97,9 +97,9 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
     return figure
 
 
-def _colours(count: int) -> list[tuple[float, ...]]:
+def _colours(count: int) -> list[tuple[float, float, float]]:
     """The palette as matplotlib takes it, 0..1."""
-    return [tuple(colour) for colour in (colours(count) / 255).tolist()]
+    return [(red, green, blue) for red, green, blue in (colours(count) / 255).tolist()]
 
 
 def _draw_confusion_panel(ax: Axes, root: RootScores, names: list[str]) -> None:

@@ -41,7 +41,8 @@ def test_the_picture_is_a_png_with_one_panel_a_root_and_one_of_all(make_config, 
 
 
 def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path):
-    roots = [*trained.data.val, *trained.data.train]
+    write_tile(tmp_path / "A", "t", *random_tile(1))
+    roots = [*trained.data.val, str(tmp_path / "A")]
     options = ["--tta", "flips", "--boundary-width", "5", "--json", "e.json", "--png", "deep/e.png"]
     done = run_command("evaluate", f"{Path.cwd()}/{BEST}", *roots, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
