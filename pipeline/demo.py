@@ -76,7 +76,8 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
         results[label] = json.loads(result.read_text())
     runs = [Path(result["weights"]) for result in results.values()]
     _command(progress, "report", *map(str, runs), "--tiles", "8", "--teacher", "--out", str(out / PAGE))
-    draw_demo(config, *(run / LAST for run in runs), out / PICTURE)
+    taught, alone = (run / LAST for run in runs)
+    draw_demo(config, taught, alone, out / PICTURE)
     yield _comparison(config, results)
     yield "So short a run shows how kdpipe works, not what distillation gains: docs/results.md says that."
     yield f"The demo took {duration_text(time.perf_counter() - start)}; everything is in {out}. Next:"
