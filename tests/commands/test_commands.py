@@ -1,4 +1,4 @@
-"""The commands as people meet them: fast help, one paragraph of error, the documented exit codes."""
+"""The commands as users meet them: order and speed of the help, options, one-paragraph errors, exit codes."""
 
 import os
 import re
@@ -135,7 +135,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_a_process_of_its_own_ends_with_that_paragraph_and_exit_code(tmp_path):
+def test_the_real_process_ends_with_the_same_paragraph_and_exit_code(tmp_path):
     arguments = ("inspect", "gone.zarr", "--debug")
     done, here = run_process(*arguments, cwd=tmp_path), run_command(*arguments, cwd=tmp_path)
     assert done.stdout == here.stdout == ""

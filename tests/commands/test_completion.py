@@ -1,4 +1,4 @@
-"""Shells complete commands, configs, keys and their values, files and runs, fast and without a trace."""
+"""Shells complete commands, configs, keys and their values, files and runs, fast and without side effects."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ FISH = shutil.which("fish")
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder to stand in, with a program called kdpipe, a config, tiles, weights and two runs."""
+    """A working folder with a program called kdpipe, a config, tiles, weights and two runs."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "kdpipe"
     program.write_text(f"#!{sys.executable}\nfrom kdpipe.pipeline.commands.main import main\nmain()\n")
@@ -32,7 +32,7 @@ def environment(place, **more):
 
 
 def in_bash(place, *lines):
-    """What bash has for each line with the cursor at its end, as its readline would ask."""
+    """Bash's candidates for each line with the cursor at its end, found as its readline finds them."""
     script = 'eval "$(kdpipe completion bash)"\ncompopt() { :; }\n' + "".join(
         f"COMP_LINE={line!r} COMP_POINT={len(line)}\n"
         "_kdpipe_completion kdpipe\n"
@@ -52,7 +52,7 @@ def test_bash_completes_what_is_typed(place):
         "kdpipe pre": ["precompute-teacher", "predict"],
         "kdpipe train-student -c m": ["mine.yaml", "model_weights/", "my\\ tiles/"],
         "kdpipe train-student --set train.pr": ["train.precision="],
-        # After `=` bash keeps the key, and puts the answer behind it.
+        # After `=` bash keeps the key, and appends the candidate.
         "kdpipe train-student --set train.precision=": ["auto", "fp32", "bf16", "fp16"],
         "kdpipe train-student --set train.precision=b": ["bf16"],
         "kdpipe train-student --set data.allow_missing_masks=": ["true", "false"],
@@ -87,16 +87,16 @@ def test_bash_itself_calls_the_function_for_kdpipe(place):
     assert done.stdout.split() == ["complete", "-o", "nosort", "-F", "_kdpipe_completion", "kdpipe"]
 
 
-def asked(place, shell, words, **more):
-    """What click's protocol answers: as a shell's script asks."""
+def completed(place, shell, words, **more):
+    """The output of click's completion protocol, called as a shell's script calls it."""
     env = environment(place, _KDPIPE_COMPLETE=f"{shell}_complete", COMP_WORDS=words, **more)
     done = subprocess.run(["kdpipe"], capture_output=True, text=True, check=True, cwd=place, env=env)
     assert not done.stderr
     return done.stdout
 
 
-def test_zsh_is_answered_in_whole_words(place):
-    answer = asked(place, "zsh", "kdpipe train-student --set train.precision=b", COMP_CWORD="3")
+def test_zsh_gets_whole_words(place):
+    answer = completed(place, "zsh", "kdpipe train-student --set train.precision=b", COMP_CWORD="3")
     assert answer.split() == ["plain", "train.precision=bf16", "_"]
 
 
@@ -108,13 +108,13 @@ def test_zsh_puts_no_space_where_typing_goes_on(place):
     assert "compdef _kdpipe_completion kdpipe" in done.stdout
 
 
-def test_fish_is_answered(place):
-    assert asked(place, "fish", "kdpipe train-student -c dubai/", COMP_CWORD="dubai/").split() == [
+def test_fish_gets_its_candidates(place):
+    assert completed(place, "fish", "kdpipe train-student -c dubai/", COMP_CWORD="dubai/").split() == [
         f"plain,{name}" for name in shipped_configs() if name.startswith("dubai/")
     ]
 
 
-@pytest.mark.skipif(FISH is None, reason="no fish here; its protocol is asked above")
+@pytest.mark.skipif(FISH is None, reason="no fish here; its protocol is tested above")
 def test_fish_itself_completes(place):
     script = "kdpipe completion fish | source; complete -C 'kdpipe train-student --set train.precision=b'"
     done = subprocess.run(
@@ -179,11 +179,11 @@ def test_nothing_there_to_complete_is_no_error(place):
         "kdpipe train-student --set nothing.at.all=",
         "kdpipe 'half",
     ):
-        assert asked(place, "bash", words) in ("", "\n")
+        assert completed(place, "bash", words) in ("", "\n")
 
 
 def test_every_option_for_a_file_or_a_config_completes():
-    """A new command that names a config, a checkpoint or folders offers them."""
+    """Also those of a command added later."""
     from kdpipe.pipeline.commands.main import cli
 
     for command in cli.commands.values():

@@ -1,4 +1,4 @@
-"""Running `kdpipe` within the process of the tests."""
+"""Runs `kdpipe` in the process of the tests."""
 
 import gc
 import io
@@ -15,14 +15,14 @@ from kdpipe.pipeline.commands import main as cli
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """
-    `kdpipe ARGUMENTS` by its own `main`, in this process, which has imported torch already: as `subprocess.run` answers.
+    The result of `kdpipe ARGUMENTS`, as `subprocess.run` returns it, from its `main` in this process, which has imported torch.
 
-    An error that `main` does not turn into an exit code is raised here, so that a traceback fails the test.
+    An error that `main` does not turn into an exit code is raised, so that a traceback fails the test.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["kdpipe", *map(str, arguments)])
-        # All are for the whole process, which other tests share.
+        # Each would change the whole process, which other tests share.
         patch.setattr(cli, "keep_freed_memory", lambda: False)
         patch.setattr(cli, "ask_for_huge_pages", lambda: None)
         for name in ("freeze", "disable"):
@@ -37,6 +37,7 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
 
 
 def arguments(config, command, *options, folder):
+    """`kdpipe COMMAND -c CONFIG OPTIONS` as a list, with the config in a file in `folder`."""
     path = folder / "config.yaml"
     path.write_text(dump_config(config))
     return [command, "-c", str(path), *options]
