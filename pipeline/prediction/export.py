@@ -1,10 +1,10 @@
 """
-A student as a file that other programs run: ONNX, TorchScript, or torch.export's pt2; kept only if it answers as the checkpoint does.
+Exporting a student to ONNX, TorchScript or torch.export's pt2. A file is kept only if its predictions match the checkpoint's.
 
-ONNX and TorchScript are recorded by tracing, with the padding that a network needs inside the graph, so that they take images of any
-size. torch.export cannot: it proves its graph for all sizes at once, and does so for multiples of 32 px (and not for padding, nor for the
-smallest maps, where a window of attention holds everything). Its own road to ONNX has the same limits and takes minutes: the tracing
-exporter is used although torch calls it deprecated.
+ONNX and TorchScript are traced, with the network's padding inside the graph, so that they take images of any size. torch.export
+proves its graph for all sizes at once, which it manages for multiples of 32 px, but not with padding, nor for the smallest maps, where
+one attention window holds everything. Its ONNX export has the same limits and takes minutes, so the tracing exporter is used
+although torch calls it deprecated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, KdpipeError
+from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
 from kdpipe.configs.files import partial_path, publish
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image
@@ -46,7 +46,7 @@ from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
 Format = Literal["onnx", "torchscript", "pt2"]
 SUFFIXES: dict[Format, str] = {"onnx": ONNX_SUFFIX, "torchscript": OTHER_SUFFIXES[0], "pt2": OTHER_SUFFIXES[1]}
-CARD_FILE = "kdpipe.json"  # within a TorchScript or pt2 archive
+CARD_FILE = "kdpipe.json"  # in a TorchScript or pt2 archive
 OPSET = 17  # the first with LayerNormalization; every onnxruntime since 1.12 reads it
 PT2_LEAST_PX, PT2_MOST_PX = 288, 65536
 SIZES: dict[Format, str] = {
@@ -54,15 +54,15 @@ SIZES: dict[Format, str] = {
     "torchscript": "any size",
     "pt2": f"sides that are multiples of {STRIDE} px, from {PT2_LEAST_PX} px up",
 }
-# A file's kernels add in another order: measured 3e-7 to 3e-5. Far below the 0.002 by which a stored probability is rounded.
+# Exported kernels add in another order, which measures 3e-7 to 3e-5. Stored probabilities are rounded by up to 0.002.
 MAX_DIFFERENCE = 1e-3
-VERIFIED_TILES = 4  # spread over all there are
-EXAMPLE = (2, 3, 97, 130)  # of a trace: no side a multiple of the stride, none of them alike
+VERIFIED_TILES = 4  # evenly spread over all tiles
+EXAMPLE = (2, 3, 97, 130)  # shape of a traced input: different sides, none a multiple of the stride
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, and what verifying it found: over `images` made of `tiles`, compared pixel by pixel with the checkpoint."""
+    """The exported file and its verification: `images` cut from `tiles`, compared with the checkpoint pixel by pixel."""
 
     file: str
     format: Format
@@ -75,25 +75,21 @@ class Exported:
     largest_difference: float
     same_class: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 class AnySize(nn.Module):
-    """A student in one graph for all sizes: mirrored to multiples of `STRIDE` as `views.padded_logits` does, and cropped back."""
+    """A student in one graph for all sizes: pads to multiples of `STRIDE` as `views.padded_logits` does, and crops back."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
-        self.eval()  # else torch.onnx.export would put the student back into training mode with it
+        self.eval()  # otherwise torch.onnx.export would return the student to training mode
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits `(N, C, H, W)` of normalised images `(N, 3, H, W)`."""
         height, width = images_NCHW.shape[-2:]
         padded = images_NCHW
         for dim, size in ((-2, height), (-1, width)):
-            # Without a branch on sizes. Rounded up as sums of positive numbers: ONNX rounds a negative quotient up, Python down.
+            # No branch on sizes. Rounded up without negative quotients, which ONNX rounds up and Python down.
             target = (size + STRIDE - 1) // STRIDE * STRIDE
             last = torch.arange(size, device=padded.device)[-1]
             period = (2 * last).clamp(min=1)
@@ -113,11 +109,11 @@ def export_student(
     progress: Progress | None = None,
 ) -> Exported:
     """
-    Write the student of a checkpoint to `out` (beside the checkpoint by default), and compare its answers with the checkpoint's.
+    Export the student of a checkpoint to `out`, by default beside the checkpoint, and compare its predictions with the checkpoint's.
 
-    `tiles` are images or folders of them, by default those of the `data.val` of the checkpoint's config. The file is at `out` only once it
-    has passed. Raises `CheckpointError` for the checkpoint, `ConfigError` where a package is missing, the file is there already, or there
-    is nothing to verify with, `DataError` for images, and `KdpipeError` where the network cannot be exported or answers otherwise.
+    `tiles` are images, or folders of them, to compare on; by default `data.val` of the checkpoint's config. The file appears at `out`
+    once it has passed. Raises `CheckpointError` for the checkpoint; `ConfigError` if a package is missing, the file exists, or there
+    are no tiles to compare on; `DataError` for unreadable images; `KdpipeError` if the export fails or its predictions differ.
     """
     progress = progress or Silent()
     if format_ == "onnx":
@@ -125,7 +121,7 @@ def export_student(
     trained = load_trained(checkpoint)
     file = output_path(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), "--out")
     if file.exists() and not overwrite:
-        raise ConfigError(f"{file} is there already: choose another --out, or add --overwrite to replace it")
+        raise ConfigError(f"{file} exists already: choose another --out, or add --overwrite to replace it")
     images = _images(trained, tiles)
     card = card_of(trained, checkpoint, SIZES[format_])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,33 +134,13 @@ def export_student(
         result = Exported(str(file), format_, card.network, card.classes, card.sizes, len(images), *found)
         if not result.largest_difference <= MAX_DIFFERENCE:
             raise KdpipeError(
-                f"the {format_} file of {checkpoint} answers otherwise than the checkpoint: a probability differs by "
+                f"the {format_} file of {checkpoint} predicts something else than the checkpoint: a probability differs by "
                 f"{result.largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
             )
         publish(partial, file)
     finally:
         partial.unlink(missing_ok=True)
     return result
-
-
-def read_card(path: str | Path) -> Card:
-    """
-    What an exported file says of itself, whichever of the three formats it has; TorchScript and pt2 are told from their suffixes.
-
-    Raises `CheckpointError` where it is none that `kdpipe export` wrote.
-    """
-    content = {CARD_FILE: ""}
-    if Path(path).suffix == SUFFIXES["onnx"]:
-        session = open_session(Path(path), [PROVIDERS["cpu"]])
-        content[CARD_FILE] = session.get_modelmeta().custom_metadata_map.get(CARD_KEY, "")
-    elif Path(path).suffix == SUFFIXES["pt2"]:
-        torch.export.load(path, extra_files=content)
-    else:
-        _load_torchscript(Path(path), content)
-    text = content[CARD_FILE]
-    if not text:
-        raise CheckpointError(f"{path} does not say what it is: expected a file that `kdpipe export` wrote")
-    return Card.model_validate_json(text)
 
 
 def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
@@ -202,7 +178,7 @@ def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
     shapes = ({0: torch.export.Dim("n"), **sides},)
     example = torch.randn(2, 3, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
     program = torch.export.export(student, (example,), dynamic_shapes=shapes)
-    with file.open("wb") as stream:  # by name, torch insists on its own suffix
+    with file.open("wb") as stream:  # with a path, torch insists on its own suffix
         torch.export.save(program, stream, extra_files={CARD_FILE: card.model_dump_json()})
 
 
@@ -218,7 +194,7 @@ def _read_torchscript(file: Path) -> Callable[[Tensor], Tensor]:
 
 def _load_torchscript(file: Path, extra_files: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
-        # torch's, of TorchScript as a whole: its class depends on the version.
+        # torch's deprecation of TorchScript, whose class depends on the version.
         warnings.filterwarnings("ignore", message="`torch.jit.load` is")
         load: Any = torch.jit.load
         return load(file, map_location="cpu", _extra_files=extra_files)
@@ -248,21 +224,19 @@ def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as err:
-        raise ConfigError(f"--format onnx needs the package onnx, which is not installed here: {INSTALL}") from err
+        raise ConfigError(f"--format onnx needs the package onnx, which is not installed: {INSTALL}") from err
 
 
 def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
-    """Some of the tiles, uint8 `(H, W, 3)`, evenly spread over all."""
+    """A few tiles, uint8 `(H, W, 3)`, evenly spread over all."""
     data = trained.config.data
     folders = tiles or [str(Path(root) / data.images) for root in data.val]
     if not folders:
-        raise ConfigError(
-            "there is nothing to verify the file with, as data.val names no tiles: name images with --tiles"
-        )
+        raise ConfigError("there are no tiles to verify the file on, as data.val is empty: name images with --tiles")
     try:
         paths = list_scenes(folders)
     except DataError as err:
-        raise ConfigError(f"there is nothing to verify the file with: {err}; name images with --tiles") from err
+        raise ConfigError(f"there are no tiles to verify the file on: {err}; name images with --tiles") from err
     chosen = (
         [paths[i * len(paths) // VERIFIED_TILES] for i in range(VERIFIED_TILES)]
         if len(paths) > VERIFIED_TILES
@@ -279,7 +253,7 @@ def _compare(
     format_: Format,
     progress: Progress,
 ) -> tuple[int, int, float, float]:
-    """Images and pixels compared, the largest difference of a probability, and the share of pixels with the same class, 0..1."""
+    """Numbers of images and pixels, the largest difference of a probability, and the share of pixels with the same class, 0..1."""
     count = pixels = same = 0
     largest = 0.0
     with progress.bar("verify", len(images), "tiles") as advance:
@@ -290,7 +264,7 @@ def _compare(
                 found = run(inputs_NCHW)
                 if found.shape != expected.shape:
                     raise KdpipeError(
-                        f"the {format_} file answers images of {tuple(inputs_NCHW.shape)} with {tuple(found.shape)}, expected "
+                        f"the {format_} file maps images of {tuple(inputs_NCHW.shape)} to {tuple(found.shape)}, expected "
                         f"{tuple(expected.shape)}: its size is not dynamic. Try another --format"
                     )
                 difference = (found.softmax(dim=1) - expected.softmax(dim=1)).abs().max().item()
@@ -302,7 +276,7 @@ def _compare(
 
 
 def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
-    """The image as a whole, and two corners of it as one batch: two sizes, neither the traced one. For pt2, of sizes it takes."""
+    """The whole image, and two of its corners as one batch, so that neither size is the traced one; for pt2, in sizes that it takes."""
     image_NCHW = torch.from_numpy(image_HWB).permute(2, 0, 1)[None]
     height, width = image_NCHW.shape[-2:]
     if format_ != "pt2":
@@ -310,7 +284,7 @@ def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
         h, w = (height + 1) // 2, (width * 2 + 2) // 3
         yield torch.cat([image_NCHW[..., :h, :w], image_NCHW[..., height - h :, width - w :]])
         return
-    # Repeated where an image is smaller than the least: its pixels stay real.
+    # An image below the smallest size is repeated, so that its pixels stay real.
     repeats = [1, 1, *(-(-PT2_LEAST_PX // size) for size in (height, width))]
     image_NCHW = image_NCHW.repeat(repeats)
     height, width = (size // STRIDE * STRIDE for size in image_NCHW.shape[-2:])
@@ -321,7 +295,7 @@ def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
 
 @contextmanager
 def _explained(format_: Format, network: str) -> Iterator[None]:
-    """What an exporter raises, as a `KdpipeError`; its own warnings are none of the user's."""
+    """Turn any error of an exporter into a `KdpipeError`, and silence its warnings, which do not concern the user."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -329,6 +303,7 @@ def _explained(format_: Format, network: str) -> Iterator[None]:
     except KdpipeError:
         raise
     except Exception as err:  # torch's exporters raise classes of many modules
+        reason = str(err).strip().splitlines()[0]
         raise KdpipeError(
-            f"{network} cannot be written as {format_}: {str(err).strip().splitlines()[0]}. Try another --format, or --debug for all of it"
+            f"{network} cannot be written as {format_}: {reason}. Try another --format, or --debug for the full error"
         ) from err

@@ -1,8 +1,8 @@
 """
-Maps of scenes of any size: windows with overlap, blended, in memory that does not grow with a scene's height.
+Maps of scenes of any size, from overlapping windows whose logits are blended.
 
-Of a scene are held a strip of one row of windows, 3 bytes a pixel, and its logits, 4 bytes a pixel and class. What is written is
-final: argmax of the blended logits, softmax of them where probabilities are asked for.
+Memory does not grow with the height of a scene: a strip of one row of windows is held, 3 bytes per pixel, and its logits, 4 bytes
+per pixel and class. Classes are the argmax of the blended logits, probabilities their softmax.
 
 Shapes: N windows, C classes, B bands, H W pixels of a scene, h w of a strip or a window.
 """
@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.model import Predictor
 
 WINDOW_PX = 1024
-OVERLAP_PX = 128  # see `windows.MARGIN` for what it costs to have less
-GPU_BATCH = 4  # windows of 1024 px fill a GPU; a CPU gains nothing from more than one at a time
-ROWS_AT_ONCE = 64  # of a strip, whose classes and probabilities are taken together
+OVERLAP_PX = 128  # `windows.MARGIN` has the measured error
+GPU_BATCH = 4  # windows of 1024 px fill a GPU; a CPU gains nothing from more than one
+ROWS_AT_ONCE = 64  # rows of a strip whose classes and probabilities are computed together
 
 CLASSES, CONFIDENCE, PROBABILITIES = "classes", "confidence", "probabilities"
 SUFFIXES = {CLASSES: ".tif", CONFIDENCE: ".confidence.tif", PROBABILITIES: ".probabilities.tif"}
@@ -46,7 +46,7 @@ SUFFIXES = {CLASSES: ".tif", CONFIDENCE: ".confidence.tif", PROBABILITIES: ".pro
 
 @dataclass
 class Map:
-    """A map that was written: of which scene, where, and how many pixels each class has."""
+    """A written map: its scene, its files by kind, and the number of pixels of each class and without data."""
 
     scene: str
     files: dict[str, str]
@@ -59,7 +59,7 @@ class Map:
 
 @dataclass
 class MapSummary:
-    """What `predict` did; `failed` are scenes with the reason why there is no map of them."""
+    """The result of `predict`; `failed` holds the reason for each scene without a map."""
 
     model: str
     device: str
@@ -69,10 +69,6 @@ class MapSummary:
     classes: list[str]
     maps: list[Map] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def predict(
@@ -90,12 +86,12 @@ def predict(
     stop: threading.Event | None = None,
 ) -> MapSummary:
     """
-    Write a map of each scene that `inputs` name (`list_scenes`) into the folder `out`, and say what was written.
+    Write a map of each scene in `inputs` (see `list_scenes`) into the folder `out`.
 
-    A scene that cannot be read is named in the result, and the others go on. Away from the borders of windows of `window` px, which share
-    `overlap` px, a map is that of asking for the whole scene. `batch_size` windows are asked at once. Raises `ConfigError` for sizes that
-    cannot be, `DataError` for inputs that name nothing, maps that would have one name, or are there already unless `overwrite`,
-    `KdpipeError` where a map cannot be written or an answer is not finite, `Interrupted` where `stop` was set.
+    Windows have `window` px and share `overlap` px; `batch_size` of them are predicted at once. A scene that cannot be read is named
+    in the result, and the others go on. Raises `ConfigError` for invalid sizes; `DataError` if an input names nothing, two maps would
+    have the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite;
+    `Interrupted` if `stop` was set.
     """
     _check_sizes(window, overlap)
     progress, stop = progress or Silent(), stop or threading.Event()
@@ -115,37 +111,39 @@ def predict(
                 counts[scene_path] = _num_windows(scene, window, overlap)
         except DataError as err:
             summary.failed[scene_path] = str(err)
-    drawer = _Drawer(predictor, window, overlap, batch_size or (GPU_BATCH if predictor.device != "cpu" else 1), stop)
+    mapper = _SceneMapper(
+        predictor, window, overlap, batch_size or (GPU_BATCH if predictor.device != "cpu" else 1), stop
+    )
     with progress.bar("predict", sum(counts.values()), "windows") as advance:
         for scene_path, total in counts.items():
             counted = _Counted(advance)
             try:
-                summary.maps.append(drawer.draw(scene_path, targets[scene_path], counted))
+                summary.maps.append(mapper.map_scene(scene_path, targets[scene_path], counted))
             except DataError as err:
                 summary.failed[scene_path] = str(err)
                 advance(total - counted.done)
             except Interrupted as err:
                 raise Interrupted(
-                    f"stopped in {scene_path}, of which nothing is kept; {len(summary.maps)} of {len(targets)} scenes have their map in "
+                    f"stopped in {scene_path}, which has no map yet; {len(summary.maps)} of {len(targets)} scenes have their map in "
                     f"{folder}: name the others to go on"
                 ) from err
     return summary
 
 
-class _Drawer:
-    """Draws one scene after another."""
+class _SceneMapper:
+    """Writes the maps of one scene after another."""
 
     def __init__(self, predictor: Predictor, window: int, overlap: int, batch_size: int, stop: threading.Event) -> None:
         self._predictor, self._window, self._overlap = predictor, window, overlap
         self._batch_size, self._stop = batch_size, stop
 
-    def draw(self, path: str, files: dict[str, Path], advance: Advance) -> Map:
+    def map_scene(self, path: str, files: dict[str, Path], advance: Advance) -> Map:
         card, start = self._predictor.card, time.monotonic()
         counts = np.zeros(len(card.classes), np.int64)
         no_data = 0
         with ExitStack() as stack:
             scene = stack.enter_context(open_scene(path, card.bands, card.stretch))
-            # The map of classes is opened first, so that it is renamed last: where it is, the others are.
+            # The map of classes is opened first, so that it is renamed last: if it exists, the others do.
             writers = {
                 kind: stack.enter_context(
                     new_map(file, self._layer(kind), scene.height, scene.width, scene.georeference)
@@ -211,13 +209,13 @@ class _Drawer:
             width = batch[0][1]
             images_NBhw = torch.stack([image_BhW[..., column.start : column.start + width] for column, _ in batch])
             with fits_in_memory(
-                f"while asking for {sized('window', len(batch), height, width)}", _advice(self._window)
+                f"while predicting {sized('window', len(batch), height, width)}", _advice(self._window)
             ):
-                logits_NChw = self._predictor.ask(images_NBhw)
+                logits_NChw = self._predictor.logits(images_NBhw)
             if not torch.isfinite(logits_NChw).all():
                 raise KdpipeError(
-                    f"{self._predictor.origin} answers {scene.path} with numbers that are not finite near row {top}, column "
-                    f"{batch[0][0].start}: it cannot be drawn"
+                    f"{self._predictor.origin} gives logits that are not finite for {scene.path}, near row {top}, column "
+                    f"{batch[0][0].start}: there is no map of it"
                 )
             for (column, _), logits_1Chw in zip(batch, logits_NChw.split(1), strict=True):
                 yield column, logits_1Chw
@@ -237,7 +235,7 @@ class _Drawer:
 
 
 class _Counted:
-    """Passes on what advances the bar, and keeps count for the scene that ends early."""
+    """Advances the bar and counts the steps, in case the scene ends early."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance, self.done = advance, 0
@@ -250,7 +248,7 @@ class _Counted:
 def _write_rows(
     logits_ChW: Tensor, data_hW: NDArray[np.bool_], writers: dict[str, RowWriter], no_class: int
 ) -> NDArray[np.int64]:
-    """Write finished rows to all maps; returns the classes, `(h, W)`, also where there is no data."""
+    """The classes of finished rows, `(h, W)`, also where there is no data; writes the rows to all maps."""
     classes_hW = np.empty(data_hW.shape, np.int64)
     for top in range(0, len(data_hW), ROWS_AT_ONCE):
         rows = slice(top, top + ROWS_AT_ONCE)
@@ -262,7 +260,7 @@ def _write_rows(
         if PROBABILITIES in writers:
             writers[PROBABILITIES].write(stored)
         if CONFIDENCE in writers:
-            # Of stored probabilities, in which 255 is no data: there it stays 255.
+            # From stored probabilities, so that 255, no data, stays 255.
             writers[CONFIDENCE].write(stored.max(axis=0, keepdims=True))
     dtype = np.uint8 if max(no_class, len(logits_ChW) - 1) <= np.iinfo(np.uint8).max else np.uint16
     writers[CLASSES].write(np.where(data_hW, classes_hW, no_class).astype(dtype)[None])
@@ -270,7 +268,7 @@ def _write_rows(
 
 
 def _batches(windows: Sequence[tuple[Span, int]], batch_size: int) -> Iterator[list[tuple[Span, int]]]:
-    """At most `batch_size` windows at a time, all of one width: the last may be cut off by the scene's border."""
+    """Batches of at most `batch_size` windows of equal width; the last window may be cut off by the scene's border."""
     for _, same in groupby(windows, key=lambda window: window[1]):
         group = list(same)
         for start in range(0, len(group), batch_size):
@@ -283,7 +281,7 @@ def _num_windows(scene: Scene, window: int, overlap: int) -> int:
 
 
 def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrite: bool) -> dict[str, dict[str, Path]]:
-    """The files of each scene's maps, by kind; `DataError` where two would be one, or one is there already or is an input."""
+    """The files of each scene's maps by kind; raises `DataError` if two coincide, one exists, or one is an input."""
     targets = {scene: {kind: folder / (_stem(scene) + SUFFIXES[kind]) for kind in kinds} for scene in scenes}
     taken: dict[Path, str] = {}
     sources = {Path(scene).resolve() for scene in scenes}
@@ -291,20 +289,20 @@ def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrit
         for file in files.values():
             if file in taken:
                 raise DataError(
-                    f"{taken[file]} and {scene} would both have the map {file}: map them in two runs with an --out each, or rename one"
+                    f"{taken[file]} and {scene} would both have the map {file}: map them in two runs with different --out, or rename one"
                 )
             if file.resolve() in sources:
                 raise DataError(f"the map {file} would replace a scene that it is made from: choose another --out")
             taken[file] = scene
     present = [file for file in taken if file.exists()]
     if present and not overwrite:
-        more = f" and {len(present) - 1} more maps are" if len(present) > 1 else " is"
-        raise DataError(f"{present[0]}{more} there already: choose another --out, or add --overwrite to replace them")
+        more = f" and {len(present) - 1} more maps exist" if len(present) > 1 else " exists"
+        raise DataError(f"{present[0]}{more} already: choose another --out, or add --overwrite to replace them")
     return targets
 
 
 def _stem(scene: str) -> str:
-    """A scene's name without folder and last suffix, of a path or a URL."""
+    """The name of a scene, a path or a URL, without its folder and last suffix."""
     return Path(scene.rstrip("/").rpartition("/")[2]).stem
 
 
@@ -312,7 +310,7 @@ def _check_sizes(window: int, overlap: int) -> None:
     for name, value, least in (("--window", window, 2 * STRIDE), ("--overlap", overlap, 0)):
         if value < least or value % STRIDE:
             raise ConfigError(
-                f"{name} must be a multiple of {STRIDE} px, from {least} up, so that windows meet in a network's grid; found {value}"
+                f"{name} must be a multiple of {STRIDE} px, from {least} up, so that windows lie in the network's grid; found {value}"
             )
     if overlap > window // 2:
         raise ConfigError(f"--overlap must be at most half of --window, {window // 2} px, found {overlap}")

@@ -1,7 +1,7 @@
 """
-What makes maps: a checkpoint of `train-student`, or an ONNX file of `kdpipe export`, with all that its images must go through.
+Students for maps: a checkpoint of `train-student` or an ONNX file of `kdpipe export`, with the `Card` that describes it.
 
-Both say it in a `Card`, which an exported file carries as JSON, so that a program without kdpipe can use the file too.
+An exported file carries its card as JSON, so that programs without kdpipe can use it too.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
-CARD_KEY = "kdpipe"  # in an ONNX file's metadata
+CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
 INPUT, OUTPUT = "images", "logits"
 ONNX_SUFFIX, OTHER_SUFFIXES = ".onnx", (".torchscript", ".pt2")
-INSTALL = "pip install 'kdpipe[export]'"
+INSTALL = "install kdpipe with its extra export, such as `pip install '.[export]'` in a clone"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Card(BaseModel):
     """
-    What a network is, what its input must be, and what its output means.
+    Description of a network, its input and its output.
 
-    Input: float32 `(N, 3, H, W)`, `(x / 255 - mean) / std` of the file's `bands`, each taken linearly from its (low, high) of `stretch` to
-    0..255 and rounded, or as it is if there is none. Output: float32 logits `(N, len(classes), H, W)`. `sizes` says which H and W do.
+    Input: float32 `(N, 3, H, W)`, `(x / 255 - mean) / std` of the image's `bands`; `stretch` maps each band linearly from its (low, high)
+    to 0..255, rounded, unless it is None. Output: float32 logits `(N, len(classes), H, W)`. `sizes` describes the allowed H and W.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,17 +60,17 @@ class Card(BaseModel):
 
 @dataclass(frozen=True)
 class Predictor:
-    """`ask` takes uint8 images `(N, 3, H, W)` in main memory to float32 logits `(N, C, H, W)`; `device` is where it computes."""
+    """`logits` maps uint8 images `(N, 3, H, W)` to float32 logits `(N, C, H, W)`, both in main memory; it computes on `device`."""
 
     origin: str
     card: Card
     device: str
     tta: str
-    ask: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
 
 
 def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
-    """The card of a student as `load_trained` returns it."""
+    """The card of a student from `load_trained`."""
     config = trained.config
     mean, std = mean_std(config.student.normalize)
     encoder = f" with {config.student.encoder}" if config.student.encoder else ""
@@ -96,21 +96,21 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
 
 def open_predictor(path: str | Path, device: str | None, *, tta: str = "none") -> Predictor:
     """
-    What maps with a checkpoint or an ONNX file on the named device, in float32; `device` None is the best one there is.
+    A predictor from a checkpoint or an ONNX file, in float32; `device` None is the best one available.
 
-    Logits are averaged over the views of `tta`. Raises `CheckpointError` where the file is neither, `ConfigError` where the device is
-    not there, or onnxruntime is not installed.
+    Logits are averaged over the views of `tta`. Raises `CheckpointError` if the file is neither, `ConfigError` if the device is
+    missing or onnxruntime is not installed.
     """
     suffix = Path(path).suffix
     if suffix in OTHER_SUFFIXES:
         raise CheckpointError(
-            f"{path} is an exported file that predict does not run: name the checkpoint, or an ONNX file (`kdpipe export --format onnx`)"
+            f"{path} is an exported file that predict cannot run: name the checkpoint, or an ONNX file (`kdpipe export --format onnx`)"
         )
     return _onnx_predictor(Path(path), device, tta) if suffix == ONNX_SUFFIX else _student(path, device, tta)
 
 
 def open_session(path: Path, providers: list[str]) -> Any:
-    """An onnxruntime session of a file; raises `CheckpointError` where it cannot be read, `ConfigError` where onnxruntime is missing."""
+    """An onnxruntime session; raises `CheckpointError` if the file cannot be read, `ConfigError` if onnxruntime is not installed."""
     runtime = require_onnxruntime()
     if not path.is_file():
         raise CheckpointError(f"no file at {path.absolute()}; relative paths start at the current folder")
@@ -121,11 +121,11 @@ def open_session(path: Path, providers: list[str]) -> Any:
 
 
 def require_onnxruntime() -> Any:
-    """The module; raises `ConfigError` where it is not installed."""
+    """The module onnxruntime; raises `ConfigError` if it is not installed."""
     try:
         import onnxruntime
     except ImportError as err:
-        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed here: {INSTALL}") from err
+        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed: {INSTALL}") from err
     return onnxruntime
 
 
@@ -136,13 +136,13 @@ def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
     normalize = trained.config.student.normalize
 
     @torch.inference_mode()
-    def ask(images_NCHW: Tensor) -> Tensor:
+    def logits(images_NCHW: Tensor) -> Tensor:
         inputs_NCHW = normalized(images_NCHW.to(device), normalize)
-        # fp32 means fp32, as `evaluate` has it: TF32 would draw other maps on a GPU than on a CPU.
+        # fp32 means fp32, as in `evaluate`: with TF32, maps would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return averaged_logits(student, inputs_NCHW, tta=tta, scales=[1.0]).cpu()
 
-    return Predictor(str(path), card_of(trained, path, sizes="any"), str(device), tta, ask)
+    return Predictor(str(path), card_of(trained, path, sizes="any"), str(device), tta, logits)
 
 
 def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
@@ -151,35 +151,35 @@ def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
     described = session.get_modelmeta().custom_metadata_map.get(CARD_KEY)
     if described is None:
         raise CheckpointError(
-            f"{path} does not say which classes and which normalisation it is for (metadata key {CARD_KEY!r}): predict takes ONNX files "
-            "that `kdpipe export` wrote"
+            f"{path} does not name its classes and normalisation (metadata key {CARD_KEY!r}): predict takes ONNX files that "
+            "`kdpipe export` wrote"
         )
     try:
         card = Card.model_validate_json(described)
     except ValidationError as err:
-        raise CheckpointError(f"{path} describes itself in a way that this version does not read: {err}") from err
+        raise CheckpointError(f"{path} has a description that this version cannot read: {err}") from err
     normalize = MeanStd(mean=card.mean, std=card.std)
 
     def run(inputs_NCHW: Tensor) -> Tensor:
-        (logits,) = session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})
-        return torch.from_numpy(logits)
+        (logits_NCHW,) = session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})
+        return torch.from_numpy(logits_NCHW)
 
     @torch.inference_mode()
-    def ask(images_NCHW: Tensor) -> Tensor:
+    def logits(images_NCHW: Tensor) -> Tensor:
         return averaged_logits(run, normalized(images_NCHW, normalize), tta=tta, scales=[1.0])
 
-    return Predictor(str(path), card, device, tta, ask)
+    return Predictor(str(path), card, device, tta, logits)
 
 
 def _provider(name: str | None) -> tuple[str, str]:
-    """The device, and what onnxruntime calls it; the best one that onnxruntime has where none is named."""
+    """The device and its onnxruntime provider; the best one available if `name` is None."""
     available = require_onnxruntime().get_available_providers()
     device = name or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
     provider = PROVIDERS.get(device)
     if provider not in available:
         usable = ", ".join(device for device, provider in PROVIDERS.items() if provider in available)
         raise ConfigError(
-            f"--device {device}: onnxruntime, as installed here, computes on {usable}; for cuda, install onnxruntime-gpu in its place"
+            f"--device {device}: the installed onnxruntime computes on {usable} only; for cuda, install onnxruntime-gpu instead"
         )
     assert provider is not None
     return device, provider

@@ -1,4 +1,4 @@
-"""The configuration is closed: what is not read is refused, and what is wrong is named."""
+"""The configuration is closed: unknown keys are refused, and wrong values are named."""
 
 import json
 from pathlib import Path
@@ -128,11 +128,11 @@ def test_overrides_are_yaml():
 @pytest.mark.parametrize(
     ("overrides", "effective"),
     [
-        (["train.batch_size=auto"], 8),  # what the file says and auto replaces
+        (["train.batch_size=auto"], 8),  # the size in the file, which auto replaces
         (["train.accumulate=3", "train.batch_size=auto"], 24),
         (["train.batch_size=auto", "train.effective_batch_size=6"], 6),
         (["train.effective_batch_size=6", "train.batch_size=auto"], 6),
-        (["train={batch_size: auto}"], 4),  # the default of a file that says nothing
+        (["train={batch_size: auto}"], 4),  # the default
     ],
 )
 def test_auto_keeps_the_size_of_a_step(overrides, effective):
@@ -151,7 +151,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
         load_config(tmp_path / "c.yaml")
 
 
-def test_members_may_be_written_as_changes_to_another(tmp_path):
+def test_teachers_may_be_written_with_yaml_merge_keys(tmp_path):
     raw = several()
     teacher = raw.pop("teachers")[0]
     text = yaml.safe_dump(raw) + "teachers:\n  - &first " + json.dumps(teacher) + "\n  - <<: *first\n    tta: d4\n"
@@ -161,7 +161,7 @@ def test_members_may_be_written_as_changes_to_another(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: !!python/object/apply:os.system [ls]", "\t", "a: &b [*b]"])
-def test_what_is_no_config_is_refused(content, tmp_path):
+def test_files_that_are_not_configs_are_refused(content, tmp_path):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError):
         load_config(tmp_path / "c.yaml")
@@ -208,7 +208,7 @@ def test_every_key_is_read_by_the_program(key):
             (schema / "data.py").read_text().partition("def pairs")[2],
         ]
     )
-    # num_classes is checked against the names, which are what is read.
+    # num_classes is only checked; the program reads the names.
     assert f".{key}" in text or key == "num_classes"
 
 
@@ -282,7 +282,7 @@ def test_the_guides_configs_have_the_guides_numbers(name, run, architecture, mod
             assert (found if key is None else found[key]) == value, f"{section}.{key}"
 
 
-def test_the_guides_baseline_differs_in_nothing_but_the_teacher():
+def test_the_guides_baseline_differs_only_in_the_teacher():
     taught, alone = (load_config(f"biodiversity/{name}").model_dump() for name in ("ftunetformer_kd", "ftunetformer"))
     taught["distill"]["mode"], taught["name"] = alone["distill"]["mode"], alone["name"]
     assert taught == alone
@@ -291,7 +291,7 @@ def test_the_guides_baseline_differs_in_nothing_but_the_teacher():
 OPENEARTHMAP = ["Unknown", "Bareland", "Rangeland", "Developed", "Road", "Tree", "Water", "Cropland", "Building"]
 
 
-def test_openearthmaps_config_is_the_guides_but_for_the_teacher():
+def test_openearthmaps_config_differs_from_the_guides_only_in_the_teacher():
     guide, nine = (load_config(f"biodiversity/ftunetformer_kd{tail}") for tail in ("", "_openearthmap"))
     assert nine.teacher.classes == OPENEARTHMAP
     assert nine.teacher.drop_channels == [0]
@@ -319,8 +319,8 @@ def test_openearthmaps_class_map_agrees_with_the_guides_and_has_building():
 
 
 @pytest.mark.parametrize("section", sections.Section.__subclasses__(), ids=lambda section: section.__name__)
-def test_every_key_says_what_it_is(section):
-    """The reference of the docs, and editors, take it from the schema."""
+def test_every_key_has_a_description(section):
+    """The reference in the docs, and editors, show it."""
     for key, field in section.model_fields.items():
         assert field.description is not None, key
         assert field.description.endswith("."), key

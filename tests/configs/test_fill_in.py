@@ -1,4 +1,4 @@
-"""A config with FILL_IN in it is never used, and the error says which keys and lines."""
+"""A config that contains FILL_IN is refused, and the error names keys and lines."""
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ CLASSES = ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiN
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes the demo's config with other values, and returns its path and the line of each key of a section."""
+    """A function that writes the demo's config with other values and returns its path."""
 
     def config(**sections):
         raw = yaml.safe_load(dump_config(load_config("demo")))
@@ -47,7 +47,7 @@ def test_keys_and_lines_are_named(write):
     assert isinstance(refused.value, ConfigError)
 
 
-def test_a_value_on_the_command_line_fills_it_in(write):
+def test_a_value_on_the_command_line_replaces_it(write):
     path = write(cache={"path": "FILL_IN"})
     with pytest.raises(UnfilledConfig, match=r"cache.path \(line "):
         load_config(path, ["train.epochs=2"])
@@ -57,7 +57,7 @@ def test_a_value_on_the_command_line_fills_it_in(write):
 @pytest.mark.parametrize(
     "value", ["FILL_IN", "'FILL_IN'", '"FILL_IN"', "[FILL_IN, x]", "{FILL_IN: 1}", "{a: {b: [FILL_IN]}}"]
 )
-def test_no_way_of_writing_it_is_taken_for_a_value(tmp_path, value):
+def test_every_spelling_of_it_is_found(tmp_path, value):
     (tmp_path / "mine.yaml").write_text(f"name: x\nclass_map: {value}\n")
     with pytest.raises(UnfilledConfig, match=r"class_map \(line 2\)"):
         load_config(tmp_path / "mine.yaml")
@@ -93,6 +93,6 @@ def test_an_open_map_has_a_row_for_each_channel_that_is_kept(write):
         ({"class_map": "FILL_IN", "teacher": "none"}, r"class_map \("),
     ],
 )
-def test_what_else_is_to_be_filled_in_is_refused_with_an_open_map_too(write, sections, key):
+def test_other_unfilled_keys_are_refused_beside_an_open_map(write, sections, key):
     with pytest.raises(UnfilledConfig, match=key):
         load_open_config(write(**sections))

@@ -1,4 +1,4 @@
-"""How samples are drawn: the class-share rule, the mosaic, flips and turns, and the change of colours."""
+"""Drawing samples: the class-share rule, the mosaic, flips and turns, and the change of colours."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def labels_of(views, masks):
     return np.concatenate([masks[v.tile][v.top : v.top + v.height, v.left : v.left + v.width].ravel() for v in views])
 
 
-def test_single_views_fill_the_crop_and_use_every_scale_and_position():
+def test_single_views_fill_the_crop_at_every_scale_and_position():
     train = schema.Train(crop=48, mosaic=0, scales=[0.5, 1.0, 1.5])
     plans = [draw(seed, train) for seed in range(600)]
     views = [view for plan in plans for view in plan.views]
@@ -40,7 +40,7 @@ def test_single_views_fill_the_crop_and_use_every_scale_and_position():
     assert {(v.top, v.left) for v in views if v.scale == 0.5} == {(0, 0)}  # 35 x 46 px: smaller than the crop
 
 
-def test_flips_and_turns_have_the_stated_probabilities_and_do_not_depend_on_each_other():
+def test_flips_and_turns_have_the_stated_probabilities_and_are_independent():
     plans = [draw(seed, schema.Train(crop=32)) for seed in range(3200)]
     counts = np.zeros((2, 2, 4))
     for plan in plans:
@@ -86,7 +86,7 @@ def test_crop_is_drawn_again_while_one_class_fills_it():
     assert np.mean([share(seed, ruled) > 0.6 for seed in range(200)]) < 0.02  # 0.7 ** 10 and less
 
 
-def test_last_try_stays_where_no_crop_satisfies_the_rule():
+def test_the_last_draw_stays_if_none_satisfies_the_rule():
     labels = np.zeros((90, 90), np.int32)
     asked = []
 
@@ -118,7 +118,7 @@ def test_class_share_counts_labelled_pixels_only(labels, share, varied):
     assert is_varied((view,), share, IGNORE, lambda tile: np.array(labels, np.int32)) is varied
 
 
-def test_class_share_is_that_of_the_whole_mosaic_and_tiles_without_mask_do_not_count():
+def test_class_share_spans_the_whole_mosaic_without_tiles_that_lack_a_mask():
     masks = [np.zeros((8, 8), np.int32), np.ones((8, 8), np.int32), None]
     zero, one, none = (View(tile, 1.0, 0, 0, 4, 4) for tile in range(3))
     assert is_varied((zero, one), 0.5, IGNORE, lambda tile: masks[tile])
@@ -127,12 +127,12 @@ def test_class_share_is_that_of_the_whole_mosaic_and_tiles_without_mask_do_not_c
     assert is_varied((none, none), 0.5, IGNORE, lambda tile: masks[tile])
 
 
-def test_padding_is_no_label():
+def test_padding_does_not_count_as_labelled():
     view = View(0, 1.0, 0, 0, 9, 9)  # of a tile of 2 x 2 px
     assert is_varied((view,), 0.5, IGNORE, lambda tile: np.array([[0, 1], [1, 0]], np.int32))
 
 
-def test_rule_at_share_1_asks_for_no_mask():
+def test_a_share_of_1_reads_no_mask():
     def mask_of(tile):
         raise AssertionError("asked for a mask")
 
@@ -155,7 +155,7 @@ def test_colours_change_with_the_stated_probability():
     assert draw(0, schema.Train(crop=32, photometric=0)).photometric_seed is None
 
 
-def test_change_of_colours_replays_from_its_seed_and_is_moderate():
+def test_colours_replay_from_their_seed_and_change_moderately():
     rng = np.random.default_rng(0)
     image = np.repeat(np.repeat(rng.integers(60, 190, (8, 9, 3), dtype=np.uint8), 8, 0), 8, 1)
     kept = image.copy()

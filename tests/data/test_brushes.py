@@ -1,4 +1,4 @@
-"""The brushes of the generated landscape, each against what it promises."""
+"""The brushes of the generated landscape keep what their docstrings promise."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def test_fractal_noise_is_standardised_and_smooth_over_its_cells():
     assert np.abs(np.diff(noise, axis=1)).max() < 0.25  # a cell of 40 px spans about 2 standard deviations
 
 
-def test_highest_covers_the_share_asked_for():
+def test_highest_covers_its_share():
     field = np.arange(200, dtype=np.float32).reshape(10, 20)
     np.testing.assert_array_equal(highest(field, 0.25), field >= 150)
     assert not highest(field, 0.0).any()
 
 
-def test_parcels_are_those_of_the_nearest_seed():
+def test_parcels_are_convex_and_know_their_borders():
     """Voronoi cells are convex, so that a line between two pixels of one parcel stays in it (to the pixel)."""
     plots = parcels(130, 170, np.random.default_rng(1), length_px=50, width_px=30)
     assert set(np.unique(plots.index)) == set(range(plots.count))

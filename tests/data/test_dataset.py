@@ -1,4 +1,4 @@
-"""Samples: right against a slow assembly of the plan, aligned, and the same whoever makes them."""
+"""Samples equal a slow assembly of their plan, are aligned, and do not depend on the worker that makes them."""
 
 import pickle
 import subprocess
@@ -40,7 +40,7 @@ def make_config(train_roots, **sections):
 
 
 class OneHotMasks:
-    """The tiles' labels as soft targets of 7 channels, the seventh for ignored pixels; notes the windows it is asked for."""
+    """The tiles' labels as soft targets of 7 channels, the seventh for ignored pixels; records the windows read."""
 
     def __init__(self, tiles):
         self.tiles = {tile.id: tile for tile in tiles}
@@ -64,7 +64,7 @@ def blocky_labels(rng, height, width):
 
 @pytest.fixture
 def root(tmp_path):
-    """Tiles whose colours say what the label is: red = 40 * label, 240 where ignored."""
+    """Tiles whose red channel encodes the label: 40 * label, 240 where ignored."""
     rng = np.random.default_rng(7)
     for folder in ("images", "masks"):
         (tmp_path / "T" / folder).mkdir(parents=True)
@@ -91,7 +91,7 @@ def resized(array_CHW, height, width):
 
 
 def slow_sample(dataset, plan):
-    """The plan carried out on whole tiles resized by torch; the image is not rounded, and NaN where it is padding."""
+    """The plan applied to whole tiles resized by torch; the image is not rounded, and NaN in padding."""
     image, target = np.full((3, plan.crop, plan.crop), np.nan), np.zeros((7, plan.crop, plan.crop))
     mask = np.full((plan.crop, plan.crop), IGNORE)
     inside = np.zeros((plan.crop, plan.crop), bool)
@@ -125,7 +125,7 @@ def slow_sample(dataset, plan):
 
 
 @pytest.mark.parametrize("mosaic", [0, 1])
-def test_sample_is_its_plan_carried_out_on_whole_tiles(root, mosaic):
+def test_a_sample_equals_its_plan_applied_to_whole_tiles(root, mosaic):
     dataset = make_dataset(root, mosaic=mosaic)
     padded = 0
     for k in range(30):
@@ -149,8 +149,8 @@ def test_sample_is_its_plan_carried_out_on_whole_tiles(root, mosaic):
     assert 3 < padded < 28  # both kinds were seen
 
 
-def test_image_mask_and_target_stay_aligned_through_everything_drawn(root):
-    """Where the target is certain, no border between labels is near, and the colour must be the label's."""
+def test_image_mask_and_target_stay_aligned(root):
+    """Where the target is certain, no border between labels is near, and the colour must encode the label's."""
     dataset = make_dataset(root, mosaic=0.5)
     for k in range(40):
         sample = dataset[k]
@@ -173,7 +173,7 @@ def test_targets_are_read_by_window_only(root):
         assert dataset.targets.windows == [(f"T/{view.tile}", window)]
 
 
-def test_sample_number_says_epoch_and_tile(root):
+def test_a_sample_number_determines_epoch_and_tile(root):
     dataset = make_dataset(root, with_targets=False, crops_per_tile=3, mosaic=0)
     assert len(dataset) == 15
     assert [dataset.plan(k).views[0].tile for k in range(30)] == [0, 1, 2, 3, 4] * 6
@@ -212,7 +212,7 @@ def test_plan_replays_the_sample_with_its_colours(root):
         assert_equal_samples({**sample, "image": 0}, {**plain, "image": 0})  # colours change, and nothing else
 
 
-def test_samples_are_the_same_from_no_worker_and_from_two_spawned_ones(root):
+def test_samples_are_the_same_from_no_worker_and_from_two(root):
     dataset = make_dataset(root, mosaic=0.5)
     order = [3, 9, 1, 7, 5, 0]
 
@@ -274,7 +274,7 @@ def test_image_and_mask_of_different_size_are_refused(root):
 
 def test_image_changed_since_it_was_listed_is_refused(root):
     dataset = make_dataset(root, with_targets=False, mosaic=0, max_class_share=1, sizes=[(60, 83), *SIZES[1:]])
-    with pytest.raises(DataError, match=r"0\.png is 61 x 83 px, and was 60 x 83 when it was listed"):
+    with pytest.raises(DataError, match=r"0\.png is 61 x 83 px, but was 60 x 83 when it was listed"):
         dataset[0]
 
 
@@ -308,7 +308,7 @@ def test_stretch_and_bands_reach_the_samples(root):
     assert train[0]["image"].max() <= 128
 
 
-def test_epoch_order_is_a_permutation_of_its_own_for_every_seed_and_epoch():
+def test_epoch_order_is_a_different_permutation_for_each_seed_and_epoch():
     orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(3) for epoch in range(4)}
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert len(set(orders.values())) == 12
@@ -353,7 +353,7 @@ def test_real_tiles_give_samples_that_obey_the_recipe():
     assert varied >= labelled - 2
 
 
-def test_tiles_without_mask_have_a_number_of_crops_of_their_own(root):
+def test_tiles_without_mask_have_their_own_number_of_crops(root):
     labelled = make_dataset(root, with_targets=False, crops_per_tile=3, unlabelled_crops_per_tile=1, mosaic=0)
     assert len(labelled) == 15
     tiles = [Tile(tile.id, tile.image, tile.mask if number < 2 else None) for number, tile in enumerate(labelled.tiles)]

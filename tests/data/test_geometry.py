@@ -151,7 +151,7 @@ def test_window_lies_in_the_tile_and_holds_no_more_than_the_crop_needs(case):
         assert h <= view.height * height / scaled_height + 3
 
 
-def test_image_mask_and_target_of_a_view_show_the_same_place():
+def test_image_mask_and_target_of_a_view_coincide():
     """Coordinates as colours, a mask by quadrants of them, and the mask as one-hot target."""
     height, width = 61, 83
     rows, columns = np.mgrid[:height, :width]
@@ -205,7 +205,7 @@ def test_orientation_flips_then_turns_counter_clockwise(flip_h, flip_v, rot90, d
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_pixels_of_another_window_are_our_own_mistake():
+def test_pixels_of_another_window_fail_an_assertion():
     resampler = Resampler(View(0, 1.0, 0, 0, 4, 4), 10, 12)
     with pytest.raises(AssertionError, match=r"pixels of window \(0, 0, 4, 4\) expected, found \(10, 12\)"):
         resampler.image(np.zeros((10, 12, 3), np.uint8))

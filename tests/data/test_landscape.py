@@ -1,4 +1,4 @@
-"""The generated landscape: the same from the same seed, every class, labels with errors in bounds, a folder kept safe."""
+"""The generated landscape is reproducible, has every class, labels with bounded errors, and overwrites no foreign file."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_same_generator_state_gives_the_same_tile():
     assert (first.image != other.image).any()
 
 
-def test_tile_has_the_size_and_types_asked_for(lands):
+def test_a_tile_has_the_requested_size_and_types(lands):
     for land in lands:
         assert land.image.shape == (203, 251, 3)
         assert land.image.dtype == np.uint8
@@ -119,7 +119,7 @@ def test_labels_have_errors_but_not_too_many(lands):
     assert 0.005 < wrong / deep < 0.06
 
 
-def test_picture_tells_the_classes_apart_but_colour_alone_does_not_suffice(lands):
+def test_colour_alone_does_not_separate_the_classes(lands):
     """Nearest class mean in (R, G, B, local contrast), fitted on one half of the tiles and scored on the other."""
 
     def features(land: Landscape) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_two_calls_write_the_same_bytes_and_another_seed_does_not(tmp_path):
     assert all(a[file] != c[file] for file in a)
 
 
-def test_more_tiles_leave_the_others_as_they_are(tmp_path):
+def test_more_tiles_do_not_change_the_others(tmp_path):
     write_sample_data(tmp_path / "few", 1, **SMALL)
     write_sample_data(tmp_path / "more", 1, **SMALL | {"train": 3, "val": 2})
     few, more = contents(tmp_path / "few"), contents(tmp_path / "more")
@@ -218,14 +218,14 @@ def test_interrupted_run_can_be_repeated(tmp_path, monkeypatch):
     assert len(contents(tmp_path / "out")) == NUM_SMALL_FILES + 1
 
 
-def test_folder_of_others_is_refused_and_left_alone(tmp_path):
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"is not empty and has no sample-data\.json; name an empty folder"):
         write_sample_data(tmp_path, 0, **SMALL)
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_own_folder_with_a_file_of_others_is_refused_and_left_alone(tmp_path):
+def test_own_folder_with_a_foreign_file_is_refused_and_left_alone(tmp_path):
     write_sample_data(tmp_path, 0, **SMALL)
     (tmp_path / "Train/images/mine.png").write_bytes(b"mine")
     before = contents(tmp_path)

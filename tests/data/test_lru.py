@@ -1,4 +1,4 @@
-"""Decoded tiles are kept within a number of bytes, and never go stale within a run."""
+"""The cache of arrays keeps to its limit, hands out read-only arrays, and is empty after pickling."""
 
 import pickle
 
@@ -20,14 +20,14 @@ class Reader:
         return read
 
 
-def test_an_array_is_read_once_while_it_is_among_the_recent():
+def test_a_cached_array_is_not_read_again():
     recent, reader = Recent(limit_bytes=30), Reader(10)
     for key in (1, 2, 3, 1, 2, 3, 1):
         assert (recent.get(key, reader(key)) == key).all()
     assert reader.reads == [1, 2, 3]
 
 
-def test_the_least_recently_used_one_is_forgotten_first():
+def test_the_least_recently_used_array_is_dropped_first():
     recent, reader = Recent(limit_bytes=30), Reader(10)
     for key in (1, 2, 3, 1, 4, 1, 3, 2):
         recent.get(key, reader(key))
@@ -41,7 +41,7 @@ def test_an_array_larger_than_the_limit_is_kept_alone():
     assert reader.reads == [1, 2, 1]
 
 
-def test_kept_arrays_cannot_be_changed_by_who_gets_them():
+def test_cached_arrays_are_read_only():
     array = Recent(100).get("a", Reader(4)(1))
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 7
@@ -54,7 +54,7 @@ def test_a_failed_read_is_not_kept():
     assert recent.get("a", Reader(3)(9)).tolist() == [9, 9, 9]
 
 
-def test_a_pickled_one_is_empty():
+def test_a_pickled_cache_is_empty():
     recent = Recent(100)
     recent.get("a", Reader(50)(1))
     copy, reader = pickle.loads(pickle.dumps(recent)), Reader(50)

@@ -1,4 +1,4 @@
-"""Reading images and masks: right pixels from every format, and no pixels at all from a damaged file."""
+"""Reading images and masks: correct pixels from every format, and an error for a damaged file."""
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def test_alpha_is_not_among_the_bands(tmp_path):
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", rgba)), RGB)
 
 
-def test_bands_are_taken_in_the_order_asked_for_and_may_repeat(tmp_path):
+def test_bands_come_in_the_requested_order_and_may_repeat(tmp_path):
     path = write_tiff(tmp_path / "a.tif", RNG.integers(0, 256, (5, 9, 7), dtype=np.uint8), compress="deflate")
     bands = read_bands(path, [1, 2, 3, 4, 5])[0]
     np.testing.assert_array_equal(read_image(path, (5, 2, 5)), bands[[4, 1, 4]].transpose(1, 2, 0))
@@ -92,7 +92,7 @@ def test_non_finite_value_is_refused_and_located(tmp_path, value):
         read_image(path, stretch=[(0, 1)] * 3)
 
 
-def test_non_finite_value_in_a_band_left_out_is_no_matter(tmp_path):
+def test_non_finite_value_in_an_unused_band_is_ignored(tmp_path):
     values = np.ones((4, 4, 5), np.float32)
     values[3] = np.nan
     assert read_image(write_tiff(tmp_path / "a.tif", values), stretch=[(0, 1)] * 3).min() == 255
@@ -152,7 +152,7 @@ def test_flipped_bit_in_a_png_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"<VRTDataset rasterXSize='1' rasterYSize='1'/>"])
-def test_file_that_is_no_image_is_an_error(tmp_path, content):
+def test_a_file_of_another_kind_is_an_error(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     for read in (read_image, image_size, lambda p: read_mask(p, 6, 255)):
@@ -274,7 +274,7 @@ def test_threads_read_whole_and_damaged_files_at_once_without_touching_the_warni
     assert warnings.filters == filters
 
 
-def test_limit_admits_the_largest_tile_that_it_states():
+def test_the_limit_admits_a_tile_of_exactly_that_size():
     assert rasters.MAX_PIXELS == 32768 * 32768
 
 

@@ -45,7 +45,7 @@ def test_pairs_by_stem_whatever_the_extension_in_sorted_order(tmp_path):
 def test_splits_take_their_roots_in_the_order_of_the_config(tmp_path):
     for name in ("z", "a", "v"):
         make_root(tmp_path / name)
-    make_root(tmp_path / "u", ["q.png", "p.png"], ["q.png"])  # its masks are not looked at
+    make_root(tmp_path / "u", ["q.png", "p.png"], ["q.png"])  # its masks are ignored
     data = schema.Data(
         train=[str(tmp_path / "z"), str(tmp_path / "a")], val=[str(tmp_path / "v")], unlabelled=[str(tmp_path / "u")]
     )
@@ -65,7 +65,7 @@ def test_configured_folder_names(tmp_path):
     assert ids(list_tiles(data, "train")) == ["T/a"]
 
 
-def test_ids_take_as_much_of_the_path_as_tells_roots_apart(tmp_path):
+def test_ids_take_as_much_of_the_path_as_distinguishes_roots(tmp_path):
     paths = {
         "train": ["europe/north/Train", "asia/north/Train", "europe/south/Train"],
         "val": ["europe/north/Val"],
@@ -81,7 +81,7 @@ def test_ids_take_as_much_of_the_path_as_tells_roots_apart(tmp_path):
     assert ids(list_tiles(data, "val")) == ["Val/a"]
 
 
-def test_relative_roots_are_named_by_where_they_are(tmp_path, monkeypatch):
+def test_relative_roots_are_named_by_their_absolute_path(tmp_path, monkeypatch):
     make_root(tmp_path / "Train")
     monkeypatch.chdir(tmp_path / "Train")
     (tile,) = list_tiles(schema.Data(train=["."]), "train")
@@ -139,7 +139,7 @@ def test_missing_folders_are_named(tmp_path, monkeypatch):
         list_tiles(schema.Data(train=["none"]), "train")
 
 
-def test_two_files_of_one_stem_are_refused(tmp_path):
+def test_two_files_with_one_stem_are_refused(tmp_path):
     for i, (images, masks, named) in enumerate(
         [(["a.png", "a.jpg"], ["a.png"], r"a\.jpg and a\.png"), (["a.png"], ["a.tif", "a.png"], r"a\.png and a\.tif")]
     ):
@@ -173,17 +173,17 @@ def test_one_folder_in_train_and_val_is_a_leak(tmp_path):
         ("zarr.json.png", "metadata"),
     ],
 )
-def test_names_that_the_cache_cannot_hold_are_refused(tmp_path, name, why):
+def test_names_that_the_cache_cannot_store_are_refused(tmp_path, name, why):
     with pytest.raises(DataError, match=rf"(?s)the name .* of .*{why}.*rename it"):
         list_tiles(schema.Data(train=[make_root(tmp_path / "T", [name], [name])]), "train")
 
 
-def test_root_names_that_the_cache_cannot_hold_are_refused(tmp_path):
+def test_root_names_that_the_cache_cannot_store_are_refused(tmp_path):
     with pytest.raises(DataError, match="__T"):
         list_tiles(schema.Data(train=[make_root(tmp_path / "__T")]), "train")
 
 
-def test_dead_link_is_a_tile_that_fails_when_read_rather_than_one_left_out(tmp_path):
+def test_a_dead_link_is_a_tile_that_fails_when_read(tmp_path):
     root = make_root(tmp_path / "T")
     (tmp_path / "T/images/b.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "T/masks/b.png").touch()
@@ -225,7 +225,7 @@ def test_percentiles_leave_out_nodata_and_non_finite_values(tmp_path):
     assert resolve_stretch(data, deep_tiles(tmp_path, [spoilt], nodata=-9999)) == expected
 
 
-def test_percentiles_of_a_large_set_are_bounded_in_memory_and_close(tmp_path, monkeypatch):
+def test_percentiles_of_a_large_set_are_close_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("kdpipe.data.stretch.SAMPLE_VALUES", 5000)
     ramp = np.add.outer(np.arange(200), 5 * np.arange(256)).astype(np.uint16)
     data = schema.Data(train=["x"], stretch={"percentiles": [2, 98]})

@@ -22,9 +22,10 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
 
 
 def write_tiff(path, bands_BHW, **profile):
+    path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = bands_BHW.shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(
             path, "w", driver="GTiff", count=count, height=height, width=width, dtype=bands_BHW.dtype, **profile
         ) as raster:
@@ -52,6 +53,18 @@ def write_scene(path, pixels_BHW, *, mask=None, **options):
             if mask is not None:
                 raster.write_mask(mask)
     return path
+
+
+def read_raster(path):
+    """All bands, `(B, H, W)`, without a warning about a missing georeference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path) as raster:
+            return raster.read()
+
+
+def noise(height, width, bands=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (bands, height, width), dtype=np.uint8)
 
 
 def flip(path):

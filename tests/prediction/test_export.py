@@ -1,4 +1,4 @@
-"""Files for other programs: they answer images of every size as the checkpoint does, and say themselves what they are."""
+"""Exported files predict images of every size as the checkpoint does, and describe themselves."""
 
 import json
 import os
@@ -8,24 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import run_command
 from PIL import Image
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
 from kdpipe.data.rasters import read_image, read_mask
-from kdpipe.pipeline.commands.main import main
 from kdpipe.pipeline.evaluation.evaluate import student_model
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.views import padded_logits
 from kdpipe.pipeline.prediction import export
-from kdpipe.pipeline.prediction.export import AnySize, export_student, read_card
+from kdpipe.pipeline.prediction.export import AnySize, export_student
 from kdpipe.pipeline.prediction.maps import predict
 from kdpipe.pipeline.prediction.model import Card, open_predictor
-from kdpipe.pipeline.training.run import train, with_mode
 
 CPU = torch.device("cpu")
-BEST = "model_weights/tests/tiny-none/best.ckpt"
-# The smallest, less than a stride, multiples of it, and sizes at which every map of the pyramid is padded or held.
+# The smallest, below a stride, multiples of it, and sizes at which each map of the pyramid is padded or not.
 SIZES = [(1, 1, 1), (1, 5, 40), (2, 32, 32), (3, 33, 47), (1, 64, 200), (1, 130, 97)]
 CARD = Card(
     run="tiny", step=2, network="stub", checkpoint_sha256="0" * 64, classes=["a", "b"], palette=[(0, 0, 0), (1, 2, 3)],
@@ -47,65 +45,50 @@ def student(name):
     return model.eval().requires_grad_(False)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["kdpipe", "export", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as ended:
-        return ended.code
-    return 0
+def read_card(path):
+    """The card in an exported file, by the library of its format alone."""
+    content = {export.CARD_FILE: ""}
+    if path.suffix == ".onnx":
+        import onnx
 
-
-@pytest.fixture(scope="module")
-def made():
-    """The checkpoint of a student that was trained for two steps, and its ONNX file: made by the first test that wants them."""
-    return {}
-
-
-@pytest.fixture
-def trained(make_config, made, tmp_path):
-    config = make_config(train__epochs=1, train__max_steps=2)
-    if "best.ckpt" not in made:
-        train(with_mode(config, "none"), CPU)
-        made["best.ckpt"] = (tmp_path / BEST).read_bytes()
-    (tmp_path / "best.ckpt").write_bytes(made["best.ckpt"])
-    return tmp_path / "best.ckpt"
+        content[export.CARD_FILE] = {p.key: p.value for p in onnx.load(str(path)).metadata_props}["kdpipe"]
+    elif path.suffix == ".pt2":
+        torch.export.load(path, extra_files=content)
+    else:
+        export._load_torchscript(path, content)
+    return Card.model_validate_json(content[export.CARD_FILE])
 
 
 @pytest.fixture
-def exported(trained, made, monkeypatch, capsys):
-    """The ONNX file beside the checkpoint, and what the command said of it as JSON."""
+def exported(trained, made):
+    """The ONNX file beside the checkpoint, and the JSON of the command that wrote it; made once."""
     if "onnx" not in made:
-        made["code"] = run(monkeypatch, "--checkpoint", trained, "--format", "onnx", "--json", "a.json")
-        made["said"] = capsys.readouterr().out
-        made["json"] = json.loads((trained.parent / "a.json").read_text())
-        made["files"] = sorted(os.listdir(trained.parent))
+        done = run_command("export", "--checkpoint", trained, "--format", "onnx", "--json", "a.json")
+        assert done.returncode == 0
+        assert "largest difference in probability" in done.stdout
+        assert not [name for name in os.listdir(trained.parent) if "partial" in name]
+        made["json"] = (trained.parent / "a.json").read_bytes()
         made["onnx"] = trained.with_suffix(".onnx").read_bytes()
-    assert made["code"] == 0
-    assert "largest difference in probability" in made["said"]
-    assert not [name for name in made["files"] if "partial" in name]
     trained.with_suffix(".onnx").write_bytes(made["onnx"])
-    return trained.with_suffix(".onnx"), made["json"]
+    return trained.with_suffix(".onnx"), json.loads(made["json"])
 
 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Constant folding:UserWarning"
 )
-@pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning"
-)  # of smp's check of the size; others' show in the answers
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # smp's size check; wrong traces show in the logits
 @pytest.mark.parametrize("name", ["ftunetformer", "unetformer", "linknet"])
 @pytest.mark.parametrize("format_", ["onnx", "torchscript"])
-def test_one_traced_graph_answers_images_of_every_size(name, format_, tmp_path):
+def test_one_traced_graph_predicts_images_of_every_size(name, format_, tmp_path):
     model = student(name)
     export.WRITERS[format_](model, tmp_path / "file", CARD)
-    answer = export.READERS[format_](tmp_path / "file")
+    model_of_file = export.READERS[format_](tmp_path / "file")
     assert not model.training
     for count, height, width in SIZES:
         x = torch.randn(count, 3, height, width)
         with torch.inference_mode():
             expected = padded_logits(model, x)
-            found = answer(x)
+            found = model_of_file(x)
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max())))
 
@@ -114,21 +97,23 @@ def test_one_traced_graph_answers_images_of_every_size(name, format_, tmp_path):
     "name",
     ["halving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("linknet", "unetformer", "ftunetformer"))],
 )
-def test_pt2_answers_sizes_that_are_multiples_of_32(name, tmp_path):
+def test_pt2_predicts_sizes_that_are_multiples_of_32(name, tmp_path):
     model = student(name)
     export.WRITERS["pt2"](model, tmp_path / "file", CARD)
-    answer = export.READERS["pt2"](tmp_path / "file")
+    model_of_file = export.READERS["pt2"](tmp_path / "file")
     for size in ((1, 288, 288), (3, 288, 512), (2, 480, 352)):
         x = torch.randn(size[0], 3, *size[1:])
         with torch.inference_mode():
             expected = model(x)
-            torch.testing.assert_close(answer(x), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max())))
-    if name == "linknet":  # which refuses other sizes itself
+            torch.testing.assert_close(
+                model_of_file(x), expected, rtol=0, atol=1e-5 * max(1, float(expected.abs().max()))
+            )
+    if name == "linknet":  # refuses other sizes itself
         with pytest.raises(AssertionError, match="Guard failed"):
-            answer(torch.randn(1, 3, 300, 288))
+            model_of_file(torch.randn(1, 3, 300, 288))
 
 
-def test_padding_in_the_graph_is_that_of_the_pipeline():
+def test_padding_in_the_graph_equals_the_pipelines():
     class Inputs(torch.nn.Module):
         def forward(self, x):
             return x
@@ -142,7 +127,7 @@ def test_padding_in_the_graph_is_that_of_the_pipeline():
         assert torch.equal(*seen)
 
 
-def test_an_exported_file_is_verified_and_says_what_it_is(exported):
+def test_an_exported_file_is_verified_and_describes_itself(exported):
     file, result = exported
     assert result["sizes"] == "any size"
     assert (result["tiles"], result["images"]) == (2, 6)
@@ -164,9 +149,8 @@ def test_other_formats_carry_the_card_too(format_, tmp_path):
     assert read_card(file) == CARD
 
 
-def test_metadata_is_enough_to_use_an_onnx_file_without_kdpipe(exported, trained, landscape, monkeypatch):
+def test_metadata_suffices_to_use_an_onnx_file_without_kdpipe(exported, trained, landscape):
     """The snippet of docs/maps.md, with onnxruntime, NumPy and Pillow alone, against the checkpoint in kdpipe."""
-    monkeypatch.chdir(trained.parent)
     exported[0].rename("student.onnx")
     tile = next((landscape / "Val" / "images").iterdir())
     Image.open(tile).save("tile.png")
@@ -180,7 +164,7 @@ def test_metadata_is_enough_to_use_an_onnx_file_without_kdpipe(exported, trained
     assert described == [("images", "tensor(float)", ["n", 3, "height", "width"])]
 
 
-def test_an_onnx_file_draws_the_map_of_its_checkpoint(exported, trained, landscape, tmp_path):
+def test_an_onnx_file_gives_the_map_of_its_checkpoint(exported, trained, landscape, tmp_path):
     tile = next((landscape / "Val" / "images").iterdir())
     for name, model in (("a", trained), ("b", exported[0])):
         predict(open_predictor(model, "cpu", tta="flips"), [str(tile)], tmp_path / name, window=64, overlap=32)
@@ -188,15 +172,13 @@ def test_an_onnx_file_draws_the_map_of_its_checkpoint(exported, trained, landsca
     assert (maps[0] == maps[1]).mean() > 0.999
 
 
-def test_a_file_that_answers_otherwise_is_not_kept(trained, monkeypatch):
+def test_a_file_with_other_predictions_is_not_kept(trained, monkeypatch):
     def otherwise(file):
         return lambda images: torch.randn(len(images), 6, *images.shape[-2:])
 
     monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card: file.touch())
     monkeypatch.setitem(export.READERS, "torchscript", otherwise)
-    message = (
-        r"otherwise than the checkpoint: a probability differs by 0\.\d+, expected at most 0\.001; it was not kept"
-    )
+    message = r"else than the checkpoint: a probability differs by 0\.\d+, expected at most 0\.001; it was not kept"
     with pytest.raises(KdpipeError, match=message):
         export_student(trained, "torchscript")
     monkeypatch.setitem(export.READERS, "torchscript", lambda file: lambda images: otherwise(file)(images) * torch.nan)
@@ -209,13 +191,13 @@ def test_a_file_whose_size_is_fixed_is_not_kept(trained, monkeypatch):
     monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card: file.touch())
     monkeypatch.setitem(export.READERS, "torchscript", lambda file: lambda images: torch.zeros(2, 6, 97, 130))
     with pytest.raises(
-        KdpipeError, match=r"answers images of .* with \(2, 6, 97, 130\), expected .*: its size is not dynamic"
+        KdpipeError, match=r"maps images of .* to \(2, 6, 97, 130\), expected .*: its size is not dynamic"
     ):
         export_student(trained, "torchscript")
     assert not [name for name in os.listdir(trained.parent) if "torchscript" in name]
 
 
-def test_what_an_exporter_cannot_do_is_said_in_one_line(trained, monkeypatch):
+def test_an_exporters_error_becomes_one_line(trained, monkeypatch):
     def fail(student, file, card):
         raise RuntimeError("aten::strange is not supported\nmore")
 
@@ -227,41 +209,40 @@ def test_what_an_exporter_cannot_do_is_said_in_one_line(trained, monkeypatch):
         export_student(trained, "pt2")
 
 
-def test_missing_packages_say_how_to_install_them(trained, monkeypatch):
+def test_missing_packages_are_named_with_how_to_install_them(trained, monkeypatch):
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(
-                ConfigError, match=rf"{package}, which is not installed here: pip install 'kdpipe\[export\]'"
-            ):
+            message = rf"{package}, which is not installed: install kdpipe with its extra export, .*pip install '\.\[export\]'"
+            with pytest.raises(ConfigError, match=message):
                 export_student(trained, "onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match="an ONNX file needs onnxruntime"):
         open_predictor("a.onnx", None)
 
 
-def test_a_file_that_is_there_is_refused(trained):
+def test_an_existing_file_is_refused(trained):
     trained.with_suffix(".onnx").touch()
-    with pytest.raises(ConfigError, match=r"best\.onnx is there already: .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"best\.onnx exists already: .*--overwrite"):
         export_student(trained, "onnx")
 
 
-def test_there_must_be_tiles_to_verify_with(trained, landscape, tmp_path, monkeypatch):
+def test_tiles_to_verify_on_are_required(trained, landscape, tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError,
-        match="there is nothing to verify the file with: there is no file or folder .*; name images with --tiles",
+        match="there are no tiles to verify the file on: there is no file or folder .*; name images with --tiles",
     ):
         export_student(trained, "torchscript", tiles=["nowhere"])
     loaded = export.load_trained(trained)
     data = loaded.config.data.model_copy(update={"val": []})
     without = export.Trained(loaded.student, loaded.config.model_copy(update={"data": data}), None, loaded.position)
-    with pytest.raises(ConfigError, match=r"as data\.val names no tiles: name images with --tiles"):
+    with pytest.raises(ConfigError, match=r"as data\.val is empty: name images with --tiles"):
         export._images(without, [])
     found = export._images(without, [str(landscape / "Train" / "images")])
     assert len(found) == export.VERIFIED_TILES
 
 
-def test_onnx_files_of_others_and_devices_that_are_not_there_are_refused(trained, tmp_path):
+def test_other_onnx_files_and_missing_devices_are_refused(trained, tmp_path):
     import onnx
 
     node = onnx.helper.make_node("Identity", ["images"], ["logits"])
@@ -274,21 +255,19 @@ def test_onnx_files_of_others_and_devices_that_are_not_there_are_refused(trained
     onnx.save(model, str(tmp_path / "other.onnx"))
     with pytest.raises(
         CheckpointError,
-        match=r"other\.onnx does not say which classes .*predict takes ONNX files that `kdpipe export` wrote",
+        match=r"other\.onnx does not name its classes .*predict takes ONNX files that `kdpipe export` wrote",
     ):
         open_predictor(tmp_path / "other.onnx", None)
-    with pytest.raises(CheckpointError, match="does not say what it is"):
-        read_card(tmp_path / "other.onnx")
     onnx.helper.set_model_props(model, {"kdpipe": '{"format": 2}'})
     onnx.save(model, str(tmp_path / "later.onnx"))
-    with pytest.raises(CheckpointError, match=r"later\.onnx describes itself in a way that this version does not read"):
+    with pytest.raises(CheckpointError, match=r"later\.onnx has a description that this version cannot read"):
         open_predictor(tmp_path / "later.onnx", None)
     (tmp_path / "bad.onnx").write_text("hello")
     with pytest.raises(CheckpointError, match=r"bad\.onnx is not a readable ONNX file"):
         open_predictor(tmp_path / "bad.onnx", None)
     with pytest.raises(
         ConfigError,
-        match=r"--device mps: onnxruntime, as installed here, computes on cpu; for cuda, install onnxruntime-gpu",
+        match=r"--device mps: the installed onnxruntime computes on cpu only; for cuda, install onnxruntime-gpu",
     ):
         open_predictor(tmp_path / "other.onnx", "mps")
 
@@ -301,10 +280,10 @@ def test_onnx_files_of_others_and_devices_that_are_not_there_are_refused(trained
         (["--format", "onnx"], "Missing option '--checkpoint'"),
     ],
 )
-def test_mistakes_end_in_one_paragraph(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *arguments) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_end_in_one_paragraph(arguments, message, tmp_path):
+    done = run_command("export", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 @pytest.mark.slow
@@ -313,9 +292,9 @@ def test_the_real_ftunetformer_is_one_onnx_graph_for_all_sizes(tmp_path):
     model = build_student("ftunetformer", 6).eval().requires_grad_(False)
     with export._explained("onnx", "ftunetformer"):
         export.WRITERS["onnx"](model, tmp_path / "file", CARD)
-    answer = export.READERS["onnx"](tmp_path / "file")
+    model_of_file = export.READERS["onnx"](tmp_path / "file")
     for size in ((1, 64, 64), (1, 300, 257), (2, 512, 512)):
         x = torch.randn(size[0], 3, *size[1:])
         with torch.inference_mode():
-            expected, found = padded_logits(model, x), answer(x)
+            expected, found = padded_logits(model, x), model_of_file(x)
         assert (found.softmax(dim=1) - expected.softmax(dim=1)).abs().max() < 1e-4
