@@ -217,8 +217,8 @@ class _SceneMapper:
                     f"{self._predictor.origin} gives logits that are not finite for {scene.path}, near row {top}, column "
                     f"{batch[0][0].start}: there is no map of it"
                 )
-            for (column, _), logits_1Chw in zip(batch, logits_NChw.split(1), strict=True):
-                yield column, logits_1Chw
+            for number, (column, _) in enumerate(batch):
+                yield column, logits_NChw[number : number + 1]
             advance(len(batch))
 
     def _layer(self, kind: str) -> Layer:
