@@ -66,9 +66,9 @@ def init(**options: Any) -> None:
     Write a first config for your tiles and teacher.
 
     FOLDER holds images/ and masks/, or several folders that do, such as Train and Val. Surveys the tiles, recognises the
-    teacher's network, and writes FILL_IN where no file holds the answer.
+    teacher's network, and writes FILL_IN where no file holds the value.
 
-    Exit codes: 0 written, 1 written, but files need mending (named), 2 usage, data or checkpoint.
+    Exit codes: 0 written, 1 written, but some files have problems (named), 2 usage, data or checkpoint.
     """
     run("setup.init", **options)
 
@@ -81,7 +81,7 @@ def init(**options: Any) -> None:
     "--stats", is_flag=True, help="For a cache: read it all, and show class shares, entropy, confidence, outliers."
 )
 @file_option("--table", "table_path", "With --stats: write one row per tile, as .csv or .parquet.")
-@file_option("--plot", "plot_path", "With --stats: draw them as a PNG.")
+@file_option("--plot", "plot_path", "With --stats: draw the statistics as a PNG.")
 @common_options(device=False)
 def inspect(
     path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None,

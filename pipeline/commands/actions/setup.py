@@ -26,7 +26,7 @@ def init(
     teacher_classes: list[str] | None, teacher_normalize: str | None, bands: tuple[int, ...] | None,
     val: tuple[str, ...], images: str, masks: str, overwrite: bool, json_path: str | None,
 ) -> None:  # fmt: skip
-    """Write a first config and report what was found; ends the process with 1 where files need mending."""
+    """Write a first config and report what was found; ends the process with 1 where some files have problems."""
     terminal = Terminal()
     given = Given(
         run_name(out), val, images, masks, classes=classes, ignore_index=ignore_index, bands=bands,
