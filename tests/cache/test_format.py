@@ -80,6 +80,7 @@ def test_the_reader_reads_the_golden_caches_and_finds_them_whole(kind, bits):
             else:
                 logits = golden_cache.logits(bits, *SIZES[tile])
                 error = cache.read_logits(tile) - np.maximum(logits - logits.max(axis=0), -DEPTH[bits])
+                np.testing.assert_allclose(plain_reader.Cache(path).logits(tile), cache.read_logits(tile), rtol=1e-6)
             assert np.abs(error).max() <= cache.manifest.error_bound
     found = check_full(open_storage(str(path)), cache.manifest, {})
     assert [(f.code, f.tile) for f in found] == [("extra-tile", tile) for tile in sorted(SIZES)]  # there are no images

@@ -27,7 +27,9 @@ def test_an_interrupted_and_resumed_cache_has_the_same_bytes(tmp_path, images):
 
 def test_only_one_writer_holds_the_lock(tmp_path, images):
     with writer_lock(open_storage(str(tmp_path / "c.zarr"))):
-        message = rf"c\.zarr is being written by process {os.getpid()} on .* since 20.*; wait until it is done, or stop it"
+        message = (
+            rf"c\.zarr is being written by process {os.getpid()} on .* since 20.*; wait until it is done, or stop it"
+        )
         with pytest.raises(CacheLocked, match=message):
             fill(tmp_path / "c.zarr", images)
     fill(tmp_path / "c.zarr", images)
