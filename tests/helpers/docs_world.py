@@ -34,6 +34,8 @@ MORE = {
     "precompute-teacher": [part for key in SHORT for part in ("--set", key)],  # --dry-run takes a step
     "verify-cache": ["--sample", "2"],
     "suggest-map": ["--sample", "2"],
+    "report": ["--tiles", "2"],
+    "compare": ["--tiles", "2"],
     "predict": ["--overwrite"],
     "export": ["--overwrite"],
 }
@@ -78,9 +80,9 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _write_tiles(root: Path) -> None:
     write_sample_data(root, seed=3, train=6, val=2, unlabelled=2, teacher=0, side=(65, 110))
-    large = np.random.default_rng(0).integers(0, 256, (520, 648, 3), dtype=np.uint8)  # for the window that pages read
-    Image.fromarray(large).save(root / "Train" / "images" / "t1_001.png")
-    Image.fromarray(large[..., 0] // 64).save(root / "Train" / "masks" / "t1_001.png")
+    named = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)  # the tile that pages name
+    Image.fromarray(named).save(root / "Train" / "images" / "t1_001.png")
+    Image.fromarray(named[..., 0] // 64).save(root / "Train" / "masks" / "t1_001.png")
     unlabelled = root / "Unlabelled" / "images"
     next(unlabelled.iterdir()).rename(unlabelled / "t7_001.png")
 
