@@ -105,8 +105,8 @@ def inspect(
             "inspect_cache.show_cache", path, config, json_path, stats=stats, table_path=table_path, plot_path=plot_path
         )
     elif stats or source is not None:
-        option = "--stats" if stats else "--diff"
-        raise click.UsageError(f"{option} is for a cache, and {path} is not a folder or URL")
+        option = "--stats is for a cache" if stats else "--diff compares a cache with CONFIG"
+        raise click.UsageError(f"{option}, and {path} is not a folder or URL")
     else:
         run("setup.show_checkpoint", path, json_path)
 
