@@ -140,7 +140,7 @@ def draw_tile(
     if live_CHW is not None and target_CHW is not None:
         difference_HW = np.abs(target_CHW - live_CHW).max(axis=0)
         shown.layers[DIFFERENCE] = _heat(difference_HW, largest_difference)
-        shown.figures["largest |Δp|"] = float(difference_HW.max())
+        shown.figures["max |Δp|"] = float(difference_HW.max())
     if target_CHW is not None:
         shown.figures["nats of entropy"] = float(entropy_HW.mean())
     return shown
