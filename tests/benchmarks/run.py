@@ -1,11 +1,11 @@
 """
-All benchmarks one after the other, and one table of what was reached and what is to reach: `make bench`.
+All benchmarks, and one table of their results against the targets: `make bench`.
 
     python tests/benchmarks/run.py [CONFIG] [--out FOLDER] [--only NAME …] [--check]
 
-Every figure is a ratio of things that were measured side by side in one run, or a number of bytes. CONFIG is the Dubai tiles
-with their real teacher where `../shared` has them, else the demo, whose tiles and teacher `kdpipe demo` has made. The rows of the
-table are written to FOLDER/summary.json too. With `--check` a target that is missed is an exit code of 1.
+Figures are bytes, or compare things that were measured side by side in one run. CONFIG is by default the Dubai tiles with their real
+teacher where `../shared` has them, else the demo, whose tiles and teacher `kdpipe demo` makes. FOLDER/summary.json holds the table.
+With `--check` the exit code is 1 if a target is missed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STUDENTS = {  # of 44 and of 16 GFLOP at 512 px
 
 @dataclass(frozen=True)
 class Row:
-    """A figure, and what it is to be at least or at most, if there is a target."""
+    """A figure and its target, if it has one."""
 
     what: str
     reached: float
@@ -40,13 +40,13 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """None where there is no target; a figure that is not a number meets none."""
+        """Whether the target is met, which NaN never does; None without a target."""
         if self.at_least is not None:
             return self.reached >= self.at_least
         return None if self.at_most is None else self.reached <= self.at_most
 
     def cells(self) -> tuple[str, str, str, str]:
-        """So many digits that rounding hides no missed target but by a hair."""
+        """The row as text, with enough digits to tell a missed target from a met one."""
         to_reach = ""
         if self.met is not None:
             to_reach = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
@@ -64,14 +64,14 @@ def settings(overrides: list[str]) -> list[str]:
 
 
 def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
-    """The commands of each, by name, as arguments of Python; the last one writes what `--json` is given."""
+    """The commands of each benchmark, by name, as arguments of Python; the last one takes `--json FILE`."""
     cache = [f"cache.path={folder}/cache.zarr"]
-    # A GPU is through with few tiles and steps before its clock says anything.
+    # A GPU needs more tiles and steps for a stable figure.
     tiles, steps = ("540", "100") if torch.cuda.is_available() else ("24", "12")
     side = 512 if config.startswith("dubai") else 128  # the demo's tiles are small
     training = [*cache, f"train.crop={side}", "train.batch_size=2"]
     if torch.cuda.is_available():
-        training.append("train.workers=8")  # of the processor's cores, which compute nothing else
+        training.append("train.workers=8")  # the cores have nothing else to do
     precompute = ["-m", "kdpipe.pipeline", "precompute-teacher", "-c", config, *settings(cache)]
     scripts = {
         "startup": ["startup.py"],
@@ -92,7 +92,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
 
 
 def run(name: str, commands: list[list[str]], folder: Path) -> dict | None:
-    """What a benchmark wrote to NAME.json; None where one of its commands failed."""
+    """The results that a benchmark wrote to NAME.json; None if one of its commands failed."""
     print(f"--- {name}", flush=True)
     file = folder / f"{name}.json"
     *before, last = commands
@@ -112,7 +112,7 @@ def rows(found: dict[str, dict]) -> list[Row]:
         table += [
             Row("stage one against a bare loop of the same network, tiles/s", stage_one["of_bare"], "x", at_least=0.95),
             Row(
-                "stage one against that loop over the network as kdpipe asks it",
+                "stage one against that loop with the network as kdpipe prepares it, tiles/s",
                 stage_one["of_prepared"],
                 "x",
                 at_least=0.95,
@@ -125,7 +125,7 @@ def rows(found: dict[str, dict]) -> list[Row]:
             Row(f"cached step against one without distillation, {student}", of["none"]["cached"], "x", at_most=1.03),
             Row(f"online step against cached, {student}", of["cached"]["online"], "x", at_least=1.5),
             Row(
-                f"online step against cached, {student}, teacher asked from eight sides",
+                f"online step against cached, {student}, teacher with TTA d4",
                 of["cached"]["online, d4"],
                 "x",
                 at_least=4,

@@ -58,8 +58,8 @@ FOUND = {
 }  # fmt: skip
 MISSED = [
     "kdpipe --set with a wrong key: CPU time beyond importing click and pydantic",
-    "stage one against that loop over the network as kdpipe asks it",
-    "online step against cached, student of 44 GFLOP, teacher asked from eight sides",
+    "stage one against that loop with the network as kdpipe prepares it, tiles/s",
+    "online step against cached, student of 44 GFLOP, teacher with TTA d4",
     "cached step against one without distillation, student of 16 GFLOP",
     "nothing to do, 10,000 tiles, the whole command",
     "random crop of up to 512 px against zarr-python's defaults, 6 bits, T 2",
