@@ -115,7 +115,7 @@ class Logs:
         """TensorBoard's `SummaryWriter`."""
         return self._tensorboard.experiment
 
-    def log(self, figures: dict[str, float], step: int) -> None:
+    def log(self, figures: dict[str, Any], step: int) -> None:
         """Log figures after `step` steps."""
         for logger in (self._csv, self._tensorboard):
             logger.log_metrics(figures, step=step)

@@ -155,7 +155,7 @@ def _build_learner(config: Config, fabric: Fabric, device: torch.device, progres
     ).to(memory_format=torch.channels_last)  # 20 to 40 % faster on CPUs, and the layout of tensor cores
     if config.train.devices > 1 and has_batch_norm(student):
         if device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         else:
             progress.say(
                 "note: on the CPU each process normalises its own samples, and the batch norms' statistics of the first one are saved"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from kdpipe.configs import Config
@@ -42,7 +43,7 @@ def init(
 def show_checkpoint(path: str, json_path: str | None) -> None:
     """Describe a file of weights."""
     found = inspect_checkpoint(path)
-    write_json(json_path, found.as_dict())
+    write_json(json_path, asdict(found))
     Terminal().show(checkpoint_table(found))
 
 
