@@ -25,9 +25,10 @@ from kdpipe.configs import load_config
 from kdpipe.data.landscape.labels import write_sample_data
 from kdpipe.pipeline.commands.main import main
 from kdpipe.pipeline.models.smp import create_smp_model
+from kdpipe.pipeline.training.loop import WARM_UP_STEPS
 
 TEACHER = "u-efficientnet-b4_s0_CELoss_pretrained.pth"
-SHORT = ["train.max_steps=1", "train.batch_size=2", "train.crop=64", "train.workers=0"]
+SHORT = [f"train.max_steps={WARM_UP_STEPS + 1}", "train.batch_size=2", "train.crop=64", "train.workers=0"]
 # Options that a test adds to a command, so that it takes seconds and can be run twice.
 MORE = {
     "train-student": ["--overwrite", *(part for key in SHORT for part in ("--set", key))],
