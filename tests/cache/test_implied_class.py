@@ -1,4 +1,4 @@
-"""One class of a pixel is not stored: nothing is lost by it, and nothing that is missing is taken for it."""
+"""One class of a pixel is not stored: it is recovered exactly, and missing data are not mistaken for it."""
 
 from contextlib import closing
 
@@ -11,8 +11,7 @@ from helpers.files import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdpipe.cache import CorruptCache, SoftTargetCache
-from kdpipe.cache import codec as values
+from kdpipe.cache import CorruptCache, SoftTargetCache, codec
 from kdpipe.cache import writer as writer_module
 from kdpipe.cache.encoding.implied_class import fill_in, leave_out
 from kdpipe.cache.encoding.simplex import encode, levels_of
@@ -35,7 +34,9 @@ def recipe(bits):
     st.integers(2, 9), st.integers(1, 40), st.integers(1, 40), st.sampled_from([4, 6, 8, 16]),
     st.sampled_from([1, 7, 256]), st.sampled_from([0.1, 3.0, 30.0]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_what_is_left_out_comes_back_and_always_alike(num_classes, height, width, bits, chunk_px, sharpness, seed):
+def test_the_class_left_out_is_recovered_and_the_choice_is_deterministic(
+    num_classes, height, width, bits, chunk_px, sharpness, seed
+):
     levels = levels_of(bits, num_classes)
     units = encode(distributions(num_classes, height, width, seed, sharpness), levels)
     stored, again = units.copy(), units.copy()
@@ -71,7 +72,7 @@ def test_each_chunk_leaves_out_the_class_that_changes_most_from_row_to_row():
     "pixel", [[0, 0, 0], [255, 255, 0], [255, 255, 255], [255, 200, 14], [255, 200, 100], [100, 100, 13], [100, 255, 13]],
     ids=["missing", "two left out", "all ones", "more than all", "more than a byte holds", "none left out", "another left out"],
 )  # fmt: skip
-def test_a_pixel_that_no_tile_has_is_refused(pixel):
+def test_an_impossible_pixel_is_refused(pixel):
     stored = np.tile(np.array([255, 100, 13], dtype=np.uint8)[:, None, None], (1, 3, 4))
     fill_in(stored.copy(), 213, 256)
     stored[:, 1, 2] = pixel
@@ -80,7 +81,7 @@ def test_a_pixel_that_no_tile_has_is_refused(pixel):
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8, 16])
-def test_a_cache_keeps_the_bound_that_its_bits_promise_and_is_written_alike_twice(bits, tmp_path):
+def test_a_cache_keeps_the_bound_of_its_bits_and_is_deterministic(bits, tmp_path):
     probs = distributions(3, 270, 300, seed=bits)
     written = []
     for name in ("a", "b"):
@@ -95,22 +96,22 @@ def test_a_cache_keeps_the_bound_that_its_bits_promise_and_is_written_alike_twic
     np.testing.assert_array_equal(cache.read("Train/a", (200, 100, 70, 199)), found[:, 200:270, 100:299])
 
 
-def test_a_class_left_out_takes_next_to_no_bytes():
-    """Two smooth classes, and two of noise, one of which follows from the others."""
+def test_the_class_left_out_takes_almost_no_bytes():
+    """Two smooth classes, and two noisy ones, one of which the others imply."""
     row, column = np.mgrid[:256, :256] / 256
     noise = np.random.default_rng(0).uniform(0, 0.3, (256, 256))
     first, second = 0.1 + 0.2 * row, 0.1 + 0.2 * column
     probs = np.stack([first, second, noise, 1 - first - second - noise]).astype(np.float32)
     made = RECIPE.model_dump() | {"classes": list("wxyz"), "class_map": [[1, 0, 0, 0]] * 2, "levels": levels_of(8, 4)}
     made = Recipe.model_validate(made)
-    units, lost = values.encode(probs, made)
+    units, lost = codec.encode(probs, made)
     shard = encode_tile(units, "Train/a", IMAGE, made, lost)[0]
-    whole = encode_tile(values.units(units, made), "Train/a", IMAGE, made, lost)[0]
+    whole = encode_tile(codec.units(units, made), "Train/a", IMAGE, made, lost)[0]
     assert len(shard) < 0.6 * len(whole)
 
 
-def test_a_chunk_that_zarr_reads_as_missing_is_refused(tmp_path, monkeypatch):
-    """Zeros, as Zarr gives for a chunk that is not there, in a shard for which all digests vouch."""
+def test_a_chunk_of_zeros_as_zarr_reads_a_missing_one_is_refused(tmp_path, monkeypatch):
+    """All digests vouch for the shard."""
     zeros = np.zeros((3, 20, 30), dtype=np.uint8)
     monkeypatch.setattr(writer_module, "encode", lambda probs, recipe: (zeros, np.zeros((1, 1))))
     with open_writer(open_storage(str(tmp_path / "c")), RECIPE, device="cpu", libraries={}) as writer:
@@ -122,7 +123,7 @@ def test_a_chunk_that_zarr_reads_as_missing_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("heights", [[300], [64, 200, 36], [1, 1, 298], [130, 170]])
 @pytest.mark.parametrize("kind", ["soft", "logits"])
-def test_a_tile_that_comes_in_bands_is_stored_as_one_that_comes_whole(kind, heights, tmp_path):
+def test_a_tile_written_in_bands_has_the_bytes_of_one_written_whole(kind, heights, tmp_path):
     recipe = golden_cache.recipe(8) if kind == "soft" else golden_cache.logits_recipe(8)
     scores = np.random.default_rng(0).normal(0, 3, (len(recipe.channels), 300, 90)).astype(np.float32)
     tile = scores if kind == "logits" else np.exp(scores) / np.exp(scores).sum(axis=0)
@@ -132,5 +133,5 @@ def test_a_tile_that_comes_in_bands_is_stored_as_one_that_comes_whole(kind, heig
         storage.folder.mkdir()
     with closing(Spill(storages[0])) as spill:
         in_bands = store_tile(storages[0], "T/a", encode_bands(iter(bands), recipe, 300, 90, spill), IMAGE, recipe)
-    assert in_bands == store_tile(storages[1], "T/a", values.encode(tile, recipe), IMAGE, recipe)
+    assert in_bands == store_tile(storages[1], "T/a", codec.encode(tile, recipe), IMAGE, recipe)
     assert tree(tmp_path / "bands") == tree(tmp_path / "whole")

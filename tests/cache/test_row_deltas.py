@@ -1,4 +1,4 @@
-"""Differences from row to row lose nothing, and a window needs no row above its key row."""
+"""Differences between rows are lossless, and a window needs no row above its key row."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX, add_up, take_difference
 @given(
     st.integers(1, 4), st.integers(1, 200), st.integers(1, 9), st.sampled_from(["u1", "u2"]), st.integers(0, 2**32 - 1)
 )
-def test_what_is_taken_comes_back_from_any_key_row_on(num_classes, height, width, dtype, seed):
+def test_values_are_recovered_from_any_key_row_on(num_classes, height, width, dtype, seed):
     units = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, (num_classes, height, width), dtype=dtype)
     stored = units.copy()
     take_differences(stored)
@@ -23,7 +23,7 @@ def test_what_is_taken_comes_back_from_any_key_row_on(num_classes, height, width
     np.testing.assert_array_equal(from_there, units[:, top:])
 
 
-def test_every_64th_row_stays_and_the_others_are_what_they_add_to_the_row_above():
+def test_every_64th_row_stays_and_the_others_become_differences_from_the_row_above():
     units = np.arange(3 * 130, dtype=np.uint16).reshape(3, 130, 1) * 7 % 256
     units = units.astype(np.uint8)
     stored = units.copy()

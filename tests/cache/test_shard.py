@@ -1,4 +1,4 @@
-"""The reader of shards returns what zarr-python returns, and an error where anything is off."""
+"""Shards have the bytes of zarr-python and are read to the same values; any damage is an error."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import zarr
 from helpers import golden_cache
 
-from kdpipe.cache import tile as layout
+from kdpipe.cache import tile
 from kdpipe.cache.encoding.simplex import encode, entropy_error
 from kdpipe.cache.reader import in_memory
 from kdpipe.cache.records import ImageDigest
@@ -25,12 +25,12 @@ def encoded(height, width, bits=8, num_classes=3):
     recipe = golden_cache.recipe(bits)
     units = encode(probs, recipe.levels)
     image = ImageDigest(size_bytes=1, sha256="0" * 64)
-    return *layout.encode_tile(units, "T/a", image, recipe, entropy_error(probs, units, recipe.levels))[:2], units
+    return *tile.encode_tile(units, "T/a", image, recipe, entropy_error(probs, units, recipe.levels))[:2], units
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    """Tiles on disk: the storage, plain zarr's array and the metadata, by size and bits."""
+    """Tiles on disk by size and bits: the storage, zarr's array, and the metadata."""
     made = {}
     for bits in (8, 16):
         for height, width in SIZES:
@@ -44,7 +44,7 @@ def tiles(tmp_path_factory):
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_window_is_what_zarr_reads(tiles, size, bits):
+def test_every_window_has_the_values_that_zarr_reads(tiles, size, bits):
     storage, array, metadata = tiles[*size, bits]
     rng = np.random.default_rng(bits)
 
@@ -61,8 +61,8 @@ def test_every_window_is_what_zarr_reads(tiles, size, bits):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("size", [(1, 1), (64, 700), (256, 256), (257, 511), (1300, 700), (300, 2100)])
-def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dtype):
-    """Chunks of zeros and of noise, grids of 1 x 1 to 6 x 3 chunks and 2 x 9, whose order in the file is zarr's as well."""
+def test_a_shard_and_its_metadata_have_the_bytes_that_zarr_writes(tmp_path, size, dtype):
+    """Chunks of zeros and of noise, in grids of 1 x 1 to 6 x 3 and 2 x 9 chunks, in zarr's order."""
     units = np.random.default_rng(size).integers(0, 200, (3, *size)).astype(dtype)
     units[:, : size[0] // 2, : size[1] // 2] = 0
     chunk = min(256, size[0]), min(256, size[1])
@@ -72,7 +72,7 @@ def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dty
         dtype=dtype,
         chunks=(3, *chunk),
         shards=(3, -(-size[0] // chunk[0]) * chunk[0], -(-size[1] // chunk[1]) * chunk[1]),
-        compressors=[zarr.codecs.ZstdCodec(level=layout.ZSTD_LEVEL), zarr.codecs.Crc32cCodec()],
+        compressors=[zarr.codecs.ZstdCodec(level=tile.ZSTD_LEVEL), zarr.codecs.Crc32cCodec()],
         filters=(),
         fill_value=0,
         dimension_names=("class", "row", "column"),
@@ -81,18 +81,18 @@ def test_a_shard_and_its_metadata_are_those_that_zarr_writes(tmp_path, size, dty
     )
     array[:] = units
     image = ImageDigest(size_bytes=1, sha256="0" * 64)
-    shard, metadata, _ = layout.encode_tile(units, "T/a", image, golden_cache.recipe(8), None)
+    shard, metadata, _ = tile.encode_tile(units, "T/a", image, golden_cache.recipe(8), None)
     assert shard == (tmp_path / "0.0.0").read_bytes()
     assert {**json.loads(metadata), "attributes": {}} == json.loads((tmp_path / "zarr.json").read_bytes())
 
 
-@pytest.mark.parametrize("where", range(0, 100, 7))
-def test_a_flipped_bit_is_an_error_wherever_it_is(where):
+def test_a_flipped_bit_is_an_error_wherever_it_is():
     shard, metadata, _ = encoded(300, 300)
-    damaged = bytearray(shard)
-    damaged[where * (len(shard) - 1) // 99] ^= 4
-    with pytest.raises(ValueError, match="does not match its checksum"):
-        open_shard(metadata, in_memory(bytes(damaged))).read((0, 0, 300, 300), in_memory(bytes(damaged)))
+    for where in range(0, 100, 7):
+        damaged = bytearray(shard)
+        damaged[where * (len(shard) - 1) // 99] ^= 4
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            open_shard(metadata, in_memory(bytes(damaged))).read((0, 0, 300, 300), in_memory(bytes(damaged)))
 
 
 def test_a_shard_cut_short_is_an_error():
@@ -122,7 +122,7 @@ def test_metadata_of_another_kind_is_refused(change, message):
 
 
 def test_a_forked_process_reads_a_local_cache(tmp_path):
-    """zarr-python hangs here: its event loop's thread does not live on in the child."""
+    """zarr-python hangs here, because its event loop's thread does not exist in the child."""
     (tmp_path / "0.0.0").write_bytes(encoded(300, 40)[0])
     metadata, units = encoded(300, 40)[1:]
     storage = LocalStorage(tmp_path)

@@ -1,4 +1,4 @@
-"""The shard of a scene that comes row by row waits in a temporary file: same bytes, flat memory, and nothing left of it."""
+"""A shard whose chunks wait in a temporary file has the same bytes, takes little memory, and leaves no file behind."""
 
 import errno
 import os
@@ -14,8 +14,7 @@ from helpers import golden_cache
 from helpers.crash_disk import Disk, Killed, full
 from helpers.files import tree
 
-from kdpipe.cache import IncompleteCache, SoftTargetCache
-from kdpipe.cache import tile as layout
+from kdpipe.cache import IncompleteCache, SoftTargetCache, tile
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.shard import encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
@@ -36,7 +35,7 @@ def noise(*shape, dtype="uint8"):
 def spilled(units, spill, chunk_px=(256, 256)):
     height = units.shape[1]
     rows_of_chunks = (units[:, top : top + chunk_px[0]] for top in range(0, height, chunk_px[0]))
-    return spill_shard(rows_of_chunks, height, chunk_px, layout.ZSTD_LEVEL, spill)
+    return spill_shard(rows_of_chunks, height, chunk_px, tile.ZSTD_LEVEL, spill)
 
 
 @pytest.fixture
@@ -47,11 +46,11 @@ def storage(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("size", [(1, 1), (64, 700), (256, 256), (257, 511), (1300, 700), (300, 2100)])
-def test_the_bytes_are_those_of_a_shard_that_is_made_in_memory(storage, size, dtype):
+def test_the_bytes_are_those_of_a_shard_made_in_memory(storage, size, dtype):
     units = noise(3, *size, dtype=dtype)
     units[:, : size[0] // 2, : size[1] // 2] = 0
     chunk_px = min(256, size[0]), min(256, size[1])
-    whole = encode_shard(units, chunk_px, layout.ZSTD_LEVEL)
+    whole = encode_shard(units, chunk_px, tile.ZSTD_LEVEL)
     with closing(Spill(storage)) as spill:
         shard = spilled(units, spill, chunk_px)
         assert b"".join(shard.pieces()) == whole
@@ -64,7 +63,7 @@ def test_the_bytes_are_those_of_a_shard_that_is_made_in_memory(storage, size, dt
 
 
 def peak(function):
-    """Bytes that Python and NumPy hold at most while it runs, beyond those from before."""
+    """The most bytes that Python and NumPy allocate while the function runs."""
     tracemalloc.start()
     try:
         function()
@@ -74,12 +73,12 @@ def peak(function):
 
 
 def test_memory_does_not_grow_with_the_rows_of_a_scene(storage):
-    """Of noise, which does not compress: 12 and 48 MB of shard."""
+    """Noise does not compress: the shards have 12 and 48 MB."""
     row = noise(3, 256, 1024)
 
     def store(count):
         with closing(Spill(storage)) as spill:
-            shard = spill_shard((row for _ in range(count)), 256 * count, (256, 256), layout.ZSTD_LEVEL, spill)
+            shard = spill_shard((row for _ in range(count)), 256 * count, (256, 256), tile.ZSTD_LEVEL, spill)
             assert store_tile(storage, f"T/{count}", (shard, None), IMAGE, RECIPE).shard_bytes > count * row.nbytes
 
     store(1)  # imports zarr-python
@@ -88,14 +87,12 @@ def test_memory_does_not_grow_with_the_rows_of_a_scene(storage):
     assert large < 4 * MB
 
 
-def test_what_is_uploaded_is_in_memory_once():
-    """32 MB in pieces, and what the buffer grows by ahead of them."""
+def test_an_upload_is_in_memory_once():
+    """32 MB in pieces, and the room by which the buffer grows ahead."""
     assert peak(lambda: _joined(bytes(MB // 4) for _ in range(128))) < 40 * MB
 
 
-def test_the_file_has_no_name_and_lies_in_a_local_cache_or_where_the_system_has_temporary_files(
-    storage, tmp_path, monkeypatch
-):
+def test_the_nameless_file_lies_in_a_local_cache_or_in_the_temporary_folder(storage, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for place, folder in ((storage, "c.zarr"), (open_storage("memory://bucket/c.zarr"), "temporary")):
@@ -106,7 +103,7 @@ def test_the_file_has_no_name_and_lies_in_a_local_cache_or_where_the_system_has_
             assert list((tmp_path / folder).iterdir()) == []
 
 
-def test_where_the_file_needs_a_name_it_is_one_that_is_swept(storage, monkeypatch):
+def test_a_file_that_needs_a_name_has_one_that_the_next_run_deletes(storage, monkeypatch):
     unlink, names = os.unlink, []
     monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
     monkeypatch.setattr(tempfile._os, "unlink", lambda path: names.append(Path(path).name) or unlink(path))
@@ -115,8 +112,8 @@ def test_where_the_file_needs_a_name_it_is_one_that_is_swept(storage, monkeypatc
     assert storage.children("") == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
-def test_a_disk_that_is_full_while_chunks_are_put_down_is_said_to_be(storage, monkeypatch):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_disk_that_fills_while_chunks_are_written_is_reported(storage, monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115, PTH123
     for place, advice in ((storage, "make room and run"), (open_storage("memory://bucket/c.zarr"), "TMPDIR")):
         with (
@@ -127,11 +124,11 @@ def test_a_disk_that_is_full_while_chunks_are_put_down_is_said_to_be(storage, mo
     assert storage.children("") == []
 
 
-def test_a_disk_that_is_full_while_the_shard_is_written_is_said_to_be(storage, monkeypatch):
+def test_a_disk_that_fills_while_the_shard_is_written_is_reported(storage, monkeypatch):
     def no_room(descriptor):
         raise full()
 
-    storage.write("tiles/T/a/other", b"")  # makes the folders, which are synced as well
+    storage.write("tiles/T/a/other", b"")  # makes the folders, which are synced too
     with closing(Spill(storage)) as spill:
         shard = spilled(noise(3, 600, 300), spill)
         monkeypatch.setattr(os, "fsync", no_room)
@@ -141,7 +138,7 @@ def test_a_disk_that_is_full_while_the_shard_is_written_is_said_to_be(storage, m
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "unreadable"])
-def test_no_digest_vouches_for_chunks_that_do_not_come_back(storage, damage):
+def test_no_digest_vouches_for_chunks_that_are_lost_in_the_temporary_file(storage, damage):
     with closing(Spill(storage)) as spill:
         shard = spilled(noise(3, 600, 300), spill)
         file = spill._file.fileno()
@@ -158,25 +155,25 @@ def test_no_digest_vouches_for_chunks_that_do_not_come_back(storage, damage):
 
 
 def store_scene(path):
-    """A cache of one scene of 2 x 2 chunks that comes in bands, with the same bytes each time."""
+    """Write a cache of one scene of 2 x 2 chunks in bands, with the same bytes each time."""
     probs = np.random.default_rng(0).dirichlet(np.ones(len(RECIPE.channels)), (300, 270)).transpose(2, 0, 1)
     bands = np.split(probs.astype(np.float32), [100, 290], axis=1)
     with open_writer(open_storage(str(path)), RECIPE, device="cpu", libraries={}) as writer:
         writer.begin()
         with closing(Spill(writer.storage)) as spill:
-            encoded = layout.encode_bands(iter(bands), RECIPE, 300, 270, spill)
+            encoded = tile.encode_bands(iter(bands), RECIPE, 300, 270, spill)
             record = writer.write_encoded("T/a", encoded, IMAGE)
         writer.finish([record])
 
 
 def left_in(folder):
     found = tree(folder)
-    found.pop("c.zarr.lock", None)  # of a dead writer, which the next one takes over
+    found.pop("c.zarr.lock", None)  # the lock of a dead writer, which the next one takes over
     return found
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["between", "within"])
-def test_killed_or_without_power_at_any_file_operation_the_next_run_comes_to_the_same_bytes(
+def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_the_same_bytes(
     tmp_path, monkeypatch, torn
 ):
     store_scene(tmp_path / "whole/c.zarr")
@@ -197,7 +194,7 @@ def test_killed_or_without_power_at_any_file_operation_the_next_run_comes_to_the
         for kind, place in places.items():
             if torn and not done and [what for what, _ in disk.operations[-1:]] != ["write"]:
                 shutil.rmtree(place)
-                continue  # the test without torn writes has been here
+                continue  # the same as without torn writes
             tile = {name: data for name, data in tree(place).items() if "/T/a/" in name}
             if "c.zarr/tiles/T/a/zarr.json" in tile:  # the receipt
                 assert tile.items() <= expected.items(), (kind, points)

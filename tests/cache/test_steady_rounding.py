@@ -1,4 +1,4 @@
-"""Values that stay as they are from row to row: within what the bits promise, summing to the levels, and fewer bytes for it."""
+"""Steady rounding keeps values from row to row within the error bound, and takes fewer bytes than plain rounding."""
 
 import math
 
@@ -19,7 +19,7 @@ from kdpipe.cache.encoding.steady_rounding import encode, error_bound
     st.integers(2, 9), st.integers(1, 150), st.integers(1, 30), st.sampled_from([4, 6, 8]),
     st.sampled_from([0.1, 3.0, 30.0]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_no_entry_is_off_by_more_than_the_bound_and_every_pixel_sums_to_the_levels(
+def test_every_entry_is_within_the_bound_and_every_pixel_sums_to_the_levels(
     num_classes, height, width, bits, sharpness, seed
 ):
     levels = simplex.levels_of(bits, num_classes)
@@ -36,7 +36,7 @@ def test_no_entry_is_off_by_more_than_the_bound_and_every_pixel_sums_to_the_leve
 
 
 def rounded_slowly(probs, levels, room):
-    """A block of one column, pixel by pixel: take over what may be taken over, then let the likeliest classes give way first."""
+    """A block of one column, pixel by pixel: keep what may be kept, then adjust the likeliest classes first."""
     exact = probs.astype(np.float32) * np.float32(levels)  # (class, row)
     highest = [[math.floor(np.float32(value + room)) for value in values] for values in exact]
     order = sorted(range(len(probs)), key=lambda c: (-sum(highest[c]), c))
@@ -52,7 +52,7 @@ def rounded_slowly(probs, levels, room):
 
 
 @pytest.mark.parametrize(("bits", "num_classes"), [(8, 6), (6, 4), (4, 3)])
-def test_it_is_the_rounding_of_the_page_pixel_by_pixel(bits, num_classes):
+def test_the_rounding_is_that_of_format_md_pixel_by_pixel(bits, num_classes):
     levels = simplex.levels_of(bits, num_classes)
     rng = np.random.default_rng(bits)
     walk = rng.normal(0, 0.05, (num_classes, 64)).cumsum(axis=1)
@@ -62,7 +62,7 @@ def test_it_is_the_rounding_of_the_page_pixel_by_pixel(bits, num_classes):
     assert (found != simplex.encode(probs[:, :, None], levels)[:, :, 0]).any()
 
 
-def test_columns_go_down_and_up_by_turns_of_16_so_that_values_do_not_lag_on_the_whole():
+def test_stripes_of_16_columns_alternate_in_direction_so_that_lags_cancel_out():
     row = np.linspace(0, 0.9, 64, dtype=np.float32)
     probs = np.tile(np.stack([row, 1 - row])[:, :, None], (1, 1, 40))
     units = encode(probs, 8, 128)
@@ -76,21 +76,19 @@ def test_columns_go_down_and_up_by_turns_of_16_so_that_values_do_not_lag_on_the_
     assert (np.abs(down) > 0.1).all() and np.abs(down + up).max() < 1e-3
 
 
-def test_blocks_know_nothing_of_each_other(monkeypatch):
+def test_blocks_are_independent(monkeypatch):
     probs = distributions(5, 300, 70)
     whole = encode(probs, 8, 204)
     for top in range(0, 300, KEY_ROW_PX):
         rows = slice(top, top + KEY_ROW_PX)
         np.testing.assert_array_equal(encode(probs[:, rows], 8, 204), whole[:, rows])
-    monkeypatch.setattr(
-        "kdpipe.cache.encoding.simplex.BAND_PX", KEY_ROW_PX * 70 * 2
-    )  # bands of two blocks: 128, 128 and 44 rows
+    monkeypatch.setattr("kdpipe.cache.encoding.simplex.BAND_PX", KEY_ROW_PX * 70 * 2)  # bands of 128, 128 and 44 rows
     np.testing.assert_array_equal(encode(probs, 8, 204), whole)
 
 
 @pytest.mark.parametrize("total", [1 - 9e-5, 1 + 9e-5])
 @pytest.mark.parametrize("num_classes", [2, 3, 6, 254, 300])
-def test_entries_that_sum_to_a_little_more_or_less_than_one_are_rounded_all_the_same(num_classes, total):
+def test_entries_that_sum_to_almost_one_are_rounded(num_classes, total):
     levels = simplex.levels_of(8, num_classes)
     probs = distributions(num_classes, 70, 20, sharpness=0.1) * np.float32(total)
     units = encode(probs, 8, levels)
@@ -99,14 +97,14 @@ def test_entries_that_sum_to_a_little_more_or_less_than_one_are_rounded_all_the_
 
 
 @pytest.mark.parametrize("bad", [np.nan, -0.5, 0.9])
-def test_what_is_no_distribution_is_refused_in_any_row(bad):
+def test_values_that_are_not_a_distribution_are_refused(bad):
     probs = distributions(3, 4, 5)
     probs[1, 2, 3] = bad
     with pytest.raises(ValueError, match="must be distributions over axis 0"):
         encode(probs, 8, 170)
 
 
-def test_a_smooth_tile_takes_a_fifth_fewer_bytes_than_rounded_plainly_and_as_it_is():
+def test_a_smooth_tile_takes_a_fifth_fewer_bytes_than_with_plain_rounding():
     row, column = np.mgrid[:256, :256] / 256
     scores = np.stack([np.sin(5 * row + 2 * column), np.cos(3 * column - row), row * column, 1 - row])
     scores += np.random.default_rng(0).normal(0, 0.01, scores.shape)
