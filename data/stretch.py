@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +34,9 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
         return data.stretch.pairs(3)
     assert tiles, "percentiles of no tiles"
     per_tile = max(SAMPLE_VALUES // len(tiles), MIN_VALUES_PER_TILE)
-    samples: list[list[NDArray[np.float64]]] = [[] for _ in data.bands]
-    for tile in tiles:
-        values_BHW, nodata_BHW = read_bands(tile.image, data.bands)
-        rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], per_tile)
-        for i, sample in enumerate(samples):
-            values = values_BHW[i][rows][:, columns]
-            usable = np.isfinite(values) & ~nodata_BHW[i][rows][:, columns]
-            sample.append(values[usable].astype(np.float64))
+    samples = [sampled_bands(tile.image, data.bands, per_tile) for tile in tiles]
     pairs: list[tuple[float, float]] = []
-    for band, sample in zip(data.bands, samples, strict=True):
+    for band, sample in zip(data.bands, zip(*samples, strict=True), strict=True):
         values = np.concatenate(sample)
         if values.size == 0:
             raise DataError(f"band {band} holds only nodata in all {len(tiles)} images, such as {tiles[0].image}")
@@ -55,6 +49,19 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
             )
         pairs.append((low, high))
     return pairs
+
+
+def sampled_bands(path: Path, bands: Sequence[int], at_most: int) -> list[NDArray[np.float64]]:
+    """
+    Values of each band at the pixels of `sample_grid`, float64, without nodata and non-finite values.
+
+    Raises `DataError` as `read_bands` does.
+    """
+    values_BHW, nodata_BHW = read_bands(path, bands)
+    rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], at_most)
+    grid = np.ix_(range(len(bands)), rows, columns)
+    values, usable = values_BHW[grid].astype(np.float64), ~nodata_BHW[grid]
+    return [band[np.isfinite(band) & kept] for band, kept in zip(values, usable, strict=True)]
 
 
 def sample_grid(height: int, width: int, at_most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

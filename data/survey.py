@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
-from kdpipe.data.rasters import Header, read_bands, read_header, read_mask_values
-from kdpipe.data.stretch import sample_grid
+from kdpipe.data.rasters import Header, read_header, read_mask_values
+from kdpipe.data.stretch import sampled_bands
 from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
 
 MAX_HEADERS = 1000  # per root: opening an image and its mask takes some milliseconds, far more on a network drive
@@ -169,17 +169,13 @@ def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
 
 def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
     header = read_header(tile.image)
-    count = header.bands
-    if count * header.height * header.width > MAX_VALUES:
+    if header.bands * header.height * header.width > MAX_VALUES:
         return
-    values_BHW, nodata_BHW = read_bands(tile.image, range(1, count + 1))
-    root.images_read += 1
-    rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], SAMPLE_VALUES)
-    for i in range(count):
+    for i, values in enumerate(sampled_bands(tile.image, range(1, header.bands + 1), SAMPLE_VALUES)):
         if i == len(samples):
             samples.append([])
-        values = values_BHW[i][rows][:, columns].astype(np.float64)
-        samples[i].append(values[np.isfinite(values) & ~nodata_BHW[i][rows][:, columns]])
+        samples[i].append(values)
+    root.images_read += 1
 
 
 def _count(root: Root, tile: Tile) -> None:

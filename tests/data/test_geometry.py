@@ -207,5 +207,5 @@ def test_orientation_flips_then_turns_counter_clockwise(flip_h, flip_v, rot90, d
 
 def test_pixels_of_another_window_fail_an_assertion():
     resampler = Resampler(View(0, 1.0, 0, 0, 4, 4), 10, 12)
-    with pytest.raises(AssertionError, match=r"pixels of window \(0, 0, 4, 4\) expected, found \(10, 12\)"):
+    with pytest.raises(AssertionError, match=r"expected the pixels of window \(0, 0, 4, 4\), found \(10, 12\)"):
         resampler.image(np.zeros((10, 12, 3), np.uint8))
