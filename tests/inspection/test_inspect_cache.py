@@ -68,7 +68,7 @@ def test_another_version_of_a_library_is_a_note_and_no_difference(cached, monkey
     [
         (["nowhere://x/c.zarr"], 2, "nowhere"),
         (["empty"], 3, "does not exist"),
-        (["teacher.pth", "--diff", "demo"], 2, "--diff is for a cache, and teacher.pth is not a folder or URL"),
+        (["teacher.pth", "--diff", "demo"], 2, "--diff compares a cache with CONFIG"),
     ],
 )
 def test_what_is_no_cache_is_said(tmp_path, arguments, code, message):
