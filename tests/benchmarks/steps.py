@@ -1,13 +1,12 @@
 """
-What a training step costs with the cache, with the live teacher and without one: ratios, measured side by side in one run.
+Time of a training step with the cache, with the live teacher and without a teacher: ratios, measured side by side.
 
     python tests/benchmarks/steps.py [CONFIG] [--steps N] [--rounds 4] [--d4] [--json FILE] [--set KEY=VALUE …]
 
-The cache must be complete. Each mode is a process, and they take turns of two seconds (see `turns.py`), but on a GPU, whose pace is
-even, one runs after the other in this one. The first step of each is not timed, on a GPU the first ten. `--d4` adds the live teacher
-asked from all eight sides. Reading and augmenting the samples is part of every step. With a live teacher there are fewer steps than N, as
-they are long. Which of two processes has the better memory is chance, worth a twentieth, and drawn again in each round: ratios are
-medians over the rounds.
+The cache must be complete. On a CPU each mode is a process, and they take turns of two seconds (see `turns.py`); a GPU's pace is even, so
+there the modes run one after another in this process. The first step is not timed, on a GPU the first ten. Reading and augmenting samples
+is part of a step. `--d4` adds the live teacher with test-time augmentation d4. Steps with a live teacher are long, so fewer than N are
+taken. The layout of a process's memory changes its times by up to 5 % at random, so ratios are medians over rounds of new processes.
 """
 
 import argparse
@@ -34,11 +33,11 @@ from kdpipe.pipeline.runs import layout
 from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.training.run import train, with_mode
 
-FLOP_SIDE = 512  # px of the image on which the networks' operations are counted
+FLOP_SIDE = 512  # px: side of the image for which operations are counted
 
 
 class Timed:
-    """A progress that calls `mark` where the time begins, at the end of a step, and at that of the last one."""
+    """Progress that calls `mark` after step `first` and after step `last`: the timed interval."""
 
     def __init__(self, first: int, last: int, mark: Callable[[], object]) -> None:
         self._marked, self._done, self._mark = (first, last), 0, mark
@@ -56,14 +55,14 @@ class Timed:
 
 
 def gflop_of(model: torch.nn.Module) -> float:
-    """Of one forward pass; a multiplication and an addition are two."""
+    """Operations of one forward pass in 1e9; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.eval()(torch.zeros(1, 3, FLOP_SIDE, FLOP_SIDE))
     return counter.get_total_flops() / 1e9
 
 
 def run_arm(arm: str, options: argparse.Namespace, mark: Callable[[], object]) -> None:
-    """All steps of one mode in this process."""
+    """Take all steps of one mode in this process."""
     ask_for_huge_pages()
     keep_freed_memory()  # as the command does
     last = untimed() + steps_of(arm, options.steps)
@@ -80,17 +79,17 @@ def run_arm(arm: str, options: argparse.Namespace, mark: Callable[[], object]) -
 
 
 def steps_of(arm: str, steps: int) -> int:
-    """How many steps of a mode are timed."""
+    """Number of timed steps of a mode."""
     return max(1, steps // {"online": 3, "online, d4": 12}.get(arm, 1))
 
 
 def untimed() -> int:
-    """Steps before the clock runs: on a GPU those that its loader had ready."""
+    """Steps before the clock starts: on a GPU those whose batches were loaded already."""
     return 10 if torch.cuda.is_available() else 1
 
 
 def one_after_the_other(arms: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each mode's timed steps, in this process; every step ends by waiting for the GPU."""
+    """Seconds of each mode's timed steps in this process; every step ends by waiting for the GPU."""
     marks: dict[str, list[float]] = {arm: [] for arm in arms}
     for arm in arms:
         run_arm(arm, options, lambda arm=arm: marks[arm].append(time.perf_counter()))  # type: ignore[misc]
@@ -100,12 +99,12 @@ def one_after_the_other(arms: list[str], options: argparse.Namespace) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="demo")
-    parser.add_argument("--steps", type=int, default=100 if torch.cuda.is_available() else 12, help="that are timed")
+    parser.add_argument("--steps", type=int, default=100 if torch.cuda.is_available() else 12, help="timed steps")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--d4", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--arm", help="run this mode in this process, which stops itself: for the turns")
+    parser.add_argument("--arm", help="internal: run this mode in this process, which stops itself to take turns")
     options = parser.parse_args()
     if options.arm:
         return run_arm(options.arm, options, stop_here)

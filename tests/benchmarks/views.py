@@ -1,12 +1,11 @@
 """
-What the teacher's two views cost, whole tiles and recorded crops: bytes, teacher seconds, samples and steps, side by side.
+Cost of the teacher's two views, whole tiles and recorded crops: bytes, teacher seconds, samples and steps, side by side.
 
     python tests/benchmarks/views.py [CONFIG] [--tiles 8] [--views 8] [--steps 6] [--json FILE] [--set KEY=VALUE …]
 
-CONFIG is one of whole tiles, with the paths of its data and its teacher; the first tiles of its first root are used, and caches
-and runs lie in a folder that is deleted. Times are CPU seconds of the process, which a busy machine stretches least; steps of all
-three kinds take turns all the same. Everything runs on the CPU, and `train.workers` is 0, as the clock of a process does not see
-what workers take.
+CONFIG describes whole tiles; its first labelled tiles are used, and caches and runs lie in a temporary folder. Times are CPU seconds of the
+process, which a busy machine affects least, and the three kinds of steps take turns. Everything runs on the CPU with `train.workers` 0,
+because the clock of a process does not include its workers.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from kdpipe.pipeline.training.targets import open_targets, training_samples
 
 ROUNDS = 3
 WARM_UP_STEPS = 1
-WARM_UP_SAMPLES = 16  # first touches of shards and images
+WARM_UP_SAMPLES = 16  # the first reads of shards and images are slower
 
 
 def main() -> None:
@@ -72,8 +71,8 @@ def main() -> None:
                 seconds[name] += clock.seconds[WARM_UP_STEPS:]
     for name, values in seconds.items():
         figures[name]["step_seconds"] = statistics.median(values)
-    asked = {"tile": views_per_sample(whole.train), "crop": 1.0}
-    for view, count in asked.items():
+    predictions = {"tile": views_per_sample(whole.train), "crop": 1.0}
+    for view, count in predictions.items():
         per_step = count * whole.train.samples_per_step * figures[view]["teacher_seconds_each"]
         figures[view]["online_step_seconds"] = figures["none"]["step_seconds"] + per_step
     report(figures, options)
@@ -82,7 +81,7 @@ def main() -> None:
 
 
 class StepClock(Silent):
-    """Notes the CPU seconds of each step."""
+    """Progress that records the CPU seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -101,7 +100,7 @@ class StepClock(Silent):
 
 
 def few_tiles(config: Config, count: int, folder: Path) -> Path:
-    """A root of links to the first labelled tiles."""
+    """A root with links to the first labelled tiles."""
     for tile in [tile for tile in list_tiles(config.data, "train") if tile.mask is not None][:count]:
         for kind, file in ((config.data.images, tile.image), (config.data.masks, tile.mask)):
             (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -115,7 +114,7 @@ def stage_one(config: Config, device: torch.device) -> dict[str, float]:
     seconds = time.process_time() - start
     share = summary.teacher_seconds / summary.seconds
     return {
-        "answers": summary.computed,
+        "predictions": summary.computed,
         "megapixels": summary.pixels / 1e6,
         "bytes": summary.bytes_written,
         "seconds": seconds,
@@ -124,7 +123,7 @@ def stage_one(config: Config, device: torch.device) -> dict[str, float]:
 
 
 def samples(config: Config, device: torch.device) -> dict[str, float]:
-    """CPU seconds to make one sample in one thread, the mean: mosaics cost more than single views."""
+    """Mean CPU seconds of a sample in one thread; a mean, because mosaics cost more than single views."""
     tiles = list_tiles(config.data, "train")
     dataset = training_samples(config, tiles, None, open_targets(config, tiles, None, device).source)
     taken = []
@@ -142,8 +141,8 @@ def report(figures: dict[str, dict[str, float]], options: argparse.Namespace) ->
     for column in ("", "whole tiles", "recorded crops", "no teacher"):
         table.add_column(column, justify="right" if column else "left")
     rows = [
-        ("answers of the teacher", "answers", "{:.0f}"), ("megapixels", "megapixels", "{:.2f}"), ("bytes", "bytes", "{:,.0f}"),
-        ("stage one, s", "seconds", "{:.1f}"), ("the teacher, s an answer", "teacher_seconds_each", "{:.3f}"),
+        ("predictions of the teacher", "predictions", "{:.0f}"), ("megapixels", "megapixels", "{:.2f}"), ("bytes", "bytes", "{:,.0f}"),
+        ("stage one, s", "seconds", "{:.1f}"), ("the teacher, s per prediction", "teacher_seconds_each", "{:.3f}"),
         ("a sample, ms", "sample_seconds", "ms"), ("a step, s", "step_seconds", "{:.3f}"),
         ("a step with the live teacher, s", "online_step_seconds", "{:.2f}"),
     ]  # fmt: skip
@@ -155,7 +154,7 @@ def report(figures: dict[str, dict[str, float]], options: argparse.Namespace) ->
         table.add_row(title, *cells)
     Console().print(table)
     even = tile["teacher_seconds_each"] / crop["teacher_seconds_each"]
-    print(f"stage one costs as much as whole tiles at {even:.1f} views of each tile")
+    print(f"stage one costs as much as whole tiles at {even:.1f} views per tile")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """
-Where the time of a tile and of a step goes, one part after the other, without the threads that let them overlap.
+Time of each part of a tile in stage one and of a training step, one after another, without the threads that overlap them.
 
     python tests/benchmarks/where.py [CONFIG] [--tiles 12] [--steps 12] [--json FILE] [--set KEY=VALUE …]
 
-A tile: read, the network, softmax and class map, rounding, compression, the writing of its files. A step from the cache: reading and
-augmenting, forward, loss, backward, optimizer. Medians; the first of each is not counted. Needs no cache: it makes one in a
-temporary folder.
+A tile: reading, the network, softmax and class map, rounding, compression, writing its files. A step from the cache: reading and
+augmenting, forward, loss, backward, optimizer. Medians without the first. Needs no cache: it builds one in a temporary folder.
 """
 
 import argparse
@@ -44,7 +43,7 @@ from kdpipe.pipeline.training.optimizer import make_optimizer
 
 
 class Parts:
-    """Seconds of each part, of every tile or step."""
+    """Seconds of each part by tile or step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,7 +66,7 @@ class Parts:
 
 
 def of_a_tile(config, device: torch.device, count: int) -> dict[str, float]:
-    """Seconds of the parts of stage one; leaves a cache of these tiles at `cache.path`."""
+    """Median seconds of the parts of stage one; leaves a cache of `count` tiles at `cache.path`."""
     part = Parts(device)
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
@@ -99,7 +98,7 @@ def of_a_tile(config, device: torch.device, count: int) -> dict[str, float]:
 
 
 def of_a_step(config, device: torch.device, steps: int) -> dict[str, float]:
-    """Seconds of the parts of a training step from the cache at `cache.path`."""
+    """Median seconds of the parts of a training step from the cache at `cache.path`."""
     part = Parts(device)
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
@@ -116,8 +115,8 @@ def of_a_step(config, device: torch.device, steps: int) -> dict[str, float]:
         with part("read and augment (no worker)"):
             batch = {name: value.to(device) for name, value in next(batches).items()}
         with part("forward"):
-            answer = model(normalized(batch["image"], config.student.normalize))
-            logits, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
+            output = model(normalized(batch["image"], config.student.normalize))
+            logits, auxiliary = output if isinstance(output, tuple) else (output, None)
         with part("loss"):
             terms = distillation_loss(
                 logits, batch["mask"], batch["inside"], unpacked(batch["target"], batch["inside"]), batch.get("entropy_error"),
