@@ -132,7 +132,7 @@ class Rows:
 
     def read_with_data(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """
-        As `read`, and which pixels hold data, bool `(bottom - top, W)`.
+        The rows as `read` returns them, and which pixels hold data, bool `(bottom - top, W)`.
 
         A pixel holds none where the mask or alpha band of a `masked` file is 0, or where all bands are their declared nodata.
         """
@@ -302,7 +302,7 @@ def _pixels(
 def bands_and_nodata(
     path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """As `read_bands`, for an open file, within `window` if given."""
+    """The bands and nodata of `read_bands`, from an open file and within `window` if given."""
     values_BHW = _pixels(path, raster, bands, window)
     if values_BHW.dtype.kind not in "iuf":
         raise DataError(f"{path} holds {values_BHW.dtype} values; an image should hold integers or floats")

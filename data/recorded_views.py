@@ -42,7 +42,7 @@ class ViewTargets(Protocol):
 
 class RecordedViews(TrainTiles):
     """
-    As `TrainTiles`, with recorded views in place of crops that are new in every epoch.
+    Training samples as in `TrainTiles`, from recorded views instead of crops that are new in every epoch.
 
     The views of a tile are taken in turn: with one crop per tile, epoch `e` shows view `e % cache.views` of each tile.
 

@@ -135,7 +135,7 @@ def _in_folder(folder: Path) -> list[str]:
 
 
 def open_quietly(path: str | Path, mode: str = "r", **profile: Any) -> Any:
-    """As `rasterio.open`, without its warning about an image that has no place on earth."""
+    """An opened raster, without `rasterio.open`'s warning about a missing georeference."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 

@@ -16,7 +16,7 @@ def made() -> dict[str, bytes]:
 
 @pytest.fixture
 def trained(make_config: Callable[..., Config], made: dict[str, bytes], tmp_path: Path) -> Path:
-    """That checkpoint, as `best.ckpt` in the current folder."""
+    """`best.ckpt` in the current folder: the checkpoint of `made`."""
     if "best.ckpt" not in made:
         train(with_mode(make_config(train__epochs=1, train__max_steps=2), "none"), torch.device("cpu"))
         made["best.ckpt"] = (tmp_path / "model_weights/tests/tiny-none/best.ckpt").read_bytes()

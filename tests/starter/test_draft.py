@@ -26,17 +26,20 @@ def leaves(keys, prefix=""):
             yield f"{prefix}{key.name}", key
 
 
-@pytest.fixture
-def odd_draft(tmp_path, teacher_file):
+@pytest.fixture(scope="module")
+def odd_draft(tmp_path_factory, teacher_file):
     """Tiles that need every key: four bands of 16 bits, tiles without masks, a large scene, folders of other names."""
+    folder = tmp_path_factory.mktemp("odd")
     for i in range(3):
         values = np.random.default_rng(i).integers(0, 4000, (4, 64, 64), dtype=np.uint16)
-        write_tiff(tmp_path / "t/Train/img" / f"{i}.tif", values)
-    write_tiff(tmp_path / "t/Train/img/scene.tif", np.ones((4, 2050, 2050), dtype=np.uint16))
-    write_mask(tmp_path / "t/Train/gt/0.png", np.kron([[0, 1], [2, 9]], np.ones((32, 32))))
-    write_tiff(tmp_path / "t/More/img/0.tif", values)
-    return init(tmp_path / "t", teacher=teacher_file, images="img", masks="gt", ignore_index=9, bands=(3, 2, 1),
-                classes=["a", "b", "c"], teacher_classes=list("ABCdefgh"), teacher_normalize="unit")  # fmt: skip
+        write_tiff(folder / "t/Train/img" / f"{i}.tif", values)
+    write_tiff(folder / "t/Train/img/scene.tif", np.ones((4, 2050, 2050), dtype=np.uint16))
+    write_mask(folder / "t/Train/gt/0.png", np.kron([[0, 1], [2, 9]], np.ones((32, 32))))
+    write_tiff(folder / "t/More/img/0.tif", values)
+    return init(
+        folder / "t", out=str(folder / "mine.yaml"), teacher=teacher_file, images="img", masks="gt", ignore_index=9, bands=(3, 2, 1),
+        classes=["a", "b", "c"], teacher_classes=list("ABCdefgh"), teacher_normalize="unit",
+    )  # fmt: skip
 
 
 def test_every_key_has_a_reason_and_differs_from_its_default(odd_draft):
@@ -67,7 +70,7 @@ def test_bands_and_stretch_come_with_measured_ranges(odd_draft):
     more = np.random.default_rng(2).integers(0, 4000, (4, 64, 64), dtype=np.uint16)
     expected = [np.percentile(band, [2, 98]) for band in more]
     np.testing.assert_allclose(odd_draft.roots[0].ranges, expected)
-    assert "1: %g to %g, 2:" % tuple(expected[0]) in Path("mine.yaml").read_text().replace("\n  # ", " ")
+    assert "1: %g to %g, 2:" % tuple(expected[0]) in odd_draft.draft.text.replace("\n  # ", " ")
 
 
 def test_large_scenes_are_not_decoded(tmp_path, monkeypatch):

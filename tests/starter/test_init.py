@@ -46,7 +46,7 @@ def image_sizes(root):
 
 
 def test_from_tiles_and_a_teacher_to_a_step_of_training(landscape, teacher_file, tmp_path):
-    done = run_command("init", str(landscape), "--teacher", str(teacher_file))
+    done = run_command("init", landscape, "--teacher", teacher_file)
     assert done.returncode == 0, done.stdout
     with pytest.raises(UnfilledConfig, match=r"classes\.names \(lines \d+ to \d+\), teacher\.classes") as refused:
         load_config("mine.yaml")
@@ -106,8 +106,8 @@ def test_options_fill_in_the_config_as_meant(landscape, teacher_file):
     assert config == Config.model_validate(meant)
 
 
-def test_counts_are_those_of_numpy(landscape, teacher_file):
-    done = run_command("init", str(landscape), "--teacher", str(teacher_file), "--json", "found.json")
+def test_counts_are_those_of_numpy(landscape):
+    done = run_command("init", landscape, "--json", "found.json")
     assert done.returncode == 0, done.stdout
     found = json.loads(Path("found.json").read_text())
     for root in found["roots"]:
@@ -161,7 +161,7 @@ def test_faults_that_stop_a_run_are_named_and_the_config_is_written(tmp_path):
     (root / "images/1.png").write_text("no image")
     write_mask(root / "masks/2.png", np.zeros((32, 32)))
     (root / "masks/3.png").unlink()
-    done = run_command("init", str(root), "--json", "found.json")
+    done = run_command("init", root, "--json", "found.json")
     assert done.returncode == 1
     problems = json.loads(Path("found.json").read_text())["problems"]
     assert [re.sub(r".*/tiles/", "", problem)[:12] for problem in problems] == [
