@@ -280,14 +280,14 @@ def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monk
 
 def test_dry_run_counts_the_temporary_file_of_the_largest_scene_in_windows(make_config, monkeypatch):
     whole = estimate(make_config(), CPU)
-    assert whole.temporary_bytes == 0 and "besides" not in estimate_text(whole)
+    assert whole.temporary_bytes == 0 and "for a moment" not in estimate_text(whole)
     config = make_config(teacher__window=64)
     forecast = estimate(config, CPU)
     areas = [
         np.prod(read_image(tile.image, config.data.bands, None).shape[:2]) for tile in list_tiles(config.data, "train")
     ]
     assert forecast.temporary_bytes == pytest.approx(forecast.bytes * max(areas) / sum(areas), abs=1)
-    assert f"and {size_text(forecast.temporary_bytes)} for a moment besides" in estimate_text(forecast)
+    assert f"and {size_text(forecast.temporary_bytes)} for a moment, as the largest" in estimate_text(forecast)
     monkeypatch.setattr("kdpipe.cache.storage.local.LocalStorage.free_bytes", lambda self: forecast.bytes + 1)
     assert not estimate(config, CPU).fits
 

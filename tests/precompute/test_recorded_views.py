@@ -231,7 +231,7 @@ def test_a_dry_run_and_inspect_speak_of_views(make_views, finished_views):
     forecast = estimate(make_views(train__mosaic=0.0), CPU)
     text = estimate_text(forecast)
     assert "18 views, 0 finished, 18 to do (0.1 MP)" in text
-    assert " s a crop\n" in text
+    assert " s per crop\n" in text
     assert "(--kd online)\n" in text
     assert "whole tiles" not in text
     assert forecast.worth.views_per_sample == 1
