@@ -1,5 +1,5 @@
 """
-What does a cache of very many tiny tiles cost to open, to verify quickly and to resume, in time and in memory?
+Time and memory to open, quickly verify and resume a cache of very many tiny tiles.
 
     python tests/benchmarks/many_tiles.py /scratch/many --tiles 100000
 
@@ -40,7 +40,7 @@ OPEN = [sys.executable, "-c", "from kdpipe.cache import SoftTargetCache; SoftTar
 
 
 def lay_out(folder: Path, count: int) -> None:
-    """A config, a teacher, images and their finished cache; in a process of its own, whose memory the commands do not inherit."""
+    """Write a config, a teacher, images and their finished cache, in a separate process whose memory the commands do not inherit."""
     import numpy as np
     import torch
     import yaml
@@ -65,7 +65,7 @@ def lay_out(folder: Path, count: int) -> None:
 
 
 def write(path: str, images: dict[str, Path]) -> None:
-    """The finished cache of these images, all of one content, without a sync and without the teacher."""
+    """Write the finished cache of identical images, without a sync and without the teacher."""
     import numpy as np
 
     from kdpipe.cache import codec as values
@@ -99,7 +99,7 @@ def write(path: str, images: dict[str, Path]) -> None:
 
 
 def lose(missing: int) -> None:
-    """Take the completion away and the receipts of some tiles, evenly spread."""
+    """Remove the manifest and the receipts of some tiles, evenly spread."""
     Path("cache.zarr/manifest.json").unlink()
     tiles = sorted(Path("cache.zarr/tiles/Many").glob("*/zarr.json"))
     for receipt in tiles[:: len(tiles) // missing][:missing]:
@@ -121,7 +121,7 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def claim(folder: Path) -> TextIO:
-    """An empty folder of this run's own, and its mark, which must stay open."""
+    """Empty a folder for this run alone; returns its locked mark, which must stay open."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
     if any(folder.iterdir()) and not mark.exists():

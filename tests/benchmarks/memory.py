@@ -1,11 +1,11 @@
 """
-How much memory does stage one take, against the number of tiles and against the size of a scene that is asked in windows?
+Peak memory of stage one, by the number of tiles and by the size of a scene that is predicted in windows.
 
     python tests/benchmarks/memory.py [--json FILE]
 
 Runs `kdpipe precompute-teacher` on generated images with a small network and reports the peak of the process. A scene is one
-image that is asked with `teacher.window: 256`; a row of windows is held of it, so that width counts a little and height should not. The
-network is as sure of itself as a trained one, and differently at every pixel, so that its answers hardly compress.
+image predicted with `teacher.window: 256`; one row of windows is held at a time, so that width counts a little and height should not. The
+network is as confident as a trained one, and differently at every pixel, so that its predictions hardly compress.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from kdpipe.pipeline.models.smp import create_smp_model
 warnings.simplefilter("ignore", NotGeoreferencedWarning)
 TILES, TILE_PX = (8, 32, 128), 256
 SCENES_PX = (4096, 4096), (16384, 4096), (4096, 8192)  # height and width: the first, four times as high, twice as wide
-SURE = 100  # by which the random head's weights are multiplied
+SURE = 100  # factor on the weights of the random head
 CONFIG = {
     "name": "memory", "group": "benchmark", "seed": 1,
     "classes": {"names": ["a", "b", "c", "d", "e", "f"]},
@@ -53,7 +53,7 @@ def write_image(path: Path, height: int, width: int, seed: int) -> None:
 
 
 def peak_mb(folder: Path, count: int, height: int, width: int, window: int | None) -> float:
-    """MB of the command over `count` images in a new folder."""
+    """Peak MB of the command over `count` images in a new folder."""
     images = folder / "Scenes" / "images"
     images.mkdir(parents=True)
     for i in range(count):

@@ -99,7 +99,7 @@ class Way:
         return [(bytes(self.codec.encode(units_Chw)), units_Chw.shape) for units_Chw in chunks]
 
     def prepared(self, probs_CHW: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
-        """The integers of each chunk of a tile, as the codec gets them."""
+        """The integers of each chunk of a tile, as passed to the codec."""
         units_CHW = self.rounding(probs_CHW, self.bits, self.levels_of(len(probs_CHW)))
         chunks = [units_Chw.copy() for units_Chw in split(units_CHW, self.chunk_px)]
         for units_Chw in chunks:
@@ -225,7 +225,7 @@ def teacher_logits(config, count: int) -> Iterator[torch.Tensor]:
 
 
 def measure(predictions: Predictions, way: Way | Logits) -> Outcome:
-    """What a way costs and loses over all pixels of all tiles."""
+    """Bytes, times and errors of a way over all pixels of all tiles."""
     num_classes, pixels = predictions.probs[0].shape[0], sum(probs_CHW[0].size for probs_CHW in predictions.probs)
     size, encoding, decoding = 0, 0.0, 0.0
     largest, total, squares, gradient, signed = 0.0, 0.0, 0.0, 0.0, np.zeros(num_classes)
@@ -261,7 +261,7 @@ def measure(predictions: Predictions, way: Way | Logits) -> Outcome:
 
 
 def block_means(errors_Chw: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means over squares of `BLOCK_PX`, of whole squares alone."""
+    """Means over whole squares of `BLOCK_PX`."""
     num_classes, height, width = (
         side - side % BLOCK_PX if axis else side for axis, side in enumerate(errors_Chw.shape)
     )
@@ -270,7 +270,7 @@ def block_means(errors_Chw: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def split(tile_CHW: NDArray, chunk_px: int) -> list[NDArray]:
-    """The chunks of a tile; those at its borders are smaller here, as padding costs next to nothing."""
+    """The chunks of a tile. Those at its borders are not padded here: padding costs next to nothing."""
     _, height, width = tile_CHW.shape
     return [
         tile_CHW[:, top : top + chunk_px, left : left + chunk_px]

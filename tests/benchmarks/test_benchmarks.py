@@ -1,4 +1,4 @@
-"""The benchmarks: their table says what was missed, and each of them still runs, on the smallest data that it takes."""
+"""The table of the benchmarks names missed targets, and each benchmark runs on the smallest data it takes."""
 
 import importlib.util
 import json
@@ -79,7 +79,7 @@ def test_each_target_is_a_number_that_is_compared(bench):
 
 
 def written(folder, name, content, code=0):
-    """The commands of a benchmark that writes this, and ends with `code`."""
+    """The commands of a fake benchmark that writes `content` and exits with `code`."""
     script = folder / f"{name}.py"
     script.write_text(f"import sys\nopen(sys.argv[-1], 'w').write({json.dumps(content)!r})\nsys.exit({code})\n")
     return [["-I", "-S", str(script)]]

@@ -1,4 +1,4 @@
-"""Processes that take turns, so that a machine whose pace drifts from minute to minute slows all of them alike."""
+"""Processes take turns, so that a machine whose pace drifts from minute to minute slows all of them alike."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def in_turns(scripts: dict[str, list[str]]) -> dict[str, float]:
 
 
 def stop_here() -> None:
-    """Until the process that started this one lets it go on; called where the time begins and ends."""
+    """Stop until the parent process continues this one; called where the timed part begins and ends."""
     os.killpg(os.getpgrp(), signal.SIGSTOP)
 
 
@@ -56,7 +56,7 @@ def _take_turns(processes: dict[str, subprocess.Popen]) -> dict[str, float]:
 
 
 def _has_stopped(pid: int, wait: bool = False) -> bool:
-    """Whether a process of ours has stopped since it last went on; the benchmark ends where the process has ended."""
+    """Whether a process has stopped itself since it last continued; exits the benchmark if the process has ended."""
     found, status = os.waitpid(pid, os.WUNTRACED | (0 if wait else os.WNOHANG))
     if found and not os.WIFSTOPPED(status):
         raise SystemExit(f"a process ended with {os.waitstatus_to_exitcode(status)} before it was through")

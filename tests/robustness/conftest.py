@@ -1,4 +1,4 @@
-"""One small world for the tests of damage, crashes and repair: three tiny images, a teacher without a network, a finished cache."""
+"""The small world of the tests of damage, crashes and repair: three tiny images, a teacher without a network, a finished cache."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def teacher(monkeypatch):
 
 @pytest.fixture
 def make(make_config, teacher, tmp_path):
-    """A function from overrides to a config over the three images; without overrides its cache is `tmp_path / "cache.zarr"`."""
+    """Makes a config over the three images from overrides; by default its cache is `tmp_path / "cache.zarr"`."""
     write_tiles(tmp_path / "data")
     return lambda **overrides: make_config(
         **{"data__train": [str(tmp_path / "data/Mine")], "data__allow_missing_masks": True, **overrides}
@@ -31,7 +31,7 @@ def make(make_config, teacher, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished_world(landscape, teacher_file, tmp_path_factory):
-    """`data` and `cache.zarr` as `make` lays them out, finished, for copies."""
+    """A folder to copy: `data` and a finished `cache.zarr`, laid out as `make` expects them."""
     folder = tmp_path_factory.mktemp("world")
     write_tiles(folder / "data")
     config = tiny_config(

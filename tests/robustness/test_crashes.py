@@ -1,4 +1,4 @@
-"""Stage one killed, without power, on a full or failing disk, at every file operation: it goes on to the same bytes."""
+"""Stage one is killed, loses power, or meets a full or failing disk at every file operation: the next run ends with the same bytes."""
 
 import errno
 import shutil
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config_of(make, monkeypatch):
-    """A function from the path of a cache to its config; each shard is encoded once."""
+    """Makes the config of a cache at a path. Each shard is encoded only once."""
     encode, made = layout.encode_tile, {}
 
     def encode_once(units, tile, image, recipe, lost):
@@ -45,7 +45,7 @@ def change_an_image(tmp_path):
 
 @pytest.fixture(params=["a fresh cache", "a changed image in a finished cache"])
 def scene(request, config_of, tmp_path):
-    """What lies on the disk before a run, and every file after it where nothing disturbs it."""
+    """The disk before a run, and every file after an undisturbed one."""
     before, whole = tmp_path / "before", tmp_path / "whole"
     before.mkdir()
     if request.param != "a fresh cache":
@@ -57,12 +57,12 @@ def scene(request, config_of, tmp_path):
 
 
 def stored(folder):
-    """Every file but the note of what stage one cost, in which times are."""
+    """Every file except the record of costs, which holds times."""
     return {name: data for name, data in tree(folder).items() if not name.endswith(SUFFIX)}
 
 
 def run(disk, config_of, monkeypatch):
-    """Whether the run came to its end, and the tiles that it had promised to be on disk."""
+    """Whether the run completed, and the tiles that it had reported as stored."""
     promised, write = [], CacheWriter.write
 
     def writing(self, tile_id, *args):
@@ -80,7 +80,7 @@ def run(disk, config_of, monkeypatch):
 
 
 def assert_readable_or_unfinished(path):
-    """A manifest that is there vouches for every tile that it lists: its removal was durable before a tile was touched."""
+    """A manifest on disk vouches for every tile that it lists, because its removal is synced before a tile is touched."""
     try:
         cache = SoftTargetCache.open(str(path))
     except IncompleteCache:
@@ -109,7 +109,7 @@ def test_killed_or_without_power_at_any_file_operation_a_run_goes_on_to_the_same
             summary = precompute(config_of(place / "c.zarr"), CPU)
             assert summary.kept >= len(promised), (kind, points, disk.operations[-1:])
             left = stored(place)
-            left.pop("c.zarr.lock", None)  # beside a finished cache a dead writer's lock is of no account
+            left.pop("c.zarr.lock", None)  # a dead writer's lock does not matter
             assert left == expected, (kind, points, disk.operations[-1:])
         for place in places.values():
             shutil.rmtree(place)
@@ -149,7 +149,7 @@ def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on
 
 
 def break_once(function, error, at=1):
-    """The function, but its call number `at` raises; `False` where later calls are as usual."""
+    """The function, except that its call number `at` raises."""
     calls = []
 
     def run(*args, **kwargs):

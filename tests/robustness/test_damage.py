@@ -1,4 +1,4 @@
-"""Damage of every kind to every file of a cache: found, named, never read as numbers, and mended by computing just what is lost."""
+"""Every kind of damage to every file of a cache is found, named, never read as numbers, and repaired by computing only what is lost."""
 
 import shutil
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_tiles_in_wrong_places_are_named_refused_and_mended_alone(finished, teac
 
 @pytest.mark.parametrize("recipe", ["the same recipe", "another recipe"])
 def test_a_tile_of_another_cache_is_found_while_there_is_no_manifest(finished, teacher, tmp_path, recipe):
-    """From an image of the same size, so that sizes say nothing; the manifest would have told, but a run was killed."""
+    """The other image has the same size, so sizes do not tell; the manifest would, but a killed run left none."""
     config = finished()
     folder = Path(config.cache.path)
     overrides = {} if recipe == "the same recipe" else {"distill__temperature": 1.0}

@@ -1,4 +1,4 @@
-"""A manifest that was edited, or signed again, or comes from another cache: found, and mended without the teacher."""
+"""A manifest that was edited, signed again or taken from another cache is found, and repaired without the teacher."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ ALL = ["Mine/t0", "Mine/t1", "Mine/t2"]
 
 
 def resigned(folder, change):
-    """Edit the manifest and give it the checksum and fingerprint that its content has."""
+    """Edit the manifest, and sign it again: checksum and fingerprint match its content."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_bytes(sign(manifest))

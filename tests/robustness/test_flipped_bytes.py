@@ -1,4 +1,4 @@
-"""Every byte of a small cache flipped: found, named, and never read as other numbers."""
+"""A flipped byte anywhere in a cache is found, named, and never read as other numbers."""
 
 import shutil
 
@@ -24,7 +24,7 @@ WINDOWS = [(0, 0, 64, 40), (0, 0, 32, 32), (40, 35, 20, 5), (30, 30, 4, 4)]
 
 
 def coarse(seed):
-    """Targets of 3 classes that are the same over 8 x 8 px: their chunks take a hundred bytes each."""
+    """Targets of 3 classes, constant over 8 x 8 px, so that a chunk takes a hundred bytes."""
     return distributions(3, 8, 5, seed=seed).repeat(8, axis=1).repeat(8, axis=2)
 
 
@@ -48,13 +48,13 @@ def values(cache):
 
 
 def tile_of(file, root):
-    """The tile whose file this is, None of a group's or the manifest."""
+    """The tile that a file belongs to; None for the manifest and the metadata of groups."""
     parts = file.relative_to(root).parts
     return "/".join(parts[1:-1]) if len(parts) == 4 else None
 
 
 def reads(cache, tile, window):
-    """The numbers, or the error's message."""
+    """The window's values, or the message of the error."""
     try:
         return cache.read(tile, window)
     except CorruptCache as err:
@@ -62,7 +62,7 @@ def reads(cache, tile, window):
 
 
 def flip_bytes(small, every):
-    """How many bytes were flipped, one at a time: each `every`-th of each file, found, named and never read as other numbers."""
+    """Flip each `every`-th byte of each file, one at a time, check what is found, and return how many were flipped."""
     storage, whole = open_storage(str(small)), SoftTargetCache.open(str(small))
     right, images = values(whole), {}
     nothing = check_full(storage, whole.manifest, images)
@@ -114,7 +114,7 @@ def test_every_single_byte_flipped_is_found_named_and_never_read_as_other_number
 def test_every_byte_of_a_tile_flipped_behind_an_open_reader_gives_the_right_numbers_or_an_error(
     small, monkeypatch, remembered
 ):
-    """After the digests were compared, with the tile's index still in memory, and after it was dropped."""
+    """Digests were compared before the flip; the tile's index is still in memory, or was dropped."""
     monkeypatch.setattr(reading, "MAX_OPEN_TILES", 2 if remembered else 1)
     cache = SoftTargetCache.open(str(small))
     right = values(cache)
@@ -145,7 +145,7 @@ def test_every_byte_of_a_tile_flipped_behind_an_open_reader_gives_the_right_numb
 
 
 def test_a_tile_replaced_behind_an_open_reader_by_a_whole_one_of_another_cache_is_not_taken_for_it(tmp_path):
-    """Of the same size, with one chunk at the same place: all the checksums within it are right."""
+    """The other tile has the same size and one chunk at the same place, and all its checksums are right."""
     caches = {}
     for seed in range(100):
         path = tmp_path / f"{seed}.zarr"

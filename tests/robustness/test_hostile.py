@@ -1,4 +1,4 @@
-"""Caches and images made to harm: refused with an error of kdpipe's own, in bounded time and memory, whatever they hold."""
+"""Hostile caches and images are refused with an error of kdpipe's own, in bounded time and memory."""
 
 import hashlib
 import json
@@ -192,7 +192,7 @@ def test_a_cache_that_is_reached_through_a_link_is_read(tmp_path):
 
 
 def forged(tmp_path, change_metadata=lambda m: None, shard=None):
-    """The golden cache with another tile `Train/b.1`, for which the manifest vouches."""
+    """The golden cache with a forged tile `Train/b.1` that its manifest vouches for."""
     shutil.copytree(CACHE, tmp_path / "c")
     folder = tmp_path / "c/tiles/Train/b.1"
     metadata = json.loads((folder / METADATA_NAME).read_bytes())

@@ -1,4 +1,4 @@
-"""Config files made to harm: refused with `ConfigError`, in bounded time and memory, whatever they hold."""
+"""Hostile config files are refused with `ConfigError`, in bounded time and memory."""
 
 from pathlib import Path
 

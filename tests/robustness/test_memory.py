@@ -1,4 +1,4 @@
-"""Out of memory: whatever raises it, wherever, it ends in one paragraph with the keys to change."""
+"""Every way to run out of memory ends in one paragraph that names the keys to change."""
 
 import errno
 import os
@@ -108,7 +108,7 @@ def test_a_training_step_says_its_size_and_the_keys(cached, monkeypatch, err):
 
 
 def test_logs_that_cannot_be_closed_do_not_hide_what_ended_the_run(cached, monkeypatch):
-    """TensorBoard's writer starts a thread, for which a process without memory has none either."""
+    """TensorBoard's writer starts a thread, for which memory may be missing too."""
 
     def cannot_start(run):
         raise RuntimeError("can't start new thread")
@@ -192,7 +192,7 @@ def test_sizes_are_said_in_pixels():
 
 
 class Dying(torch.utils.data.Dataset):
-    """Samples on which a worker dies of a signal."""
+    """Samples that kill the worker that reads them with a signal."""
 
     def __init__(self, number):
         self.number = number
@@ -230,7 +230,7 @@ def test_what_a_worker_dies_of_is_said(number, message):
     ids=["numpy", "corrupt", "data"],
 )  # fmt: skip
 def test_what_a_worker_raises_is_said_without_its_traceback(raised, kind, message):
-    """`ExceptionWrapper` is how torch takes an exception from a worker to the main process."""
+    """torch passes a worker's exception to the main process as an `ExceptionWrapper`."""
     try:
         raised()
     except Exception:
@@ -249,7 +249,7 @@ def _raise(err):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_ends_with_the_paragraph_and_exit_code_1(cached, make_config, tmp_path):
-    """torch itself raises: the process may have 700 MB more, and a step of six crops of 512 px wants some GB."""
+    """torch itself raises: the process is allowed 700 MB more, and a step of six crops of 512 px needs gigabytes."""
     config = make_config(train__batch_size=6, train__crop=512)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     command = [sys.executable, "-c", LIMITED, "700", "train-student", "-c", "c.yaml", "--device", "cpu"]

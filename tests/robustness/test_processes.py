@@ -1,4 +1,4 @@
-"""Real processes on one cache: killed at random moments, two that write, and one that reads while another writes."""
+"""Real processes share one cache: they are killed at random moments, compete for the lock, or read while another writes."""
 
 import json
 import os
@@ -49,7 +49,7 @@ for line in sys.stdin:
 
 
 class Launcher:
-    """Starts the real command `kdpipe precompute-teacher -c CONFIG`, one process at a time."""
+    """Runs the real command `kdpipe precompute-teacher -c CONFIG`, one process at a time."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -61,13 +61,13 @@ class Launcher:
         return self.process.stdout.readline().strip()
 
     def start(self, config):
-        """The number of the new process."""
+        """Start a process and return its pid."""
         self.process.stdin.write(f"{config}\n")
         self.process.stdin.flush()
         return int(self._line())
 
     def end(self):
-        """How the last process ended: its exit code, or minus the signal that killed it."""
+        """Wait for the last process; returns its exit code, or minus the signal that killed it."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return int(self._line())
@@ -87,14 +87,14 @@ def launcher():
 
 @pytest.fixture
 def config_file(make_config, tmp_path):
-    """Of a cache at `cache.zarr` beside it."""
+    """A config file whose cache lies beside it, at `cache.zarr`."""
     (tmp_path / "config.yaml").write_text(dump_config(make_config()))
     return tmp_path / "config.yaml"
 
 
 @pytest.fixture
 def undisturbed(finished_cache):
-    """Every file of a cache whose run nobody disturbed."""
+    """Every file of the cache of an undisturbed run."""
     return tree(finished_cache)
 
 
@@ -103,7 +103,7 @@ def receipts(cache):
 
 
 def kill_again_and_again(launcher, config_file, expected, kills):
-    """The number of caches that were finished in spite of it."""
+    """Kill runs and start them again; returns the number of caches that were finished meanwhile."""
     cache, rng = config_file.with_name("cache.zarr"), np.random.default_rng(0)
     killed, finished, seen = 0, 0, {}
     while killed < kills or seen:
@@ -173,7 +173,7 @@ VERSIONS = 2
 
 
 def image(tile, version):
-    """The content of a stand-in for a source image, of which there are two versions."""
+    """Digest of a stand-in for a source image, in one of two versions."""
     return ImageDigest(size_bytes=version + 1, sha256=f"{version}" * 64)
 
 
@@ -182,7 +182,7 @@ def targets(tile, version):
 
 
 def write_version(path, version, tiles):
-    """As stage one does where images have changed: completion is taken back first, and declared last."""
+    """Write tiles in the order of stage one: completion is withdrawn first and declared last."""
     with open_writer(open_storage(path), RECIPE, device="cpu", libraries={}) as writer:
         writer.begin()
         writer.finish([writer.write(tile, targets(tile, version), image(tile, version)) for tile in tiles])
@@ -201,7 +201,7 @@ while not Path(sys.argv[2]).exists():
 
 
 def test_readers_beside_a_writer_get_whole_tiles_of_the_opened_manifest_or_a_clear_error(tmp_path):
-    """One that opens the cache again and again, and one that keeps it open while its tiles are replaced."""
+    """One reader opens the cache again and again, the other keeps it open while its tiles are replaced."""
     path, stop = str(tmp_path / "c.zarr"), tmp_path / "stop"
     write_version(path, 0, list(TILES))
     right = {}
@@ -259,7 +259,7 @@ def test_readers_beside_a_writer_get_whole_tiles_of_the_opened_manifest_or_a_cle
 
 
 def test_a_reader_whose_cache_is_written_again_is_told_what_happened(tmp_path):
-    """First while that goes on, then once it is done: of the tile that was rewritten, known or not; the others are read."""
+    """Both during the rewrite and after it, only the rewritten tile is refused; the others are read."""
     path = str(tmp_path / "c.zarr")
     write_version(path, 0, list(TILES))
     cache = SoftTargetCache.open(path)

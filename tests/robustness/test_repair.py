@@ -48,7 +48,7 @@ def test_a_lost_manifest_and_a_flipped_bit_cost_one_tile(finished, teacher, tmp_
 
 
 def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_made(finished, tmp_path):
-    """Both files are small and lie at the top: all that was paid for would go with them."""
+    """Both files are small and lie at the top, and without this everything paid for would be lost with them."""
     folder = tmp_path / "cache.zarr"
     before = tree(folder)
     flip(folder / "manifest.json")
@@ -63,7 +63,7 @@ def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_ma
 
 
 def test_repair_does_not_take_a_cache_of_another_recipe_for_a_damaged_one(finished, tmp_path):
-    """Not even where the manifest says so: the tiles vouch for the topmost group that is there."""
+    """The tiles vouch for the topmost group, whatever the manifest says."""
     folder = tmp_path / "cache.zarr"
     other = finished(distill__temperature=1.0, cache__path=str(tmp_path / "other.zarr"))
     precompute(other, CPU)

@@ -1,4 +1,4 @@
-"""What determines the values is in the fingerprint, and nothing else is; what changed is named, what does not matter is let be."""
+"""The fingerprint covers whatever determines the values, and nothing else; a change is named, and what does not matter is accepted."""
 
 import os
 import shutil
@@ -125,7 +125,7 @@ FREE_WITH_LOGITS = {"classes.names", "class_map", "distill.temperature"}
 
 
 def leaves(model, prefix=""):
-    """Every key of a section that holds a value, dotted; where a value or a section may stand, both."""
+    """Every dotted key that holds a value; both forms of a key that takes a value or a section."""
     for name, field in model.model_fields.items():
         kinds = members(field.annotation)
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -176,7 +176,7 @@ def data(landscape, teacher_file, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def hash_each_checkpoint_once(monkeypatch):
-    """Some 80 configs over the same 26 MB of weights."""
+    """Some 80 configs share the same 26 MB of weights."""
     monkeypatch.setattr(recipes, "file_sha256", cache(recipes.file_sha256))
 
 
@@ -188,7 +188,7 @@ def raw(make_config, data):
 
 
 def changed(raw, key, value, data):
-    """The config with another value under a dotted key; `{data}` stands for the folder of the data."""
+    """The config with another value for a dotted key; `{data}` stands for the folder of the data."""
 
     def place(value):
         if isinstance(value, list):
@@ -325,7 +325,7 @@ def test_an_image_touched_or_copied_without_a_change_is_not_stale(own_images):
 
 
 def test_an_image_changed_behind_the_clock_is_found_by_full_alone(own_images):
-    """Same size, older than its tile: `quick` takes it for unchanged, as make would; only reading it all tells."""
+    """An image of the same size that is older than its tile: `quick` takes it for unchanged, as make would; only `full` reads it."""
     config, images = own_images
     other_pixels(images[0], 0)
     assert found(config, "quick") == set()
