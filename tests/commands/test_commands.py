@@ -1,5 +1,6 @@
 """The commands as users meet them: order and speed of the help, options, one-paragraph errors, exit codes."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,9 @@ from helpers.commands import run_command
 
 from kdpipe.configs import dump_config
 from kdpipe.data.landscape.labels import write_sample_data
+from kdpipe.pipeline.commands.actions import setup
 from kdpipe.pipeline.commands.main import cli
+from kdpipe.pipeline.demo import STUDENTS
 
 
 def run_process(*arguments, cwd=None):
@@ -120,6 +123,9 @@ def test_a_command_that_computes_nothing_imports_nothing_to_compute_with(command
         (["train-student", "-c", "demo", "--kd", "offline"], 2, "'offline' is not one of"),
         (["verify-cache", "-c", "demo", "--level", "deep"], 2, "'deep' is not one of"),
         (["precompute-teacher", "-c", "demo", "--device", "nonsense"], 2, "--device nonsense cannot be used here"),
+        (["precompute-teacher", "-c", "demo", "--dry-run", "--workers", "2"], 2, "exclude each other"),
+        (["evaluate", "best.ckpt", "--set", "train.epochs=2"], 2, "--set overrides a key of -c CONFIG"),
+        (["inspect", "best.ckpt", "--set", "train.epochs=2"], 2, "--set overrides a key of --diff CONFIG"),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )
@@ -152,14 +158,27 @@ def test_version_is_the_packages():
 
 def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(write_sample_data.__kwdefaults__, "side", (65, 110))  # a tenth of the pixels to draw
-    done = run_command("sample-data", "land", cwd=tmp_path)
+    done = run_command("sample-data", "land", "--json", "land.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "land.json").read_text())["tiles"]["Train"] == 24
     assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 24
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.txt").write_text("mine")
     done = run_command("sample-data", "mine", cwd=tmp_path)
     assert done.returncode == 2
     assert (tmp_path / "mine" / "photo.txt").read_text() == "mine"
+
+
+def test_the_json_of_the_demo_holds_the_results_of_both_students(tmp_path, monkeypatch):
+    def run_demo(out, progress):
+        for label in STUDENTS:
+            (out / f"{label}.json").write_text(json.dumps({"best_miou": len(label)}))
+        yield "shown"
+
+    monkeypatch.setattr(setup, "run_demo", run_demo)
+    done = run_command("demo", "--out", ".", "--json", "demo.json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "shown\n")
+    assert json.loads((tmp_path / "demo.json").read_text()) == {"with": {"best_miou": 4}, "without": {"best_miou": 7}}
 
 
 def test_a_cache_inside_a_package_is_refused(landscape, tmp_path):
