@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "autodoc_names",
+    "forge_pages",
     "mathml",
 ]
 exclude_patterns = ["_*"]

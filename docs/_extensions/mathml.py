@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: docutils' converter, where Sphinx's own renderers want MathJax or LaTeX."""
+"""Formulas as MathML by docutils' converter: browsers draw it by themselves; Sphinx's renderers need MathJax or LaTeX."""
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml

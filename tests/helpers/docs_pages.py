@@ -15,7 +15,7 @@ from kdpipe.configs import Config, load_config, parse_config
 from kdpipe.pipeline.commands.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-FRAME = re.compile(r"```{include} (\S+)\n```\n")  # a page of the site that is a file elsewhere
+FRAME = re.compile(r"\[[^\]]+\]\(([^)\s]+\.md)\)\n")  # a page that is a link alone shows another file on the site
 PAGES = ["README.md", "CHANGELOG.md", "cache/FORMAT.md"] + sorted(
     f"docs/{path.name}"
     for path in (ROOT / "docs").glob("*.md")
