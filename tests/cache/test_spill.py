@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import golden_cache
-from helpers.crash_disk import Disk, Killed, full
+from helpers.crash_disk import Disk, Killed, full, state_of
 from helpers.files import tree
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, tile
@@ -178,7 +178,7 @@ def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_t
 ):
     store_scene(tmp_path / "whole/c.zarr")
     expected, rng = tree(tmp_path / "whole"), np.random.default_rng(0)
-    points, done = 0, False
+    points, done, seen = 0, False, set()
     while not done:
         (tmp_path / "disk").mkdir()
         disk = Disk(tmp_path / "disk", kill_at=points, torn=torn)
@@ -192,9 +192,12 @@ def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_t
         disk.after_power_loss(places["least"])
         disk.after_power_loss(places["some"], rng)
         for kind, place in places.items():
-            if torn and not done and [what for what, _ in disk.operations[-1:]] != ["write"]:
+            state = state_of(place)
+            as_between = torn and disk.operations and disk.operations[-1][0] != "write"
+            if not done and (state in seen or as_between):
                 shutil.rmtree(place)
-                continue  # the same as without torn writes
+                continue
+            seen.add(state)
             tile = {name: data for name, data in tree(place).items() if "/T/a/" in name}
             if "c.zarr/tiles/T/a/zarr.json" in tile:  # the receipt
                 assert tile.items() <= expected.items(), (kind, points)
@@ -215,7 +218,7 @@ def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_t
 def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on(tmp_path, monkeypatch, kind):
     store_scene(tmp_path / "whole/c.zarr")
     expected = tree(tmp_path / "whole")
-    point, reported, done = 0, 0, False
+    point, reported, done, seen = 0, 0, False, set()
     while not done:
         (tmp_path / "disk").mkdir()
         failure = full() if kind == "full" else OSError(errno.EIO, "Input/output error")
@@ -233,8 +236,11 @@ def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on
             assert "Input/output error" in str(err)
             reported += 1
         done = point >= len(disk.operations)
-        store_scene(disk.root / "c.zarr")
-        assert left_in(disk.root) == expected, (point, disk.operations[point : point + 1])
+        state = state_of(disk.root)
+        if state not in seen:
+            seen.add(state)
+            store_scene(disk.root / "c.zarr")
+            assert left_in(disk.root) == expected, (point, disk.operations[point : point + 1])
         shutil.rmtree(disk.root)
         point += 1
     assert reported > 20

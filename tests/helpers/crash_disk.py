@@ -1,16 +1,16 @@
 """
-A disk on which every file operation can be the last one, or the one that fails, and that knows what a power cut would leave.
+A disk on which every file operation can be the last one, or fail, and which knows what is left after a power cut.
 
-Below `root` each operation of Python's `open`, `write`, `fsync`, `replace`, `unlink`, `mkdir`, `rmdir`, `scandir` and
-`listdir` is counted. What is durable is modelled apart from the real disk, by the least that POSIX promises: a file's bytes
-once it was synced, a name in
-a folder (new, renamed or deleted) once the folder was. A rename is atomic.
+Below `root`, each operation of Python's `open`, `write`, `fsync`, `replace`, `unlink`, `mkdir`, `rmdir`, `scandir` and `listdir`
+is counted. What is durable is modelled apart from the real disk, as the least that POSIX promises: a file's bytes once it was
+synced, and a name in a folder (new, renamed or deleted) once the folder was. A rename is atomic.
 """
 
 import contextlib
 import errno
 import io
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -18,13 +18,13 @@ ALLOCATING = {"open for writing", "write", "sync", "mkdir"}
 
 
 class Killed(BaseException):
-    """What a thread meets when its process is killed."""
+    """Raised in a thread whose process is killed."""
 
 
 class File:
     def __init__(self, content=b"", written_ns=None):
         self.content = self.durable = content
-        self.written_ns = written_ns  # of what was there before: whether an image is newer than its tile depends on it
+        self.written_ns = written_ns  # kept, as an image may be newer than its tile
 
     def sync(self):
         self.durable = self.content
@@ -39,7 +39,7 @@ class Folder:
 
 
 class Disk:
-    """`kill_at`: the number of the operation before which the process dies; `fail_at`: that at which `failure` is raised."""
+    """`kill_at`: the number of the operation before which the process dies; `fail_at`: that of the one that raises `failure`."""
 
     def __init__(self, root, *, kill_at=None, torn=False, fail_at=None, failure=None, lasting=False):
         self.root = Path(root)
@@ -63,7 +63,7 @@ class Disk:
 
     @contextlib.contextmanager
     def installed(self, monkeypatch):
-        """The process dies, or is over, where the block ends: what it had opened is closed."""
+        """Count operations in the block; at its end the process is over, and its files are closed."""
         with monkeypatch.context() as patch:
             patch.setattr(io, "open", self._hook("open", io.open))
             for name in ("open", "fsync", "replace", "unlink", "mkdir", "rmdir", "scandir", "listdir"):
@@ -76,7 +76,7 @@ class Disk:
                         file.close()
 
     def after_power_loss(self, folder, rng=None):
-        """Lay out what is left: without `rng` the least, with it any of what a disk may have kept beyond that."""
+        """Write what is left into `folder`: the least, or with `rng` at random some of what the disk may have kept beyond that."""
         self._lay_out(self._top, Path(folder), rng)
 
     def _lay_out(self, node, path, rng):
@@ -93,7 +93,7 @@ class Disk:
                 self._lay_out(kept, path / name, rng)
 
     def _step(self, what, path):
-        """Count an operation; raises what befalls it. Returns whether it is torn: done by half before the process dies."""
+        """Count an operation, and raise if it is killed or fails; returns whether only half of it is done before a kill."""
         number = len(self.operations)
         if self.kill_at is not None and number >= self.kill_at:
             if number == self.kill_at and self.torn and what == "write":
@@ -151,7 +151,7 @@ class Disk:
         file = real(path, mode, *args, **kwargs)
         if not writing:
             return file
-        nameless = Path(path).is_dir()  # a temporary file, which no folder has
+        nameless = Path(path).is_dir()  # a temporary file that is in no folder
         node = File() if nameless else self._parent(path).entries.setdefault(Path(path).name, File())
         if "w" in mode:
             node.content = b""
@@ -185,6 +185,16 @@ class _Writing:
 
     def __exit__(self, *error):
         self._file.close()
+
+
+def state_of(folder):
+    """The content of a folder, equal for two folders that a run finds alike: random names and lock holders are left out."""
+    found = set()
+    for path in Path(folder).rglob("*"):
+        content = path.read_bytes() if path.is_file() else None
+        name = re.sub("[0-9a-f]{32}", "*", str(path.relative_to(folder)))
+        found.add((name, len(content) if name.endswith(".lock") else content))
+    return frozenset(found)
 
 
 def full():
