@@ -59,7 +59,7 @@ def sampled_bands(path: Path, bands: Sequence[int], at_most: int) -> list[NDArra
     """
     values_BHW, nodata_BHW = read_bands(path, bands)
     rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], at_most)
-    grid = np.ix_(range(len(bands)), rows, columns)
+    grid = np.ix_(np.arange(len(bands)), rows, columns)
     values, usable = values_BHW[grid].astype(np.float64), ~nodata_BHW[grid]
     return [band[np.isfinite(band) & kept] for band, kept in zip(values, usable, strict=True)]
 
