@@ -19,7 +19,7 @@ def trained(landscape, teacher_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        config = tiny_config(landscape, teacher_file, folder)
+        config = tiny_config(landscape, teacher_file, folder, train__epochs=1, train__max_steps=2)
         precompute(config, CPU)
         train(config, CPU)
         train(with_mode(config, "none"), CPU)
