@@ -146,6 +146,12 @@ def test_commands_options_and_files_named_in_prose_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_files_of_the_repository_named_on_a_page_exist(page):
+    for path in re.findall(r"\b(?:tests|pipeline|cache|configs)/[\w/]+\.(?:py|md|yaml)\b", page_text(page)):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page):
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page_text(page)):
         path, _, anchor = link.partition("#")
