@@ -75,23 +75,15 @@ def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Sourc
     """Findings from names, sizes and times alone: missing and extra tiles, missing files, changed images. Reads no pixel."""
     findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
     info = storage.infos()
-    for path in manifest.groups:
-        name = _group_file(path)
-        if info(name) is None:
-            findings.append(Finding("damaged-group", None, f"{name} is missing or not what was written"))
+    findings += [_damaged_group(path) for path in manifest.groups if info(_group_file(path)) is None]
     for record in manifest.tiles:
         path = tile.tile_path(record.id)
         shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
         if shard is None or receipt is None:
             findings.append(Finding("damaged-tile", record.id, f"a file of {path} is missing"))
         elif shard.size != record.shard_bytes:
-            findings.append(
-                Finding(
-                    "damaged-tile",
-                    record.id,
-                    f"{path}/{tile.SHARD_NAME} has {shard.size} bytes, not {record.shard_bytes}",
-                )
-            )
+            size = f"{path}/{tile.SHARD_NAME} has {shard.size} bytes, not {record.shard_bytes}"
+            findings.append(Finding("damaged-tile", record.id, size))
         findings += _check_image(record, images, receipt and receipt.modified, by_content=False)
     return findings
 
@@ -111,7 +103,7 @@ def check_full(
         written = tile.sha256(tile.group_metadata(path, manifest.recipe))
         is_known = manifest.format_version == manifest.recipe.format_version and not edited
         if not _is_intact(storage, manifest, path) or (is_known and manifest.groups[path] != written):
-            findings.append(Finding("damaged-group", None, f"{_group_file(path)} is missing or not what was written"))
+            findings.append(_damaged_group(path))
 
     def check(record: TileRecord) -> list[Finding]:
         found = _check_content(storage, manifest.recipe, record) + _check_image(record, images, None, by_content=True)
@@ -123,6 +115,10 @@ def check_full(
             findings += found
     findings += _check_strays(storage, manifest)
     return findings
+
+
+def _damaged_group(path: str) -> Finding:
+    return Finding("damaged-group", None, f"{_group_file(path)} is missing or not what was written")
 
 
 def _group_file(path: str) -> str:
@@ -177,11 +173,8 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
         return [Finding("damaged-tile", record.id, str(err))]
     receipt = tile.parse_receipt(metadata, record.id, recipe.digest())
     if receipt != record:
-        return [
-            Finding(
-                "foreign-tile", record.id, "its metadata belongs to another tile, or to a tile made by another recipe"
-            )
-        ]
+        foreign = "its metadata belongs to another tile, or to a tile made by another recipe"
+        return [Finding("foreign-tile", record.id, foreign)]
     try:
         shard = open_tile(recipe, record, metadata, in_memory(file))
         if not isinstance(recipe, LogitsRecipe):

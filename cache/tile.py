@@ -114,10 +114,11 @@ def encode_receipt(
 ) -> tuple[bytes, TileRecord]:
     """The bytes of a tile's metadata, and its record; `units` are integers as in `encode_tile`, or a shard from `encode_bands`."""
     num_classes, height, width = units.shape
+    recipe_sha256 = recipe.digest()
     metadata = json.loads(_array_metadata((num_classes, height, width), units.dtype.str, _chunk_px(height, width)))
     receipt = {
         "tile": tile_id,
-        "recipe_sha256": recipe.digest(),
+        "recipe_sha256": recipe_sha256,
         "image": asdict(image),
         "shard_bytes": shard_bytes,
         "shard_sha256": shard_sha256,
@@ -128,7 +129,7 @@ def encode_receipt(
     metadata["attributes"] = {ATTRIBUTE: receipt}
     receipt[SEAL] = sha256(canonical(metadata))
     metadata_bytes = canonical(metadata)
-    record = parse_receipt(metadata_bytes, tile_id, receipt["recipe_sha256"])
+    record = parse_receipt(metadata_bytes, tile_id, recipe_sha256)
     assert record is not None, receipt
     return metadata_bytes, record
 

@@ -22,6 +22,7 @@ RECIPE = Recipe(
 
 
 def distributions(num_classes, height, width, seed=0, sharpness=3.0):
+    """Random soft targets, float32 `(C, H, W)`."""
     z = np.random.default_rng(seed).standard_normal((num_classes, height, width)) * sharpness
     e = np.exp(z - z.max(axis=0))
     return (e / e.sum(axis=0)).astype(np.float32)
@@ -31,6 +32,7 @@ SIZES = {"Train/a": (70, 41), "Train/b": (70, 41), "Other/c": (1, 1), "Other/d":
 
 
 def fill(path, images, tiles=None, recipe=RECIPE, finish=True):
+    """Write the tiles of `SIZES` that are missing, or only `tiles`, and complete the cache; returns its storage."""
     storage = open_storage(str(path))
     with open_writer(storage, recipe, device="cpu", libraries={"numpy": "1"}) as writer:
         writer.begin()
@@ -45,7 +47,7 @@ def fill(path, images, tiles=None, recipe=RECIPE, finish=True):
 
 
 def sign(content):
-    """The bytes of a manifest with the fingerprint and checksum that its content has, by the page."""
+    """The bytes of a manifest whose fingerprint and checksum fit its content, as FORMAT.md says."""
 
     def digest(value):
         return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

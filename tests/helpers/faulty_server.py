@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that does to chosen requests what networks do; between s3fs and moto's server in the tests."""
+"""An HTTP proxy on loopback, between s3fs and moto's server, that makes chosen requests fail as networks do."""
 
 import http.client
 import socket
@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SLOW_SECONDS = 1.5  # longer than what the tests set as the time for an answer
+SLOW_SECONDS = 1.5  # longer than the read timeout that the tests set
 HOP = {"connection", "transfer-encoding", "keep-alive", "expect"}
 ERROR = (
     b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>%s</Code><Message>made by the test</Message>"
@@ -18,22 +18,22 @@ ERROR = (
 
 class FaultyServer:
     """
-    Forwards to `upstream` (a port), except for requests of which `fault(method, path)` says otherwise:
+    Forwards to the port `upstream`, except for requests for which `fault(method, path)` returns one of:
 
-    "500", "503": answered so, not forwarded. "cut upload": half of the body is read, then the connection is reset.
-    "lost": forwarded, and reset instead of an answer. "cut": half of the answer's body is sent. "slow": answered too late.
-    "denied": 403.
+    "500", "503", "denied" (403): this response, and nothing is forwarded. "cut upload": half of the body is read, then the
+    connection is reset. "lost": forwarded, and reset instead of a response. "cut": half of the response's body is sent.
+    "slow": the response is late.
     """
 
     def __init__(self, upstream: int):
         self.fault = lambda method, path: None
-        self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the answer's body
+        self.requests: list[tuple[str, str, int]] = []  # method, path, bytes of the response's body
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             timeout = 30
-            disable_nagle_algorithm = True  # else each answer's body waits 40 ms for its head to be acknowledged
+            disable_nagle_algorithm = True  # otherwise each body waits 40 ms for the acknowledgement of its head
 
             def log_message(self, *args):
                 pass
@@ -90,7 +90,7 @@ class FaultyServer:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
-            handle_error = lambda *args: None  # noqa: E731  a client that gave up is no news
+            handle_error = lambda *args: None  # noqa: E731  clients give up
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
@@ -98,7 +98,7 @@ class FaultyServer:
         self._thread.start()
 
     def count(self) -> Counter:
-        """Requests since the last call, by method."""
+        """The number of requests since the last call, by method."""
         counted = Counter(method for method, _, _ in self.requests)
         self.requests.clear()
         return counted
@@ -111,7 +111,7 @@ class FaultyServer:
 
 
 def every(n: int, kinds: list[str]):
-    """A fault for each `n`-th request, of each kind in turn."""
+    """A fault function that fails every `n`-th request, with each kind in turn."""
     lock, seen = threading.Lock(), [0]
 
     def fault(method: str, path: str):
