@@ -245,7 +245,7 @@ def test_a_dry_run_and_inspect_speak_of_views(make_views, finished_views):
     [
         (
             {"cache__views": None},
-            r"distill\.teacher_view: crop needs cache\.views, how many augmented crops of each tile",
+            r"distill\.teacher_view: crop needs cache\.views, the number of augmented crops of each tile",
         ),
         (
             {"distill__teacher_view": "tile"},
