@@ -1,6 +1,7 @@
 """Probabilities become integers that sum exactly to the levels, within the error that their bits promise."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from helpers.caches import distributions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdpipe.cache.encoding import steady_rounding
 from kdpipe.cache.encoding.simplex import (
     FLOAT32_SLACK,
     decode,
@@ -72,12 +74,13 @@ def test_levels_are_the_fewest_that_keep_the_bound_of_the_bits(bits, num_classes
         assert error_bound(levels, num_classes) - FLOAT32_SLACK <= promised * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("rounded", [partial(encode, levels=170), partial(steady_rounding.encode, bits=8, levels=170)])
 @pytest.mark.parametrize("bad", [np.nan, -0.5, 0.9])
-def test_values_that_are_not_a_distribution_are_refused(bad):
+def test_values_that_are_not_a_distribution_are_refused(rounded, bad):
     probs = distributions(3, 4, 5)
     probs[1, 2, 3] = bad
     with pytest.raises(ValueError, match="must be distributions over axis 0"):
-        encode(probs, 255)
+        rounded(probs)
 
 
 def entropy_lost(probs, decoded):
