@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from helpers.dubai import link_tiles
+from helpers.reference_teacher import teacher_logits
 from helpers.scored_tiles import numpy_iou, random_tile, stub, write_tile
 from PIL import Image
 from torch.nn import functional as F
@@ -67,17 +69,12 @@ def test_it_agrees_with_the_validation_of_the_training_that_wrote_the_checkpoint
 
 
 def test_the_teacher_is_scored_as_mapped_at_t_1_whatever_the_configs_temperature(make_config, landscape, teacher_file):
-    model = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8)
-    model.load_state_dict(torch.load(teacher_file, weights_only=True))
-    model.eval()
     config = make_config()
     shares = torch.from_numpy(config.class_map_matrix())
     predicted, masks = [], []
     for image, mask in read_root(landscape / "Val"):
-        with torch.inference_mode():
-            logits = model(padded(torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)[None]))[0]
-        probs = torch.einsum("thw,ts->shw", logits.softmax(dim=0), shares)
-        predicted.append(probs.argmax(dim=0).numpy()[: mask.shape[0], : mask.shape[1]])
+        probs = torch.einsum("thw,ts->shw", teacher_logits(teacher_file, image).softmax(dim=0), shares)
+        predicted.append(probs.argmax(dim=0).numpy())
         masks.append(mask)
     expected = numpy_iou(predicted, masks)
     for temperature in (1.0, 4.0):
@@ -209,12 +206,9 @@ def test_the_real_teacher_scores_as_in_ten_lines_of_numpy(dubai, tmp_path, monke
     network = smp.Unet("efficientnet-b4", encoder_weights=None, classes=8)
     network.load_state_dict(torch.load(checkpoint, weights_only=True))
     network.eval()
-    predicted, masks = [], []
-    for stem in ("t2_001", "t6_001"):
-        for kind in ("images", "masks"):
-            source = next((dubai / "data" / "dubai" / "Val" / kind).glob(f"{stem}.*"))
-            (tmp_path / "Val" / kind).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "Val" / kind / source.name).symlink_to(source)
+    stems, predicted, masks = ("t2_001", "t6_001"), [], []
+    link_tiles(dubai, tmp_path, "Val", stems)
+    for stem in stems:
         # Decoders of JPEG differ: Pillow's gives Forest 0.1 points more here.
         image = read_image(tmp_path / "Val" / "images" / f"{stem}.jpg")
         masks.append(np.asarray(Image.open(tmp_path / "Val" / "masks" / f"{stem}.png")))

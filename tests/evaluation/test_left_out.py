@@ -72,38 +72,31 @@ def test_tiles_that_the_student_was_trained_on_are_said_to_be_so(make_config):
     assert text_of(result).count("the student was trained on some of these tiles") == 2  # that root, and all together
 
 
-@pytest.mark.parametrize("case", ["no labels", "no masks", "sizes", "missing", "twice", "none", "nan"])
-def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, case):
-    config = make_config()
-    root = tmp_path / "A"
+def same(labels):
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("labels_of", "roots", "probability", "error", "message"),
+    [
+        (lambda labels: np.full_like(labels, 255), ["A"], 0.9, DataError,
+         "A has nothing to score in its 1 tiles with a mask: Background absent from the labels, Forest"),
+        (lambda labels: None, ["A"], 0.9, DataError,
+         "none of the 1 images of .*A has a mask: scores need .*A/masks, with masks named like the images"),
+        (lambda labels: labels[:-1], ["A"], 0.9, DataError,
+         r"the mask .*t\.png is 39 x 53 px, but its image .*t\.png is 40 x 53"),
+        (same, ["C"], 0.9, DataError, "there is no folder .*C, which data names as a root of tiles"),
+        (same, ["A", "B/../A"], 0.9, ConfigError, "A is given twice: its tiles would count twice"),
+        (same, [], 0.9, ConfigError, "nothing to evaluate on: name a ROOT, .*, as data.val names none"),
+        (same, ["A"], np.nan, KdpipeError, "a stub predicts A/t with numbers that are not finite"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, labels_of, roots, probability, error, message):
     predicted, labels = random_tile(1)
-    roots = [str(root)]
-    model = stub(config)
-    error = DataError
-    if case == "no labels":
-        write_tile(root, "t", predicted, np.full_like(labels, 255))
-        message = r"A has nothing to score in its 1 tiles with a mask: Background absent from the labels, Forest"
-    elif case == "no masks":
-        write_tile(root, "t", predicted, None)
-        message = r"none of the 1 images of .*A has a mask: scores need .*A/masks, with masks named like the images"
-    elif case == "sizes":
-        write_tile(root, "t", predicted, labels[:-1])
-        message = r"the mask .*t\.png is 39 x 53 px, but its image .*t\.png is 40 x 53"
-    elif case == "missing":
-        message = "there is no folder .*A, which data names as a root of tiles"
-    elif case == "twice":
-        write_tile(root, "t", predicted, labels)
-        roots = [str(root), f"{tmp_path}/B/../A"]
-        error, message = ConfigError, "A is given twice: its tiles would count twice"
-    elif case == "none":
-        roots, model = [], stub(make_config(data__val=[]))
-        error, message = ConfigError, "nothing to evaluate on: name a ROOT, .*, as data.val names none"
-    else:
-        write_tile(root, "t", predicted, labels)
-        model = stub(config, probability=np.nan)
-        error, message = KdpipeError, "a stub predicts A/t with numbers that are not finite"
+    write_tile(tmp_path / "A", "t", predicted, labels_of(labels))
+    model = stub(make_config(data__val=[]), probability=probability)
     with pytest.raises(error, match=message):
-        evaluate(model, roots)
+        evaluate(model, [f"{tmp_path}/{root}" for root in roots])
 
 
 def test_an_image_that_is_cut_off_is_an_error_that_names_it(make_config, tmp_path):

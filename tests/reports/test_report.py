@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.reference_teacher import teacher_logits
 from PIL import Image
 
 from kdpipe.cache import SoftTargetCache
@@ -19,7 +20,6 @@ from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model
-from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.pictures import RIGHT, UNJUDGED, WRONG, colours, paint_classes
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.reports.html.charts import (
@@ -95,13 +95,7 @@ def test_validation_tiles_have_a_target_where_the_teacher_predicts_them(inside):
     assert "soft target" not in without.tiles[0].layers
     assert "Validation tiles have no soft target here" in without.notes[0]
     assert live.notes == []
-    teacher = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
-    teacher.load_state_dict(torch.load(inside.teacher.checkpoint, weights_only=True))
-    image = read_image(list_tiles(inside.data, "val")[0].image)
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
-    with torch.no_grad():
-        logits = teacher(torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255)[0, :, :height, :width]
+    logits = teacher_logits(inside.teacher.checkpoint, read_image(list_tiles(inside.data, "val")[0].image))
     assert inside.distill.temperature == 2
     target = torch.softmax(logits / 2, dim=0).permute(1, 2, 0).numpy() @ inside.class_map_matrix()
     entropy = -(target * np.log(target)).sum(axis=2).mean()

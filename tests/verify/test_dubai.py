@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.dubai import link_tiles
 from PIL import Image
 
 from kdpipe.configs import load_config
@@ -23,11 +24,7 @@ def few_tiles(dubai, tmp_path_factory):
     """Links to a few of the real tiles, so that the real teacher can be run many times."""
     root = tmp_path_factory.mktemp("dubai")
     for split, stems in (("Train", TRAIN), ("Val", VAL)):
-        for kind in ("images", "masks"):
-            (root / split / kind).mkdir(parents=True)
-            for stem in stems:
-                source = next((dubai / "data" / "dubai" / split / kind).glob(f"{stem}.*"))
-                (root / split / kind / source.name).symlink_to(source)
+        link_tiles(dubai, root, split, stems)
     return root
 
 

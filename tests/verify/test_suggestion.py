@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 import yaml
 from helpers.commands import run_command
+from helpers.dubai import link_tiles
+from helpers.reference_teacher import teacher_logits
 from PIL import Image
 from rich.console import Console
 
@@ -50,15 +51,9 @@ def test_counts_are_those_of_numpy_over_labelled_pixels(make_config, landscape, 
     Image.fromarray(mask).save(tiles[0].mask)
     suggestion = suggest_map(config, CPU)
 
-    teacher = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8).eval()
-    teacher.load_state_dict(torch.load(teacher_file, weights_only=True))
     expected = np.zeros((6, 8), dtype=int)
     for tile in list_tiles(config.data, "train"):
-        pixels = read_image(tile.image)
-        height, width = pixels.shape[:2]
-        padded = np.pad(pixels, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
-        with torch.no_grad():
-            logits = teacher(torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255)[0, :, :height, :width]
+        logits = teacher_logits(teacher_file, read_image(tile.image))
         labels = np.array(Image.open(tile.mask))
         np.add.at(expected, (labels[labels != 255], logits.argmax(dim=0).numpy()[labels != 255]), 1)
     found = np.array([list(row.counts.values()) for row in suggestion.rows]).T
@@ -193,12 +188,7 @@ def test_the_command_prints_the_section_and_writes_json(make_config, tmp_path):
 
 
 def test_the_labels_suggest_the_real_map(dubai, tmp_path):
-    root = tmp_path / "Train"
-    for kind in ("images", "masks"):
-        (root / kind).mkdir(parents=True)
-        for stem in ("t1_002", "t1_006"):
-            source = next((dubai / "data" / "dubai" / "Train" / kind).glob(f"{stem}.*"))
-            (root / kind / source.name).symlink_to(source)
+    root = link_tiles(dubai, tmp_path, "Train", ("t1_002", "t1_006"))
     checkpoint = dubai / "pretrain_weights" / "u-efficientnet-b4_s0_CELoss_pretrained.pth"
     config = load_config(
         "dubai/linknet_kd", [f"data.train=[{root}]", "data.val=[]", f"teacher.checkpoint={checkpoint}"]

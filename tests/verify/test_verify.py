@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers.commands import run_command
 from helpers.files import write_image
+from helpers.reference_teacher import teacher_logits
 from PIL import Image
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.verify.gate import sampled_tiles, verify
@@ -39,14 +39,7 @@ def test_parity_measures_what_numpy_measures(cached):
     cache = SoftTargetCache.open(cached.cache.path)
     for row in report.parity:
         image = next(tile.image for tile in list_tiles(cached.data, "train") if tile.id == row.tile)
-        model = torch.load(cached.teacher.checkpoint, weights_only=True)
-        teacher = create_smp_model("unet", "mobilenet_v2", 8, key="teacher").eval()
-        teacher.load_state_dict(model)
-        pixels = read_image(image)
-        height, width = pixels.shape[:2]
-        padded = np.pad(pixels, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
-        with torch.no_grad():
-            logits = teacher(torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255)[0, :, :height, :width]
+        logits = teacher_logits(cached.teacher.checkpoint, read_image(image))
         probs = torch.softmax(logits / 2, dim=0).permute(1, 2, 0).numpy() @ cached.class_map_matrix()
         difference = np.abs(probs.transpose(2, 0, 1) - cache.read(row.tile))
         assert row.max_abs.value == pytest.approx(difference.max(), abs=1e-5)
