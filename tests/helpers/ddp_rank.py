@@ -1,4 +1,4 @@
-"""One of two processes that train one student; `python ddp_rank.py RANK PORT FOLDER` writes what it found into FOLDER."""
+"""One of two processes that train a student together; `python ddp_rank.py RANK PORT FOLDER` writes its results into FOLDER."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ SIDE, CLASSES = 24, 6
 
 
 def case_batch(name):
-    """A batch of four samples, of which rank 0 has the first two."""
+    """A batch of four samples; rank 0 has the first two."""
     g = torch.Generator().manual_seed(CASES.index(name))
     images = torch.randn(4, 3, SIDE, SIDE, generator=g)
     mask = torch.randint(0, CLASSES, (4, SIDE, SIDE), generator=g)
@@ -75,7 +75,7 @@ def main(rank, port, folder):
     config = load_config(folder / "config.yaml", ("train.devices=2",))
     os.chdir(folder)
     stop = threading.Event()
-    try:  # only one rank is asked to stop: both do, after the same step
+    try:  # only rank 0 is asked to stop; both stop after the same step
         training.train(config, torch.device("cpu"), progress=StopAfter(3, stop) if rank == 0 else None, stop=stop)
         stopped_at = -1
     except Interrupted as err:

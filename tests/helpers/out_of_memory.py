@@ -1,4 +1,4 @@
-"""How devices and processes run out of memory."""
+"""Errors of devices and processes that run out of memory."""
 
 import os
 
@@ -12,7 +12,7 @@ CUDA = torch.OutOfMemoryError(
 
 
 class Exhausted(nn.Module):
-    """A network that has no memory for its forward pass."""
+    """A network whose forward pass runs out of memory."""
 
     def __init__(self, err):
         super().__init__()

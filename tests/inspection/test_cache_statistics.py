@@ -1,4 +1,4 @@
-"""`kdpipe inspect CACHE --stats` counts what plain NumPy counts over whole arrays, in memory that does not grow with them."""
+"""`kdpipe inspect CACHE --stats` gives the numbers of plain NumPy over whole arrays, in memory that does not grow with them."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ CLASSES = ["water", "forest", "meadow"]
 
 
 def whole(bits):
-    """The golden cache's probabilities, tile by tile, by the reader that shares nothing with kdpipe: float64 `(C, H, W)`."""
+    """Probabilities of the golden cache by tile, float64 `(C, H, W)`, from a reader that shares no code with kdpipe."""
     cache = Cache(GOLDEN / f"{bits}-bits.zarr")
     return {tile["id"]: cache.probabilities(tile["id"]) for tile in cache.manifest["tiles"]}
 
@@ -59,7 +59,7 @@ def test_every_number_is_numpys_over_whole_arrays(bits, block_px, monkeypatch):
         np.testing.assert_allclose(tile.shares, probs.mean(axis=(1, 2)), rtol=1e-12)
 
 
-def test_what_rounding_took_is_that_of_the_receipts():
+def test_the_entropy_lost_to_rounding_is_that_of_the_receipts():
     found = compute_statistics(SoftTargetCache.open(str(GOLDEN / "8-bits.zarr")))
     receipts = {
         tile.tile: json.loads((GOLDEN / f"8-bits.zarr/tiles/{tile.tile}/zarr.json").read_text())["attributes"]["kdpipe"]
@@ -85,7 +85,7 @@ def test_outliers_are_those_of_the_modified_z_score_by_hand():
     assert without_spread == ["confidence", "bytes_per_pixel", "share meadow"]
 
 
-def test_fewer_than_eight_tiles_judge_nobody():
+def test_fewer_than_eight_tiles_have_no_outliers():
     assert find_outliers([tile(f"t{i}", 10.0**i, 0.5) for i in range(7)], CLASSES) == ([], [])
 
 
@@ -113,7 +113,7 @@ print(peak[0] - before)
 
 
 def test_memory_is_that_of_the_blocks_in_flight_and_not_of_the_scene(tmp_path):
-    """A scene of 12 MP and 3 classes, 294 MB as float64, after one that has warmed everything up."""
+    """A scene of 12 MP and 3 classes, 294 MB as float64, after a small one as warm-up."""
     for name, side in (("small", 600), ("large", 3500)):
         probs = np.zeros((3, side, side), np.float32)
         probs[0], probs[1] = 0.75, 0.25
@@ -129,7 +129,7 @@ def test_memory_is_that_of_the_blocks_in_flight_and_not_of_the_scene(tmp_path):
 
 @pytest.fixture(scope="module")
 def dozen(tmp_path_factory):
-    """Twelve tiles alike, and one of which the teacher knew nothing."""
+    """Twelve similar tiles, and one whose teacher was uncertain everywhere."""
     path = tmp_path_factory.mktemp("dozen") / "c.zarr"
     rng = np.random.default_rng(0)
     with open_writer(open_storage(str(path)), recipe(8), device="cpu", libraries={}) as writer:
@@ -179,7 +179,7 @@ def test_parquet_holds_the_same_rows(dozen, tmp_path):
     assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == list(found.rows())
 
 
-def test_what_cannot_be_asked_for_is_said(dozen, tmp_path):
+def test_options_that_do_not_fit_are_refused(dozen, tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
     for arguments, message in (
         ([tmp_path / "w.pth", "--stats"], "--stats is for a cache"),
@@ -197,7 +197,7 @@ def test_parquet_without_pyarrow_names_what_to_install(tmp_path, monkeypatch):
         cache_statistics.require_table_format(tmp_path / "t.parquet")
 
 
-def test_a_damaged_tile_is_named_and_no_number_given(tmp_path):
+def test_a_damaged_tile_is_named_and_no_statistics_are_given(tmp_path):
     shutil.copytree(GOLDEN / "8-bits.zarr", tmp_path / "c")
     (tmp_path / "c/tiles/Other/deep/c/0.0.0").write_bytes(b"")
     with pytest.raises(CorruptCache, match="tile Other/deep/c .* is damaged"):

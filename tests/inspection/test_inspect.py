@@ -22,7 +22,7 @@ def inspected(*arguments):
     return done.output
 
 
-def test_a_teachers_file_is_told_with_its_nest_prefix_and_numbers(tmp_path):
+def test_a_teachers_file_is_described_with_its_nest_prefix_and_numbers(tmp_path):
     network = smp.Unet("resnet18", encoder_weights=None, classes=9, decoder_attention_type="scse")
     state = {f"teacher.model.{name}": value.half() if value.is_floating_point() else value
              for name, value in network.state_dict().items()}  # fmt: skip
@@ -67,7 +67,7 @@ def test_a_students_checkpoint_is_described_with_its_run(cached, make_config):
     assert fingerprint in output
 
 
-def test_what_is_not_recognised_is_said_to_be_so(tmp_path, monkeypatch):
+def test_an_unknown_network_is_reported_as_not_recognised(tmp_path, monkeypatch):
     monkeypatch.setattr(smp.encoders, "get_encoder_names", lambda: ["resnet18"])
     torch.save({"encoder.conv.weight": torch.zeros(4, 3, 3, 3), "head.bias": torch.zeros(4)}, tmp_path / "odd.pth")
     output = inspected(tmp_path / "odd.pth")
@@ -84,7 +84,7 @@ def test_what_is_not_recognised_is_said_to_be_so(tmp_path, monkeypatch):
         ("optimizer.pth", "should be a bare state dict of tensors, found the keys lr"),
     ],
 )
-def test_other_things_are_refused_with_exit_code_2(tmp_path, monkeypatch, path, message):
+def test_other_files_are_refused_with_exit_code_2(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.pth").write_text("not weights")
     torch.save({"lr": 0.1}, tmp_path / "optimizer.pth")

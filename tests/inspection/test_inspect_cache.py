@@ -1,4 +1,4 @@
-"""`kdpipe inspect CACHE` says how a cache was made, and --diff in what a configuration would have it otherwise."""
+"""`kdpipe inspect CACHE` shows how a cache was made, and --diff where a configuration differs."""
 
 import json
 from pathlib import Path
@@ -37,13 +37,13 @@ def test_the_manifest_is_printed_and_written_whole(cached, tmp_path):
     assert content["differences"] is None
 
 
-def test_a_configuration_that_describes_the_cache_differs_in_nothing(cached, tmp_path):
+def test_a_configuration_that_describes_the_cache_has_no_difference(cached, tmp_path):
     result = inspected(cached.cache.path, "--diff", tmp_path / "config.yaml")
     assert result.exit_code == 0
     assert "the configuration describes this cache" in result.output
 
 
-def test_each_difference_is_named_and_the_exit_code_says_so(cached, tmp_path, landscape):
+def test_each_difference_is_named_and_the_exit_code_is_1(cached, tmp_path, landscape):
     result = inspected(
         cached.cache.path, "--diff", tmp_path / "config.yaml", "--set", "distill.temperature=3", "--set",
         "teacher.tta=d4", "--set", f"data.unlabelled=[{landscape / 'Unlabelled'}]",
@@ -71,7 +71,7 @@ def test_another_version_of_a_library_is_a_note_and_no_difference(cached, monkey
         (["teacher.pth", "--diff", "demo"], 2, "--diff compares a cache with CONFIG"),
     ],
 )
-def test_what_is_no_cache_is_said(tmp_path, arguments, code, message):
+def test_something_else_than_a_cache_is_refused(tmp_path, arguments, code, message):
     (tmp_path / "empty").mkdir()
     done = run_command("inspect", *arguments, cwd=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr

@@ -1,4 +1,4 @@
-"""`train.batch_size: auto` finds the largest batch that fits and disturbs nothing else."""
+"""`train.batch_size: auto` finds the largest batch that fits, and changes nothing else."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def limit_batch(monkeypatch):
-    """Students that the probe builds run out of memory above a size; returns how to set it, and the sizes that were run."""
+    """A function that makes trial students run out of memory above a batch size, and returns the list of sizes tried."""
     tried = []
 
     def limit(most, err=CUDA):
@@ -77,7 +77,7 @@ def test_other_errors_of_the_student_are_not_taken_for_a_lack_of_memory(auto, li
         largest_batch(auto(), CPU)
 
 
-def test_where_not_even_one_fits_the_keys_are_named(auto, limit_batch):
+def test_if_no_batch_fits_the_keys_are_named(auto, limit_batch):
     limit_batch(0)
     message = (
         r"of the divisors of 6 \(train\.effective_batch_size\) none fits with crops of 64 x 64 px on cpu\. To fit: "
@@ -87,8 +87,8 @@ def test_where_not_even_one_fits_the_keys_are_named(auto, limit_batch):
         largest_batch(auto(), CPU)
 
 
-def test_a_batch_of_one_is_passed_over_where_batch_norm_needs_two(auto, monkeypatch):
-    """DeepLabV3 pools to one pixel and normalises that: one sample has no deviation."""
+def test_a_batch_of_one_is_skipped_where_batch_norm_needs_two(auto, monkeypatch):
+    """DeepLabV3 normalises after pooling to one pixel: a single sample has no deviation."""
     monkeypatch.setattr(batch_size, "available_bytes", lambda: 0)  # nothing larger than the smallest is tried
     config = auto(student={"architecture": "deeplabv3", "encoder": "resnet18"})
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -98,7 +98,7 @@ def test_a_batch_of_one_is_passed_over_where_batch_norm_needs_two(auto, monkeypa
 
 
 def test_on_the_cpu_no_batch_is_tried_that_would_not_fit_by_measurement(auto, limit_batch, monkeypatch):
-    """Two small sizes are run and the rest extrapolated: here a GB and half a GB more for each sample, of 80 % of 5 GB."""
+    """Two small sizes are measured and the rest extrapolated: here 0.5 GB per sample, of 80 % of 5 GB."""
     tried = limit_batch(99)
     held = iter([10**9, 1.5 * 10**9, 2 * 10**9])  # before, with one, with two
 
@@ -126,7 +126,7 @@ def test_on_the_cpu_no_batch_is_tried_that_would_not_fit_by_measurement(auto, li
 
 
 def test_measured_peaks_grow_with_the_batch_as_tensors_do(auto):
-    """For real: a step of twice as many crops of 256 px takes more, and the forecast is within a half of what it takes."""
+    """Real steps with crops of 256 px: larger batches take more, and the forecast is within a factor of two."""
     config = auto(effective=4, train__crop=256)
     sizes = [4, 2, 1]
     forecast = batch_size._forecast(config, CPU, sizes, room=1e12)
@@ -137,7 +137,7 @@ def test_measured_peaks_grow_with_the_batch_as_tensors_do(auto):
     assert 0.5 < forecast(4) / (largest() - before) < 2
 
 
-def test_available_memory_is_what_the_nearest_limit_leaves(tmp_path):
+def test_available_memory_is_what_the_tightest_limit_leaves(tmp_path):
     folder = tmp_path / "sys" / "job" / "step"
     folder.mkdir(parents=True)
     own = tmp_path / "cgroup"
@@ -158,8 +158,8 @@ def cached(cached, auto):
     return auto(effective=4)
 
 
-def test_the_probe_changes_nothing_of_the_run(cached, make_config, limit_batch, small_student):
-    """To the bit the run of a config that says the sizes itself, batch norm's running statistics included."""
+def test_the_trial_changes_nothing_in_the_run(cached, make_config, limit_batch, small_student):
+    """Bit for bit the run of a config with the same sizes, batch norm's running statistics included."""
     limit_batch(2)
     found = train(cached, CPU)
     said = make_config(name="said", train__batch_size=2, train__accumulate=2)
@@ -185,14 +185,14 @@ def test_resuming_takes_the_recorded_sizes_and_tries_nothing(cached, auto, limit
         train(auto(effective=6), CPU, resume=True)
 
 
-def test_an_auxiliary_head_and_lookahead_are_probed_too(auto):
+def test_an_auxiliary_head_and_lookahead_are_tried_too(auto):
     config = auto(effective=2, student={"architecture": "unetformer", "encoder": "resnet18"}, train__lookahead=True)
     assert largest_batch(config, CPU)[0] == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_accumulates_and_finishes(cached, make_config, tmp_path):
-    """For real: six crops of 320 px do not fit into 80 % of 1.25 GB more, fewer at a time do."""
+    """A real limit: six crops of 320 px do not fit into 80 % of 1.25 GB more, fewer at a time do."""
     config = make_config(train__batch_size=6, train__crop=320, train__epochs=1, data__val=[])
     (tmp_path / "c.yaml").write_text(dump_config(config))
     arguments = ["train-student", "-c", "c.yaml", "--device", "cpu", "--set", "train.batch_size=auto"]

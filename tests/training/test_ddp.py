@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError
 from kdpipe.pipeline.distributed import is_further_process, open_fabric
-from kdpipe.pipeline.losses import hard_loss
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loop import Loop
@@ -36,7 +35,7 @@ _RUN = {}
 
 @pytest.fixture
 def two_ranks(make_config, tmp_path, tmp_path_factory, monkeypatch):
-    """What two processes found that trained a student from the cache, were stopped, went on, and then took gradients."""
+    """Results of two processes that trained a student from the cache, stopped, resumed, and then computed gradients."""
     if not _RUN:
         config = make_config(**TRAIN)
         precompute(config, CPU)
@@ -102,7 +101,7 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
         torch.testing.assert_close(student[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_only_the_first_process_writes_and_speaks(two_ranks):
+def test_only_the_first_process_writes_and_prints(two_ranks):
     folder = two_ranks["folder"]
     logs = sorted((folder / "lightning_logs/tests/tiny").glob("version_*"))
     assert [path.name for path in logs] == ["version_0", "version_1"], "the stopped run's and the resumed one's"
@@ -119,21 +118,7 @@ def test_only_the_first_process_writes_and_speaks(two_ranks):
     assert not [line for line in two_ranks["said"][1][0].splitlines() if line.strip()]
 
 
-def test_dice_is_that_of_smp():
-    import segmentation_models_pytorch as smp
-
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 7, 9, generator=g, requires_grad=True)
-    mask = torch.randint(0, 4, (2, 7, 9), generator=g)
-    mask[0, 0] = 255
-    cross_entropy = torch.nn.functional.cross_entropy(logits, mask, ignore_index=255, label_smoothing=0.05)
-    expected = cross_entropy + smp.losses.DiceLoss("multiclass", smooth=0.05, ignore_index=255)(logits, mask)
-    found = hard_loss(logits, mask, 255)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
-
-
-def test_what_several_devices_cannot_do_is_refused(make_config, monkeypatch):
+def test_settings_that_do_not_fit_several_devices_are_refused(make_config, monkeypatch):
     with pytest.raises(
         ConfigError,
         match="batch_size: auto measures one device, and devices is 2: set batch_size to the samples per device",

@@ -32,7 +32,7 @@ def test_bf16_is_told_to_try_fp32(cached, make_config, plain_student):
 
 
 def test_an_overflow_of_fp16_is_told_to_try_fp32_and_fp32_is_not(make_config, tmp_path):
-    """A half-precision network answers with infinity above 65504; training in it needs a GPU, its loss does not."""
+    """A half-precision network outputs infinity above 65504. Training in fp16 needs a GPU, the loss does not."""
     logits = torch.full((1, 6, 4, 4), 7e4).half()
     mask, inside = torch.zeros(1, 4, 4, dtype=torch.long), torch.ones(1, 4, 4, dtype=torch.bool)
     targets = torch.full((1, 6, 4, 4), 1 / 6)
@@ -88,7 +88,7 @@ def test_growth_must_be_clear_of_the_noise(make_config):
     assert growth_hint(losses(1.5), config, "fp32").startswith(
         "the loss grew: its mean over the last 10 steps is 2.5, over"
     )
-    assert growth_hint(losses(9.0)[:99], config, "fp32") is None  # too few steps to say
+    assert growth_hint(losses(9.0)[:99], config, "fp32") is None  # too few steps
     assert growth_hint(losses(-9.0), config, "fp32") is None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
 
 from kdpipe.configs import load_config
@@ -68,12 +69,24 @@ def test_hard_loss_is_smoothed_cross_entropy_plus_dice_over_labelled_pixels(batc
     )
 
 
-def test_hard_loss_is_smps_own_where_all_is_labelled(batch):
+def test_hard_loss_is_smps_own_if_every_pixel_is_labelled(batch):
     logits, _, mask, _ = batch
     mask = mask.clamp(max=C - 1)
     own = smp.losses.SoftCrossEntropyLoss(smooth_factor=0.05)(logits, mask)
     own = own + smp.losses.DiceLoss(mode="multiclass", smooth=0.05)(logits, mask)
     assert hard_loss(logits, mask, 255).item() == pytest.approx(own.item(), rel=1e-6)
+
+
+def test_hard_loss_and_its_gradient_are_smps_dice_beside_cross_entropy_with_ignored_pixels():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, 9, generator=g, requires_grad=True)
+    mask = torch.randint(0, 4, (2, 7, 9), generator=g)
+    mask[0, 0] = 255
+    cross_entropy = F.cross_entropy(logits, mask, ignore_index=255, label_smoothing=0.05)
+    expected = cross_entropy + smp.losses.DiceLoss("multiclass", smooth=0.05, ignore_index=255)(logits, mask)
+    found = hard_loss(logits, mask, 255)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
 
 
 def test_total_weighs_hard_and_soft_and_is_hard_alone_without_targets(batch):
@@ -96,15 +109,8 @@ def test_padding_never_enters_the_loss(batch):
 def test_a_batch_without_a_label_or_without_an_inside_pixel_yields_no_nan(batch):
     logits, targets, mask, inside = batch
     for marked in (inside, torch.zeros_like(inside)):
-        terms = distillation_loss(
-            logits,
-            torch.full_like(mask, 255),
-            marked,
-            targets * marked[:, None],
-            alpha=0.7,
-            temperature=T,
-            ignore_index=255,
-        )
+        unlabelled, padded = torch.full_like(mask, 255), targets * marked[:, None]
+        terms = distillation_loss(logits, unlabelled, marked, padded, alpha=0.7, temperature=T, ignore_index=255)
         (gradient,) = torch.autograd.grad(terms.total, logits)
         assert terms.hard.item() == 0
         assert torch.isfinite(terms.total)
@@ -142,7 +148,7 @@ def test_half_precision_logits_are_computed_in_float32(batch):
     assert terms.total.item() == exact.total.item()
 
 
-def test_scores_are_torchmetrics_own():
+def test_scores_equal_those_of_torchmetrics():
     rng = np.random.default_rng(0)
     labels, answers = rng.integers(0, C, (2, 20, 30))
     labels[0, :9] = 255

@@ -1,4 +1,4 @@
-"""The optimizer: what decays, what learns at which rate, and a Lookahead that can be resumed."""
+"""The optimizer: weight decay, the encoder's learning rate, and a Lookahead that can be resumed."""
 
 import io
 

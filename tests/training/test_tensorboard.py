@@ -1,4 +1,4 @@
-"""Pictures in TensorBoard: the soft target as blended colours, its entropy, the student and its errors; and no other effect."""
+"""Pictures in TensorBoard: soft target, entropy, the student and its errors; writing them changes nothing in a run."""
 
 import io
 import random
@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 # Okabe and Ito's, as of https://jfly.uni-koeln.de/color/, from black to vermillion and reddish purple.
 COLOURS = np.array([(0, 0, 0), (0, 158, 115), (240, 228, 66), (230, 159, 0), (213, 94, 0), (204, 121, 167)])
 GIVEN = {"1 image", "2 label", "3 soft target", "4 entropy of the soft target"}
-ANSWERED = {"5 student", "6 student, soft", "7 errors"}
+PREDICTED = {"5 student", "6 student, soft", "7 errors"}
 
 
 class Writer:
-    """Keeps what a SummaryWriter would be given, as `(H, W, 3)`, by tag and step."""
+    """A `SummaryWriter` that keeps pictures as `(H, W, 3)`, by tag and step."""
 
     def __init__(self):
         self.pictures = {}
@@ -43,7 +43,7 @@ class Writer:
         return {tag.split("/")[1] for tag in self.pictures if tag.startswith(f"{name}/")}
 
 
-class Answers:
+class SoftTargets:
     """Soft targets that differ from pixel to pixel."""
 
     def read(self, tile_id, window):
@@ -58,7 +58,7 @@ class Answers:
 
 
 class Student(torch.nn.Module):
-    """Answers from the colour of each pixel alone, and differently while it trains."""
+    """Predicts from the colour of each pixel alone; its output is random in training mode."""
 
     def forward(self, x):
         scores = torch.cat([x, x.flip(1) * 1.5], dim=1)
@@ -83,23 +83,23 @@ def test_pictures_are_those_of_the_samples(make_config, landscape):
         train__mosaic=0.0,
         train__scales=[0.5],  # crops are larger than tiles then
     )
-    writer, dataset, val = shown(config, Answers())
+    writer, dataset, val = shown(config, SoftTargets())
     names = [tile.id.replace("/", " ") for tile in (dataset.tiles[0], dataset.tiles[-1], val[0], val[-1])]
     assert [writer.titles(name) for name in names] == [
-        GIVEN | ANSWERED,
-        (GIVEN - {"2 label"}) | (ANSWERED - {"7 errors"}),  # without a mask
-        {"1 image", "2 label"} | ANSWERED,
-        {"1 image", "2 label"} | ANSWERED,
+        GIVEN | PREDICTED,
+        (GIVEN - {"2 label"}) | (PREDICTED - {"7 errors"}),  # without a mask
+        {"1 image", "2 label"} | PREDICTED,
+        {"1 image", "2 label"} | PREDICTED,
     ]
     assert len({tag.split("/")[0] for tag in writer.pictures}) == 5 + 1, "three, two, and the legend"
     sample, name = dataset[0], names[0]
     assert not sample["inside"].all()
-    found = {title: writer.pictures[f"{name}/{title}"][1] for title in GIVEN | ANSWERED}
+    found = {title: writer.pictures[f"{name}/{title}"][1] for title in GIVEN | PREDICTED}
     np.testing.assert_array_equal(found["1 image"], sample["image"].transpose(1, 2, 0))
     target, inside, mask = sample["target"], sample["inside"], sample["mask"]
     logits = Student().eval()(normalised(sample["image"]))[0].numpy()
     softened = np.exp(logits / 3.0) / np.exp(logits / 3.0).sum(axis=0)
-    answer = logits.argmax(axis=0)
+    predicted = logits.argmax(axis=0)
     for y, x in np.random.default_rng(0).integers(0, 64, (200, 2)):
         if not inside[y, x]:
             for title in found.keys() - {"1 image"}:
@@ -110,10 +110,10 @@ def test_pictures_are_those_of_the_samples(make_config, landscape):
         grey = 255 * entropy(target[:, y, x].astype(np.float64)) / np.log(6)
         np.testing.assert_allclose(found["4 entropy of the soft target"][y, x], [grey] * 3, atol=0.51)
         assert found["2 label"][y, x].tolist() == (COLOURS[mask[y, x]].tolist() if mask[y, x] < 6 else [255] * 3)
-        assert found["5 student"][y, x].tolist() == COLOURS[answer[y, x]].tolist()
+        assert found["5 student"][y, x].tolist() == COLOURS[predicted[y, x]].tolist()
         blend = sum(softened[c, y, x] * COLOURS[c] for c in range(6))
         np.testing.assert_allclose(found["6 student, soft"][y, x], blend, atol=0.6)
-        judged = [38, 50, 56] if answer[y, x] == mask[y, x] else [255, 99, 110]
+        judged = [38, 50, 56] if predicted[y, x] == mask[y, x] else [255, 99, 110]
         assert found["7 errors"][y, x].tolist() == (judged if mask[y, x] < 6 else [150] * 3)
 
 
@@ -125,21 +125,21 @@ def normalised(image):
 
 def test_without_distillation_there_is_no_soft_target_and_nothing_fails(make_config):
     writer, dataset, _ = shown(make_config(distill__mode="none"))
-    assert writer.titles(dataset.tiles[0].id.replace("/", " ")) == {"1 image", "2 label"} | ANSWERED
+    assert writer.titles(dataset.tiles[0].id.replace("/", " ")) == {"1 image", "2 label"} | PREDICTED
 
 
-def test_of_recorded_views_the_teachers_answer_to_the_crop_is_shown(make_config):
+def test_the_soft_target_of_a_recorded_view_is_shown(make_config):
     config = make_config(distill__teacher_view="crop", cache__views=2, data__val=[])
-    writer, dataset, _ = shown(config, views=Answers())
+    writer, dataset, _ = shown(config, views=SoftTargets())
     tag = f"{dataset.tiles[0].id.replace('/', ' ')}/3 soft target"
-    expected = np.einsum("chw,cr->hwr", Answers().read_view("", None, np.ones((64, 64)))[0], COLOURS)
+    expected = np.einsum("chw,cr->hwr", SoftTargets().read_view("", None, np.ones((64, 64)))[0], COLOURS)
     inside = dataset[0]["inside"]
     np.testing.assert_allclose(writer.pictures[tag][1][inside], expected[inside], atol=0.51)
 
 
 def test_pictures_are_the_middle_of_large_crops(make_config, monkeypatch):
     monkeypatch.setattr(board_pictures, "SIDE_PX", 20)
-    writer, dataset, val = shown(make_config(), Answers())
+    writer, dataset, val = shown(make_config(), SoftTargets())
     for number, tiles in ((0, dataset.tiles), (0, val)):
         assert writer.pictures[f"{tiles[number].id.replace('/', ' ')}/1 image"][1].shape == (20, 20, 3)
     crop = dataset[0]["image"].transpose(1, 2, 0)
@@ -157,7 +157,7 @@ def test_pictures_are_the_middle_of_large_crops(make_config, monkeypatch):
     ],
 )
 def test_a_run_is_shown_at_its_first_validation_each_tenth_and_its_end(make_config, steps, expected):
-    writer, dataset, _ = shown(make_config(), Answers(), steps=steps)
+    writer, dataset, _ = shown(make_config(), SoftTargets(), steps=steps)
     name = dataset.tiles[0].id.replace("/", " ")
     assert list(writer.pictures[f"{name}/5 student"]) == expected
     assert list(writer.pictures[f"{name}/3 soft target"]) == expected[:1], "what does not change is written once"
@@ -169,7 +169,7 @@ def generators():
 
 def test_showing_draws_no_random_number(make_config):
     before = generators()
-    shown(make_config(train__photometric=1.0, train__mosaic=1.0), Answers())
+    shown(make_config(train__photometric=1.0, train__mosaic=1.0), SoftTargets())
     assert generators() == before
 
 

@@ -1,4 +1,4 @@
-"""Large blocks are reused instead of being mapped anew, and tensors lie in large pages: counted by the kernel, not timed."""
+"""Freed blocks are reused instead of being mapped anew, and tensors lie in huge pages: counted by the kernel, not timed."""
 
 import os
 import platform
@@ -28,18 +28,18 @@ def run(argument, **environment):
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the setting")
 def test_blocks_of_20_mb_are_mapped_once_and_then_reused():
     kept, faults = run("keep")
     _, faults_by_default = run("default")
     assert kept == "True"
-    # By default glibc raises its own threshold after the first free, up to 32 MB, but still trims the heap's end.
+    # By default glibc raises its own threshold after the first free, up to 32 MB, but still trims the end of the heap.
     assert int(faults) < 100
     assert int(faults_by_default) > 19 * 20_000_000 / 2**21
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
-def test_settings_of_the_users_own_stay():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the setting")
+def test_the_users_own_settings_stay():
     assert run("keep", MALLOC_TRIM_THRESHOLD_="65536")[0] == "False"
 
 
@@ -59,7 +59,7 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(
     not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
-    reason="Linux gives large pages to everyone here, or to nobody",
+    reason="this Linux gives huge pages to all processes or to none",
 )
 @pytest.mark.parametrize(("own", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
 @pytest.mark.parametrize("ask", ASK)
