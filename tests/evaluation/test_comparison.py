@@ -114,13 +114,15 @@ def test_an_unknown_baseline_names_the_arms():
 
 
 def test_the_page_loads_nothing_and_draws_arms_and_single_runs(tmp_path):
-    text = write_comparison(compare(study()), tmp_path / "out").read_text()
+    solo = run("solo-s1", 1, [0.2, 0.3], fingerprint="e" * 64)
+    text = write_comparison(compare([*study(), solo]), tmp_path / "out").read_text()
     assert not re.search(r'https?:|(?:src|href)="', text)
     labels = re.findall(r'<svg viewBox="0 0 520 [^>]*aria-label="([^"]*)"', text)
     assert [label.split(",")[0] for label in labels] == [
         "Validation mIoU by steps", "Validation mIoU by seconds", "Difference from plain with 95 % intervals"
     ]  # fmt: skip
     assert "kd (3 seeds): 20 at 100, 40 at 200" in labels[0]
+    assert "solo (1 seed): 20 at 100, 30 at 200" in labels[0]
     assert "mean, kd: +3.0 (-2.0 to +8.0)" in labels[2]
     assert text.count('class="faint"') == 2 * 6  # six runs in each of two charts
     for shown in ("plain", "kd", "+3.0 [", "distill.mode: cached", "36 tiles"):

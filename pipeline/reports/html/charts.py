@@ -52,7 +52,7 @@ def line_chart(
     class's colour in maps. `faint` are thin lines in the colour of the line of their name: its single runs.
     """
     drawn = {name: _thinned(points) for name, points in lines.items()}
-    thin = {name: [_thinned(points) for points in faint[name]] for name in drawn} if faint else {}
+    thin = {name: [_thinned(points) for points in several] for name, several in (faint or {}).items()}
     everything = [point for points in [*drawn.values(), *(p for ps in thin.values() for p in ps)] for point in points]
     axes = _Axes.around(everything)
     parts, legend = axes.drawn(x_label), []
