@@ -92,7 +92,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches to train on, from a run's position on, and whole tiles to validate on (none without `data.val`)."""
+    """Batches of `tiles` training tiles from a run's position on, and of whole validation tiles (None without `data.val`)."""
 
     train: Any
     val: Any
@@ -121,11 +121,11 @@ class Logs:
             logger.log_metrics(figures, step=step)
 
     def save(self) -> None:
-        """Write `metrics.csv` up to now, as a checkpoint that a resumed run continues from."""
+        """Write `metrics.csv` up to now; called with each checkpoint, so that the log of a resumed run has no gap."""
         self._csv.save()
 
     def close(self) -> None:
-        """Write what is logged; TensorBoard's thread would otherwise write later, even after an error."""
+        """Write everything that is logged; TensorBoard's thread would otherwise write later, even after an error."""
         for logger in (self._csv, self._tensorboard):
             logger.finalize("success")
 
@@ -195,7 +195,7 @@ class Loop:
         return self._summarised()
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
-        """One batch forward and backward; the mean loss terms of the step that it completes, None where it completes none."""
+        """Mean loss terms of the optimizer step that this batch completes; None if it is only accumulated."""
         config, learner = self.config, self.learner
         # Gradients are summed over the ranks once a step, in its last batch.
         last = len(self._accumulated) + 1 == config.train.accumulate
@@ -268,13 +268,12 @@ class Loop:
 
     def _validate(self) -> None:
         # DDP would have all ranks validate the same number of batches.
-        model = (
-            self.learner.model if self.config.train.devices == 1 else Alone(self.learner.student, self.learner.fabric)
-        )
+        learner = self.learner
+        model = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
         if self.batches.val is not None:
             self._note(validate(model, self.batches.val, self.config, self.device))
         # After the scores: the CSV logger warns if TensorBoard's file is in the folder before its own.
-        if self.learner.fabric.is_global_zero:
+        if learner.fabric.is_global_zero:
             self._pictures.show(self.logs.tensorboard, model, self.device, self.position.steps)
 
     def _note(self, scores: Scores) -> None:
