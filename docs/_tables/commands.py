@@ -5,30 +5,33 @@ import inspect
 import click
 from _tables.markdown import cell, in_cell, plain
 
-from kdpipe.pipeline.commands.main import cli
+from kdpipe.pipeline.commands.main import SECTIONS
 
 LONGEST_SUMMARY = 200  # of a command, in characters
 
 
 def section(_given: str = "") -> str:
-    """A table of all commands, and a section for each, in the order of `kdpipe --help`."""
-    group = click.Context(cli, info_name="kdpipe")
-    found = {name: command for name in cli.list_commands(group) if (command := cli.get_command(group, name))}
+    """A table of all commands by their sections in `kdpipe --help`, then a part for each command."""
     rows = [
-        f"| [`{name}`](#{name}) | {cell(command.get_short_help_str(LONGEST_SUMMARY))} |"
-        for name, command in found.items()
+        f"| {'' if place else title} | [`{command.name}`](#{command.name}) | {cell(_summary(command))} |"
+        for title, commands in SECTIONS.items()
+        for place, command in enumerate(commands)
     ]
-    overview = "\n".join(["| command | what it does |", "| --- | --- |", *rows])
-    return "\n\n".join([overview, *(_command(group, name, command) for name, command in found.items())])
+    overview = "\n".join(["| | command | what it does |", "| --- | --- | --- |", *rows])
+    return "\n\n".join([overview, *(_command(command) for commands in SECTIONS.values() for command in commands)])
 
 
-def _command(group: click.Context, name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=name, parent=group)
+def _summary(command: click.Command) -> str:
+    return command.get_short_help_str(LONGEST_SUMMARY)
+
+
+def _command(command: click.Command) -> str:
+    context = click.Context(command, info_name=f"kdpipe {command.name}")
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     records = [option.get_help_record(context) for option in command.params if isinstance(option, click.Option)]
     rows = [f"| `{in_cell(record[0])}` | {cell(_meaning(record[1]))} |" for record in records if record]
     options = "\n".join(["| option | meaning |", "| --- | --- |", *rows])
-    return "\n\n".join([f"## {name}", f"`{usage}`", *_paragraphs(command.help or ""), options])
+    return "\n\n".join([f"## {command.name}", f"`{usage}`", *_paragraphs(command.help or ""), options])
 
 
 def _meaning(text: str) -> str:
