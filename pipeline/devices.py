@@ -3,7 +3,7 @@ The device to compute on, and the handling of tensors in main memory. Imports to
 
 By default glibc maps each tensor of a few MB anew and unmaps it when it is freed. The kernel then clears and maps its pages at every
 step: a quarter of a small student's step on a CPU. So freed memory is kept, as CUDA's allocator does. Pages of 4 kB are so many that
-the processor misses most of them in its page cache at each layer; where Linux offers pages of 2 MB
+most of them are no longer in the processor's TLB when the next layer needs them; where Linux offers pages of 2 MB
 (`/sys/kernel/mm/transparent_hugepage/enabled`), torch requests them.
 """
 
