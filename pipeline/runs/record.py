@@ -42,7 +42,7 @@ class Run(_Record):
     """
     One run: configuration, cache, scores of each validation, and times.
 
-    `wall_seconds` is the time from start to now over all resumes, `seconds_per_step` the median step, waiting for data included, and
+    `wall_seconds` is the time from start to now over all resumes, `seconds_per_step` the median step since its last start, and
     `stage_one_seconds` the wall time of the cache's stage one; None where it is not known.
     """
 
