@@ -1,4 +1,4 @@
-"""The cache of soft targets or logits: a Zarr v3 group that says how its numbers were made and notices when they change."""
+"""The cache of soft targets or logits: a Zarr v3 group that records how its values were made and detects any change."""
 
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.manifest import Manifest
