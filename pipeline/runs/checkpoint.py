@@ -38,7 +38,8 @@ class Position:
     How far a run has come: batches and optimizer steps done, the best validation mIoU with its step, and times over all resumes.
 
     `seconds` is the time spent in steps, waiting for data included, `wall_seconds` that of the whole run, validation and set-up
-    included. `seconds_per_step` is the median step since the last start, warm-up left out. `history` holds each validation as `record.Validation` reads it.
+    included. `seconds_per_step` is the median step since the last start, warm-up left out. `history` holds each validation as
+    `record.Validation` reads it.
     """
 
     batches: int = 0
