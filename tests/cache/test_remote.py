@@ -11,6 +11,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec.core
 import numpy as np
 import pytest
 import torch
@@ -86,6 +87,21 @@ def s3(moto_port, monkeypatch):
     proxy.close()
 
 
+@pytest.fixture
+def one_client(s3, monkeypatch):
+    """All storages on S3 share one client: making one takes a third of a second."""
+    made, url_to_fs = [], fsspec.core.url_to_fs
+
+    def shared(url, **options):
+        if not url.startswith("s3://"):
+            return url_to_fs(url, **options)
+        if not made:
+            made.append(url_to_fs(url, **options)[0])
+        return made[0], made[0]._strip_protocol(url)
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", shared)
+
+
 def objects(url):
     """Every object below a URL, by relative path."""
     fs, root = open_storage(url)._fs, url.partition("://")[2]
@@ -100,7 +116,9 @@ def upload(folder, url):
     return storage
 
 
-def test_stage_one_and_the_gate_on_a_failing_network_make_the_bytes_of_a_local_cache(make_config, finished_cache, s3):
+def test_stage_one_and_the_gate_on_a_failing_network_make_the_bytes_of_a_local_cache(
+    make_config, finished_cache, s3, one_client
+):
     away = make_config(cache__path=s3.url)
     s3.fault = every(5, FAULTS)
     stop = threading.Event()
@@ -119,7 +137,9 @@ def test_stage_one_and_the_gate_on_a_failing_network_make_the_bytes_of_a_local_c
     assert open_storage(f"{s3.url}.lock").info("") is None
 
 
-def test_inspect_describes_a_cache_on_s3_like_a_local_one(cached, make_config, finished_cache, s3, tmp_path):
+def test_inspect_describes_a_cache_on_s3_like_a_local_one(
+    cached, make_config, finished_cache, s3, one_client, tmp_path
+):
     upload(finished_cache, s3.url)
     s3.fault = every(5, FAULTS)
     said = []
@@ -136,7 +156,7 @@ def test_inspect_describes_a_cache_on_s3_like_a_local_one(cached, make_config, f
     assert said[:3] == said[3:]
 
 
-def test_repair_restores_the_bytes_of_a_damaged_object(make_config, finished_cache, s3):
+def test_repair_restores_the_bytes_of_a_damaged_object(make_config, finished_cache, s3, one_client):
     config, before = make_config(cache__path=s3.url), tree(finished_cache)
     storage = upload(finished_cache, s3.url)
     name = next(name for name in before if name.endswith("/0.0.0"))
@@ -167,7 +187,7 @@ def test_spawned_workers_train_from_s3_to_the_weights_of_a_local_cache(
         torch.testing.assert_close(weights[1]["state_dict"][key], value, rtol=0, atol=0)
 
 
-def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, tmp_path, images, monkeypatch):
+def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, one_client, tmp_path, images, monkeypatch):
     """From the n-th change on the server fails, for every n: between shard and receipt, and before the manifest, too."""
     two = ("Train/a", "Other/c")  # enough to stop within a tile, between two, and after the last
     monkeypatch.setattr(caches, "SIZES", {tile: caches.SIZES[tile] for tile in two})
@@ -194,7 +214,7 @@ def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, tmp_path
     assert n > len(expected)  # each file, and the lock
 
 
-def test_there_is_no_manifest_while_tiles_are_rewritten(s3, images):
+def test_there_is_no_manifest_while_tiles_are_rewritten(s3, one_client, images):
     fill(s3.url, images)
     cache = SoftTargetCache.open(s3.url)
     tile = cache.tile_ids[0]
