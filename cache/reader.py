@@ -26,7 +26,7 @@ from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, Incompl
 
 Window = tuple[int, int, int, int]
 
-MAX_OPEN_TILES = 256  # whose indices of a few kB stay in memory, however many tiles there are
+MAX_OPEN_TILES = 256  # most recently read tiles whose shard index (a few kB each) is kept in memory
 
 
 class SoftTargetCache:
@@ -154,7 +154,8 @@ class SoftTargetCache:
     def _start_anew(self) -> None:
         self._pid: int | None = None
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        # By tile whose digests were compared: later reads must find the same chunks. 4 bytes a chunk, never dropped.
+        # Chunk checksums of each tile whose digests have been verified. Later reads are checked against them. 4 bytes per chunk,
+        # kept for the life of the object.
         self._checksums: dict[str, NDArray[np.uint32]] = {}
 
     def _record(self, tile_id: str) -> TileRecord:
@@ -307,8 +308,8 @@ def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | Non
     """
     The recipe in the topmost group's attributes; None where there is no group.
 
-    Raises `CorruptCache` if it is unreadable, and `UnknownFormat` if the cache has another format version than this program
-    reads, or than it writes if the caller goes on `to_write`.
+    Raises `CorruptCache` if it is unreadable, and `UnknownFormat` for a format version that this program cannot read (with
+    `to_write`: cannot write).
     """
     origin = f"{storage.url}/{tile.METADATA_NAME}"
     advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"

@@ -22,7 +22,7 @@ from kdpipe.data.lru import Recent
 from kdpipe.data.rasters import Stretch, image_size, read_image, read_mask
 from kdpipe.data.tiles import Tile
 
-# Decoded tiles kept in each process: 100 tiles of 1024 px. A crop of a JPEG needs all of it decoded, which took half the time of a
+# Decoded tiles kept per process: about 70 labelled tiles of 1024 px. Cropping a JPEG means decoding all of it, which took half of a
 # small student's step.
 KEPT_BYTES = 512 * 2**20
 
@@ -31,7 +31,7 @@ class TargetSource(Protocol):
     """A source of soft targets: the cache, or a teacher."""
 
     def read(self, tile_id: str, window: Window) -> NDArray[np.float32]:
-        """The soft target of a tile in the window `(y, x, h, w)`, float32 `(C, h, w)`, which sums to 1 over axis 0."""
+        """The soft target in a window `(top, left, h, w)` of a tile, float32 `(C, h, w)`, which sums to 1 over axis 0."""
         ...
 
     def entropy_error(self, tile_id: str, window: Window) -> float:
@@ -235,7 +235,7 @@ def _read_image(tile: Tile, config: Config, stretch: Stretch, size: tuple[int, i
     image = read_image(tile.image, config.data.bands, stretch)
     if size is not None and image.shape[:2] != tuple(size):
         raise DataError(
-            f"{tile.image} is {_by(image)} px, but was {size[0]} x {size[1]} when it was listed: it has changed"
+            f"{tile.image} is {_by(image)} px, but its header said {size[0]} x {size[1]} earlier in this run: the file has changed"
         )
     return image
 

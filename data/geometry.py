@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Window = tuple[int, int, int, int]
-"""`(y, x, h, w)` in px of the tile."""
+"""`(top, left, height, width)` in px of the tile."""
 
 
 @dataclass(frozen=True)

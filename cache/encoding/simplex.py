@@ -46,7 +46,7 @@ def storage_type(bits: int) -> np.dtype[Any]:
 
 def error_bound(levels: int, num_classes: int) -> float:
     """
-    The largest possible `|decoded - p|` of any entry.
+    The largest possible `|decoded - p|` of a target rounded by `encode`, as at 16 bits; fewer bits use `steady_rounding`.
 
     Largest-remainder rounding gives the `r` missing units to the `r` largest fractional parts. In the worst case all are equal
     to `r / C`, and then the error is at most `1 - 1 / C` units.

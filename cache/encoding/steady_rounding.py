@@ -3,8 +3,8 @@ Rounding of soft targets that changes from row to row as rarely as the error bou
 
 A value of the row above is kept wherever it is within the tolerance, so that differences between rows are mostly zero (see
 `row_deltas.py`). Each block of `KEY_ROW_PX` rows begins with plain rounding and is independent of the others. Kept values lag
-behind where probabilities rise or fall; therefore half of the columns are rounded downwards and half upwards through the tile,
-and the lag cancels out over a crop.
+behind where probabilities rise or fall, so half of the columns are processed from top to bottom and half from bottom to top, and
+the lag cancels out over a crop.
 
 Not covered: plain rounding by largest remainder, and the sum of a pixel's integers (see `simplex.py`).
 """
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from kdpipe.cache.encoding import simplex
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 
-STRIPE_PX = 16  # columns of the same direction; 4 px take 1 to 2 % more bytes for the same bias
+STRIPE_PX = 16  # adjacent columns processed in the same direction; 4 px take 1 to 2 % more bytes for the same bias
 MAX_BITS = 8  # with more, float32 is too coarse for the tolerance
 
 
 def error_bound(bits: int, levels: int, num_classes: int) -> float:
-    """The largest possible `|decoded - p|` of any entry: the tolerance plus the error of float32."""
+    """The largest possible `|decoded - p|` of a target stored at 4, 6 or 8 bits: the tolerance plus the error of float32."""
     return _tolerance(bits, levels, num_classes) + simplex.FLOAT32_SLACK
 
 
@@ -32,8 +32,8 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
     """
     Fixed-point integers `(C, H, W)`, uint8, that sum to `levels` over axis 0, none off by more than `error_bound`.
 
-    `probs_CHW` is float32 in 0..1 and sums to one over axis 0; `ValueError` otherwise. The first row of every block, or the last
-    in columns that go upwards, is rounded as in `simplex.encode`.
+    `probs_CHW` is float32 in 0..1 and sums to one over axis 0; `ValueError` otherwise. The first row processed in each block (the
+    top one, or the bottom one in columns processed upwards) is rounded as in `simplex.encode`.
     """
     simplex.refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=simplex.storage_type(bits))
@@ -53,7 +53,11 @@ def room(bits: int, levels: int, num_classes: int) -> np.float32:
 
 
 def _tolerance(bits: int, levels: int, num_classes: int) -> float:
-    """The error that the bits promise, or that of plain rounding if larger, as otherwise the sum cannot always be reached."""
+    """
+    The larger of `1 / (2**bits - 1)` and the worst error of plain rounding.
+
+    With less, some pixels could not be made to sum to `levels`.
+    """
     return max(1 / simplex.total(bits), (1 - 1 / num_classes) / levels)
 
 
@@ -62,17 +66,20 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
     Encode blocks of equal height, row by row in all of them at once, into `out_CHW`.
 
     Kept values rarely sum to `levels`. The likeliest classes of a block are adjusted first: the more classes stay as they are,
-    the fewer bytes. Shapes: K blocks, R rows of a block in the direction of their column.
+    the fewer bytes. Shapes: K blocks, R rows of a block in the order of processing.
     """
     num_classes, height, width = probs_CHW.shape
     rows = min(KEY_ROW_PX, height)
-    # No entry is below -1e-4, so nothing below is negative, and truncation rounds down.
+    # Entries are at least -1e-4 (`SUM_TOLERANCE`), so these values are positive, or so close to zero that truncation gives 0. For
+    # all others truncation rounds down.
     scaled_CKRW = probs_CHW.reshape(num_classes, -1, rows, width) * np.float32(levels)
     scaled_CKRW += room
     highest_CKRW = scaled_CKRW.astype(np.int16)
-    # `scaled - room` is rounded up as one more than rounded down; integers come out one too high, which is within the tolerance.
+    # ceil(scaled - room) is computed as floor(scaled - room) + 1. For an exact integer this is one too high, but still within the
+    # tolerance.
     scaled_CKRW += 1 - 2 * room
-    # Sums of integers are exact, so a block's order does not depend on its neighbours; those of a block's rows fit in int16.
+    # Integer sums are exact, so the order of a block's classes does not depend on which blocks are encoded with it. A column's sum
+    # within one block fits in int16.
     sums_CK = highest_CKRW.sum(axis=2, dtype=np.int16).sum(axis=2, dtype=np.int64)
     order_KC = (-sums_CK.T).argsort(axis=1, kind="stable")
     upwards_W = np.arange(width) // STRIPE_PX % 2 == 1
@@ -107,7 +114,7 @@ def _encode_blocks(probs_CHW: NDArray[np.float32], levels: int, room: np.float32
 
 
 def _by_rows(values_CKRW: NDArray[Any], order_KC: NDArray[np.int64]) -> NDArray[np.int16]:
-    """The values truncated to integers, with rows first, in the order of computation, and each block's classes in its order."""
+    """The values truncated to integers, with the row as first axis, and the classes of each block in the block's order."""
     num_classes, blocks, rows, width = values_CKRW.shape
     out_RCKW = np.empty((rows, num_classes, blocks, width), dtype=np.int16)
     for block, order in enumerate(order_KC):
@@ -117,7 +124,7 @@ def _by_rows(values_CKRW: NDArray[Any], order_KC: NDArray[np.int64]) -> NDArray[
 
 
 def _turn(values_RCKW: NDArray[np.int16], upwards_W: NDArray[np.bool_]) -> None:
-    """Reverse the rows of the columns that go upwards, in place."""
+    """Reverse the rows of the columns that are processed upwards, in place."""
     half = len(values_RCKW) // 2
     first_rCKW, last_rCKW = values_RCKW[:half], values_RCKW[::-1][:half]
     changes_rCKW = (first_rCKW ^ last_rCKW) & -upwards_W.astype(np.int16)  # a third of the time of `np.where`

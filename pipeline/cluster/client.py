@@ -67,7 +67,7 @@ from kdpipe.pipeline.versions import library_versions
 Result = TypeVar("Result")
 
 SAMPLED = 100  # tiles, in the order in which `precision.resolve` tries them; it needs three readable ones
-PATIENCE_SECONDS = 300.0  # for a scheduler that restarts, and for the first worker of a queue
+PATIENCE_SECONDS = 300.0  # to wait for a scheduler to restart, or for a batch queue to start the first worker
 CONNECT_SECONDS = 5.0
 COUNT_SECONDS = 2.0  # between two requests for the number of workers
 POLL_SECONDS = 0.2  # between two checks for Ctrl-C
@@ -99,7 +99,7 @@ class Cluster:
         """
         if self._started:
             return self._device
-        # Our errors say it in one line; dask's own would add a traceback.
+        # kdpipe reports such errors in one line; dask's logs would add a traceback.
         for name in ("distributed.client", "distributed.batched", "distributed.core"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._local:
@@ -146,7 +146,7 @@ class Cluster:
         stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:  # fmt: skip
         """
-        Have the workers store the missing tiles of `batches`, about in order, yielding the record of each.
+        Have the workers store the missing tiles of `batches`, roughly in order, yielding the record of each.
 
         Raises `ClusterUnreachable` if the scheduler or all workers are gone for `PATIENCE_SECONDS`, what a worker raised, and
         `Interrupted` once `stop` is set.
@@ -220,8 +220,8 @@ class Cluster:
                     future = _from_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
                         compute_batches, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
                     ))  # fmt: skip
-                    # Gathered in dask's loop: a result that has not arrived here is lost with its worker, and a blocking call
-                    # would wait for that of the last worker for ever.
+                    # Gathered asynchronously in dask's loop: if the last worker dies before its result has been fetched, a
+                    # blocking call would never return.
                     awaited = asyncio.run_coroutine_threadsafe(
                         client.gather(future, asynchronous=True), client.loop.asyncio_loop
                     )
@@ -250,7 +250,7 @@ class Cluster:
     def _receipts(
         self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Reference]], job: Job
     ) -> Receipts:
-        """The receipts that a task returned; raises its `KdpipeError`, or one caused by its other error."""
+        """The receipts that a task returned; re-raises the task's `KdpipeError`, and wraps any other error in one."""
         err = None if awaited.cancelled() else awaited.exception()
         if err is not None and future.status == "error":
             names = summarise(tile.id for batch in batches for tile in batch)
@@ -359,7 +359,11 @@ def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> s
 
 
 def _with_absolute_checkpoints(config: Config) -> Config:
-    """The configuration for a process in another folder; a worker reads nothing else that it names from a disk."""
+    """
+    The configuration with absolute checkpoint paths, for a process that runs in another folder.
+
+    Checkpoints are the only files that a worker opens by the configuration's paths.
+    """
     teacher, teachers = config.teacher, config.teachers
     absolute: Callable[[Any], Any] = lambda member: member.model_copy(  # noqa: E731
         update={"checkpoint": str(Path(member.checkpoint).absolute())}

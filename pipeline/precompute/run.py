@@ -1,8 +1,9 @@
 """
 Stage one: the teacher predicts every training tile once, and its soft targets or logits are stored.
 
-Threads read ahead, the device predicts, other threads encode and write; each waits only for its input. With `Workers`, other processes
-compute the batches, and this one holds the lock, keeps the order and completes the cache.
+Threads read ahead, the device predicts, and other threads encode and write, all at the same time. The device waits for the writers only
+when too many pixels are pending. With `Workers`, other processes compute the batches, and this one holds the lock, keeps the order and
+completes the cache.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_
 from kdpipe.pipeline.text import size_text
 from kdpipe.pipeline.versions import library_versions
 
-CPU_THREADS = 2, 2  # that read, and that encode and write, beside a network that takes the cores itself
-PENDING_PX = 2**23  # of computed tiles that may wait for two writing threads before the device has to: bounds memory
+CPU_THREADS = 2, 2  # (readers, writers) on a CPU, where the network itself uses the cores
+# Pixels of computed tiles that may queue per two writing threads. Beyond that the device waits, which bounds memory.
+PENDING_PX = 2**23
 FORECAST_AFTER = 3  # finished tiles, from which the bytes of the rest are forecast
 
 
@@ -88,9 +90,9 @@ def precompute(
     Complete the cache and return what was done; does nothing if the cache is complete.
 
     With `repair` every byte of the finished tiles is read first, and damaged tiles (`damaged` in the summary) are computed again.
-    `workers` compute in place of this process, on their own device, to the same bytes. Unreadable images are `failed` in the
-    summary, and the cache stays incomplete. Raises what `make_plan` raises, `CacheLocked`, `DiskFull`, and `Interrupted` once `stop` is
-    set; finished tiles are kept in every case.
+    With `workers`, other processes compute the tiles on their own device. The stored bytes are the same. Unreadable images are
+    `failed` in the summary, and the cache stays incomplete. Raises what `make_plan` raises, `CacheLocked`, `DiskFull`, and
+    `Interrupted` once `stop` is set; finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
     start = time.perf_counter()
@@ -144,10 +146,10 @@ def precompute(
 
 def stage_threads(device: torch.device) -> tuple[int, int]:
     """
-    Numbers of threads that read, and that encode and write; decoders, NumPy and zstd release the GIL.
+    Numbers of reading and of writing threads; decoders, NumPy and zstd release the GIL.
 
-    Compressing a tile takes a core longer than a GPU takes to predict and round it, and three times as long as reading it: beside a
-    GPU all cores do both.
+    With a GPU, compressing is the bottleneck: it takes a core longer than the GPU takes to predict and round the tile, and three times
+    as long as reading it. So all cores are used, a quarter of them for reading.
     """
     if device.type == "cpu":
         return CPU_THREADS

@@ -49,10 +49,10 @@ class Summary:
     """
     Result of a run of stage two; scores in 0..1.
 
-    `wall_seconds` is the time of the whole run over all its resumes, `seconds_per_step` the median step, waiting for data included
-    (None for a run too short to tell), `teacher_seconds_per_step` the live teacher's mean share of it (None without one), and
-    `other_modes` the seconds per step of runs of the same config in other modes, by name. `worth` says what the cache saved (None
-    where the cost of stage one is not recorded), `cache_bytes` the size of the cache.
+    `wall_seconds` is the time of the whole run over all its resumes, `seconds_per_step` the median step since the last start, without
+    warm-up, data loading included (None for a run too short to tell), `teacher_seconds_per_step` the live teacher's mean share of it
+    (None without one), and `other_modes` the seconds per step of runs of the same config in other modes, by name. `worth` says what the
+    cache saved (None where the cost of stage one is not recorded), `cache_bytes` the size of the cache.
     """
 
     name: str
@@ -214,7 +214,8 @@ class Loop:
             learner.fabric.backward(terms.total / config.train.accumulate)
             if last:
                 self._update_weights()
-            # After the update, because it waits for the GPU; nothing is saved before.
+            # This check makes the CPU wait for the GPU, so it comes after the update. Nothing is saved in between, so diverged
+            # weights never reach a checkpoint.
             refuse_divergence(terms, target, self.position.steps + 1, config, self._precision, self.folder)
         self._accumulated.append(terms)
         self.position = replace(self.position, batches=self.position.batches + 1)
@@ -267,7 +268,7 @@ class Loop:
             )
 
     def _validate(self) -> None:
-        # DDP would have all ranks validate the same number of batches.
+        # Not through the DDP wrapper: it hangs unless all ranks validate the same number of batches.
         learner = self.learner
         model = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
         if self.batches.val is not None:

@@ -46,7 +46,8 @@ def train(
     Train a student as configured; checkpoints, logs and the resolved config are written as it goes.
 
     `resume` continues from the last checkpoint if there is one; without it, an existing run is refused unless `overwrite`.
-    Raises a `CacheError` before the first step, `TrainingDiverged`, and `Interrupted` once `stop` is set, after a checkpoint.
+    Raises `CacheError` (before the first step) if the cache cannot be used, and `TrainingDiverged` if the loss diverges. Once `stop` is
+    set, saves a checkpoint and raises `Interrupted`.
     """
     advice = training_advice(config, computed_precision(config, device))
     told = Silent() if progress is None or is_further_process(config) else progress
@@ -96,7 +97,8 @@ def _set_up(
 
     fabric = open_fabric(config, device, ranks)
     if ranks > 1:
-        # Lightning starts the other processes here, and each comes to this line by itself: no checkpoint is written before.
+        # Lightning starts the other processes here. Each runs the command from the top to this line, so no checkpoint may be
+        # written before it: `_resumes` would take it for an earlier run's.
         fabric.launch()
         device = fabric.device
     recorded = checkpoint.recorded_config(folder / layout.LAST) if resume else None
@@ -112,7 +114,7 @@ def _set_up(
 
     validation = ValTiles(val_tiles, config, stretch)
     batches = _load_batches(config, fabric, tiles, validation, stretch, targets, position.batches)
-    # With a source of its own: a live teacher's time for pictures is not part of a step.
+    # A copy of the source, so that a live teacher's time for pictures is not counted as training time.
     shown = training_samples(config, tiles, stretch, copy(targets.source))
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
     return Loop(config, device, folder, learner, batches, targets, stretch, pictures, position, progress, stop, started)

@@ -1,4 +1,4 @@
-"""The gate between the stages: proof that the cache is complete, fresh, and equal to what the teacher predicts."""
+"""The gate between the stages: checks that the cache is complete, fresh and intact, and compares a sample with the teacher."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def verify(
         )
         _check_labels(config, cache, expected, report, progress)
     elif level == "parity":
-        progress.say("the teacher is not run again on a cache that is damaged or stale: mend these findings first")
+        progress.say("parity was skipped because the cache is damaged or stale: fix these findings first")
     return report
 
 
