@@ -23,7 +23,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from distributed import Client, Future, KilledWorker
 
@@ -41,7 +40,6 @@ from kdpipe.pipeline.cluster.worker import (
     Facts,
     Job,
     Receipts,
-    SampledTiles,
     Station,
     compute_batches,
     facts_of_worker,
@@ -62,11 +60,11 @@ from kdpipe.pipeline.precompute.subjects import (
     reference_to,
 )
 from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.versions import library_versions
 
 Result = TypeVar("Result")
 
-SAMPLED = 100  # tiles, in the order in which `precision.resolve` tries them; it needs three readable ones
 PATIENCE_SECONDS = 300.0  # to wait for a scheduler to restart, or for a batch queue to start the first worker
 CONNECT_SECONDS = 5.0
 COUNT_SECONDS = 2.0  # between two requests for the number of workers
@@ -132,12 +130,10 @@ class Cluster:
         if not self._fast_bf16 or all(member.precision != "auto" for member in config.members.values()):
             return recipe
         assert self._client is not None
-        sampled = np.random.default_rng(config.seed).permutation(len(tiles))[:SAMPLED]
-        absolute = [absolute_tile(tile) for tile in tiles]
+        tried = [absolute_tile(tile) for tile in precision.drawn(tiles, config.seed)]
         future = self._client.submit(
-            resolve_precision, _with_absolute_checkpoints(config), recipe, SampledTiles(absolute, sampled), stretch,
-            str(self._device), pure=False,
-        )  # fmt: skip
+            resolve_precision, _with_absolute_checkpoints(config), recipe, tried, stretch, str(self._device), pure=False
+        )
         resolved: CacheRecipe = future.result()
         return resolved
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,32 +102,19 @@ def facts_of_worker(device_name: str | None, dask_worker: Worker) -> Facts:
     return Facts(str(device), library_versions(), processor, dask_worker.state.nthreads, is_fast_at_bf16(device))
 
 
-class SampledTiles(Sequence[Tile]):
-    """A few of very many tiles, at their indices: a worker that compares precisions reads only those."""
-
-    def __init__(self, tiles: Sequence[Tile], indices: Iterable[int]) -> None:
-        self._length, self._sampled = len(tiles), {index: tiles[index] for index in indices}
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._sampled[int(index)]
-
-
 def resolve_precision(
     config: Config,
     recipe: CacheRecipe,
-    tiles: Sequence[Tile],
+    tried: Sequence[Tile],
     stretch: Stretch,
     device: str,
 ) -> CacheRecipe:
-    """A task: `precision.resolve` on this worker's device."""
+    """A task: `precision.resolve_on` on this worker's device."""
     import torch
 
     from kdpipe.pipeline.teacher import precision
 
-    return precision.resolve(config, recipe, tiles, stretch, torch.device(device))
+    return precision.resolve_on(config, recipe, tried, stretch, torch.device(device))
 
 
 class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types

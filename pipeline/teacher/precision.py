@@ -17,6 +17,7 @@ from kdpipe.pipeline.devices import is_fast_at_bf16
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 SAMPLE, SAMPLE_PX = 3, 512  # tiles on which the precisions are compared, and the side of their windows
+MAX_TRIED = 100  # tiles that are tried until `SAMPLE` readable ones are found
 
 
 def resolve(
@@ -27,13 +28,25 @@ def resolve(
 
     `recipe` holds fp32 in their place (see `complete_recipe`). Raises what `open_teacher` raises.
     """
+    return resolve_on(config, recipe, drawn(tiles, config.seed), stretch, device)
+
+
+def drawn(tiles: Sequence[Tile], seed: int) -> list[Tile]:
+    """At most `MAX_TRIED` tiles, in the order in which `resolve` tries them."""
+    return [tiles[index] for index in np.random.default_rng(seed).permutation(len(tiles))[:MAX_TRIED]]
+
+
+def resolve_on(
+    config: Config, recipe: CacheRecipe, tried: Sequence[Tile], stretch: Stretch, device: torch.device
+) -> CacheRecipe:
+    """`resolve` with the tiles that `drawn` returns."""
     auto = [member.precision == "auto" for member in config.members.values()]
     if not any(auto) or not is_fast_at_bf16(device):
         return recipe
     records = zip(recipe.teachers, auto, strict=True)
     teachers = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
     half = recipe.model_copy(update={"teachers": teachers})
-    images_NHWC = _sample(config, tiles, stretch)
+    images_NHWC = _sample(config, tried, stretch)
     if images_NHWC is None:
         return recipe
     return half if _targets_stay(config, recipe, half, images_NHWC, device) else recipe
@@ -55,12 +68,12 @@ def _targets_stay(
     return bool(moved_NCHW.mean(axis=(1, 2, 3)).max() <= 0.5 / (2**recipe.bits - 1))
 
 
-def _sample(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> NDArray[np.uint8] | None:
-    """Windows `(N, H, W, 3)` from the middle of tiles drawn by `config.seed`, of the largest common size; None if none is readable."""
+def _sample(config: Config, tried: Sequence[Tile], stretch: Stretch) -> NDArray[np.uint8] | None:
+    """Windows `(N, H, W, 3)` from the middle of the first readable tiles, of the largest common size; None if none is readable."""
     images: list[NDArray[np.uint8]] = []
-    for index in np.random.default_rng(config.seed).permutation(len(tiles)):
+    for tile in tried:
         try:
-            images.append(read_image(tiles[index].image, config.data.bands, stretch))
+            images.append(read_image(tile.image, config.data.bands, stretch))
         except DataError:  # stage one will name it
             continue
         if len(images) == SAMPLE:

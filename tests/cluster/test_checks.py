@@ -4,6 +4,9 @@ import json
 import socket
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from kdpipe.configs.errors import CacheLocked, CheckpointError, ClusterUnreachab
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.cluster import client as module
 from kdpipe.pipeline.cluster.client import Cluster, agreed_device
-from kdpipe.pipeline.cluster.worker import Facts, SampledTiles
+from kdpipe.pipeline.cluster.worker import Facts
 from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.teacher import precision
@@ -94,11 +97,30 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config):
     with Cluster(Told(), "cpu", address=two_workers.address) as cluster:
         assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == recipe
         cluster._fast_bf16 = True
-        # The worker's own processor decides; seen here is that it was called with the tiles it needs.
+        # The worker's own processor decides; this test sees that it was called with the tiles it needs.
         expected = precision.resolve(config, recipe, tiles, None, torch.device("cpu"))
         assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == expected
-    sampled = SampledTiles(tiles, [3, 5])
-    assert (len(sampled), sampled[np.int64(5)]) == (16, tiles[5])
+
+
+def test_precision_auto_is_decided_where_few_of_many_tiles_are_readable(config, monkeypatch):
+    """The client sends a worker no more tiles than `precision.resolve` tries."""
+    monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: True)
+    first, *_ = list_tiles(config.data, "train")
+    tiles = [replace(first, image=Path(f"absent/{number}.png")) for number in range(150)]
+    tiles[int(np.random.default_rng(config.seed).permutation(150)[7])] = first
+    recipe = complete_recipe(config, None, None)
+    sent = []
+
+    def submit(task, *arguments, pure):
+        sent.append(arguments[2])
+        return SimpleNamespace(result=lambda: task(*arguments))
+
+    cluster = Cluster(Told(), "cpu")
+    cluster._started = cluster._fast_bf16 = True
+    cluster._client = SimpleNamespace(submit=submit)
+    expected = precision.resolve(config, recipe, tiles, None, torch.device("cpu"))
+    assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == expected
+    assert (len(sent[0]), sent[0][7].image) == (100, first.image.absolute())
 
 
 def facts(**changes):
