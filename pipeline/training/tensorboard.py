@@ -46,7 +46,7 @@ class BoardPictures:
         config: `classes`, `distill.temperature`, `student.normalize` and `train.crop` are used.
         dataset: the first epoch's samples of its first, middle and last tile are shown as the student sees them.
         val_tiles: the middle of the first and last tile is shown, without a soft target.
-        total_steps: steps of the run, over which pictures are written ten times.
+        total_steps: steps of the run; pictures are written at the first call in each tenth of them and after the last step.
     """
 
     def __init__(self, config: Config, dataset: TrainTiles, val_tiles: ValTiles, total_steps: int) -> None:

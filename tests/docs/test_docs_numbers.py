@@ -51,7 +51,7 @@ def test_layers_keys_and_numbers_of_reports():
 def test_numbers_curves_and_keys_of_training():
     page = prose("docs/training.md")
     assert f"at most {tensorboard.SIDE_PX} px a side" in page
-    assert f"up to {2 * curves.LARGEST_WIDTH + curves.GAP} (`COLUMNS`" in page
+    assert f"up to {2 * curves.LARGEST_WIDTH + curves.GAP} characters (set `COLUMNS`" in page
     assert tensorboard.PICTURES_A_RUN == 10
     assert tensorboard.TRAIN_SHOWN + tensorboard.VAL_SHOWN == 5
     assert ", ".join(f"`{key}`" for key in checkpoint.RESUMABLE_KEYS) in page
