@@ -32,7 +32,7 @@ def test_a_room_has_no_other_lazy_name(room):
 
 
 def test_rooms_and_the_plan_of_stage_one_are_imported_without_torch():
-    names = ("precompute.plan", "precompute", "training", "verify", "runs.layout", "runs.log")
+    names = ("precompute.plan", "precompute", "training", "verify", "runs.layout", "runs.curves")
     modules = ", ".join(f"kdpipe.pipeline.{name}" for name in names)
     loaded = f"import sys, {modules}; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)

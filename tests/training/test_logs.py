@@ -11,7 +11,7 @@ from helpers.commands import arguments, run_command
 from kdpipe.pipeline.commands.actions import train as command
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.reports.html.run import report_run
-from kdpipe.pipeline.runs.log import read_curves
+from kdpipe.pipeline.runs.curves import read_curves
 from kdpipe.pipeline.training.run import train
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from kdpipe.configs.errors import (
 )
 from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.precompute.run import precompute
-from kdpipe.pipeline.runs.log import read_curves
+from kdpipe.pipeline.runs.curves import read_curves
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.run import train, with_mode
 from kdpipe.pipeline.verify.gate import verify

@@ -13,7 +13,7 @@ from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.distributed import is_further_process
 from kdpipe.pipeline.progress import stop_on_signal
 from kdpipe.pipeline.reports.terminal.training import curves_text, training_tables
-from kdpipe.pipeline.runs.log import read_curves
+from kdpipe.pipeline.runs.curves import read_curves
 from kdpipe.pipeline.training.run import train, with_mode
 
 

@@ -42,8 +42,8 @@ from kdpipe.pipeline.reports.html.tiles import (
     training_subjects,
     validation_subjects,
 )
+from kdpipe.pipeline.runs.curves import Curve, read_curves
 from kdpipe.pipeline.runs.layout import BEST, RUN, logs_folder, run_folder
-from kdpipe.pipeline.runs.log import Curve, read_curves
 from kdpipe.pipeline.runs.record import Run, read_run
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.text import duration_text, pace_text, percent_cell, percent_text

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kdpipe.pipeline.reports.terminal.scores import score_table
 from kdpipe.pipeline.reports.terminal.stage_one import worth_lines
-from kdpipe.pipeline.runs.log import Curve
+from kdpipe.pipeline.runs.curves import Curve
 from kdpipe.pipeline.text import pace_text, percent_text, run_time_text, stage_one_time_text, step_time_text
 
 if TYPE_CHECKING:
