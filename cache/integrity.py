@@ -1,4 +1,8 @@
-"""Whether a cache is whole and fresh: the findings of `verify-cache --level quick` and `full`."""
+"""
+Whether a cache is whole and fresh: the findings of `verify-cache --level quick` and `full`.
+
+`find_damage` decides which tiles `precompute-teacher --repair` computes again.
+"""
 
 from __future__ import annotations
 

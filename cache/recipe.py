@@ -1,7 +1,14 @@
 """
 The recipe: everything that determines the values in a cache except the source images, and nothing else.
 
-Not covered: which recipe a configuration asks for (see `pipeline/precompute/expected_recipe.py`).
+A cache is stale if its recipe, an image or a view is no longer what the configuration asks for. This is decided in
+
+- `differences`, here: the fields in which two recipes differ;
+- `writer.refuse_stale`: stage one, before it writes;
+- `images.is_unchanged`: whether a tile's image is the one that it was computed from;
+- `pipeline/precompute/expected_recipe.py`: the recipe that a configuration asks for, and `refuse_unexpected` for readers;
+- `pipeline/training/targets.py`: training, which also refuses tiles and recorded views that have changed;
+- `pipeline/runs/checkpoint.py`: `--resume`, by the cache's fingerprint.
 """
 
 from __future__ import annotations

@@ -115,3 +115,8 @@ def summarise(names: Iterable[str], shown: int = 5) -> str:
     listed = list(names)
     rest = len(listed) - shown
     return ", ".join(listed[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def extra_text(extra: str) -> str:
+    """What to do where a package of kdpipe's optional `extra` is missing. Not by kdpipe's name: no index of packages has it."""
+    return f"install kdpipe's extra `{extra}`: `pip install '.[{extra}]'` in its clone"

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.configs.outputs import output_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or in the user's quota
@@ -70,7 +70,7 @@ def open_storage(path: str) -> Storage:
         try:
             return RemoteStorage(path)
         except (ValueError, ImportError) as err:  # an unknown protocol, or one whose package is not installed
-            hint = " (pip install 'kdpipe[s3]')" if path.startswith("s3") and isinstance(err, ImportError) else ""
+            hint = f"; {extra_text('s3')}" if path.startswith("s3") and isinstance(err, ImportError) else ""
             raise ConfigError(f"cache.path: {path} cannot be opened: {err}{hint}") from err
     from kdpipe.cache.storage.local import LocalStorage
 

@@ -25,7 +25,7 @@ from kdpipe.cache.reader import SoftTargetCache, read_manifest
 from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
-from kdpipe.configs.errors import ConfigError, IncompleteCache
+from kdpipe.configs.errors import ConfigError, IncompleteCache, extra_text
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -317,4 +317,4 @@ def require_table_format(path: Path) -> None:
     if path.suffix not in {".csv", ".parquet"}:
         raise ConfigError(f"--table {path}: expected a name that ends in .csv or .parquet")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ConfigError(f"--table {path}: Parquet needs pyarrow (pip install 'kdpipe[parquet]'); .csv needs nothing")
+        raise ConfigError(f"--table {path}: Parquet needs pyarrow; {extra_text('parquet')}, or write .csv")

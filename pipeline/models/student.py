@@ -1,4 +1,14 @@
-"""Students by name, with their weights."""
+"""
+Students by name, with their weights.
+
+To add an architecture of your own (smp's need no change), extend:
+
+- `FORMERS` and `_build_former`, which build it;
+- `load_student_weights`, if its checkpoints are not plain state dicts;
+- `encoder_parameters`, if its encoder is not its attribute `encoder`;
+- `pipeline/models/recognise.py`, so that `kdpipe inspect` and errors about weights name it;
+- the descriptions of `student` in `configs/schema/student.py`.
+"""
 
 from __future__ import annotations
 

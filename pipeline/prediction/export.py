@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
+from kdpipe.configs.errors import ConfigError, DataError, KdpipeError, extra_text
 from kdpipe.configs.files import partial_path, publish
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image
@@ -31,7 +31,6 @@ from kdpipe.pipeline.models.views import STRIDE, padded_logits
 from kdpipe.pipeline.prediction.model import (
     CARD_KEY,
     INPUT,
-    INSTALL,
     ONNX_SUFFIX,
     OTHER_SUFFIXES,
     OUTPUT,
@@ -224,7 +223,9 @@ def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as err:
-        raise ConfigError(f"--format onnx needs the package onnx, which is not installed: {INSTALL}") from err
+        raise ConfigError(
+            f"--format onnx needs the package onnx, which is not installed; {extra_text('export')}"
+        ) from err
 
 
 def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:

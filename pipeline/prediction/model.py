@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import MeanStd
 from kdpipe.pipeline.devices import resolve_device
@@ -28,7 +28,6 @@ from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
 INPUT, OUTPUT = "images", "logits"
 ONNX_SUFFIX, OTHER_SUFFIXES = ".onnx", (".torchscript", ".pt2")
-INSTALL = "install kdpipe with its extra export, such as `pip install '.[export]'` in a clone"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -125,7 +124,7 @@ def require_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as err:
-        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed: {INSTALL}") from err
+        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed; {extra_text('export')}") from err
     return onnxruntime
 
 

@@ -34,8 +34,8 @@ from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.verify.gate import verify
 
-pytest.importorskip("moto", reason="needs moto[server] and s3fs: pip install 'kdpipe[dev]'")
-pytest.importorskip("s3fs", reason="needs s3fs: pip install 'kdpipe[s3]'")
+pytest.importorskip("moto", reason="needs moto[server] and s3fs: pip install '.[dev]'")
+pytest.importorskip("s3fs", reason="needs s3fs: pip install '.[s3]'")
 from helpers.faulty_server import FaultyServer, every
 
 pytestmark = pytest.mark.timeout(300)  # seconds on a loaded machine; otherwise each test takes a few

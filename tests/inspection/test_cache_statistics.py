@@ -193,7 +193,7 @@ def test_options_that_do_not_fit_are_refused(dozen, tmp_path):
 
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"Parquet needs pyarrow \(pip install 'kdpipe\[parquet\]'\)"):
+    with pytest.raises(ConfigError, match=r"Parquet needs pyarrow; install .*pip install '\.\[parquet\]'"):
         cache_statistics.require_table_format(tmp_path / "t.parquet")
 
 

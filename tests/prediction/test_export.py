@@ -213,7 +213,9 @@ def test_missing_packages_are_named_with_how_to_install_them(trained, monkeypatc
     for package in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            message = rf"{package}, which is not installed: install kdpipe with its extra export, .*pip install '\.\[export\]'"
+            message = (
+                rf"{package}, which is not installed; install kdpipe's extra `export`: `pip install '\.\[export\]'` in"
+            )
             with pytest.raises(ConfigError, match=message):
                 export_student(trained, "onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from kdpipe.configs import Config
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS, complain
 from kdpipe.pipeline.devices import resolve_device
@@ -49,6 +49,6 @@ def precompute_on_cluster(
     except ModuleNotFoundError as err:  # of the extra `cluster`
         if err.name != "distributed":
             raise
-        raise ConfigError("--workers and --scheduler need dask.distributed: pip install 'kdpipe[cluster]'") from err
+        raise ConfigError(f"--workers and --scheduler need dask.distributed; {extra_text('cluster')}") from err
     with stop_on_signal() as stop, Cluster(terminal, device, address=scheduler, local=workers or 0) as cluster:
         return precompute(config, torch.device("cpu"), terminal, stop, repair=repair, workers=cluster)
