@@ -49,7 +49,7 @@ def finished_tiles(
     for tile_id, image in images.items():
         record = known.get(tile_id)
         if record is None or not _is_finished(info, record, image):
-            # The manifest does not list it, or is not this cache's; its receipt may still save computing it again.
+            # The manifest lacks the tile, or its record does not fit; the tile's receipt may still vouch for it.
             record = read_receipt(storage, tile_id, digest)
             if record is None or not _is_finished(info, record, image):
                 continue
@@ -74,7 +74,7 @@ def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, ima
 
 def whole_manifest(storage: Storage) -> Manifest | None:
     """
-    The manifest; None if it is missing or damaged, as the tiles' receipts hold the same, only more slowly.
+    The manifest; None if it is missing or damaged: the tiles' receipts hold the same, but take longer to read.
 
     Raises `UnknownFormat` if the cache has another format version than this program writes.
     """
@@ -176,7 +176,7 @@ def store_tile(
 
 
 def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
-    """The pieces unchanged, while `digest` is fed with them: so the temporary file is read only once."""
+    """The pieces, unchanged; each also updates `digest`, so that the temporary file is read only once."""
     for piece in pieces:
         digest.update(piece)
         yield piece

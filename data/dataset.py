@@ -225,7 +225,7 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
 
 
 def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
-    """The tile number of each sample of an epoch: all tiles in turn, for as long as they have crops left."""
+    """The tile number of each sample of an epoch: all tiles in turn, repeated until each has had its number of crops."""
     labelled, unlabelled = config.train.crops_per_tile, config.train.unlabelled_crops_per_tile
     crops = [labelled if unlabelled is None or tile.mask is not None else unlabelled for tile in tiles]
     return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]

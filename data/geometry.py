@@ -1,5 +1,5 @@
 """
-The geometry of training samples: views of tiles, resampled exactly, and alike for image, mask and target.
+The geometry of training samples: views of tiles, resampled exactly, in the same way for image, mask and target.
 
 A view is a crop of a tile resized by `scale`. Only the source pixels under the crop are read; up to rounding, the result equals
 resizing the whole tile and slicing it. Pixel centres lie at half integers (`align_corners=False`), there is no antialiasing, and
@@ -127,9 +127,8 @@ def transposed(array: NDArray[Any]) -> NDArray[Any]:
     import cv2  # takes 0.1 s
 
     height, width, *rest = array.shape
-    pixels = (
-        np.ascontiguousarray(array).view(np.uint8).reshape(height, width, -1)
-    )  # as bytes, since OpenCV converts other types
+    # As bytes, because OpenCV would convert other types.
+    pixels = np.ascontiguousarray(array).view(np.uint8).reshape(height, width, -1)
     turned: NDArray[Any] = cv2.transpose(pixels).reshape(width, height, -1).view(array.dtype)
     return turned.reshape(width, height, *rest)
 

@@ -1,4 +1,4 @@
-"""A cache of the arrays read last, up to a number of bytes: tiles are drawn again and again, and decoding is slow."""
+"""A cache of the most recently read arrays, up to a number of bytes: tiles are drawn again and again, and decoding is slow."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class RowWriter:
         self._waiting: list[NDArray[Any]] = []
 
     def write(self, rows_BHW: NDArray[Any]) -> None:
-        """The next rows, `(bands, h, W)` in the layer's dtype."""
+        """Take the next rows, `(bands, h, W)` in the layer's dtype."""
         self._waiting.append(rows_BHW)
         if sum(rows.shape[1] for rows in self._waiting) >= BLOCK_PX:
             together = np.concatenate(self._waiting, axis=1)
@@ -132,7 +132,7 @@ def new_map(file: Path, layer: Layer, height: int, width: int, place: Georeferen
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Hold a file that no other process writes; it is deleted afterwards, unless it was renamed."""
+    """Create `partial` and lock it against other processes; it is deleted afterwards, unless it was renamed."""
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as err:

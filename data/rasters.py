@@ -115,7 +115,7 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
 
 
 class Rows:
-    """An open image that is read by rows, from the top down; rows that the next call shares are kept."""
+    """An open image, read by rows from the top down. The rows read last are kept, as the next call may need them again."""
 
     def __init__(
         self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch, masked: bool = False

@@ -98,8 +98,8 @@ def list_scenes(inputs: Sequence[str]) -> list[str]:
     """
     The scenes that `inputs` name: files, folders (their files with `SCENE_EXTENSIONS`), glob patterns, URLs.
 
-    In the order of the inputs; within a folder or a pattern by name. Raises `DataError` if an input names nothing or a scene is named
-    twice.
+    They are in the order of the inputs, and by name within a folder or a pattern. Raises `DataError` if an input names nothing or a
+    scene is named twice.
     """
     scenes: list[str] = []
     for given in inputs:

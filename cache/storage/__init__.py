@@ -1,1 +1,1 @@
-"""Where the files of a cache lie, and who may write them."""
+"""Storage of a cache's files, local or remote, and the lock of its writer."""

@@ -1,4 +1,4 @@
-"""What a cache needs of the place where its files lie, and how a path becomes such a place."""
+"""The interface of a cache's storage, and the function that opens a storage by its path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Storage(Protocol):
         """Size and time of a file, None if there is none."""
 
     def infos(self) -> Callable[[str], FileInfo | None]:
-        """`info` for callers that need it of most files: an object store lists a thousand in one request."""
+        """A function like `info`, for callers that need most files: an object store lists a thousand in one request."""
 
     def last_write(self) -> float | None:
         """A time that changes whenever a file of the cache is written; None if unknown."""

@@ -48,7 +48,7 @@ def shut_out_workers(storage: Storage) -> None:
     Delete the fence of an earlier run, if there is one, after waiting for workers that are storing a tile.
 
     Call it with the cache's lock held. Raises `CacheLocked` if a worker holds the fence for `PATIENCE_SECONDS`. On an object
-    store nothing can be waited for: a worker's upload that has begun is not stopped.
+    store there is nothing to wait for: an upload that a worker has begun is not stopped.
     """
     if not isinstance(storage, LocalStorage):
         _object(storage).remove("")
@@ -60,7 +60,7 @@ def shut_out_workers(storage: Storage) -> None:
     except FileNotFoundError:
         return
     with file:
-        file.truncate(0)  # first, so that workers that come while we wait are turned away
+        file.truncate(0)  # first, so that workers that arrive during the wait are turned away
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             with contextlib.suppress(BlockingIOError):

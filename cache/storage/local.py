@@ -119,8 +119,8 @@ class LocalStorage:
                 folder.unlink()
 
 
-# One thread at a time: another would take a folder that is made but not synced for a durable one, and delete what is in the way
-# of both a second time.
+# Held by one thread at a time. A second one would take a folder that is created but not yet synced for a durable one, or delete
+# what is in the way of both a second time.
 _making_room = threading.Lock()
 
 

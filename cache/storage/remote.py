@@ -167,7 +167,7 @@ class RemoteStorage:
 
     def _try(self, doing: str, name: str, call: Callable[[], Result]) -> Result:
         """
-        The result of `call`, after as many attempts as it takes; `FileNotFoundError` and `FileExistsError` are passed on.
+        The result of `call`, after at most `ATTEMPTS` attempts; `FileNotFoundError` and `FileExistsError` are passed on.
 
         Any other exception (each file system's library has its own) becomes `CacheUnreachable`.
         """

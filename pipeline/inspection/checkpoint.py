@@ -1,4 +1,4 @@
-"""What a checkpoint file is: the recognised network, its channels, and where its weights lie. No code in it is run."""
+"""The contents of a checkpoint file: the recognised network, its channels, and where its weights lie. No code in the file is run."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ BINS = 20
 # Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993): a modified z-score, 0.6745 (x - median) / MAD, beyond 3.5.
 MAD_TO_SIGMA = 0.6745
 OUTLIER_SCORE = 3.5
-MIN_TILES = 8  # the median deviation of fewer means nothing
+MIN_TILES = 8  # with fewer, the median deviation means nothing
 
 
 @dataclass(frozen=True)

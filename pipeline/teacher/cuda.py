@@ -1,5 +1,5 @@
 """
-Copies between main memory and a CUDA device while it computes, and the time that it computes, without waiting for it.
+Copies to and from a CUDA device while it computes, and a clock of its computing time. Neither waits for the device.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams" and "Use pinned memory buffers".
 """
@@ -61,7 +61,7 @@ class Transfers:
 
     @contextmanager
     def beside(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """A stream that reads `tensors` of the current stream, and runs beside what the current stream does next."""
+        """Run the block in a second stream, which reads `tensors` of the current stream and computes beside it."""
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
         for tensor in tensors:
             tensor.record_stream(self._beside)
@@ -77,16 +77,16 @@ class Transfers:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 fetched.append(host.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._to_host)
-            # A blocking event: threads that wait for it leave their cores to those that compress.
+            # A blocking event, so that threads that wait for it leave their cores to the threads that compress.
             arrived = self._to_host.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
             return PendingCopy(fetched, arrived)
 
 
 class Clock:
     """
-    The time that a device took for the work started within `timed`.
+    The time that a device takes for the work started within `timed`.
 
-    A CUDA device reports it later, from events, as its callers do not wait for it; elsewhere it is wall time.
+    On CUDA it is measured by events and read once they have passed, so that nobody waits for the device; elsewhere it is wall time.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdpipe.pipeline.models.views import padded_logits
 
-TOLERANCE = 1e-4  # of the largest logit: folding moves float32 by a hundredth of that, and a wrong fold by far more
+TOLERANCE = 1e-4  # of the largest logit: a correct fold changes logits by a hundredth of that, a wrong one by far more
 
 
 @torch.inference_mode()
@@ -23,8 +23,8 @@ def folded(model: nn.Module, inputs_NCHW: Tensor) -> nn.Module:
     """
     A copy of a network in eval mode without the batch norms that directly follow a convolution, or the network itself.
 
-    A forward pass over `inputs_NCHW`, normalised float32 images `(N, 3, H, W)`, shows what follows what. The copy is returned only if
-    it gives the same logits there, so that a network of an unexpected structure stays as it is.
+    A forward pass over `inputs_NCHW`, normalised float32 images `(N, 3, H, W)`, shows which norm follows which convolution. The copy is
+    returned only if it gives the same logits there, so that a network of an unexpected structure stays as it is.
     """
     pairs, before_NTHW = _conv_norm_pairs(model, inputs_NCHW)
     fold = copy.deepcopy(model)
@@ -46,7 +46,7 @@ def with_cast_weights(model: nn.Module, inputs_NCHW: Tensor, dtype: torch.dtype)
     A copy of a network whose convolutions and linear layers hold their weights in `dtype`, or the network itself.
 
     Autocast casts them to the same numbers at every call. The copy is returned only if its logits for `inputs_NCHW`, normalised float32
-    images `(N, 3, H, W)`, are bit-identical: a layer that computes with its weights first would give others.
+    images `(N, 3, H, W)`, are bit-identical, which they are not if a layer transforms its weights first.
     """
     low = copy.deepcopy(model)
     for module in low.modules():
@@ -61,7 +61,7 @@ def with_cast_weights(model: nn.Module, inputs_NCHW: Tensor, dtype: torch.dtype)
 
 
 def _conv_norm_pairs(model: nn.Module, inputs_NCHW: Tensor) -> tuple[dict[str, str], Tensor]:
-    """The name of each convolution whose output goes straight into a batch norm, with the norm's, and the logits of the pass."""
+    """Names of the convolutions whose output goes straight into a batch norm, each with the norm's name, and the logits of the pass."""
     made_by: dict[int, tuple[str, Tensor]] = {}  # by the id of the output, which is kept so that no id is reused
     pairs: dict[str, str] = {}
     calls: Counter[str] = Counter()

@@ -29,15 +29,14 @@ from kdpipe.pipeline.teacher.fold import folded, with_cast_weights
 from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.teacher.rounding import rounded
 
-# Pixels whose softmax is taken at once. On a CPU the band stays in the core's cache; on an accelerator it is large enough that
-# copying it is no row of small transfers.
+# Pixels whose softmax is taken at once. On a CPU such a band stays in the core's cache; an accelerator takes larger bands, to avoid
+# many small copies.
 CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
 TRIAL_PX = 256  # side of the part of the first image on which an optimised network is compared with the original
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Images = NDArray[np.uint8] | PendingCopy  # what `FrozenTeacher.send` returns
-Encoded = tuple[
-    NDArray[Any], NDArray[np.float64] | None
-]  # a tile's integers and lost entropy, as `codec.encode` returns them
+# A tile's integers and lost entropy, as `codec.encode` returns them.
+Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]
 
 
 def open_teacher(config: Config, recipe: CacheRecipe, device: torch.device) -> FrozenTeacher:
@@ -63,7 +62,7 @@ class FrozenTeacher:
         self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
     ) -> None:
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
-        self._optimised: set[int] = set()  # the models that the first image has passed through
+        self._optimised: set[int] = set()  # numbers of the models that their first image has optimised
         self._recipe = recipe
         self._device = device
         self._temperature = softening.temperature
@@ -75,7 +74,7 @@ class FrozenTeacher:
             else torch.tensor([record.classes.index(name) for name in recipe.teacher_classes], device=device)
             for record in recipe.teachers
         ]  # fmt: skip
-        # Logits are summed in main memory where a scene needs windows: a whole one does not fit on the device.
+        # With windows, logits are summed in main memory: those of a whole scene do not fit on the device.
         windowed = any(record.window is not None for record in recipe.teachers)
         self._home = torch.device("cpu") if windowed else device
         self._transfers = Transfers(device) if self._home.type == "cuda" else None
@@ -164,7 +163,7 @@ class FrozenTeacher:
                 values = self.cached_values(images)
             return [partial(codec.encode, values_CHW, self._recipe) for values_CHW in values]
         sent = self._transfers.send(images) if isinstance(images, np.ndarray) else images
-        # The current CUDA device of a thread is the first one, which need not be the teacher's.
+        # Every thread starts with the first CUDA device as its current one, which need not be the teacher's.
         with torch.inference_mode(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             images_NHWC = self._transfers.receive(sent)
             with self._clock.timed():
@@ -188,7 +187,7 @@ class FrozenTeacher:
         return self.targets_of(logits_NTHW)
 
     def _logits(self, images_NHWC: NDArray[np.uint8] | Tensor, *, checked: bool) -> Tensor:
-        """`logits`; unless they are `checked`, a CUDA device is not waited for."""
+        """`logits`; unless `checked`, it accepts logits that are not finite and does not wait for a CUDA device."""
         images_NCHW = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2)
         total_NTHW: Tensor | None = None
         for number, (record, share) in enumerate(zip(self._recipe.teachers, self._shares, strict=True)):
@@ -214,7 +213,7 @@ class FrozenTeacher:
                 logits_NTHW = averaged_logits(self._models[number], inputs_NCHW, tta=record.tta, scales=record.scales)
             if channels is not None:
                 logits_NTHW = logits_NTHW.index_select(1, channels)
-            # The sum takes a twentieth of the time, and is finite only if every logit is.
+            # The sum is finite only if every logit is, and takes a twentieth of the time of checking each.
             if checked and not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
                 raise KdpipeError(_not_finite_text(record.precision))
             return logits_NTHW
@@ -253,7 +252,7 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
 def _optimised(model: nn.Module, inputs_NCHW: Tensor, precision: str) -> nn.Module:
     """The network with folded batch norms and cast weights, each only if its logits stay the same on part of the first image."""
     part_NCHW, dtype = inputs_NCHW[:1, :, :TRIAL_PX, :TRIAL_PX], AUTOCAST[precision]
-    # cuDNN searches its kernels for seconds at every new shape and type; torch has some of its own.
+    # Without cuDNN, which searches its kernels for seconds at every new shape and type.
     with computing_in("fp32", inputs_NCHW.device), torch.backends.cudnn.flags(enabled=False):
         model = folded(model, part_NCHW)
         return model if dtype is None else with_cast_weights(model, part_NCHW, dtype)

@@ -13,8 +13,8 @@ from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_stric
 if TYPE_CHECKING:
     from kdpipe.pipeline.models.recognise import Network
 
-# The usual channel order of teachers with so many channels, as lines of the configuration, and the shipped configuration whose
-# class map fits it. The first order is the guide's, the second OpenEarthMap's own.
+# By number of channels: the usual order of a teacher's classes, as lines of the configuration, and the shipped configuration
+# whose class map fits it. The first order is the guide's, the second OpenEarthMap's own.
 KNOWN_ORDERS = {
     8: (
         {"classes": "[Tree, Rangeland, Cropland, Developed, Road, Bareland, Water, Background]"},

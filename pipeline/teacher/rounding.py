@@ -1,8 +1,8 @@
 """
-The integers of a cache, computed on the teacher's device, so that a quarter of the bytes leaves it.
+The integers of a cache, computed on the teacher's device, so that only a quarter of the bytes is copied from it.
 
-They are bit for bit those of `kdpipe.cache.codec` (whose `encoding` modules say why), and tests compare them. This code takes few steps
-over a whole batch; on a CPU the codec is faster, as its bands stay in a core's cache.
+They equal those of `kdpipe.cache.codec` bit for bit, which tests check; the `encoding` modules explain the method. This code takes few
+large steps over a whole batch; on a CPU the codec is faster, as its bands stay in a core's cache.
 
 Shapes: N tiles, C classes, H W their pixels, K blocks of R rows.
 """
@@ -82,7 +82,7 @@ def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> T
 
 
 def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np.float32) -> Tensor:
-    """All blocks at once, row by row; every block is as high. No step branches on values, which would wait for the device."""
+    """Encode blocks of equal height, row by row in all of them at once. No step branches on values, which would wait for the device."""
     count, num_classes, height, width = probs_NCHW.shape
     rows = min(KEY_ROW_PX, height)
     probs_NCKRW, plain_NCKRW = (x.reshape(count, num_classes, -1, rows, width) for x in (probs_NCHW, plain_NCHW))
@@ -127,6 +127,6 @@ def _entropy_error(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tenso
     return sums(lost_NHW) / sums(torch.ones_like(lost_NHW[:1]))
 
 
-@cache  # a copy to a GPU waits for all that the GPU still has to do
+@cache  # because a copy to a GPU waits for all of its pending work
 def _entropy_terms(levels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(simplex.entropy_terms(levels)).to(device)

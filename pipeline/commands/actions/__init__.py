@@ -1,1 +1,1 @@
-"""What the commands do once their options and config are accepted; imports torch and the rest, as `options.run` explains."""
+"""The work of each command, once its options and config are checked. Imports torch, and only when called (see `options.run`)."""

@@ -1,4 +1,4 @@
-"""`precompute-teacher` on a cache that is complete, found without importing torch."""
+"""`precompute-teacher` on a complete cache, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdpipe.pipeline.reports.terminal.stage_one import precompute_text
 
 
 def report_complete(config: Config, json_path: str | None) -> bool:
-    """Whether the cache is complete; if so, it is reported."""
+    """Report the cache if it is complete; returns whether it is."""
     summary = find_complete(config)
     if summary is None:
         return False

@@ -29,7 +29,7 @@ def show_cache(
     table_path: str | None,
     plot_path: str | None,
 ) -> None:
-    """Describe a cache, and its differences from a config's; ends the process with 1 where there are any."""
+    """Describe a cache, and its differences from a config; ends the process with 1 if there are any."""
     terminal = Terminal()
     found = inspect_cache(path, config)
     content = found.as_dict()

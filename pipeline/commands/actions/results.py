@@ -25,7 +25,7 @@ def evaluate_model(
     paths: Sequence[str], teachers_config: Config | None, *, window: int | None, tta: str | None, boundary_width: int,
     json_path: str | None, png_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
-    """Score the mapped teacher of a config on the roots `paths`, or the student `paths[0]` on the other ones."""
+    """Score the teacher of a config, through its class map, on the roots `paths`; without a config, the student `paths[0]` on the rest."""
     terminal = Terminal()
     where = resolve_device(device)
     if teachers_config is not None:

@@ -22,7 +22,8 @@ def verify_cache(
     terminal = Terminal()
     parity_tiles = None
     if page is not None:
-        from kdpipe.pipeline.reports.html import verify as html  # imports all that evaluates a student
+        # It imports the evaluation of students, which only a page needs.
+        from kdpipe.pipeline.reports.html import verify as html
 
         parity_tiles = html.ParityTiles(config)
     found = verify(

@@ -42,27 +42,27 @@ def line_chart(
     lines: Mapping[str, Points],
     x_label: str,
     y_label: str,
-    of_classes: Sequence[str] = (),
+    class_names: Sequence[str] = (),
     faint: Mapping[str, Sequence[Points]] | None = None,
 ) -> str:
     """
     A figure with one line for each of `lines`, none of them empty, and a legend.
 
-    A line of more than `MAX_POINTS` points is averaged down to as many. A line named after one of `of_classes` has that
-    class's colour in maps. `faint` are thin lines in the colour of the line of their name: its single runs.
+    A line of more than `MAX_POINTS` points is averaged down to as many. A line named after one of `class_names` has
+    that class's colour in maps. `faint` holds thin lines by the name of a line, and in its colour: the single runs of a mean.
     """
     drawn = {name: _thinned(points) for name, points in lines.items()}
     thin = {name: [_thinned(points) for points in several] for name, several in (faint or {}).items()}
     everything = [point for points in [*drawn.values(), *(p for ps in thin.values() for p in ps)] for point in points]
     axes = _Axes.around(everything)
     parts, legend = axes.drawn(x_label), []
-    painted = dict(zip(of_classes, class_colours(len(of_classes)), strict=True))
+    painted = dict(zip(class_names, class_colours(len(class_names)), strict=True))
     for number, (name, points) in enumerate(drawn.items()):
         colour = painted.get(name, f"var(--s{number % STYLES})")
         style = f'style="stroke:{colour}" stroke-dasharray="{DASHES[number % len(DASHES)] if name not in painted else "none"}"'
         for each in thin.get(name, ()):
             parts.append(f'<polyline class="faint" style="stroke:{colour}" {axes.polyline(each)}/>')
-        # A class is black or yellow wherever it is shown: a casing sets its line off a dark or a light page.
+        # Classes keep their colours, black and yellow included; a casing sets the line off from a dark or a light page.
         cased = name in painted
         parts.append(f'<polyline class="casing" {axes.polyline(points)}/>' if cased else "")
         parts.append(f'<polyline class="line" {style} {axes.polyline(points)}/>')
@@ -106,12 +106,12 @@ def interval_chart(title: str, rows: Mapping[str, Mapping[str, Interval]], x_lab
         parts.append(
             f'<text class="name" x="{left - 8}" y="{top + row_height / 2 + 4}" text-anchor="end">{escape(name)}</text>'
         )
-        for place, of in enumerate(series):
-            if of not in row:
+        for place, label in enumerate(series):
+            if label not in row:
                 continue
-            found, y = row[of], top + row_height / 2 + (place - (len(series) - 1) / 2) * step
+            found, y = row[label], top + row_height / 2 + (place - (len(series) - 1) / 2) * step
             colour = f"var(--s{(place + 1) % STYLES})"  # the first colour is the baseline's, as in the curves
-            texts.append(f"{name}, {of}: {found.mean:+.1f}")
+            texts.append(f"{name}, {label}: {found.mean:+.1f}")
             if found.low is not None and found.high is not None:
                 texts[-1] += f" ({found.low:+.1f} to {found.high:+.1f})"
                 parts.append(

@@ -61,7 +61,7 @@ def comparison_tiles(
     shown = spread(range(min(map(len, subjects.values()))), count)
     first, config = next(iter(subjects.values())), next(iter(models.values())).config
     drawn = []
-    with (progress or Silent()).bar("tiles to look at", len(shown), "tiles") as advance:
+    with (progress or Silent()).bar("tiles of the page", len(shown), "tiles") as advance:
         for i in shown:
             predictions = {
                 label: model.predict(subjects[label][i].image()).argmax(axis=0) for label, model in models.items()

@@ -118,7 +118,7 @@ def report_run(
     if cache is not None:
         shown += [(subject, training_noun(config), cached_targets(cache)) for subject in training]
     drawn = []
-    with progress.bar("tiles to look at", len(shown), "tiles") as advance:
+    with progress.bar("tiles of the page", len(shown), "tiles") as advance:
         for subject, group, targets in shown:
             drawn.append(draw_subject(subject, group, config, {"": model}, targets))
             advance(1)

@@ -1,5 +1,5 @@
 """
-Tiles to look at: which ones, their layers as pictures, and the browser that lays one layer over another.
+Tiles on a page: which ones, their layers as pictures, and the browser that lays one layer over another.
 
 A layer is a `data:` URL of at most `SHOWN_PX` a side. Classes are scaled by the nearest pixel and stored without loss;
 photographs, blended colours and numbers are averaged and compressed with loss. `page.js` moves the browser.

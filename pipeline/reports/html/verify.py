@@ -40,7 +40,7 @@ MEASURES = {
 
 
 class ParityTiles:
-    """Draws the tiles that parity compares, with the difference between both targets, up to the allowed one."""
+    """Draws the tiles that parity compares, with the difference of cached and live target in colours up to the tolerance."""
 
     def __init__(self, config: Config) -> None:
         self.drawn: list[TilePictures] = []

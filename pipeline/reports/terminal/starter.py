@@ -42,9 +42,9 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
         yield f"Note: {note}."
     problems = found.draft.problems
     for problem in problems[:SHOWN]:
-        yield f"To mend: {problem}"
+        yield f"To fix: {problem}"
     if len(problems) > SHOWN:
-        yield f"To mend: {len(problems) - SHOWN} more (--json FILE lists all)."
+        yield f"To fix: {len(problems) - SHOWN} more (--json FILE lists all)."
     yield from _next(found)
 
 
