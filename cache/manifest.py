@@ -202,9 +202,8 @@ def reason_of(err: Exception, inside: str = "") -> str:
     """The cause of a parsing error in one short line; `inside` names the part of the file that was parsed."""
     if isinstance(err, ValidationError):
         first = err.errors(include_url=False)[0]
-        where = ".".join(
-            str(part) for part in first["loc"] if part not in ("soft", "logits")
-        )  # the tags of `AnyRecipe`
+        # Without the tags of `AnyRecipe`.
+        where = ".".join(str(part) for part in first["loc"] if part not in ("soft", "logits"))
         rest = f" (and {err.error_count() - 1} more)" if err.error_count() > 1 else ""
         return f"{(inside + where).rstrip('.') or 'it'}: {first['msg'].removeprefix('Value error, ')[:300]}{rest}"
     if isinstance(err, KeyError):

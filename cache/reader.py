@@ -331,11 +331,7 @@ def read_receipt(storage: Storage, tile_id: str, recipe_digest: str) -> TileReco
     """A finished tile's record from its receipt; None if that is missing, damaged, or of another tile or recipe."""
     try:
         metadata = storage.read(f"{tile.tile_path(tile_id)}/{tile.METADATA_NAME}")
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        CorruptCache,
-    ):  # CorruptCache: a link out of the cache
+    # CorruptCache: a link leads out of the cache.
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, CorruptCache):
         return None
     return tile.parse_receipt(metadata, tile_id, recipe_digest) if tile.is_sealed(metadata) else None

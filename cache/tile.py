@@ -27,9 +27,8 @@ from kdpipe.cache.records import ImageDigest, TileRecord, canonical
 from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
 
-CHUNK_PX = (
-    256  # a 512-px crop touches at most 9 chunks; smaller chunks compress worse, larger ones read more pixels in vain
-)
+# A crop of 512 px touches at most 9 chunks. Smaller chunks compress worse; with larger ones, more pixels are read in vain.
+CHUNK_PX = 256
 TILES = "tiles"
 SHARD_NAME = "0.0.0"
 METADATA_NAME = "zarr.json"

@@ -110,9 +110,8 @@ def _shapes_of(build: Callable[[], nn.Module]) -> Shapes | None:
     """Names and shapes of a network's tensors, built on the meta device, which holds no values; None where it cannot be built."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # smp's, of its encoders `timm-…`, which files still hold
+            # smp deprecates its encoders `timm-…`, but files still hold them.
+            warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 with torch.device("meta"):
                     model = build()

@@ -121,9 +121,8 @@ def precompute(
         open_writer(plan.storage, plan.recipe, device=str(device), libraries=library_versions()) as writer,
     ):
         if written is None or plan.storage.last_write() != written:
-            plan = make_plan(
-                config, resolve_precision
-            )  # another process may have finished tiles before it released the lock
+            # Another process may have finished tiles before it released the lock.
+            plan = make_plan(config, resolve_precision)
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
@@ -256,7 +255,7 @@ def _compute(
     missing = {tile.id for tile in plan.missing}
     ahead = deque(batches)
     loading: deque[Future[tuple[LoadedBatch, Images | None]]] = deque()
-    writing: deque[tuple[int, Future[TileRecord]]] = deque()  # with the tile's pixels
+    writing: deque[tuple[int, Future[TileRecord]]] = deque()  # each with its tile's number of pixels
     num_readers, num_writers = threads
     pending_px = PENDING_PX * num_writers // 2
 

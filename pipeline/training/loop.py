@@ -195,7 +195,7 @@ class Loop:
         return self._summarised()
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
-        """Mean loss terms of the optimizer step that this batch completes; None if it is only accumulated."""
+        """Train on one batch; returns the mean loss terms of the optimizer step that it completes, None if it completes none."""
         config, learner = self.config, self.learner
         # Gradients are summed over the ranks once a step, in its last batch.
         last = len(self._accumulated) + 1 == config.train.accumulate
@@ -273,7 +273,7 @@ class Loop:
         model = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
         if self.batches.val is not None:
             self._note(validate(model, self.batches.val, self.config, self.device))
-        # After the scores: the CSV logger warns if TensorBoard's file is in the folder before its own.
+        # After the scores, because the CSV logger warns if TensorBoard's file is in the folder before its own.
         if learner.fabric.is_global_zero:
             self._pictures.show(self.logs.tensorboard, model, self.device, self.position.steps)
 
