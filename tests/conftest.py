@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.configs import tiny_config
+from helpers.configs import ENCODER, tiny_config, write_teacher
 
 from kdpipe.configs import Config
 from kdpipe.data.landscape.labels import write_sample_data
-from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.precompute.run import precompute
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,14 +43,8 @@ def landscape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small U-Net with 8 classes and random weights, scaled so that its answers are neither flat nor certain."""
-    torch.manual_seed(0)
-    model = create_smp_model("unet", "mobilenet_v2", 8, key="teacher")
-    with torch.no_grad():
-        model.segmentation_head[0].weight *= 8
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save(model.state_dict(), path)
-    return path
+    """The weights of the configured teacher."""
+    return write_teacher(tmp_path_factory.mktemp("teacher"), ENCODER)
 
 
 @pytest.fixture

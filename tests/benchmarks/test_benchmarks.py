@@ -150,7 +150,7 @@ def test_many_tiles_takes_over_what_a_killed_run_left_and_nothing_else(tmp_path,
 def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape, teacher_file, tmp_path):
     overrides = bench.settings([
         f"data.train=[{landscape / 'Train'}]", f"data.val=[{landscape / 'Val'}]", f"cache.path={tmp_path / 'cache.zarr'}",
-        "teacher.encoder=mobilenet_v2", f"teacher.checkpoint={teacher_file}", "train.crop=64", "train.batch_size=2",
+        f"teacher.encoder={teacher_file.stem}", f"teacher.checkpoint={teacher_file}", "train.crop=64", "train.batch_size=2",
     ])  # fmt: skip
     small_student = bench.settings(bench.STUDENTS["steps_small"])
     # It has sizes in the module and no options for them.

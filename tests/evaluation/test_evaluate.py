@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from helpers.configs import ENCODER
 from helpers.dubai import link_tiles
 from helpers.reference_teacher import teacher_logits
 from helpers.scored_tiles import numpy_iou, random_tile, stub, write_tile
@@ -39,7 +40,7 @@ def padded(inputs_NCHW):
 
 
 def test_a_students_scores_are_those_of_its_network_in_a_few_lines(trained, landscape):
-    student = build_student("unet", 6, encoder="mobilenet_v2")
+    student = build_student("unet", 6, encoder=ENCODER)
     load_student_weights(student, BEST)
     student.eval()
     predicted, masks, right, confidence = [], [], [], []
@@ -84,7 +85,7 @@ def test_the_teacher_is_scored_as_mapped_at_t_1_whatever_the_configs_temperature
 
 
 def test_d4_averages_logits_of_eight_views_in_the_images_frame(trained):
-    student = build_student("unet", 6, encoder="mobilenet_v2")
+    student = build_student("unet", 6, encoder=ENCODER)
     load_student_weights(student, BEST)
     student.eval()
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)

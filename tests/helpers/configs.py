@@ -2,11 +2,32 @@
 
 from pathlib import Path
 
+import torch
+
 from kdpipe.configs import Config, parse_config
+from kdpipe.pipeline.models.smp import create_smp_model
+
+ENCODER = "tu-test_resnet"  # timm's smallest: half of the time of a mobilenet_v2, but not recognised from its tensors
+RECOGNISED = "mobilenet_v2"
+
+
+def write_teacher(folder: Path, encoder: str) -> Path:
+    """Write `ENCODER.pth`: a small U-Net with 8 classes and random weights, whose predictions are neither flat nor certain."""
+    torch.manual_seed(0)
+    model = create_smp_model("unet", encoder, 8, key="teacher")
+    with torch.no_grad():
+        model.segmentation_head[0].weight *= 8
+    path = folder / f"{encoder}.pth"
+    torch.save(model.state_dict(), path)
+    return path
 
 
 def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: object) -> Config:
-    """A configuration on the small landscape, with its cache in `folder`; overrides are dotted keys written with `__`."""
+    """
+    A configuration on the small landscape, with its cache in `folder`; overrides are dotted keys written with `__`.
+
+    Teacher and student have the encoder that `teacher_file` is named after.
+    """
     raw: dict = {
         "name": "tiny",
         "group": "tests",
@@ -15,7 +36,7 @@ def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: 
         "data": {"train": [str(landscape / "Train")], "val": [str(landscape / "Val")]},
         "teacher": {
             "architecture": "unet",
-            "encoder": "mobilenet_v2",
+            "encoder": teacher_file.stem,
             "checkpoint": str(teacher_file),
             "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
         },
@@ -30,7 +51,7 @@ def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: 
             "Background": {"Background": 1},
         },
         "cache": {"path": str(folder / "cache.zarr")},
-        "student": {"architecture": "unet", "encoder": "mobilenet_v2"},
+        "student": {"architecture": "unet", "encoder": teacher_file.stem},
         "train": {"epochs": 2, "batch_size": 2, "crop": 64, "workers": 0, "lr": 1e-3, "backbone_lr": 1e-4},
     }
     for key, value in overrides.items():

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zarr
 from helpers.commands import arguments, run_command
+from helpers.configs import ENCODER
 from helpers.doubles import CostlessTeacher, StopAfter
 from helpers.files import tree, write_image
 
@@ -309,7 +310,7 @@ def two_teachers(make_config, teacher_file, tmp_path):
     torch.save(state, tmp_path / "second.pth")
     first = {
         "architecture": "unet",
-        "encoder": "mobilenet_v2",
+        "encoder": ENCODER,
         "checkpoint": str(teacher_file),
         "classes": TEACHER_CLASSES,
     }

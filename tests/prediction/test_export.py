@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import run_command
+from helpers.configs import ENCODER
 from PIL import Image
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, KdpipeError
@@ -137,7 +138,7 @@ def test_an_exported_file_is_verified_and_describes_itself(exported):
     assert card.classes == ["Background", "Forest", "Grassland", "Cropland", "Settlement", "SemiNatural"]
     assert (card.mean, card.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (card.bands, card.stretch, card.ignore_index) == ((1, 2, 3), None, 255)
-    assert (card.run, card.step, card.network) == ("tiny-none", 2, "unet with mobilenet_v2")
+    assert (card.run, card.step, card.network) == ("tiny-none", 2, f"unet with {ENCODER}")
     assert card.palette[1] == (0, 158, 115)
 
 
@@ -204,7 +205,7 @@ def test_an_exporters_error_becomes_one_line(trained, monkeypatch):
     monkeypatch.setitem(export.WRITERS, "pt2", fail)
     with pytest.raises(
         KdpipeError,
-        match=r"unet with mobilenet_v2 cannot be written as pt2: aten::strange is not supported\. Try another",
+        match=rf"unet with {ENCODER} cannot be written as pt2: aten::strange is not supported\. Try another",
     ):
         export_student(trained, "pt2")
 

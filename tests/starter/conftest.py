@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from helpers.recognised_teacher import finished_cache, teacher_file  # noqa: F401 (fixtures)
 
 from kdpipe.pipeline.inspection.checkpoint import Inspection, inspect_checkpoint
 from kdpipe.pipeline.starter import write

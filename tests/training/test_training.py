@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers.commands import arguments, run_command
+from helpers.configs import ENCODER
 from helpers.doubles import Plain
 from helpers.files import write_image
 from helpers.runs import assert_same_weights, checkpoint, weights
@@ -178,8 +179,8 @@ def test_published_encoder_weights_load_strictly_from_a_file(tmp_path):
 
 def test_a_run_starts_from_anothers_checkpoint(cached, make_config):
     train(make_config(train__max_steps=1, data__val=[]), CPU)
-    student = build_student("unet", 6, encoder="mobilenet_v2", checkpoint="model_weights/tests/tiny/last.ckpt")
-    other = build_student("unet", 6, encoder="mobilenet_v2")
+    student = build_student("unet", 6, encoder=ENCODER, checkpoint="model_weights/tests/tiny/last.ckpt")
+    other = build_student("unet", 6, encoder=ENCODER)
     load_student_weights(other, "model_weights/tests/tiny/last.ckpt")
     assert_same_weights(student.state_dict(), other.state_dict())
 

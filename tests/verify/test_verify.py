@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import run_command
+from helpers.configs import ENCODER
 from helpers.files import write_image
 from helpers.reference_teacher import teacher_logits
 from PIL import Image
@@ -54,7 +55,7 @@ def test_parity_finds_targets_that_are_not_the_teachers(cached):
     live = cache.read(tile.id)
     image = read_image(tile.image)
     torch.manual_seed(0)
-    student = build_student("unet", 6, encoder="mobilenet_v2").eval()
+    student = build_student("unet", 6, encoder=ENCODER).eval()
     wrong = np.roll(live, 1, axis=0)
     right = compare(tile.id, live, live, image, student, cached, cache.manifest.error_bound, 0.0, "fp32", CPU)
     swapped = compare(tile.id, wrong, live, image, student, cached, cache.manifest.error_bound, 0.0, "fp32", CPU)
