@@ -6,7 +6,6 @@ A sample is predicted at the size of a training crop; its middle is shown.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +50,8 @@ class BoardPictures:
 
     def __init__(self, config: Config, dataset: TrainTiles, val_tiles: ValTiles, total_steps: int) -> None:
         self._config, self._dataset, self._val_tiles = config, dataset, val_tiles
-        self._every, self._total = total_steps / PICTURES_A_RUN, total_steps
-        self._due = 0.0
+        self._total = total_steps
+        self._next_tenth = 0
         self._samples: list[Sample] = []
 
     @torch.inference_mode()
@@ -62,9 +61,10 @@ class BoardPictures:
 
         Draws no random number. Pictures that do not change are written once. Raises what reading a sample raises.
         """
-        if step < self._due:
+        tenth = step * PICTURES_A_RUN // self._total
+        if tenth < self._next_tenth:
             return
-        self._due = min((step // self._every + 1) * self._every, self._total) if step < self._total else math.inf
+        self._next_tenth = tenth + 1
         model.eval()
         if not self._samples:
             self._samples = self._read()

@@ -154,6 +154,7 @@ def test_pictures_are_the_middle_of_large_crops(make_config, monkeypatch):
         (range(7, 8), [7]),
         ((3, 6, 6), [3, 6]),
         (range(500, 1001, 125), [500, 625, 750, 875, 1000]),
+        (range(18, 793, 18), [18, 90, 162, 252, 324, 396, 486, 558, 648, 720, 792]),  # 396 is exactly five tenths
     ],
 )
 def test_a_run_is_shown_at_its_first_validation_each_tenth_and_its_end(make_config, steps, expected):
