@@ -1,5 +1,7 @@
 """`train.batch_size: auto` finds the largest batch that fits, and changes nothing else."""
 
+import ctypes
+import gc
 import re
 import subprocess
 import sys
@@ -125,11 +127,19 @@ def test_on_the_cpu_no_batch_is_tried_that_would_not_fit_by_measurement(auto, li
     assert set(tried) == {1, 2, 8}
 
 
+def return_freed_memory():
+    """Return to the system what malloc keeps of earlier tests: steps that reuse it do not make the process grow."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)(0)
+
+
 def test_measured_peaks_grow_with_the_batch_as_tensors_do(auto):
     """Real steps with crops of 256 px: larger batches take more, and the forecast is within a factor of two."""
     config = auto(effective=4, train__crop=256)
     sizes = [4, 2, 1]
+    return_freed_memory()
     forecast = batch_size._forecast(config, CPU, sizes, room=1e12)
+    return_freed_memory()
     before = batch_size.psutil.Process().memory_info().rss
     with batch_size._watched() as largest:
         batch_size.take_steps(config, CPU, 4, 2)
