@@ -1,5 +1,7 @@
 """The small teacher of the tests, run by segmentation-models-pytorch alone."""
 
+from pathlib import Path
+
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
@@ -7,7 +9,7 @@ import torch
 
 def teacher_logits(file, image_HWC):
     """Its logits of an image, float32 `(8, H, W)`."""
-    teacher = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8).eval()
+    teacher = smp.Unet(Path(file).stem, encoder_weights=None, classes=8).eval()
     teacher.load_state_dict(torch.load(file, weights_only=True))
     height, width = image_HWC.shape[:2]
     padded = np.pad(image_HWC, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")

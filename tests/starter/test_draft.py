@@ -163,7 +163,7 @@ def test_values_beyond_the_given_classes_are_refused(tmp_path):
 
 def test_a_wrong_number_of_teacher_classes_is_refused(tmp_path, teacher_file):
     small(tmp_path / "tiles")
-    with pytest.raises(ConfigError, match="--teacher-classes names 7 classes, but .*teacher.pth has 8 channels"):
+    with pytest.raises(ConfigError, match=r"--teacher-classes names 7 classes, but .*mobilenet_v2\.pth has 8 channels"):
         init(tmp_path / "tiles", teacher=teacher_file, teacher_classes=TEACHER_CLASSES[:7])
 
 
