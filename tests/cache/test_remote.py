@@ -179,7 +179,7 @@ def test_spawned_workers_train_from_s3_to_the_weights_of_a_local_cache(
     upload(finished_cache, s3.url)
     weights = []
     for path, workers in ((cached.cache.path, 0), (s3.url, 1)):
-        config = make_config(cache__path=path, train__workers=workers, train__max_steps=2, name=f"run{workers}")
+        config = make_config(cache__path=path, train__workers=workers, train__epochs=1, name=f"run{workers}")
         train(config, CPU)
         (last,) = tmp_path.rglob(f"*run{workers}*/last.ckpt")
         weights.append(torch.load(last, weights_only=False))
