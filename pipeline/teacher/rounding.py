@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.cache.encoding import logits, simplex
-from kdpipe.cache.encoding import steady_rounding as steady
+from kdpipe.cache.encoding import logits, simplex, steady_rounding
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 
@@ -42,7 +41,7 @@ def rounded(values_NCHW: Tensor, recipe: CacheRecipe) -> Rounded:
     sums_NHW, tolerance = values_NCHW.sum(dim=1), simplex.SUM_TOLERANCE
     valid = ((sums_NHW - 1).abs() <= tolerance).all() & (values_NCHW >= -tolerance).all()
     units_NCHW = _plain(values_NCHW, recipe.levels)
-    if recipe.bits <= steady.MAX_BITS:
+    if recipe.bits <= steady_rounding.MAX_BITS:
         units_NCHW = _steady(values_NCHW, units_NCHW, recipe.bits, recipe.levels)
     return Rounded(units_NCHW.to(storage), _entropy_error(values_NCHW, units_NCHW, recipe.levels), valid)
 
@@ -72,7 +71,7 @@ def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> T
     """Integers, int16, that repeat the row above wherever the error bound allows; `plain_NCHW` is the result of `_plain`."""
     height = probs_NCHW.shape[2]
     whole = height - height % KEY_ROW_PX
-    room = steady.room(bits, levels, probs_NCHW.shape[1])
+    room = steady_rounding.room(bits, levels, probs_NCHW.shape[1])
     parts = [
         _steady_blocks(probs_NCHW[:, :, part], plain_NCHW[:, :, part].short(), levels, room)
         for part in (slice(0, whole), slice(whole, height))
@@ -90,7 +89,7 @@ def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np
     highest_NCKRW = scaled_NCKRW.short()
     lowest_NCKRW = (scaled_NCKRW + float(1 - 2 * room)).short()
     order_NCK11 = (-highest_NCKRW.sum(dim=(3, 4), keepdim=True, dtype=torch.int64)).argsort(dim=1, stable=True)
-    upwards_W = torch.arange(width, device=probs_NCHW.device) // steady.STRIPE_PX % 2 == 1
+    upwards_W = torch.arange(width, device=probs_NCHW.device) // steady_rounding.STRIPE_PX % 2 == 1
 
     def turned(values_NCKRW: Tensor) -> Tensor:
         return torch.where(upwards_W, values_NCKRW.flip(3), values_NCKRW)

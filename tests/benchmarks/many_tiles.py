@@ -68,8 +68,8 @@ def write(path: str, images: dict[str, Path]) -> None:
     """Write the finished cache of identical images, without a sync and without the teacher."""
     import numpy as np
 
-    from kdpipe.cache import codec as values
-    from kdpipe.cache import tile as layout
+    from kdpipe.cache import codec
+    from kdpipe.cache import tile as tile_module
     from kdpipe.cache.images import digest_image
     from kdpipe.cache.storage.base import open_storage
     from kdpipe.cache.writer import open_writer
@@ -80,22 +80,22 @@ def write(path: str, images: dict[str, Path]) -> None:
     config = load_config("config.yaml")
     recipe = complete_recipe(config, None, None)
     probs_CHW = np.full((2, SIDE, SIDE), 0.5, dtype=np.float32)
-    fsync, encode = os.fsync, layout.encode_tile
+    fsync, encode = os.fsync, tile_module.encode_tile
     digest = digest_image(next(iter(images.values())))
-    shard, template, one = encode(values.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
-    seal = json.loads(template)["attributes"]["kdpipe"][layout.SEAL].encode()
+    shard, template, one = encode(codec.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
+    seal = json.loads(template)["attributes"]["kdpipe"][tile_module.SEAL].encode()
 
     def copy(units, tile_id, image, recipe, lost):
         blank = template.replace(seal, b"").replace(b'"ID"', json.dumps(tile_id).encode())
-        sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % layout.sha256(blank).encode())
-        return shard, sealed, replace(one, id=tile_id, metadata_sha256=layout.sha256(sealed))
+        sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(blank).encode())
+        return shard, sealed, replace(one, id=tile_id, metadata_sha256=tile_module.sha256(sealed))
 
-    os.fsync, layout.encode_tile = lambda descriptor: None, copy
+    os.fsync, tile_module.encode_tile = lambda descriptor: None, copy
     try:
         with open_writer(open_storage(path), recipe, device="cpu", libraries=library_versions()) as writer:
             writer.finish([writer.write(tile, probs_CHW, digest) for tile in images])
     finally:
-        os.fsync, layout.encode_tile = fsync, encode
+        os.fsync, tile_module.encode_tile = fsync, encode
 
 
 def lose(missing: int) -> None:

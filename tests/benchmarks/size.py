@@ -29,10 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdpipe.cache import SoftTargetCache
-from kdpipe.cache.encoding import implied_class as rest
-from kdpipe.cache.encoding import logits, simplex
-from kdpipe.cache.encoding import row_deltas as key_rows
-from kdpipe.cache.encoding import steady_rounding as steady
+from kdpipe.cache.encoding import implied_class, logits, row_deltas, simplex, steady_rounding
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.tile import CHUNK_PX, ZSTD_LEVEL
@@ -78,7 +75,7 @@ class Way:
     codec: Codec = field(default_factory=lambda: Zstd(ZSTD_LEVEL))
     levels: int | None = None
     leaves_out: bool = True
-    rounding: Callable[[NDArray[np.float32], int, int], NDArray[np.uint8]] = steady.encode
+    rounding: Callable[[NDArray[np.float32], int, int], NDArray[np.uint8]] = steady_rounding.encode
     differences: bool = True
     columns: bool = False
     chunk_px: int = CHUNK_PX
@@ -91,7 +88,7 @@ class Way:
         num_classes = len(predictions.probs[0])
         if self.rounding is plain:
             return simplex.error_bound(self.levels_of(num_classes), num_classes)
-        return steady.error_bound(self.bits, self.levels_of(num_classes), num_classes)
+        return steady_rounding.error_bound(self.bits, self.levels_of(num_classes), num_classes)
 
     def encoded(self, predictions: Predictions, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
         """The bytes of each chunk of a tile, and its shape."""
@@ -104,9 +101,9 @@ class Way:
         chunks = [units_Chw.copy() for units_Chw in split(units_CHW, self.chunk_px)]
         for units_Chw in chunks:
             if self.leaves_out:
-                rest.leave_out(units_Chw, self.chunk_px)
+                implied_class.leave_out(units_Chw, self.chunk_px)
             if self.differences:
-                key_rows.take_differences(units_Chw)
+                row_deltas.take_differences(units_Chw)
             if self.columns:
                 units_Chw[:, :, 1:] -= units_Chw[:, :, :-1].copy()
         return chunks
@@ -118,9 +115,9 @@ class Way:
         if self.columns:
             np.cumsum(units_Chw, axis=2, dtype=np.uint8, out=units_Chw)
         if self.differences:
-            key_rows.add_up(units_Chw)
+            row_deltas.add_up(units_Chw)
         if self.leaves_out:
-            rest.fill_in(units_Chw, levels, self.chunk_px)
+            implied_class.fill_in(units_Chw, levels, self.chunk_px)
         else:
             assert (units_Chw.sum(axis=0, dtype=np.uint32) == levels).all()
         return simplex.decode(units_Chw, levels)

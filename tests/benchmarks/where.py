@@ -21,9 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdpipe.cache import SoftTargetCache
-from kdpipe.cache import codec as values
-from kdpipe.cache import tile as layout
+from kdpipe.cache import SoftTargetCache, codec
+from kdpipe.cache import tile as tile_module
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import load_config
@@ -84,14 +83,14 @@ def of_a_tile(config, device: torch.device, count: int) -> dict[str, float]:
             with part("softmax and class map"):
                 probs_CHW = soft_targets(logits_1CHW, class_map, config.distill.temperature)[0].cpu().numpy()
             with part("rounding"):
-                units_CHW, lost = values.units_of(probs_CHW, recipe)
+                units_CHW, lost = codec.units_of(probs_CHW, recipe)
             with part("differences, compression, digests"):
-                units_CHW, lost = values.encode_units(units_CHW, lost, recipe)
-                shard, metadata, record = layout.encode_tile(units_CHW, subject.id, digest, recipe, lost)
+                units_CHW, lost = codec.encode_units(units_CHW, lost, recipe)
+                shard, metadata, record = tile_module.encode_tile(units_CHW, subject.id, digest, recipe, lost)
             with part("write and sync"):
-                path = layout.tile_path(record.id)
-                writer.storage.write(f"{path}/{layout.SHARD_NAME}", shard)
-                writer.storage.write(f"{path}/{layout.METADATA_NAME}", metadata)
+                path = tile_module.tile_path(record.id)
+                writer.storage.write(f"{path}/{tile_module.SHARD_NAME}", shard)
+                writer.storage.write(f"{path}/{tile_module.METADATA_NAME}", metadata)
             records.append(record)
         writer.finish(records)
     return part.medians()

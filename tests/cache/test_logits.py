@@ -245,12 +245,12 @@ def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch
 
 def test_soft_targets_and_logits_do_not_share_a_cache(logits_config, make_config, finished_cache):
     logits_config()
-    with pytest.raises(StaleCache, match=r'kind: the cache has "logits", the configuration says "soft"\. '):
+    with pytest.raises(StaleCache, match=r'kind: the cache has "logits", the configuration says "soft"\. Restore the'):
         precompute(make_config(cache__kind="soft"), CPU)
     with pytest.raises(StaleCache, match="teacher.normalize_mean"):
         precompute(logits_config(teacher__normalize="imagenet"), CPU)
     shutil.copytree(finished_cache, "soft.zarr")
-    with pytest.raises(StaleCache, match=r'kind: the cache has "soft", the configuration says "logits"\. '):
+    with pytest.raises(StaleCache, match=r'kind: the cache has "soft", the configuration says "logits"\. Restore the'):
         precompute(logits_config(cache__path="soft.zarr"), CPU)
 
 

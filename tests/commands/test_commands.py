@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from helpers.commands import run_command
@@ -203,3 +205,14 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(name, tmp
     assert done.returncode == 2, done.stderr
     assert "--json file/result.json: its folder cannot be made" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_action_that_a_command_names_is_a_function():
+    sources = Path(setup.__file__).parents[1].glob("*.py")
+    named = {name for source in sources for name in re.findall(r'\brun\(\s*"([\w.]+)"', source.read_text())}
+    assert len(named) > 10
+    for module, _, function in (name.partition(".") for name in named):
+        assert callable(getattr(import_module(f"kdpipe.pipeline.commands.actions.{module}"), function)), (
+            module,
+            function,
+        )

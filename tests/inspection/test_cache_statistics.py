@@ -20,7 +20,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs.errors import ConfigError
 from kdpipe.pipeline.commands.main import cli
-from kdpipe.pipeline.inspection import statistics as cache_statistics
+from kdpipe.pipeline.inspection import statistics
 from kdpipe.pipeline.inspection.statistics import TileStatistics, compute_statistics, find_outliers, write_table
 
 CLASSES = ["water", "forest", "meadow"]
@@ -35,8 +35,8 @@ def whole(bits):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("block_px", [512, 96])
 def test_every_number_is_numpys_over_whole_arrays(bits, block_px, monkeypatch):
-    monkeypatch.setattr(cache_statistics, "BLOCK_PX", block_px)
-    monkeypatch.setattr(cache_statistics, "TILES_AT_ONCE", 3)
+    monkeypatch.setattr(statistics, "BLOCK_PX", block_px)
+    monkeypatch.setattr(statistics, "TILES_AT_ONCE", 3)
     found = compute_statistics(SoftTargetCache.open(str(GOLDEN / f"{bits}-bits.zarr")))
     tiles = whole(bits)
     flat = np.concatenate([p.reshape(len(p), -1) for p in tiles.values()], axis=1)
@@ -194,7 +194,7 @@ def test_options_that_do_not_fit_are_refused(dozen, tmp_path):
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"Parquet needs pyarrow; install .*pip install '\.\[parquet\]'"):
-        cache_statistics.require_table_format(tmp_path / "t.parquet")
+        statistics.require_table_format(tmp_path / "t.parquet")
 
 
 def test_a_damaged_tile_is_named_and_no_statistics_are_given(tmp_path):

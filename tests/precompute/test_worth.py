@@ -13,7 +13,7 @@ from helpers.doubles import StopAfter
 from kdpipe.cache.reader import read_recipe
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import Interrupted, OutOfMemory
-from kdpipe.pipeline import dry_run as forecasts
+from kdpipe.pipeline import dry_run
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.costs import costs_file, read_costs
 from kdpipe.pipeline.precompute.run import precompute
@@ -65,14 +65,14 @@ def test_the_verdict_is_hardly_for_a_heavy_student_and_no_for_a_short_run(change
 
 def slowed(patch, teacher_seconds, student_seconds):
     """Have the teacher take at least so long for a tile, and the student for a step."""
-    logits, steps = FrozenTeacher.logits, forecasts.take_steps
+    logits, steps = FrozenTeacher.logits, dry_run.take_steps
 
     def slow_logits(self, images):
         time.sleep(teacher_seconds)
         return logits(self, images)
 
     patch.setattr(FrozenTeacher, "logits", slow_logits)
-    patch.setattr(forecasts, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
+    patch.setattr(dry_run, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
 
 
 def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_student_that_does_not_fit_leaves_the_forecast_of_stage_one(make_confi
     def exhausted(*arguments):
         raise OutOfMemory("out of memory while timing the student")
 
-    monkeypatch.setattr(forecasts, "take_steps", exhausted)
+    monkeypatch.setattr(dry_run, "take_steps", exhausted)
     forecast = estimate(make_config(), CPU)
     assert forecast.bytes > 0
     assert (
@@ -129,7 +129,7 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     said = precompute_text(replace(summary, online_seconds=90.0, crops_seconds=20.0, seconds=50.0))
     live = "1 min 30 s (--kd online: whole tiles) or 20 s (crops alone)"
     assert f"a live teacher would take {live} of each epoch;\nthe cache pays for itself after 2.5 epochs\n" in said
-    monkeypatch.setattr(forecasts, "measure_worth", lambda *arguments: pytest.fail("something was timed"))
+    monkeypatch.setattr(dry_run, "measure_worth", lambda *arguments: pytest.fail("something was timed"))
     assert estimate(config, CPU).worth is None
     assert precompute(config, CPU).paid_after_epochs is None
 

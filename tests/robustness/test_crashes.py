@@ -12,7 +12,7 @@ from helpers.files import tree
 from helpers.small_world import PixelTeacher, write_tile
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache
-from kdpipe.cache import tile as layout
+from kdpipe.cache import tile as tile_module
 from kdpipe.cache.writer import CacheWriter
 from kdpipe.configs.errors import DiskFull
 from kdpipe.data.rasters import read_image
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config_of(make, monkeypatch):
     """Makes the config of a cache at a path. Each shard is encoded only once."""
-    encode, made = layout.encode_tile, {}
+    encode, made = tile_module.encode_tile, {}
 
     def encode_once(units, tile, image, recipe, lost):
         key = (tile, units.tobytes(), image.sha256, recipe.digest())
@@ -35,7 +35,7 @@ def config_of(make, monkeypatch):
             made[key] = encode(units, tile, image, recipe, lost)
         return made[key]
 
-    monkeypatch.setattr(layout, "encode_tile", encode_once)
+    monkeypatch.setattr(tile_module, "encode_tile", encode_once)
     return lambda path: make(cache__path=str(path))
 
 
@@ -172,7 +172,7 @@ def test_an_exception_in_any_thread_ends_the_run_and_the_next_one_goes_on(
     broken = {
         "reader": (subjects, "read_image", read_image),
         "teacher": (PixelTeacher, "cached_values", PixelTeacher.cached_values),
-        "writer": (layout, "encode_tile", layout.encode_tile),
+        "writer": (tile_module, "encode_tile", tile_module.encode_tile),
     }[where]
     with monkeypatch.context() as patch:
         breaking = break_once(broken[2], RuntimeError("by the test"), at)

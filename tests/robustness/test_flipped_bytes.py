@@ -10,7 +10,7 @@ from helpers.files import tree
 
 from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
 from kdpipe.cache import reader as reading
-from kdpipe.cache import tile as layout
+from kdpipe.cache import tile as tile_module
 from kdpipe.cache.integrity import check_full
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
@@ -38,7 +38,7 @@ def small_cache(path):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A finished cache of two tiles with four chunks each."""
-    monkeypatch.setattr(layout, "CHUNK_PX", CHUNK_PX)
+    monkeypatch.setattr(tile_module, "CHUNK_PX", CHUNK_PX)
     small_cache(tmp_path / "c.zarr")
     return tmp_path / "c.zarr"
 

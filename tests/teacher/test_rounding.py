@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kdpipe.cache import codec
 from kdpipe.cache.encoding import simplex
 from kdpipe.configs.errors import KdpipeError
-from kdpipe.pipeline import dry_run as forecasts
+from kdpipe.pipeline import dry_run
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.teacher.cuda import PendingCopy
@@ -163,9 +163,9 @@ def test_a_dry_run_where_the_device_rounds_times_whole_batches(make_config, monk
         monkeypatch.setattr(teacher, "_values", lambda images: sizes.append(len(images)) or values(images))
         return teacher
 
-    monkeypatch.setattr(forecasts, "open_teacher", opened)
-    monkeypatch.setattr(forecasts, "stage_threads", lambda device: (1, 10**6))
+    monkeypatch.setattr(dry_run, "open_teacher", opened)
+    monkeypatch.setattr(dry_run, "stage_threads", lambda device: (1, 10**6))
     rounding = estimate(config, torch.device("cpu"))
-    assert sizes == [4] * 3 * forecasts.TRIALS
+    assert sizes == [4] * 3 * dry_run.TRIALS
     assert (rounding.bytes, rounding.pixels) == (plain.bytes, plain.pixels)
     assert 0 < rounding.seconds < 3600
