@@ -95,9 +95,18 @@ class Resampler:
         values_CHW[:, :, ~self._columns.inside] = 0
         return values_CHW
 
-    def inside(self) -> NDArray[np.bool_]:
-        """True where the view shows the tile, False over padding: bool `(height, width)`."""
-        return self._rows.inside[:, None] & self._columns.inside[None, :]
+    def inside(self, data_hw: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """
+        True where the view shows the tile, False over padding: bool `(height, width)`.
+
+        `data_hw` says which pixels hold data, None that all do. A pixel of the view that is interpolated from one without data,
+        however small its share, is not inside: neither its colour nor its target means anything.
+        """
+        inside_HW = self._rows.inside[:, None] & self._columns.inside[None, :]
+        if data_hw is not None:
+            self._check(data_hw.shape)
+            inside_HW &= self._interpolated((~data_hw).view(np.uint8)) == 0
+        return inside_HW
 
     def _interpolated(self, values_hw: NDArray[Any]) -> NDArray[Any]:
         """The interpolated view, of rows, columns and perhaps a third axis; keeps the dtype if no pixel lies between two."""

@@ -110,6 +110,21 @@ def test_view_is_the_crop_of_the_whole_tile_resized(case):
     np.testing.assert_allclose(target.sum(axis=0), inside, atol=1e-6)
 
 
+@settings(max_examples=100, deadline=None)
+@given(tile_and_view())
+def test_pixels_that_are_interpolated_from_one_without_data_are_not_inside(case):
+    height, width, view = case
+    data = np.random.default_rng(height * 64 + width).random((height, width)) > 0.1
+    resampler, scaled = Resampler(view, height, width), scaled_size(height, width, view.scale)
+    missing = mirrored_crop(resized(~data[None], *scaled, "bilinear"), view)[0]
+    rows, columns = np.mgrid[view.top : view.top + view.height, view.left : view.left + view.width]
+    # A share of the four pixels is at least 1 / (2 * 180)^2; torch gives pixels beside an exact one shares of about 1e-15.
+    expected = (rows < scaled[0]) & (columns < scaled[1]) & (missing < 1e-9)
+    found = resampler.inside(windowed(data, resampler))
+    assert found.dtype == np.bool_
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_scaled_size_is_rounded_and_at_least_one_pixel():
     assert scaled_size(47, 5, 0.75) == (35, 4)  # 35.25, 3.75
     assert scaled_size(5, 47, 0.75) == (4, 35)
