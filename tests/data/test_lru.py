@@ -62,3 +62,23 @@ def test_a_pickled_cache_is_empty():
         copy.get(key, reader(2))
     assert len(reader.reads) == 3
     assert len(pickle.dumps(recent)) < 200
+
+
+def test_arrays_under_one_key_count_together_and_are_dropped_together():
+    recent, reads = Recent(limit_bytes=30), []
+
+    def pair(key):
+        def read():
+            reads.append(key)
+            return np.zeros(10, np.uint8), None, np.zeros(5, np.uint8)
+
+        return read
+
+    for key in (1, 2, 1, 2):  # 15 bytes each
+        first, second, third = recent.get_all(key, pair(key))
+        assert second is None
+        assert not first.flags.writeable and not third.flags.writeable
+    recent.get_all(3, pair(3))
+    recent.get_all(2, pair(2))
+    recent.get_all(1, pair(1))
+    assert reads == [1, 2, 3, 1]
