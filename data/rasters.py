@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,10 @@ GDAL_OPTIONS: dict[str, Any] = {
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 silently returns a truncated PNG as noise
 }
 _TILE_OPTIONS = GDAL_OPTIONS | {
-    "GDAL_PAM_ENABLED": False,  # neither read nor write .aux.xml files beside the user's data
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder, which may hold a million files
+    # .aux.xml files are read: they may declare nodata or colours. GDAL writes them only where statistics or histograms are asked of it.
+    "GDAL_PAM_ENABLED": True,
+    # Side files are opened by name. By default each open lists the folder, which may hold a million files.
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
     "GDAL_CACHEMAX": 64,  # MB. By default a twentieth of the machine's memory; here everything is read once
 }
 _SHOWN_VALUES = 5
@@ -51,46 +52,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
     Raises `DataError` if the file is missing, is not a PNG, JPEG or TIFF, or declares more than `MAX_PIXELS`.
     """
-    with _opened(path) as raster:
+    with opened(path) as raster:
         return raster.height, raster.width
-
-
-@dataclass(frozen=True)
-class Header:
-    """
-    The header of a file: size in px, number of bands, their type, the nodata declared for the first band.
-
-    `rgb` are the numbers of the bands called red, green and blue, None if there are none; `alpha` says whether a band is called
-    opacity.
-    """
-
-    height: int
-    width: int
-    bands: int
-    dtype: str
-    nodata: float | None
-    rgb: tuple[int, int, int] | None
-    alpha: bool
-
-
-def read_header(path: Path) -> Header:
-    """
-    The header of an image or a mask; no pixel is decoded. The type of mixed bands is the one that holds all of them.
-
-    Raises `DataError` as `image_size` does.
-    """
-    with _opened(path) as raster:
-        meanings = [meaning.name for meaning in raster.colorinterp]
-        colours = [meanings.index(colour) + 1 for colour in ("red", "green", "blue") if colour in meanings]
-        return Header(
-            height=raster.height,
-            width=raster.width,
-            bands=raster.count,
-            dtype=raster.dtypes[0] if len(set(raster.dtypes)) == 1 else str(np.result_type(*raster.dtypes)),
-            nodata=raster.nodatavals[0],
-            rgb=(colours[0], colours[1], colours[2]) if len(colours) == 3 else None,
-            alpha="alpha" in meanings,
-        )
 
 
 def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> NDArray[np.uint8]:
@@ -106,7 +69,7 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
     Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and has
     none, or holds NaN or infinity other than its declared nodata.
     """
-    with _opened(path) as raster:
+    with opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
             return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0))
@@ -162,7 +125,7 @@ class Rows:
 @contextmanager
 def open_rows(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> Iterator[Rows]:
     """The image of `read_image`, to be read by rows; opening and reading raise `DataError` as there."""
-    with _opened(path) as raster:
+    with opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
         yield Rows(path, raster, bands, stretch)
@@ -219,7 +182,7 @@ def read_mask_values(path: Path) -> NDArray[Any]:
     Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters indices), has
     several bands, or does not hold integers.
     """
-    with _opened(path) as raster:
+    with opened(path) as raster:
         if raster.driver == "JPEG":
             raise DataError(f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF")
         if raster.count != 1:
@@ -237,13 +200,17 @@ def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[
 
     Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
-    with _opened(path) as raster:
+    with opened(path) as raster:
         return bands_and_nodata(path, raster, bands)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[DatasetReader]:
-    """The open file; errors of GDAL, on opening or in the block, become a `DataError`."""
+def opened(path: Path, *, placed: bool = False) -> Iterator[DatasetReader]:
+    """
+    The open file, and with `placed` its transform, for which world files are looked up too.
+
+    Errors of GDAL, on opening or in the block, become a `DataError`, as do a missing file and one of more than `MAX_PIXELS`.
+    """
     import rasterio
 
     if not path.is_file():
@@ -251,7 +218,7 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
     with (
         explained(path, "not a PNG, JPEG or TIFF"),
         rasterio.Env(**_TILE_OPTIONS),  # type: ignore[no-untyped-call]
-        _pixel_reader()(path, driver=_DRIVERS) as raster,
+        _reader(placed)(path, driver=_DRIVERS) as raster,
     ):
         if raster.height * raster.width > MAX_PIXELS:
             raise DataError(
@@ -274,19 +241,23 @@ def explained(path: Path | str, otherwise: str) -> Iterator[None]:
 
 
 @cache
-def _pixel_reader() -> Any:
+def _reader(placed: bool) -> Any:
     """
-    Rasterio's reader without georeferencing, which otherwise warns about each plain PNG or JPEG.
+    Rasterio's reader with or without the transform, and without a warning about each plain PNG or JPEG that has none.
 
     `warnings.catch_warnings` is no alternative, as it swaps the filters of the whole process and readers run in threads.
     """
     from rasterio.io import DatasetReader
 
+    class PlacedReader(DatasetReader):  # type: ignore[misc, unused-ignore]
+        def _has_gcps_or_rpcs(self) -> bool:
+            return True  # rasterio warns unless there are some
+
     class PixelReader(DatasetReader):  # type: ignore[misc, unused-ignore]
         def read_transform(self) -> list[float]:
             return [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]  # GDAL's identity
 
-    return PixelReader
+    return PlacedReader if placed else PixelReader
 
 
 def _pixels(

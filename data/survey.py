@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
-from kdpipe.data.rasters import Header, read_header, read_mask_values
+from kdpipe.data.declared.header import Declared, read_declared
+from kdpipe.data.rasters import read_mask_values
 from kdpipe.data.stretch import sampled_bands
 from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
 
@@ -148,19 +149,19 @@ def _tried(root: Root, step: Callable[..., None], *arguments: Any) -> None:
 
 
 def _look(root: Root, tile: Tile) -> None:
-    image = read_header(tile.image)
+    image = read_declared(tile.image)
     root.sizes_HW.append((image.height, image.width))
     root.bands[image.bands] += 1
     root.dtypes[image.dtype] += 1
     root.rgb[image.rgb] += 1
-    root.alpha += image.alpha
+    root.alpha += image.alpha is not None
     if tile.mask is not None:
-        mask = read_header(tile.mask)
-        root.mask_nodata[mask.nodata] += 1
+        mask = read_declared(tile.mask)
+        root.mask_nodata[mask.nodata[0]] += 1
         _require_same_size(tile, image, mask)
 
 
-def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
+def _require_same_size(tile: Tile, image: Declared, mask: Declared) -> None:
     if (mask.height, mask.width) != (image.height, image.width):
         raise DataError(
             f"the mask {tile.mask} is {mask.height} x {mask.width} px, but its image {tile.image} is {image.height} x {image.width}"
@@ -168,7 +169,7 @@ def _require_same_size(tile: Tile, image: Header, mask: Header) -> None:
 
 
 def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
-    header = read_header(tile.image)
+    header = read_declared(tile.image)
     if header.bands * header.height * header.width > MAX_VALUES:
         return
     for i, values in enumerate(sampled_bands(tile.image, range(1, header.bands + 1), SAMPLE_VALUES)):

@@ -185,7 +185,7 @@ def test_a_sample_of_ten_thousand_tiles_is_opened_and_reported(tmp_path, monkeyp
         for i in range(10_000):
             (tmp_path / "tiles" / kind / f"{i:05}.png").hardlink_to(tmp_path / target)
     opened = Counter()
-    for name in ("read_header", "sampled_bands", "read_mask_values"):
+    for name in ("read_declared", "sampled_bands", "read_mask_values"):
         real = getattr(survey, name)
         monkeypatch.setattr(
             survey, name, lambda path, *a, real=real, name=name: opened.update([name]) or real(path, *a)
@@ -193,7 +193,7 @@ def test_a_sample_of_ten_thousand_tiles_is_opened_and_reported(tmp_path, monkeyp
     done = run_command("init", "tiles")
     assert done.returncode == 0
     assert opened["sampled_bands"] == opened["read_mask_values"] == survey.MAX_READ
-    assert opened["read_header"] == 2 * survey.MAX_HEADERS + survey.MAX_READ
+    assert opened["read_declared"] == 2 * survey.MAX_HEADERS + survey.MAX_READ
     assert "Only a sample was read, evenly spread: 1000 headers, 100 images and 100 masks of tiles." in done.stdout
 
 

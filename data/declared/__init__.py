@@ -1,0 +1,1 @@
+"""What raster files say of themselves, and the comparison with what is asked of them."""
