@@ -22,11 +22,18 @@ from kdpipe.pipeline.models.swin import SwinEncoder, parts, relative_position_bi
 from kdpipe.pipeline.models.weights import load_published
 
 WINDOW = 8
+EARLIER_NORM = (
+    "decoder.p1.proj.2.running_var"  # a tensor of UNetFormers as kdpipe built them before it read published ones
+)
 
 
 class _Published(nn.Module):
     heads: tuple[str, ...]
     """The tensors whose first axis is the classes."""
+
+    def explain_misfit(self, state: Mapping[str, Any]) -> str:
+        """A sentence on why weights do not fit, where their names tell it; empty for all others."""
+        return ""
 
     def load_published_state_dict(
         self, state: Mapping[str, Any], *, replace_head: bool = False, origin: str = "the state dict"
@@ -53,7 +60,7 @@ class FTUNetFormer(_Published):
     ) -> None:
         super().__init__()
         self.backbone = SwinEncoder(embed_dim, depths, encoder_heads, drop_path=drop_path)
-        self.decoder = Decoder(self.backbone.channels, num_classes, width, heads, normed_skips=True, dropout=0.2)
+        self.decoder = Decoder(self.backbone.channels, num_classes, width, heads, transformer=True, dropout=0.2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits at the images' size."""
@@ -71,13 +78,21 @@ class UNetFormer(_Published):
 
     heads = ("decoder.segmentation_head.2.0.weight", "decoder.aux_head.conv_out.0.weight")
 
-    def __init__(
-        self, num_classes: int, *, encoder: str = "resnet18", width: int = 64, heads: int = 8, pretrained: bool = False
-    ) -> None:
+    def __init__(self, num_classes: int, *, encoder: str = "resnet18", width: int = 64, heads: int = 8) -> None:
         super().__init__()
-        self.backbone = _timm_encoder(encoder, pretrained)
+        self.backbone = _timm_encoder(encoder)
         channels = self.backbone.feature_info.channels()  # type: ignore[operator, union-attr]
-        self.decoder = Decoder(channels, num_classes, width, heads, normed_skips=False, dropout=0.1, auxiliary=True)
+        self.decoder = Decoder(channels, num_classes, width, heads, transformer=False, dropout=0.1, auxiliary=True)
+
+    def explain_misfit(self, state: Mapping[str, Any]) -> str:
+        """Says so where the weights are those of an earlier kdpipe's UNetFormer, whose `proj` had another order."""
+        if EARLIER_NORM not in state:
+            return ""
+        return (
+            "These are the weights of a UNetFormer that an earlier kdpipe trained: its proj was depthwise conv, 1x1 conv, norm, and "
+            "published UNetFormers have the norm between the two convs. No weights make one compute what the other does: train the "
+            "student again, which its cache still serves, or use these weights with the kdpipe that trained them"
+        )
 
     def forward(self, images_NCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits at the images' size; in training mode a pair, the second from the auxiliary head."""
@@ -86,7 +101,12 @@ class UNetFormer(_Published):
 
 
 class Decoder(nn.Module):
-    """The decoder, from the encoder's four feature maps, finest first, to logits."""
+    """
+    The decoder, from the encoder's four feature maps, finest first, to logits.
+
+    Behind a `transformer`, as FTUNetFormer has it, skips are 3x3 convs with a norm and every `proj` ends in its norm; UNetFormer's
+    skips are plain 1x1 convs, and the norm of its `proj` lies between the depthwise conv and the 1x1 conv.
+    """
 
     def __init__(
         self,
@@ -95,18 +115,18 @@ class Decoder(nn.Module):
         width: int,
         heads: int,
         *,
-        normed_skips: bool,
+        transformer: bool,
         dropout: float,
         auxiliary: bool = False,
     ) -> None:
         super().__init__()
         self.pre_conv = _conv_norm(channels[3], width, 1)
-        self.b4 = _Block(width, heads)
-        self.b3 = _Block(width, heads)
-        self.p3 = _Fusion(channels[2], width, normed_skips)
-        self.b2 = _Block(width, heads)
-        self.p2 = _Fusion(channels[1], width, normed_skips)
-        self.p1 = _Refinement(channels[0], width, normed_skips)
+        self.b4 = _Block(width, heads, transformer)
+        self.b3 = _Block(width, heads, transformer)
+        self.p3 = _Fusion(channels[2], width, transformer)
+        self.b2 = _Block(width, heads, transformer)
+        self.p2 = _Fusion(channels[1], width, transformer)
+        self.p1 = _Refinement(channels[0], width, transformer)
         if auxiliary:
             self.aux_head = _AuxiliaryHead(width, num_classes)
         self.auxiliary = auxiliary
@@ -129,10 +149,10 @@ class Decoder(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, norm_last: bool) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(channels)
-        self.attn = _GlobalLocalAttention(channels, heads)
+        self.attn = _GlobalLocalAttention(channels, heads, norm_last)
         self.norm2 = nn.BatchNorm2d(channels)
         self.mlp = _Mlp(channels, 4 * channels)
 
@@ -156,17 +176,13 @@ class _Mlp(nn.Module):
 class _GlobalLocalAttention(nn.Module):
     """Window attention beside a convolution (paper, section 3.2)."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, norm_last: bool) -> None:
         super().__init__()
         self.heads, self.scale = heads, (channels // heads) ** -0.5
         self.qkv = _conv(channels, 3 * channels, 1)
         self.local1 = _conv_norm(channels, channels, 3)
         self.local2 = _conv_norm(channels, channels, 1)
-        self.proj = nn.Sequential(
-            nn.Conv2d(channels, channels, WINDOW, padding=WINDOW // 2 - 1, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
+        self.proj = _separable(channels, WINDOW, norm_last)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
         self.relative_position_index: Tensor
         self.register_buffer("relative_position_index", relative_position_index(WINDOW))
@@ -199,9 +215,9 @@ class _GlobalLocalAttention(nn.Module):
 class _Fusion(nn.Module):
     """The coarser map, upsampled by 2, and the encoder's, weighted by two learned shares."""
 
-    def __init__(self, skip_channels: int, channels: int, normed_skip: bool) -> None:
+    def __init__(self, skip_channels: int, channels: int, transformer: bool) -> None:
         super().__init__()
-        self.pre_conv = _conv_norm(skip_channels, channels, 3) if normed_skip else _conv(skip_channels, channels, 1)
+        self.pre_conv = _conv_norm(skip_channels, channels, 3) if transformer else _conv(skip_channels, channels, 1)
         self.weights = nn.Parameter(torch.ones(2))
         self.post_conv = _conv_norm_act(channels, channels)
 
@@ -218,8 +234,8 @@ class _Fusion(nn.Module):
 class _Refinement(_Fusion):
     """The last fusion, with attention over positions and over channels (the paper's feature refinement head)."""
 
-    def __init__(self, skip_channels: int, channels: int, normed_skip: bool) -> None:
-        super().__init__(skip_channels, channels, normed_skip)
+    def __init__(self, skip_channels: int, channels: int, transformer: bool) -> None:
+        super().__init__(skip_channels, channels, transformer)
         self.pa = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Sigmoid())
         self.ca = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
@@ -229,11 +245,7 @@ class _Refinement(_Fusion):
             nn.Sigmoid(),
         )
         self.shortcut = _conv_norm(channels, channels, 1)
-        self.proj = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
+        self.proj = _separable(channels, 3, transformer)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = super().forward(x, skip)
@@ -289,6 +301,13 @@ def _conv_norm_act(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(*_conv_norm(channels, out, 3), nn.ReLU6())
 
 
+def _separable(channels: int, kernel: int, norm_last: bool) -> nn.Sequential:
+    """A depthwise conv, a 1x1 conv and a norm, which comes last, or between the two."""
+    depthwise = nn.Conv2d(channels, channels, kernel, padding=(kernel - 1) // 2, groups=channels, bias=False)
+    pointwise, norm = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+    return nn.Sequential(depthwise, pointwise, norm) if norm_last else nn.Sequential(depthwise, norm, pointwise)
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, a=1)
@@ -296,7 +315,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _timm_encoder(name: str, pretrained: bool) -> nn.Module:
+def _timm_encoder(name: str) -> nn.Module:
     every: nn.Module = timm.create_model(name, features_only=True)
     strides = every.feature_info.reduction()  # type: ignore[operator, union-attr]
     wanted = [strides.index(stride) for stride in (4, 8, 16, 32) if stride in strides]
@@ -304,5 +323,5 @@ def _timm_encoder(name: str, pretrained: bool) -> nn.Module:
         raise ConfigError(
             f"student.encoder: {name} has feature maps at strides {strides}, and 4, 8, 16 and 32 are needed"
         )
-    chosen: nn.Module = timm.create_model(name, features_only=True, out_indices=wanted, pretrained=pretrained)
+    chosen: nn.Module = timm.create_model(name, features_only=True, out_indices=wanted)
     return chosen

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
@@ -81,6 +81,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """A network that knows from names why weights do not fit it."""
+
+    def explain_misfit(self, state: Mapping[str, Any]) -> str:
+        """A sentence on the reason; empty where the names do not tell."""
+        ...
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a checkpoint under their own names, and the key and prefix they were saved under."""
@@ -141,7 +150,11 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> No
     }
     found = [f"{len(names)} {problem}: {summarise(names, 3)}" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}")
+        reason = model.explain_misfit(state) if isinstance(model, Explains) else ""
+        raise CheckpointError(
+            f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}"
+            + (f". {reason}" if reason else "")
+        )
     model.load_state_dict(dict(state), strict=True)
 
 

@@ -110,7 +110,9 @@ def restore(
             "restore that cache, or start a new run under another name"
         )
     state: dict[str, Tensor] = content["state_dict"]
-    student.load_state_dict({name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, strict=True)
+    load_strictly(
+        student, {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, origin=str(path)
+    )
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
     position = content["position"]
