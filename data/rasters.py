@@ -1,8 +1,8 @@
 """
 Pixels of image and mask files. A damaged file is an error, never an image with a grey half.
 
-PNG, JPEG, TIFF and GeoTIFF through rasterio. Every function opens the file anew and may be called from any thread. Not covered:
-georeferencing and other formats (`scenes.py`), and writing (`maps.py`).
+PNG, TIFF and GeoTIFF through rasterio, JPEG through Pillow (`decoders.py`). Every function opens the file anew and may be
+called from any thread. Not covered: georeferencing and other formats (`scenes.py`), and writing (`maps.py`).
 
 Shapes: B bands, H W pixels of the file, h rows that are read at once.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.data.decoders import quiet_reader, with_pixels_of_pillow
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -218,14 +218,14 @@ def opened(path: Path, *, placed: bool = False) -> Iterator[DatasetReader]:
     with (
         explained(path, "not a PNG, JPEG or TIFF"),
         rasterio.Env(**_TILE_OPTIONS),  # type: ignore[no-untyped-call]
-        _reader(placed)(path, driver=_DRIVERS) as raster,
+        quiet_reader(placed)(path, driver=_DRIVERS) as raster,
     ):
         if raster.height * raster.width > MAX_PIXELS:
             raise DataError(
                 f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
                 "cut it into tiles"
             )
-        yield raster
+        yield with_pixels_of_pillow(path, raster)
 
 
 @contextmanager
@@ -238,26 +238,6 @@ def explained(path: Path | str, otherwise: str) -> Iterator[None]:
     except (RasterioError, OSError) as err:
         reason = err.__cause__ or err  # rasterio's own text is "Read failed. See previous exception for details."
         raise DataError(f"cannot read {path}, which is damaged or {otherwise}: {reason}") from err
-
-
-@cache
-def _reader(placed: bool) -> Any:
-    """
-    Rasterio's reader with or without the transform, and without a warning about each plain PNG or JPEG that has none.
-
-    `warnings.catch_warnings` is no alternative, as it swaps the filters of the whole process and readers run in threads.
-    """
-    from rasterio.io import DatasetReader
-
-    class PlacedReader(DatasetReader):  # type: ignore[misc, unused-ignore]
-        def _has_gcps_or_rpcs(self) -> bool:
-            return True  # rasterio warns unless there are some
-
-    class PixelReader(DatasetReader):  # type: ignore[misc, unused-ignore]
-        def read_transform(self) -> list[float]:
-            return [0.0, 1.0, 0.0, 0.0, 0.0, 1.0]  # GDAL's identity
-
-    return PlacedReader if placed else PixelReader
 
 
 def _pixels(

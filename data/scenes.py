@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data.rasters import GDAL_OPTIONS, Rows, Stretch, explained, require_8_bit
+from kdpipe.data.decoders import with_pixels_of_pillow
+from kdpipe.data.rasters import GDAL_OPTIONS, MAX_PIXELS, Rows, Stretch, explained, require_8_bit
 from kdpipe.data.tiles import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Georeference:
 
 
 class Scene(Rows):
-    """An open raster. Read its rows in order: JPEG and PNG cannot be entered in the middle."""
+    """An open raster. Read its rows in order: a PNG cannot be entered in the middle. A JPEG is kept in memory, decoded."""
 
     def __init__(self, path: str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
         from rasterio.enums import MaskFlags
@@ -91,7 +92,20 @@ def open_scene(path: str, bands: Sequence[int], stretch: Stretch) -> Iterator[Sc
                 raise DataError(f"{path} has {raster.count} bands, and the student was trained on bands {list(bands)}")
             if stretch is None:
                 require_8_bit(path, raster, bands)
-            yield Scene(path, raster, bands, stretch)
+            if raster.driver == "JPEG":
+                _require_decodable(path, raster)
+            yield Scene(path, with_pixels_of_pillow(path, raster), bands, stretch)
+
+
+def _require_decodable(path: str, raster: DatasetReader) -> None:
+    """Raise `DataError` unless an open JPEG is a local file that fits in memory, where it is decoded whole."""
+    remedy = "convert it to GeoTIFF"
+    if not Path(path).is_file():
+        raise DataError(f"{path} is a JPEG, which is read from a local file only: download it, or {remedy}")
+    if raster.height * raster.width > MAX_PIXELS:
+        raise DataError(
+            f"{path} is a JPEG of {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that are decoded at once: {remedy}"
+        )
 
 
 def list_scenes(inputs: Sequence[str]) -> list[str]:
