@@ -8,7 +8,6 @@ datasets are picklable, hold no open file and can be read from several threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -19,7 +18,7 @@ from kdpipe.configs.errors import DataError
 from kdpipe.data.augment import change_colours, sample_plan
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
 from kdpipe.data.lru import Recent
-from kdpipe.data.rasters import Stretch, image_size, read_image, read_mask
+from kdpipe.data.rasters import Stretch, image_size, read_image_with_data, read_mask
 from kdpipe.data.tiles import Tile
 
 # Decoded tiles kept per process: about 70 labelled tiles of 1024 px. Cropping a JPEG means decoding all of it, which took half of a
@@ -43,9 +42,9 @@ class TrainSample(TypedDict):
     """A crop; h and w are `train.crop`."""
 
     image: NDArray[np.uint8]  # (3, h, w)
-    mask: NDArray[np.int64]  # (h, w), ignore_index over padding and in tiles without mask
-    inside: NDArray[np.bool_]  # (h, w), False over padding
-    target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 over padding
+    mask: NDArray[np.int64]  # (h, w), ignore_index outside and in tiles without mask
+    inside: NDArray[np.bool_]  # (h, w), False over padding and where the image holds no data
+    target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 outside
     entropy_error: NotRequired[np.float32]  # mean over the pixels inside, nats; with target
 
 
@@ -53,7 +52,7 @@ class ValSample(TypedDict):
     """A whole tile of H x W px."""
 
     image: NDArray[np.uint8]  # (3, H, W)
-    mask: NDArray[np.int64]  # (H, W), ignore_index in tiles without mask
+    mask: NDArray[np.int64]  # (H, W), ignore_index in tiles without mask and where the image holds no data
     tile: int
 
 
@@ -121,14 +120,16 @@ class TrainTiles:
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
         inside = np.zeros((crop, crop), dtype=np.bool_)
         target: NDArray[np.float32] | None = None
-        entropy_error = 0.0
+        entropy_error, whole = 0.0, True
         for view in plan.views:
             resampler = Resampler(view, *self._size(view.tile))
             y, x, h, w = resampler.window
             source = np.s_[y : y + h, x : x + w]
             place = np.s_[view.out_top : view.out_top + view.height, view.out_left : view.out_left + view.width]
-            image[place] = resampler.image(self._image(view.tile)[source])
-            inside[place] = resampler.inside()
+            pixels, data = self._image(view.tile)
+            image[place] = resampler.image(pixels[source])
+            inside[place] = resampler.inside(None if data is None else data[source])
+            whole &= data is None
             labels = self._mask(view.tile)
             if labels is not None:
                 mask[place] = resampler.mask(labels[source], ignore_index)
@@ -139,6 +140,10 @@ class TrainTiles:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
                 entropy_error += int(inside[place].sum()) * self.targets.entropy_error(tile_id, window=window)
+        if not whole:  # labels and targets of pixels without data mean nothing
+            mask[~inside] = ignore_index
+            if target is not None:
+                target[:, ~inside] = 0
         image = orient(image, plan)
         if plan.photometric_seed is not None:
             image = change_colours(image, plan.photometric_seed)
@@ -149,7 +154,7 @@ class TrainTiles:
         )
         if target is not None:
             sample["target"] = np.stack([orient(probs_HW, plan) for probs_HW in target])
-            sample["entropy_error"] = np.float32(entropy_error / inside.sum())
+            sample["entropy_error"] = np.float32(entropy_error / max(1, inside.sum()))
         return sample
 
     def _size(self, tile: int) -> tuple[int, int]:
@@ -157,17 +162,20 @@ class TrainTiles:
             self._sizes[tile] = image_size(self.tiles[tile].image)
         return self._sizes[tile]
 
-    def _image(self, tile: int) -> NDArray[np.uint8]:
-        return self._recent.get(
+    def _image(self, tile: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """See `read_image_with_data`."""
+        image, data = self._recent.get_all(
             ("image", tile), lambda: _read_image(self.tiles[tile], self._config, self.stretch, self._size(tile))
         )
+        assert image is not None
+        return image, data
 
     def _mask(self, tile: int) -> NDArray[np.int32] | None:
-        path = self.tiles[tile].mask
-        if path is None:
+        if self.tiles[tile].mask is None:
             return None
         return self._recent.get(
-            ("mask", tile), lambda: _read_mask(self.tiles[tile], path, self._config, self._size(tile))
+            ("mask", tile),
+            lambda: read_labels(self.tiles[tile], self._config, self._size(tile), self._image(tile)[1]),
         )
 
 
@@ -190,12 +198,12 @@ class ValTiles:
     def __getitem__(self, i: int) -> ValSample:
         """Tile number `i`."""
         tile = self.tiles[i]
-        image = _read_image(tile, self._config, self._stretch, None)
-        size = image.shape[:2]
+        image, data = _read_image(tile, self._config, self._stretch, None)
+        height, width, _ = image.shape
         if tile.mask is None:
-            labels = np.full(size, self._config.classes.ignore_index, dtype=np.int32)
+            labels = np.full((height, width), self._config.classes.ignore_index, dtype=np.int32)
         else:
-            labels = _read_mask(tile, tile.mask, self._config, (size[0], size[1]))
+            labels = read_labels(tile, self._config, (height, width), data)
         return ValSample(image=np.ascontiguousarray(image.transpose(2, 0, 1)), mask=labels.astype(np.int64), tile=i)
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -231,20 +239,35 @@ def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
     return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]
 
 
-def _read_image(tile: Tile, config: Config, stretch: Stretch, size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    image = read_image(tile.image, config.data.bands, stretch)
+def read_labels(
+    tile: Tile, config: Config, size: tuple[int, int], data_HW: NDArray[np.bool_] | None
+) -> NDArray[np.int32]:
+    """
+    The labels of a tile with a mask, int32 `(H, W)`: `ignore_index` where its image, of `size`, holds no data (None: it does everywhere).
+
+    Raises `DataError` as `read_mask` does, and if the mask has another size than the image.
+    """
+    classes = config.classes
+    assert tile.mask is not None
+    labels = read_mask(tile.mask, len(classes.names), classes.ignore_index)
+    if labels.shape != tuple(size):
+        raise DataError(
+            f"the mask {tile.mask} is {_by(labels)} px, but its image {tile.image} is {size[0]} x {size[1]}"
+        )
+    if data_HW is not None:
+        labels[~data_HW] = classes.ignore_index
+    return labels
+
+
+def _read_image(
+    tile: Tile, config: Config, stretch: Stretch, size: tuple[int, int] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    image, data = read_image_with_data(tile.image, config.data.bands, stretch)
     if size is not None and image.shape[:2] != tuple(size):
         raise DataError(
             f"{tile.image} is {_by(image)} px, but its header said {size[0]} x {size[1]} earlier in this run: the file has changed"
         )
-    return image
-
-
-def _read_mask(tile: Tile, path: Path, config: Config, size: tuple[int, int]) -> NDArray[np.int32]:
-    labels = read_mask(path, len(config.classes.names), config.classes.ignore_index)
-    if labels.shape != tuple(size):
-        raise DataError(f"the mask {path} is {_by(labels)} px, but its image {tile.image} is {size[0]} x {size[1]}")
-    return labels
+    return image, data
 
 
 def _by(array: NDArray[Any]) -> str:

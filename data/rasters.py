@@ -69,22 +69,43 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
     Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and has
     none, or holds NaN or infinity other than its declared nodata.
     """
+    return read_image_with_data(path, bands, stretch)[0]
+
+
+def read_image_with_data(
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """
+    The image as `read_image` returns it, and which pixels hold data, bool `(H, W)`; None if all do.
+
+    A pixel holds none where an alpha band or a mask of the file is 0, or where all `bands` are their declared nodata.
+    """
     with opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
-            return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0))
+            if not _may_lack_data(raster, bands):
+                return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0)), None
         values_BHW, nodata_BHW = bands_and_nodata(path, raster, bands)
-    return stretched(path, bands, values_BHW, nodata_BHW, stretch)
+    image_HWB = (
+        np.ascontiguousarray(values_BHW.transpose(1, 2, 0))
+        if stretch is None
+        else stretched(path, bands, values_BHW, nodata_BHW, stretch)
+    )
+    return image_HWB, _data(nodata_BHW)
+
+
+def read_data(path: Path, bands: Sequence[int] = (1, 2, 3)) -> NDArray[np.bool_] | None:
+    """The second of `read_image_with_data`; decodes no pixel of a file that declares neither nodata nor a mask nor alpha."""
+    with opened(path) as raster:
+        return _data(bands_and_nodata(path, raster, bands)[1]) if _may_lack_data(raster, bands) else None
 
 
 class Rows:
     """An open image, read by rows from the top down. The rows read last are kept, as the next call may need them again."""
 
-    def __init__(
-        self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch, masked: bool = False
-    ) -> None:
+    def __init__(self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
         self.path, self.height, self.width = path, raster.height, raster.width
-        self._raster, self._bands, self._stretch, self._masked = raster, list(bands), stretch, masked
+        self._raster, self._bands, self._stretch = raster, list(bands), stretch
         self._top = 0
         self._kept_hW3 = np.empty((0, raster.width, 3), dtype=np.uint8)
         self._kept_data_hW = np.empty((0, raster.width), dtype=np.bool_)
@@ -94,11 +115,7 @@ class Rows:
         return self.read_with_data(top, bottom)[0]
 
     def read_with_data(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """
-        The rows as `read` returns them, and which pixels hold data, bool `(bottom - top, W)`.
-
-        A pixel holds none where the mask or alpha band of a `masked` file is 0, or where all bands are their declared nodata.
-        """
+        """The rows as `read` returns them, and which pixels hold data (see `read_image_with_data`), bool `(bottom - top, W)`."""
         end = self._top + len(self._kept_hW3)
         kept = slice(top - self._top, None) if self._top <= top <= end else slice(0, 0)
         image_hW3, data_hW = self._kept_hW3[kept], self._kept_data_hW[kept]
@@ -110,16 +127,17 @@ class Rows:
         return image_hW3[: bottom - top], data_hW[: bottom - top]
 
     def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        from rasterio.windows import Window
-
-        window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
-        values_BhW, nodata_BhW = bands_and_nodata(self.path, self._raster, self._bands, window)
-        data_hW: NDArray[np.bool_] = np.logical_or.reduce(~nodata_BhW, axis=0)
-        if self._masked:
-            np.logical_and(data_hW, self._raster.read_masks(self._bands[0], window=window) > 0, out=data_hW)
+        values_BhW, nodata_BhW = self._values(top, count)
+        data_hW: NDArray[np.bool_] = ~np.logical_and.reduce(nodata_BhW, axis=0)
         if self._stretch is None:
             return values_BhW.transpose(1, 2, 0), data_hW
         return stretched(self.path, self._bands, values_BhW, nodata_BhW, self._stretch, first_row=top), data_hW
+
+    def _values(self, top: int, count: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        from rasterio.windows import Window
+
+        window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
+        return bands_and_nodata(self.path, self._raster, self._bands, window)
 
 
 @contextmanager
@@ -196,9 +214,10 @@ def read_mask_values(path: Path) -> NDArray[Any]:
 
 def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """
-    The raw bands, `(B, H, W)` in the file's dtype, and where they hold the declared nodata, bool `(B, H, W)`.
+    The raw bands, `(B, H, W)` in the file's dtype, and where they hold no data, bool `(B, H, W)`.
 
-    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
+    A value is no data if it is the band's declared nodata, or if an alpha band or a mask of the file is 0 at its pixel. Raises
+    `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
     with opened(path) as raster:
         return bands_and_nodata(path, raster, bands)
@@ -264,7 +283,36 @@ def bands_and_nodata(
             continue
         with np.errstate(over="ignore"):  # a nodata beyond float32, such as -1.8e308, is -inf there
             nodata_BHW[i] = np.isnan(values_BHW[i]) if np.isnan(nodata) else values_BHW[i] == nodata
+    for mask_HW in _masks(raster, bands, window):
+        nodata_BHW |= ~(mask_HW > 0)  # also where a float alpha is NaN
     return values_BHW, nodata_BHW
+
+
+def _masks(raster: DatasetReader, bands: Sequence[int], window: Window | None) -> Iterator[NDArray[Any]]:
+    """The alpha bands and the masks of an open file, each `(H, W)` and 0 where there is no data."""
+    from rasterio.enums import MaskFlags
+
+    # By its name alone: GDAL takes alpha for a mask only where it is the 2nd of 2 or the 4th of 4 bands, and no nodata is declared.
+    for number, meaning in enumerate(raster.colorinterp, start=1):
+        if meaning.name == "alpha":
+            yield raster.read(number, window=window)
+    flags = raster.mask_flag_enums[bands[0] - 1]
+    if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+        yield raster.read_masks(bands[0], window=window)
+
+
+def _may_lack_data(raster: DatasetReader, bands: Sequence[int]) -> bool:
+    """Whether an open file declares nodata for one of `bands`, a mask or alpha."""
+    from rasterio.enums import MaskFlags
+
+    is_whole = all(MaskFlags.all_valid in raster.mask_flag_enums[band - 1] for band in bands if band <= raster.count)
+    return not is_whole or any(meaning.name == "alpha" for meaning in raster.colorinterp)
+
+
+def _data(nodata_BHW: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """Which pixels hold data in one band at least; None if all do."""
+    data_HW: NDArray[np.bool_] = ~np.logical_and.reduce(nodata_BHW, axis=0)
+    return None if data_HW.all() else data_HW
 
 
 def require_8_bit(path: Path | str, raster: DatasetReader, bands: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.scene import Bands, bands_of_scene
 from kdpipe.data.decoders import with_pixels_of_pillow
 from kdpipe.data.rasters import GDAL_OPTIONS, MAX_PIXELS, Rows, Stretch, explained, require_8_bit
 from kdpipe.data.tiles import EXTENSIONS
@@ -33,6 +34,7 @@ _SCENE_OPTIONS = GDAL_OPTIONS | {
     "GDAL_CACHEMAX": 256,  # MB, enough for a row of blocks. By default a twentieth of the machine's memory
     "GDAL_NUM_THREADS": "ALL_CPUS",  # to compress the blocks of a map
 }
+TENTH = 255 / 10  # of the values of an 8-bit image
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,34 @@ class Georeference:
     rpcs: Any = None
 
 
+@dataclass
+class Seen:
+    """
+    The values of a scene's pixels with data, as far as they have been read.
+
+    `low` and `high` are the extremes in the file's own units. Of `values` (bands times pixels), `dark` and `bright` became an image's
+    darkest or brightest tenth.
+    """
+
+    dtype: str
+    low: float = np.inf
+    high: float = -np.inf
+    values: int = 0
+    dark: int = 0
+    bright: int = 0
+
+
 class Scene(Rows):
-    """An open raster. Read its rows in order: a PNG cannot be entered in the middle. A JPEG is kept in memory, decoded."""
+    """
+    An open raster. Read its rows in order: a PNG cannot be entered in the middle. A JPEG is kept in memory, decoded.
 
-    def __init__(self, path: str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
-        from rasterio.enums import MaskFlags
+    `seen` describes the values read so far; `bands_note` is a line for the user if the bands are not simply those of the student.
+    """
 
-        flags = raster.mask_flag_enums[0]
-        masked = MaskFlags.per_dataset in flags or MaskFlags.alpha in flags
-        super().__init__(path, raster, bands, stretch, masked)
+    def __init__(self, path: str, raster: DatasetReader, bands: Bands, stretch: Stretch) -> None:
+        super().__init__(path, raster, bands.numbers, stretch)
+        self.bands_note = bands.note
+        self.seen = Seen(raster.dtypes[bands.numbers[0] - 1])
 
     @property
     def georeference(self) -> Georeference:
@@ -67,17 +88,34 @@ class Scene(Rows):
             rpcs=self._raster.rpcs,
         )
 
-    def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def _values(self, top: int, count: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         with explained(str(self.path), "not a raster"):
-            return super()._rows(top, count)
+            values_BhW, nodata_BhW = super()._values(top, count)
+        kept = values_BhW[~nodata_BhW]
+        if kept.size:
+            self.seen.low = min(self.seen.low, kept.min().item())
+            self.seen.high = max(self.seen.high, kept.max().item())
+        return values_BhW, nodata_BhW
+
+    def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        image_hW3, data_hW = super()._rows(top, count)
+        seen, data_hW1 = self.seen, data_hW[..., None]
+        seen.values += int(np.count_nonzero(data_hW)) * image_hW3.shape[-1]
+        seen.dark += int(np.count_nonzero((image_hW3 < TENTH) & data_hW1))
+        seen.bright += int(np.count_nonzero((image_hW3 > 255 - TENTH) & data_hW1))
+        return image_hW3, data_hW
 
 
 @contextmanager
-def open_scene(path: str, bands: Sequence[int], stretch: Stretch) -> Iterator[Scene]:
+def open_scene(
+    path: str, bands: Sequence[int], stretch: Stretch, trained_colours: Sequence[str] | None = None
+) -> Iterator[Scene]:
     """
-    The open scene; `bands` and `stretch` are the student's (see `rasters.read_image`).
+    The open scene; `bands` and `stretch` are the student's (see `rasters.read_image`), `trained_colours` what its training images
+    called these bands (see `bands_of_scene`).
 
-    Raises `DataError` if rasterio cannot open it, it holds several images, lacks a band, or needs a stretch and has none.
+    Raises `DataError` if rasterio cannot open it, it holds several images, lacks a band or calls it alpha, or needs a stretch and has
+    none.
     """
     import rasterio
 
@@ -88,13 +126,12 @@ def open_scene(path: str, bands: Sequence[int], stretch: Stretch) -> Iterator[Sc
             if raster.count == 0:
                 inside = ", ".join(raster.subdatasets[:3]) or "nothing"
                 raise DataError(f"{path} holds no bands but further images inside: name one of them ({inside})")
-            if max(bands) > raster.count:
-                raise DataError(f"{path} has {raster.count} bands, and the student was trained on bands {list(bands)}")
+            chosen = bands_of_scene(path, [colour.name for colour in raster.colorinterp], bands, trained_colours)
             if stretch is None:
-                require_8_bit(path, raster, bands)
+                require_8_bit(path, raster, chosen.numbers)
             if raster.driver == "JPEG":
                 _require_decodable(path, raster)
-            yield Scene(path, with_pixels_of_pillow(path, raster), bands, stretch)
+            yield Scene(path, with_pixels_of_pillow(path, raster), chosen, stretch)
 
 
 def _require_decodable(path: str, raster: DatasetReader) -> None:

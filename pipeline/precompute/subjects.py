@@ -16,7 +16,8 @@ from kdpipe.cache.records import ImageDigest
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample
-from kdpipe.data.rasters import Rows, Stretch, image_size, open_rows, read_image, read_mask
+from kdpipe.data.dataset import read_labels
+from kdpipe.data.rasters import Rows, Stretch, image_size, open_rows, read_data, read_image
 from kdpipe.data.recorded_views import RecordedView, RecordedViews
 from kdpipe.data.tiles import Tile
 
@@ -55,7 +56,7 @@ class Subject(Protocol):
         ...
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """Class indices or `ignore_index`, `(H, W)`, for a subject with a mask."""
+        """Class indices, `(H, W)`, `ignore_index` without a label or without data, for a subject with a mask."""
         ...
 
 
@@ -124,16 +125,8 @@ class WholeTile:
         _refuse_changed(self.tile.image, before)
 
     def labels(self) -> NDArray[np.integer[Any]]:
-        """The mask's labels; raises `DataError` if its size is not the image's."""
-        tile, classes = self.tile, self.config.classes
-        assert tile.mask is not None
-        labels_HW = read_mask(tile.mask, len(classes.names), classes.ignore_index)
-        (height, width), (image_height, image_width) = labels_HW.shape, self.size()
-        if (height, width) != (image_height, image_width):
-            raise DataError(
-                f"the mask {tile.mask} is {height} x {width} px, but its image {tile.image} is {image_height} x {image_width}"
-            )
-        return labels_HW
+        """The mask's labels, as `read_labels` returns them."""
+        return read_labels(self.tile, self.config, self.size(), read_data(self.tile.image, self.config.data.bands))
 
 
 @dataclass(frozen=True, slots=True)

@@ -368,7 +368,7 @@ def test_tiles_without_mask_have_their_own_number_of_crops(root):
 
 def test_a_tile_is_decoded_once_for_all_samples(root, monkeypatch):
     decoded = []
-    for name in ("read_image", "read_mask"):
+    for name in ("read_image_with_data", "read_mask"):
         original = getattr(dataset_module, name)
 
         def counted(path, *args, original=original):

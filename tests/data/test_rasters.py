@@ -237,11 +237,11 @@ def test_nothing_is_written_beside_the_data(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_sidecar_does_not_change_what_is_read(tmp_path):
+def test_nodata_of_a_sidecar_is_that_of_its_band(tmp_path):
     path = write_tiff(tmp_path / "a.tif", np.full((3, 4, 5), 7, np.uint16))
     sidecar = '<PAMDataset><PAMRasterBand band="1"><NoDataValue>7</NoDataValue></PAMRasterBand></PAMDataset>'
     (tmp_path / "a.tif.aux.xml").write_text(sidecar)
-    assert not read_bands(path, [1, 2, 3])[1].any()
+    assert read_bands(path, [1, 2, 3])[1].all(axis=(1, 2)).tolist() == [True, False, False]
 
 
 def test_threads_read_whole_and_damaged_files_at_once_without_touching_the_warning_filters(tmp_path):

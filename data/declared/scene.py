@@ -1,0 +1,88 @@
+"""What a scene declares against what a student was trained on: which of its bands are the student's, by their colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.header import read_declared
+
+_NAMELESS = frozenset({"undefined", "gray", "palette"})  # what formats call a band whose colour nobody named
+_RGB = ("red", "green", "blue")
+
+
+@dataclass(frozen=True)
+class Bands:
+    """The `numbers` of a scene's bands, counted from 1, in the order of the student's; `note` is a line for the user, if there is one."""
+
+    numbers: tuple[int, ...]
+    note: str | None = None
+
+
+def colours_of(path: Path, bands: Sequence[int]) -> list[str]:
+    """
+    What an image calls `bands`, in GDAL's words (see `Declared.colours`).
+
+    Raises `DataError` as `read_declared` does, and for a band that the image lacks.
+    """
+    colours = read_declared(path).colours
+    if max(bands) > len(colours):
+        raise DataError(f"{path} has {len(colours)} bands, and data.bands asks for {list(bands)}")
+    return [colours[band - 1] for band in bands]
+
+
+def bands_of_scene(
+    path: str, colours: Sequence[str], bands: Sequence[int], trained_colours: Sequence[str] | None
+) -> Bands:
+    """
+    The bands of a scene that a student needs who was trained on the numbers `bands`.
+
+    `colours` are what the scene calls its bands, `trained_colours` what the training images called `bands` (None: not recorded). Where
+    both name the same colours, each once, they decide, else the numbers do. Raises `DataError` if a band is missing, or if the scene
+    calls it alpha.
+    """
+    by_colour = _by_colour(colours, trained_colours)
+    if by_colour is not None:
+        called = ", ".join(trained_colours or ())
+        note = (
+            f"its bands are called {', '.join(colours)}: bands {_text(by_colour)} are taken as {called}, as in training"
+        )
+        return Bands(by_colour, note if by_colour != tuple(bands) else None)
+    if max(bands) > len(colours):
+        raise DataError(f"{path} has {len(colours)} bands, and the student was trained on bands {list(bands)}")
+    found = [colours[band - 1] for band in bands]
+    if "alpha" in found:
+        band = bands[found.index("alpha")]
+        raise DataError(
+            f"{path} calls band {band} alpha, which is opacity and no colour, and the student was trained on bands {list(bands)}: write "
+            f"the scene with its bands in that order (`gdal_translate -b …`), or, if band {band} is a colour, call it so "
+            f"(`gdal_edit.py -colorinterp_{band} undefined`)"
+        )
+    expected = _RGB if trained_colours is None else trained_colours
+    if all(is_ == of or is_ in _NAMELESS or of in _NAMELESS for is_, of in zip(found, expected, strict=True)):
+        return Bands(tuple(bands))
+    said = (
+        "does not say what its training called them"
+        if trained_colours is None
+        else f"called them {', '.join(expected)}"
+    )
+    return Bands(
+        tuple(bands),
+        f"its bands {_text(bands)} are called {', '.join(found)}, and the student {said}: they are taken by their numbers, which is "
+        "wrong if they are in another order than in training",
+    )
+
+
+def _by_colour(colours: Sequence[str], wanted: Sequence[str] | None) -> tuple[int, ...] | None:
+    """The numbers of the bands that are called `wanted`; None unless each is a colour and names exactly one band."""
+    if wanted is None or len(set(wanted)) < len(wanted) or not _NAMELESS.isdisjoint(wanted):
+        return None
+    if any(list(colours).count(colour) != 1 for colour in wanted):
+        return None
+    return tuple(list(colours).index(colour) + 1 for colour in wanted)
+
+
+def _text(bands: Sequence[int]) -> str:
+    return ", ".join(map(str, bands))
