@@ -107,11 +107,15 @@ def error_bound(recipe: CacheRecipe) -> float:
     return simplex.error_bound(recipe.levels, len(recipe.classes))
 
 
-def probability_bound(manifest: Manifest, temperature: float) -> float:
-    """The largest possible error of a soft target's entry; for logits it depends on the temperature at which they are read."""
+def probability_bound(manifest: Manifest, temperature: float, num_classes: int) -> float:
+    """
+    The largest possible error of a soft target's entry.
+
+    For logits it depends on the temperature and the number of student classes at which they are read.
+    """
     recipe = manifest.recipe
     if isinstance(recipe, LogitsRecipe):
-        return logits.error_bound(recipe.bits, len(recipe.channels), temperature)
+        return logits.error_bound(recipe.bits, len(recipe.channels), num_classes, temperature)
     return manifest.error_bound
 
 

@@ -19,8 +19,9 @@ from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-# Major versions: 2 holds logits, 4 soft targets. Minor versions: 0 holds whole tiles, 1 recorded views.
-VERSIONS = ("2.0", "2.1", "4.0", "4.1")
+# Major versions: 2 holds logits, 4 soft targets. Minor versions: 0 holds whole tiles, 1 recorded views; 2 holds either, and its
+# recipe says how images are decoded and in which order temperature and class map are applied.
+VERSIONS = ("2.0", "2.1", "2.2", "4.0", "4.1", "4.2")
 UNRELEASED = (1, 3)  # soft targets as unreleased versions of kdpipe wrote them
 MANIFEST_NAME = "manifest.json"
 
@@ -43,8 +44,9 @@ class Manifest(Record):
         if self.format_version.split(".")[0] != wanted.split(".")[0]:
             raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
         if self.format_version in VERSIONS and self.format_version != wanted:
-            what = "whole tiles" if self.recipe.views is None else "recorded views"
-            raise ValueError(f"format version {self.format_version} does not hold {what}")
+            raise ValueError(
+                f"format version {self.format_version} does not hold this recipe, which is of version {wanted}"
+            )
         return self
 
     @model_validator(mode="after")

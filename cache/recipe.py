@@ -65,6 +65,10 @@ class ViewsRecord(Record):
     ignore_index: int
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class _Recipe(Record):
     """What soft targets and logits have in common."""
 
@@ -74,8 +78,9 @@ class _Recipe(Record):
     kind: Literal["soft", "logits"]
     bits: int
     chunk_px: int
-    # Left out for whole tiles: minor version 0 does not know the field, and its digests must not change.
-    views: Annotated[ViewsRecord | None, Field(exclude_if=lambda views: views is None)] = None
+    # Minor version 0 knows neither of these fields, and its digests must not change: they are left out where they are None.
+    views: Annotated[ViewsRecord | None, Field(exclude_if=_is_none)] = None
+    decoder: Annotated[Literal["pillow"] | None, Field(exclude_if=_is_none)] = None
     major_version: ClassVar[int]
 
     @property
@@ -86,8 +91,9 @@ class _Recipe(Record):
 
     @property
     def format_version(self) -> str:
-        """`MAJOR.MINOR` of a cache with this recipe; the minor version is 1 for recorded views."""
-        return f"{self.major_version}.{int(self.views is not None)}"
+        """`MAJOR.MINOR` of a cache with this recipe; minor versions 0 and 1 say neither the decoder nor the order of T and map."""
+        minor = 2 if self.decoder is not None else int(self.views is not None)
+        return f"{self.major_version}.{minor}"
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -105,6 +111,7 @@ class Recipe(_Recipe):
     classes: Annotated[list[str], Field(min_length=2)]
     class_map: list[list[float]]
     temperature: float
+    temperature_applied: Annotated[Literal["after class_map"] | None, Field(exclude_if=_is_none)] = None
     kind: Literal["soft"]
     bits: Literal[4, 6, 8, 16]
     levels: int
@@ -175,11 +182,24 @@ def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
     if found["teachers"] != wanted["teachers"]:  # another number of teachers: nothing says which corresponds to which
         found, wanted = ({k: v for k, v in fields.items() if "." not in k} for fields in (found, wanted))
     return unknown + [
-        f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
+        _OLDER[field] if found[field] is None and field in _OLDER
+        else f"{field}: the cache has {_short(found[field])}, the configuration says {_short(value)}"
         for field, value in wanted.items()
         if field in found  # a field of the other kind of cache has no counterpart
         and found[field] != value
-    ]
+    ]  # fmt: skip
+
+
+_OLDER = {
+    "decoder": (
+        "decoder: an older kdpipe computed the cache from JPEGs that GDAL had decoded, whose colours differ from Pillow's at edges"
+    ),
+    "temperature_applied": (
+        "temperature_applied: an older kdpipe applied the temperature before the class map, which favours student classes that several "
+        "teacher classes map to"
+    ),
+}
+"""What a field says where an older recipe lacks it and needs it."""
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +213,9 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
         flat |= {f"{key}.{name}": value for name, value in teacher.items()}
+    flat["decoder"] = None  # left out of older recipes, as is the next field
+    if fields["kind"] == "soft":
+        flat["temperature_applied"] = None
     views = fields.get("views")
     flat["teacher_view"] = "tile" if views is None else "crop"
     flat |= {f"views.{name}": value for name, value in (views or {}).items()}

@@ -30,6 +30,11 @@ class Tile:
     mask: Path | None
 
 
+def is_jpeg(path: Path) -> bool:
+    """Whether the name of an image says that it is a JPEG; no file is opened, as there may be a million."""
+    return path.suffix.lower() in (".jpg", ".jpeg")
+
+
 def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only: bool = False) -> list[Tile]:
     """
     The tiles of a split, by root in the order of the config, then by stem: the same list in every process.

@@ -28,7 +28,7 @@ LOGIT_SLACK = 1e-5  # the error of float32 at that depth
 @dataclass(frozen=True)
 class Softening:
     """
-    How logits become a soft target: `softmax(z / temperature) @ class_map`.
+    How logits become a soft target: `softmax(z) @ class_map`, to the power of `1 / temperature`, normalised to sum to one.
 
     `class_map` is float32 `(C_t, C_s)`, with rows in the order of the cache's channels, each summing to one.
     """
@@ -64,11 +64,22 @@ def decode(units_CHW: NDArray[Any], bits: int) -> NDArray[np.float32]:
 def soft_targets(units_CHW: NDArray[Any], bits: int, softening: Softening) -> NDArray[np.float32]:
     """Soft targets, float32 `(C_s, H, W)`, that sum to one over axis 0, from stored integers `(C_t, H, W)`."""
     weights_THW = decode(units_CHW, bits)
-    weights_THW /= np.float32(softening.temperature)
-    np.exp(weights_THW, out=weights_THW)  # a third of the time of a lookup table
+    np.exp(
+        weights_THW, out=weights_THW
+    )  # at least exp(-DEPTH), which float32 holds; a third of the time of a lookup table
     targets_SHW: NDArray[np.float32] = np.tensordot(softening.class_map.T, weights_THW, axes=1)
-    targets_SHW /= weights_THW.sum(axis=0)
+    if softening.temperature == 1:
+        targets_SHW /= weights_THW.sum(axis=0)
+        return targets_SHW
+    targets_SHW /= targets_SHW.max(axis=0)  # so that no power overflows
+    np.power(targets_SHW, np.float32(1 / softening.temperature), out=targets_SHW)
+    targets_SHW /= targets_SHW.sum(axis=0)
     return targets_SHW
+
+
+def is_one_to_one(class_map: NDArray[np.float32]) -> bool:
+    """Whether a class map `(C_t, C_s)` only renames classes, so that it does not matter whether T is applied before or after it."""
+    return bool(((class_map == 0) | (class_map == 1)).all() and ((class_map > 0).sum(axis=0) <= 1).all())
 
 
 def has_largest(units_CHW: NDArray[Any], bits: int) -> bool:
@@ -85,16 +96,27 @@ def logit_bound(bits: int) -> float:
     return DEPTH[bits] / total(bits) * (1 + 1 / (4 * total(bits))) + LOGIT_SLACK
 
 
-def error_bound(bits: int, num_classes: int, temperature: float) -> float:
+def error_bound(bits: int, num_classes: int, num_student_classes: int, temperature: float) -> float:
     """
-    The largest possible `|decoded - p|` of any probability after softmax at a temperature, with any class map.
+    The largest possible `|decoded - p|` of any soft target's entry, with any map from `num_classes` of the teacher (C_t) to
+    `num_student_classes` (C_s).
 
-    `√D / N · K / √T + D / (4 N² T)` for rounding, with `K` the maximum of `P (1 - P) √(2 ln(C² P / (4 (1 - P))))` over P, and
-    `(C - 1) exp(-D / T)` for logits deeper than D; FORMAT.md derives it.
+    `√D / N · K / T + D / (4 N² T)` for rounding, with `K` the maximum of `P (1 - P) √(2 L(P))` over P, and a term for logits
+    deeper than D; FORMAT.md derives it.
     """
-    depth, steps = DEPTH[bits], total(bits)
+    depth, steps, T = DEPTH[bits], total(bits), temperature
     share = np.linspace(0, 1, 10_001)[1:-1]  # fine enough for the maximum to 1e-8
-    spread = np.log(num_classes**2 / 4 * share / (1 - share))
+    spread = 2 * math.log(num_classes / 2)
+    if T == 1:
+        spread = spread + np.log(share / (1 - share))
+        deep = (num_classes - 1) * math.exp(-depth)
+    elif T > 1:
+        spread = spread + (T - 1) * math.log(num_student_classes - 1) - T * np.log(share * (1 - share))
+        spread = spread + 2 * np.log(share**T + (1 - share) ** T)
+        deep = num_student_classes * ((num_classes - 1) * math.exp(-depth) / num_student_classes) ** (1 / T)
+    else:
+        spread = spread + 2 * (1 - T) * math.log(num_student_classes) - T * np.log(share * (1 - share))
+        deep = num_student_classes * (num_classes - 1) * math.exp(-depth) / T
     largest = float((share * (1 - share) * np.sqrt(2 * np.maximum(spread, 0))).max())
-    rounding = math.sqrt(depth / temperature) / steps * largest + depth / (4 * steps**2 * temperature)
-    return min(1.0, rounding + (num_classes - 1) * math.exp(-depth / temperature)) + FLOAT32_SLACK
+    rounding = math.sqrt(depth) / steps * largest / T + depth / (4 * steps**2 * T)
+    return min(1.0, rounding + deep) + FLOAT32_SLACK

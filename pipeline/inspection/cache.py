@@ -72,7 +72,7 @@ def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
     if config is not None:
         tiles = list_tiles(config.data, "train")
         stretch = resolve_stretch(config.data, tiles)
-        expected = expected_fields(config, stretch)
+        expected = expected_fields(config, stretch, manifest.recipe, tiles)
         asked = {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
         listed = check_tiles_listed(manifest, asked)
         found = [*differences(manifest.recipe, expected), *(f"{finding.tile}: {finding.message}" for finding in listed)]

@@ -194,7 +194,7 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
         classes=classes,
         pixels=int(weights.sum()),
         shard_bytes=sum(tile.shard_bytes for tile in tiles),
-        error_bound=probability_bound(manifest, temperature=1),
+        error_bound=probability_bound(manifest, temperature=1, num_classes=len(manifest.recipe.channels)),
         entropy=mean([tile.entropy for tile in tiles]),
         confidence=mean([tile.confidence for tile in tiles]),
         entropy_lost=mean([tile.entropy_lost for tile in tiles]),

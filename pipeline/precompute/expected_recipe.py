@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdpipe.cache.encoding.logits import Softening
+from kdpipe.cache.encoding.logits import Softening, is_one_to_one
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.encoding.simplex import levels_of
-from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
+from kdpipe.cache.recipe import CacheRecipe, Recipe, differences, parse_recipe
 from kdpipe.cache.tile import CHUNK_PX
 from kdpipe.configs.errors import CheckpointError, StaleCache
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.data.rasters import Stretch
+from kdpipe.data.tiles import Tile, is_jpeg
 from kdpipe.pipeline.models.normalize import mean_std
 
 
-def expected_fields(config: Config, stretch: Stretch) -> dict[str, Any]:
+def expected_fields(
+    config: Config, stretch: Stretch, recorded: CacheRecipe | None, tiles: Sequence[Tile]
+) -> dict[str, Any]:
     """
     The fields of a cache's recipe that the configuration decides; for logits without temperature, class map and student classes.
 
     A teacher's `precision` is left out where it is `auto` (any recorded one fits), and its `checkpoint_sha256` where the file
-    is not on this disk (training from the cache does not need it).
+    is not on this disk (training from the cache does not need it). Two fields that the `recorded` recipe of an older kdpipe lacks
+    are left out where they change no value: `decoder` if none of `tiles` is a JPEG, and `temperature_applied` if T is 1 or the
+    class map is one-to-one.
     """
     mapped = {
         "classes": config.classes.names,
         "class_map": config.class_map_matrix().tolist(),
         "temperature": config.distill.temperature,
+        "temperature_applied": "after class_map",
         "levels": levels_of(config.cache.bits, len(config.classes.names)),
         "key_row_px": KEY_ROW_PX,
     }
-    return {
+    fields = {
         "teachers": [_teacher_fields(member) for member in config.members.values()],
         "bands": list(config.data.bands),
         "stretch": [list(pair) for pair in stretch] if stretch else None,
@@ -40,16 +47,25 @@ def expected_fields(config: Config, stretch: Stretch) -> dict[str, Any]:
         "bits": config.cache.bits,
         "chunk_px": CHUNK_PX,
         "views": _views_fields(config),
+        "decoder": "pillow",
     }
+    if recorded is not None and recorded.decoder is None and not any(is_jpeg(tile.image) for tile in tiles):
+        del fields["decoder"]
+    commutes = config.distill.temperature == 1 or is_one_to_one(config.class_map_matrix())
+    if isinstance(recorded, Recipe) and recorded.temperature_applied is None and commutes:
+        fields.pop("temperature_applied", None)
+    return fields
 
 
-def complete_recipe(config: Config, stretch: Stretch, recorded: CacheRecipe | None) -> CacheRecipe:
+def complete_recipe(
+    config: Config, stretch: Stretch, recorded: CacheRecipe | None, tiles: Sequence[Tile] = ()
+) -> CacheRecipe:
     """
     The recipe to compute by; an `auto` precision is the one that an existing cache recorded, else fp32 (see `precision.resolve`).
 
-    Raises `CheckpointError` where a teacher's file is missing.
+    `tiles` are only needed with a `recorded` recipe (see `expected_fields`). Raises `CheckpointError` where a teacher's file is missing.
     """
-    fields = expected_fields(config, stretch)
+    fields = expected_fields(config, stretch, recorded, tiles)
     before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
     for i, (key, member) in enumerate(config.members.items()):
         teacher = fields["teachers"][i]

@@ -105,7 +105,7 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision) -> Plan:
     wanted = subjects(config, tiles, stretch)
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
-    recipe = complete_recipe(config, stretch, recorded)
+    recipe = complete_recipe(config, stretch, recorded, tiles)
     if recorded is None:
         recipe = resolve_precision(recipe, tiles, stretch)
     manifest = whole_manifest(storage)

@@ -181,7 +181,7 @@ def _restore_root(config: Config, progress: Progress) -> None:
     with writer_lock(storage):
         manifest = whole_manifest(storage)
         stretch = resolve_stretch(config.data, tiles)
-        recipe = complete_recipe(config, stretch, manifest.recipe if manifest else None)
+        recipe = complete_recipe(config, stretch, manifest.recipe if manifest else None, tiles)
         if restore_root(storage, recipe, [tile.id for tile in subjects(config, tiles, stretch)]):
             progress.say(f"{storage.url}: its root metadata was damaged or missing, and is restored")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from kdpipe.pipeline.teacher.cuda import Clock, PendingCopy, Transfers
 from kdpipe.pipeline.teacher.fold import folded, with_cast_weights
 from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.teacher.rounding import rounded
+from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 
 # Pixels whose softmax is taken at once. On a CPU such a band stays in the core's cache; an accelerator takes larger bands, to avoid
 # many small copies.
@@ -47,7 +49,7 @@ def open_teacher(config: Config, recipe: CacheRecipe, device: torch.device) -> F
 
 class FrozenTeacher:
     """
-    A teacher that predicts soft targets `p = softmax(z / T) @ M`, in float32, T before M.
+    A teacher that predicts soft targets (see `soft_targets.SoftTargets`).
 
     `recipe` holds, for each of `models`, its normalisation, precision, test-time augmentation and window, and which of its channels
     stands for which class; `softening` holds T and M. z is the weighted mean of the models' logits over the kept channels: dropped
@@ -65,8 +67,8 @@ class FrozenTeacher:
         self._optimised: set[int] = set()  # numbers of the models that their first image has optimised
         self._recipe = recipe
         self._device = device
-        self._temperature = softening.temperature
-        self._class_map_TS = torch.tensor(softening.class_map, dtype=torch.float32, device=device)
+        self._softened = SoftTargets(softening, device)
+        self._mapped = SoftTargets(replace(softening, temperature=1.0), device)
         self._shares = [record.weight / sum(r.weight for r in recipe.teachers) for record in recipe.teachers]
         # Each model's channels in the order of the class map's rows; None where they already are in that order.
         self._channels = [
@@ -106,14 +108,21 @@ class FrozenTeacher:
     @torch.inference_mode()
     def targets_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
         """Soft targets, float32 `(N, C_s, H, W)`, of this teacher's logits `(N, C_t, H, W)`."""
+        return self._in_bands(self._softened, logits_NTHW)
+
+    @torch.inference_mode()
+    def probabilities_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
+        """The teacher's probabilities of the student's classes: `targets_of` at T 1."""
+        return self._in_bands(self._mapped, logits_NTHW)
+
+    def _in_bands(self, soft_targets: SoftTargets, logits_NTHW: Tensor) -> NDArray[np.float32]:
         count, _, height, width = logits_NTHW.shape
-        targets_NSHW = np.empty((count, self._class_map_TS.shape[1], height, width), dtype=np.float32)
+        targets_NSHW = np.empty((count, soft_targets.num_classes, height, width), dtype=np.float32)
         pixels = CPU_SOFTMAX_PX if self._device.type == "cpu" else SOFTMAX_PX
         rows = max(1, pixels // (count * width))
         for top in range(0, height, rows):
             band_NThW = logits_NTHW[..., top : top + rows, :].to(self._device)
-            band_NShW = soft_targets(band_NThW, self._class_map_TS, self._temperature)
-            targets_NSHW[..., top : top + rows, :] = band_NShW.cpu().numpy()
+            targets_NSHW[..., top : top + rows, :] = soft_targets(band_NThW).cpu().numpy()
         return targets_NSHW
 
     def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -177,7 +186,7 @@ class FrozenTeacher:
         values_NCHW = self._logits(images_NHWC, checked=False)
         finite = torch.isfinite(values_NCHW).all()
         if not isinstance(self._recipe, LogitsRecipe):
-            values_NCHW = soft_targets(values_NCHW, self._class_map_TS, self._temperature)
+            values_NCHW = self._softened(values_NCHW)
         return values_NCHW, finite
 
     def _values_of(self, logits_NTHW: Tensor) -> NDArray[np.float32]:
@@ -219,17 +228,6 @@ class FrozenTeacher:
             return logits_NTHW
 
         return predict
-
-
-def soft_targets(logits_NTHW: Tensor, class_map_TS: Tensor, temperature: float) -> Tensor:
-    """
-    `softmax(z / T) @ M`, float32 `(N, C_s, H, W)`, from teacher logits `(N, C_t, H, W)` and a class map `(C_t, C_s)`.
-
-    T is applied before M, because the two do not commute. Source: Hinton et al. 2015, arXiv 1503.02531, section 2; the
-    map is a linear change of classes.
-    """
-    probs_NTHW = torch.softmax(logits_NTHW.float() / temperature, dim=1)
-    return torch.einsum("nthw,ts->nshw", probs_NTHW, class_map_TS)
 
 
 def predicts_in_bands(recipe: CacheRecipe, shape_NHWC: tuple[int, ...]) -> bool:

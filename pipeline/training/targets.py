@@ -116,7 +116,7 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
     """The cache of a configuration; refused if it is unfinished, stale or damaged, or lacks a tile as it is now."""
     storage = open_storage(config.cache.path)
     manifest = read_manifest(storage)
-    refuse_unexpected(manifest.recipe, expected_fields(config, stretch), storage.url)
+    refuse_unexpected(manifest.recipe, expected_fields(config, stretch, manifest.recipe, tiles), storage.url)
     findings = check_quick(
         storage, manifest, {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
     )

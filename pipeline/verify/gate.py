@@ -115,13 +115,14 @@ def verify(
         report.findings.append(Finding(code, None, str(err)))
         return report
     report.fingerprint = manifest.fingerprint
-    report.error_bound = probability_bound(manifest, config.distill.temperature)
+    report.error_bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
     report.other_libraries = other_libraries(manifest.libraries)
     note = library_note(manifest.libraries)
     if note:
         progress.say(note)
     report.findings += [
-        Finding("stale-recipe", None, line) for line in differences(manifest.recipe, expected_fields(config, stretch))
+        Finding("stale-recipe", None, line)
+        for line in differences(manifest.recipe, expected_fields(config, stretch, manifest.recipe, tiles))
     ]
     report.findings += _check_files(storage, manifest, images, report, progress)
     if level == "parity" and not report.findings:
@@ -163,7 +164,7 @@ def _check_parity(
     )
     student.to(device).eval()
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
-    bound = probability_bound(manifest, config.distill.temperature)
+    bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
     with progress.bar("parity", len(chosen), report.noun) as advance:
@@ -174,10 +175,11 @@ def _check_parity(
             with fits_in_memory(f"while {size} was compared with the teacher", advice):
                 logits_NTHW = teacher.logits(image_HWC[None])
                 live_CHW = teacher.targets_of(logits_NTHW)[0]
+                probs_CHW = teacher.probabilities_of(logits_NTHW)[0]
                 lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))
                 cached_CHW = cache.read(tile.id)
                 result = compare(
-                    tile.id, cached_CHW, live_CHW, image_HWC, student, config, bound, lost, precision, device
+                    tile.id, cached_CHW, live_CHW, probs_CHW, image_HWC, student, config, bound, lost, precision, device
                 )
             report.parity.append(result)
             on_parity(Compared(tile, cached_CHW, live_CHW, result))

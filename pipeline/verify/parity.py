@@ -25,6 +25,7 @@ from kdpipe.pipeline.models.views import padded_logits
 # The most that a probability moves when the same weights run on another device, batch or library version. float32: a
 # network's logits agree to about 1e-4, of which softmax passes on at most half. float16 and bfloat16 keep 11 and 8 bits.
 PRECISION_SLACK = {"fp32": 5e-4, "fp16": 2e-2, "bf16": 1.5e-1}
+CLASS_SLACK = 1e-6  # two probabilities that are closer may change places by the rounding of float32
 GRADIENT_CROP_PX = 256  # side of the middle of a tile: its gradient through the student fits any machine
 
 
@@ -44,7 +45,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class TileParity:
-    """The comparison of one tile. `kl` is KL(cached || live) in nats, averaged over pixels."""
+    """
+    The comparison of one tile. `kl` is KL(cached || live) in nats, averaged over pixels.
+
+    `class_change` is the share of pixels whose likeliest class at T 1 is not the likeliest of the live target; the temperature must
+    not change it. `cached_class_change` is that share for the cached target, where rounding may decide between nearly equal classes.
+    """
 
     tile: str
     max_abs: Measure
@@ -53,7 +59,9 @@ class TileParity:
     decided_agreement: Measure
     loss_difference: Measure
     gradient_cosine: Measure
+    class_change: Measure
     argmax_agreement: float
+    cached_class_change: float
 
     def measures(self) -> dict[str, Measure]:
         """The figures that have a tolerance, by name."""
@@ -66,12 +74,13 @@ class TileParity:
 
 
 def compare(
-    tile: str, cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], image_HWC: NDArray[np.uint8],
-    student: nn.Module, config: Config, bound: float, lost: float, precision: str, device: torch.device,
+    tile: str, cached_CHW: NDArray[np.float32], live_CHW: NDArray[np.float32], probs_CHW: NDArray[np.float32],
+    image_HWC: NDArray[np.uint8], student: nn.Module, config: Config, bound: float, lost: float, precision: str, device: torch.device,
 ) -> TileParity:  # fmt: skip
     """
     Compare a tile's cached soft targets with the live ones, both float32 `(C, H, W)`, at the encoding's error `bound`.
 
+    `probs_CHW` are the teacher's probabilities of the student's classes, which are the live targets at T 1.
     The distillation loss of `student` and its gradient are computed in the tile's `middle_window`, from either target;
     `lost` is the entropy that rounding took there.
     """
@@ -96,8 +105,16 @@ def compare(
         decided_agreement=Measure(float(agree[decided].mean()) if decided.any() else 1.0, 1.0, at_least=True),
         loss_difference=loss,
         gradient_cosine=cosine,
+        class_change=Measure(_class_change(probs_CHW, live_CHW), 0.0),
         argmax_agreement=float(agree.mean()),
+        cached_class_change=_class_change(probs_CHW, cached_CHW),
     )
+
+
+def _class_change(probs_CHW: NDArray[np.float32], target_CHW: NDArray[np.float32]) -> float:
+    """The share of pixels whose likeliest class of `probs_CHW` is less likely than another in `target_CHW`, by more than float32 errs."""
+    of_likeliest_HW = np.take_along_axis(target_CHW, probs_CHW.argmax(axis=0)[None], axis=0)[0]
+    return float((of_likeliest_HW < target_CHW.max(axis=0) - CLASS_SLACK).mean())
 
 
 def middle_window(height: int, width: int) -> tuple[int, int, int, int]:

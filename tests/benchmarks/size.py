@@ -40,7 +40,8 @@ from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory, resolve_device
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
+from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 
 CROP_PX = 512
 READS = 300
@@ -132,7 +133,8 @@ class Logits:
     chunk_px: int = CHUNK_PX
 
     def bound(self, predictions: Predictions) -> float:
-        return logits.error_bound(self.bits, len(predictions.logits[0]), predictions.softening.temperature)
+        rows, columns = predictions.softening.class_map.shape
+        return logits.error_bound(self.bits, rows, columns, predictions.softening.temperature)
 
     def encoded(self, predictions: Predictions, tile: int) -> list[tuple[bytes, tuple[int, ...]]]:
         chunks = split(logits.encode(predictions.logits[tile], self.bits), self.chunk_px)
@@ -195,8 +197,10 @@ def main() -> None:
     found, reads = {}, {}
     asked, class_map = list(teacher_logits(config, options.tiles)), config.class_map_matrix()
     for temperature in options.temperature or [config.distill.temperature]:
-        tiles = [soft_targets(z_CHW[None], torch.from_numpy(class_map), temperature)[0].numpy() for z_CHW in asked]
-        predictions = Predictions(tiles, [z_CHW.numpy() for z_CHW in asked], logits.Softening(temperature, class_map))
+        softening = logits.Softening(temperature, class_map)
+        soft_targets = SoftTargets(softening, torch.device("cpu"))
+        tiles = [soft_targets(z_CHW[None])[0].numpy() for z_CHW in asked]
+        predictions = Predictions(tiles, [z_CHW.numpy() for z_CHW in asked], softening)
         found[temperature] = {name: measure(predictions, way) for name, way in WAYS.items()}
         reads[temperature] = {bits: compare_reads(config, tiles, bits) for bits in (8, 6)}
         show(f"{options.config}, {len(tiles)} tiles, T {temperature:g}", found[temperature], reads[temperature])

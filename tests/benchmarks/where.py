@@ -23,6 +23,7 @@ from rich.table import Table
 
 from kdpipe.cache import SoftTargetCache, codec
 from kdpipe.cache import tile as tile_module
+from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import load_config
@@ -36,7 +37,8 @@ from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import subjects
-from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
+from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 from kdpipe.pipeline.training.loaders import train_loader, unpacked
 from kdpipe.pipeline.training.optimizer import make_optimizer
 
@@ -71,7 +73,7 @@ def of_a_tile(config, device: torch.device, count: int) -> dict[str, float]:
     stretch = resolve_stretch(config.data, tiles)
     recipe = complete_recipe(config, stretch, None)
     teacher = open_teacher(config, recipe, device)
-    class_map = torch.tensor(config.class_map_matrix(), dtype=torch.float32, device=device)
+    soft_targets = SoftTargets(Softening(config.distill.temperature, config.class_map_matrix()), device)
     with open_writer(open_storage(config.cache.path), recipe, device=str(device), libraries={}) as writer:
         writer.begin()
         records = []
@@ -81,7 +83,7 @@ def of_a_tile(config, device: torch.device, count: int) -> dict[str, float]:
             with part("network"):
                 logits_1CHW = teacher.logits(image_HWC[None])
             with part("softmax and class map"):
-                probs_CHW = soft_targets(logits_1CHW, class_map, config.distill.temperature)[0].cpu().numpy()
+                probs_CHW = soft_targets(logits_1CHW)[0].cpu().numpy()
             with part("rounding"):
                 units_CHW, lost = codec.units_of(probs_CHW, recipe)
             with part("differences, compression, digests"):

@@ -13,16 +13,16 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache-4.0"
-GOLDEN_LOGITS = GOLDEN.with_name("cache-2.0")
 SIZES = {"Train/a": (1, 1), "Train/b.1": (70, 41), "Train/Süd 2": (3, 130), "Other/deep/c": (300, 257)}
 CLASSES = {
     6: ["water", "forest", "meadow", "field"],
     8: ["water", "forest", "meadow"],
     16: ["water", "forest", "meadow", "field", "town"],
 }
-BITS = {"soft": (6, 8, 16), "logits": (8, 16)}
-FOLDERS = {"soft": GOLDEN, "logits": GOLDEN_LOGITS}
-CACHES = [(kind, bits) for kind in BITS for bits in BITS[kind]]
+BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,)}
+"""The caches of each format version; major version 4 holds soft targets, 2 logits."""
+FOLDERS = {version: GOLDEN.with_name(f"cache-{version}") for version in BITS}
+CACHES = [(version, bits) for version in BITS for bits in BITS[version]]
 
 
 def probs(bits: int, height: int, width: int) -> np.ndarray:
@@ -38,8 +38,9 @@ def probs(bits: int, height: int, width: int) -> np.ndarray:
     return weights / weights.sum(axis=0)
 
 
-def recipe(bits: int) -> Recipe:
+def recipe(bits: int, version: str = "4.0") -> Recipe:
     """The recipe of the soft targets: one teacher up to 8 bits; at 16 two teachers, a stretch and a window."""
+    added = {"decoder": "pillow", "temperature_applied": "after class_map"} if version == "4.2" else {}
     classes = CLASSES[bits]
     first = TeacherRecord(
         checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
@@ -53,7 +54,7 @@ def recipe(bits: int) -> Recipe:
         teachers=[first, second] if bits == 16 else [first], bands=[4, 3, 2],
         stretch=None if bits < 16 else [[0.0, 3000.0], [1e-05, 2999.5], [0.0, 1e16]],
         classes=classes, class_map=rows, temperature=2.0, kind="soft", bits=bits, levels=levels_of(bits, len(classes)), key_row_px=64,
-        chunk_px=256,
+        chunk_px=256, **added,
     )  # fmt: skip
 
 
@@ -65,15 +66,16 @@ def logits(bits: int, height: int, width: int) -> np.ndarray:
     return np.where(deep, -100, steps / 4).astype(np.float32)
 
 
-def logits_recipe(bits: int) -> LogitsRecipe:
+def logits_recipe(bits: int, version: str = "2.0") -> LogitsRecipe:
     """The recipe of the logits: that of the soft targets, without the fields that only those have."""
-    free = {"classes", "class_map", "temperature", "levels", "key_row_px"}
-    return LogitsRecipe.model_validate({**recipe(bits).model_dump(exclude=free), "kind": "logits"})
+    free = {"classes", "class_map", "temperature", "temperature_applied", "levels", "key_row_px"}
+    fields = recipe(bits, "4.2" if version == "2.2" else "4.0").model_dump(exclude=free)
+    return LogitsRecipe.model_validate({**fields, "kind": "logits"})
 
 
-def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
+def write(path: Path, bits: int, version: str = "4.0") -> Manifest:
     """Write the golden content with the current writer."""
-    made, values = (recipe(bits), probs) if kind == "soft" else (logits_recipe(bits), logits)
+    made, values = (recipe(bits, version), probs) if version[0] == "4" else (logits_recipe(bits, version), logits)
     with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
         writer.begin()
         return writer.finish([
@@ -82,16 +84,16 @@ def write(path: Path, bits: int, kind: str = "soft") -> Manifest:
         ])  # fmt: skip
 
 
-def write_golden(folder: Path, kind: str = "soft") -> None:
+def write_golden(folder: Path, version: str) -> None:
     """
-    Make a golden folder, as `cache-4.0` (soft targets) and `cache-2.0` (logits) were made.
+    Make a golden folder of a format version.
 
     Raises `FileExistsError` where there is one: it is never regenerated. A later format version gets a folder of its own.
     """
     folder.mkdir(parents=True)
     expected = {}
-    for bits in BITS[kind]:
-        write(folder / f"{bits}-bits.zarr", bits, kind)
+    for bits in BITS[version]:
+        write(folder / f"{bits}-bits.zarr", bits, version)
         cache = plain_reader.Cache(folder / f"{bits}-bits.zarr")
         expected |= {f"{bits}-{number}": cache.read(tile) for number, tile in enumerate(SIZES)}
     np.savez_compressed(folder / "expected.npz", **expected)

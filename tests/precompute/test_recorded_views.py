@@ -44,7 +44,7 @@ def cached_targets(config):
 
 def bound(config):
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
-    return probability_bound(cache.manifest, config.distill.temperature)
+    return probability_bound(cache.manifest, config.distill.temperature, len(config.classes.names))
 
 
 @pytest.mark.parametrize("crops", [1, 2])
@@ -84,7 +84,7 @@ def test_cached_and_online_targets_agree_over_a_whole_cycle_within_the_error_bou
         cache__kind=kind, cache__bits=bits, train__scales=[0.5, 1.0], train__mosaic=0.4, data__unlabelled=[unlabelled]
     )
     precompute(config, CPU)
-    assert SoftTargetCache.open(config.cache.path).manifest.format_version == {"soft": "4.1", "logits": "2.1"}[kind]
+    assert SoftTargetCache.open(config.cache.path).manifest.format_version == {"soft": "4.2", "logits": "2.2"}[kind]
     cached, online = dataset(config, cached_targets(config)), dataset(config, live_targets(config))
     assert len(cached) == 8
     allowed, padded = bound(config), 0
@@ -215,7 +215,7 @@ def test_the_entropy_that_rounding_took_is_averaged_over_the_pixels_inside(make_
 def test_a_reader_written_from_the_page_alone_reads_views(finished_views):
     plain = plain_reader.Cache(Path(finished_views))
     cache = SoftTargetCache.open(finished_views)
-    assert cache.manifest.format_version == "4.1"
+    assert cache.manifest.format_version == "4.2"
     for view in cache.tile_ids:
         np.testing.assert_array_equal(plain.read(view), cache.read_units(view))
 

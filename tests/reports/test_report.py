@@ -97,7 +97,8 @@ def test_validation_tiles_have_a_target_where_the_teacher_predicts_them(inside):
     assert live.notes == []
     logits = teacher_logits(inside.teacher.checkpoint, read_image(list_tiles(inside.data, "val")[0].image))
     assert inside.distill.temperature == 2
-    target = torch.softmax(logits / 2, dim=0).permute(1, 2, 0).numpy() @ inside.class_map_matrix()
+    target = np.sqrt(torch.softmax(logits, dim=0).permute(1, 2, 0).numpy() @ inside.class_map_matrix())
+    target /= target.sum(axis=2, keepdims=True)
     entropy = -(target * np.log(target)).sum(axis=2).mean()
     assert live.tiles[0].figures["nats of entropy"] == pytest.approx(entropy, abs=1e-5)
     blended = target @ colours(6)

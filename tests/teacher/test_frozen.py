@@ -8,7 +8,7 @@ import torch
 from kdpipe.configs.errors import CheckpointError, KdpipeError
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.teacher.frozen import open_teacher, soft_targets
+from kdpipe.pipeline.teacher.frozen import open_teacher
 
 OPENEARTHMAP = ["Unknown", "Bareland", "Rangeland", "Developed", "Road", "Tree", "Water", "Cropland", "Building"]
 NINE_TO_SIX = {
@@ -36,6 +36,12 @@ def softmax(z, axis):
     return e / e.sum(axis=axis, keepdims=True)
 
 
+def softened(probs_NTHW, class_map_TS, temperature=2.0):
+    """The soft targets of probabilities at T 1: the class map, then the temperature."""
+    mapped = np.einsum("nthw,ts->nshw", probs_NTHW, class_map_TS) ** (1 / temperature)
+    return mapped / mapped.sum(axis=1, keepdims=True)
+
+
 def logits_of(network, images_NHWC):
     """The logits of smp's own network, float64 `(N, C, H, W)`, of `x / 255`."""
     with torch.no_grad():
@@ -50,22 +56,9 @@ def network(teacher_file):
     return model
 
 
-def test_soft_targets_are_softmax_at_t_and_then_the_map():
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal((2, 4, 3, 5)).astype(np.float32) * 3
-    class_map = rng.dirichlet(np.ones(3), size=4).astype(np.float32)
-    expected = np.empty((2, 3, 3, 5))
-    for n, y, x in np.ndindex(2, 3, 5):
-        e = np.exp(logits[n, :, y, x].astype(float) / 2.5)
-        expected[n, :, y, x] = (e / e.sum()) @ class_map
-    found = soft_targets(torch.from_numpy(logits), torch.from_numpy(class_map), 2.5).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def test_a_teacher_predicts_as_smp_itself_on_a_size_that_needs_no_padding(make_config, network):
     config, picture = make_config(), images(64, 96)
-    probs = softmax(logits_of(network, picture) / 2.0, axis=1)
-    expected = np.einsum("nthw,ts->nshw", probs, config.class_map_matrix())
+    expected = softened(softmax(logits_of(network, picture), axis=1), config.class_map_matrix())
     np.testing.assert_allclose(opened(config).soft_targets(picture), expected, atol=1e-5)
 
 
@@ -94,12 +87,13 @@ def test_dropped_channels_leave_the_softmax_to_the_others(make_config, nine_chan
         class_map={name: row for name, row in NINE_TO_SIX.items() if name != "Developed"},
     )  # fmt: skip
     picture = images(64, 96)
-    kept = softmax(logits_of(source, picture)[:, [1, 2, 4, 5, 6, 7, 8]] / 2.0, axis=1)
+    kept = softmax(logits_of(source, picture)[:, [1, 2, 4, 5, 6, 7, 8]], axis=1)
     columns = [[5], [2, 5], [4], [1], [0], [3], [4]]  # the student's, for each kept channel
-    expected = np.zeros((1, 6, 64, 96))
+    mapped = np.zeros((1, 6, 64, 96))
     for channel, targets in enumerate(columns):
         for column, share in zip(targets, [0.7, 0.3] if len(targets) == 2 else [1], strict=True):
-            expected[:, column] += share * kept[:, channel]
+            mapped[:, column] += share * kept[:, channel]
+    expected = np.sqrt(mapped) / np.sqrt(mapped).sum(axis=1)  # T is 2
     np.testing.assert_allclose(opened(config).soft_targets(picture), expected, atol=1e-5)
 
 
@@ -108,8 +102,9 @@ def test_a_row_for_the_unknown_class_keeps_its_probability(make_config, nine_cha
     rows = {"Unknown": {"Background": 1}, **NINE_TO_SIX}
     config = make_config(teacher__checkpoint=path, teacher__classes=OPENEARTHMAP, class_map=rows)
     picture = images(64, 96)
-    probs = softmax(logits_of(source, picture) / 2.0, axis=1)
-    found = opened(config).soft_targets(picture)
+    probs = softmax(logits_of(source, picture), axis=1)
+    found = opened(config).soft_targets(picture) ** 2  # T is 2
+    found /= found.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found[:, 0], probs[:, 0] + probs[:, 6], atol=1e-5)  # Unknown and Water
     np.testing.assert_allclose(found[:, 4], probs[:, [3, 4, 8]].sum(axis=1), atol=1e-5)  # Developed, Road, Building
 
@@ -154,7 +149,7 @@ def test_several_teachers_are_averaged_as_logits_by_name_and_weight(two_teachers
         theirs = second(torch.from_numpy(inputs)).double().numpy()[:, ::-1]
     logits = (logits_of(first, picture)[:, 1:] + 3 * theirs) / 4
     np.testing.assert_allclose(opened(config).logits(picture).numpy(), logits, atol=2e-5)
-    expected = np.einsum("nthw,ts->nshw", softmax(logits / 2.0, axis=1), config.class_map_matrix().astype(float))
+    expected = softened(softmax(logits, axis=1), config.class_map_matrix().astype(float))
     np.testing.assert_allclose(opened(config).soft_targets(picture), expected, atol=1e-5)
 
 

@@ -99,7 +99,12 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
 
 def _bound_text(manifest: Manifest) -> str:
     if isinstance(manifest.recipe, LogitsRecipe):
-        by_temperature = ", ".join(f"{probability_bound(manifest, t):.5f} at T {t}" for t in SHOWN_TEMPERATURES)
+        classes = len(
+            manifest.recipe.channels
+        )  # the student has as many classes or fewer, unless the map divides most of them
+        by_temperature = ", ".join(
+            f"{probability_bound(manifest, t, classes):.5f} at T {t}" for t in SHOWN_TEMPERATURES
+        )
         return f"|Δz| at most {manifest.error_bound:.4f}, |Δp| at most {by_temperature}"
     return f"T {manifest.recipe.temperature:g}, |Δp| at most {manifest.error_bound:.5f}"
 

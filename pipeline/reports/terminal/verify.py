@@ -109,9 +109,12 @@ def _parity_table(rows: list[TileParity]) -> Table:
     table.add_row("allowed", *allowed)
     mean_agreement = sum(row.argmax_agreement for row in rows) / len(rows)
     decided = min(row.decided_agreement.value for row in rows)
+    changed = sum(row.class_change.value for row in rows) / len(rows)
+    rounded = sum(row.cached_class_change for row in rows) / len(rows)
     table.caption = (
         f"argmax agrees on {percent_text(mean_agreement, 2)} of all pixels, "
-        f"and on {percent_text(decided, 2)} of those that are decided by more than |Δp| allows"
+        f"and on {percent_text(decided, 2)} of those that are decided by more than |Δp| allows; "
+        f"the temperature changes the class of {percent_text(changed, 2)} of all pixels, with rounding {percent_text(rounded, 2)}"
     )
     table.caption_justify = "left"
     return table
