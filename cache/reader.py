@@ -78,7 +78,7 @@ class SoftTargetCache:
         return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
 
     def entropy_error_over(self, tile_id: str, pixels_HW: NDArray[np.bool_]) -> float:
-        """`entropy_error` as the mean over the pixels of a tile that are True in `pixels_HW`; at least one must be."""
+        """`entropy_error` as the mean over the pixels of a tile that are True in `pixels_HW`; 0 if none is."""
         record = self._record(tile_id)
         assert pixels_HW.shape == (record.height, record.width), f"{pixels_HW.shape} for {record}"
         return mean_over_pixels(self._entropy_error_blocks(record), pixels_HW)

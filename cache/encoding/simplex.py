@@ -168,7 +168,7 @@ def mean_over_window(blocks: NDArray[np.float64], window: tuple[int, int, int, i
 
 
 def mean_over_pixels(blocks: NDArray[np.float64], pixels_HW: NDArray[np.bool_]) -> float:
-    """The mean of `blocks`, as `entropy_error` returns them, over the pixels of the tile that are True."""
+    """The mean of `blocks`, as `entropy_error` returns them, over the pixels of the tile that are True; 0 if none is."""
     rows, columns = (np.arange(0, side, ENTROPY_BLOCK_PX) for side in pixels_HW.shape)
     counts = np.add.reduceat(np.add.reduceat(pixels_HW, rows, axis=0, dtype=np.int64), columns, axis=1)
-    return float((counts * blocks).sum() / counts.sum())
+    return float((counts * blocks).sum() / max(1, counts.sum()))
