@@ -67,7 +67,7 @@ def decode_jpeg(path: Path | str) -> NDArray[np.uint8]:
     CMYK becomes RGB by Pillow's formula. EXIF orientation and colour profiles are not applied. Raises `OSError` or rasterio's errors if
     the file is damaged.
     """
-    # The class itself: `Image.open` would refuse or warn above its own limit, which is a twelfth of `rasters.MAX_PIXELS`.
+    # The class itself: `Image.open` would refuse or warn above its own limit, which is a twelfth of `declared.opening.MAX_PIXELS`.
     from PIL.JpegImagePlugin import JpegImageFile
 
     _require_undamaged(path)

@@ -18,31 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data.decoders import quiet_reader, with_pixels_of_pillow
+from kdpipe.data.declared.header import declared_by
+from kdpipe.data.declared.opening import opened
+from kdpipe.data.declared.tile import RECIPE, mask_faults, no_stretch_text
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
     from rasterio.windows import Window
 
-# 32768 x 32768. An RGB image of that size takes 3 GiB and its float32 soft target of 6 classes 24 GiB. A larger one is a mosaic
-# still to be cut into tiles, or has a false header; it is refused before anything is allocated.
-MAX_PIXELS = 2**30
-
 Stretch = Sequence[tuple[float, float]] | None
 """A `(low, high)` for each of the three bands, in the files' own units; None takes 8-bit values as they are."""
 
-_DRIVERS = ["PNG", "JPEG", "GTiff"]  # no VRT or the like, which could name any other file or URL
-GDAL_OPTIONS: dict[str, Any] = {
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # by default a truncated JPEG is a warning, and its rest is grey
-    "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # the fast path of GDAL 3.10 silently returns a truncated PNG as noise
-}
-_TILE_OPTIONS = GDAL_OPTIONS | {
-    # .aux.xml files are read: they may declare nodata or colours. GDAL writes them only where statistics or histograms are asked of it.
-    "GDAL_PAM_ENABLED": True,
-    # Side files are opened by name. By default each open lists the folder, which may hold a million files.
-    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
-    "GDAL_CACHEMAX": 64,  # MB. By default a twentieth of the machine's memory; here everything is read once
-}
 _SHOWN_VALUES = 5
 
 
@@ -187,7 +173,8 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
         shown = ", ".join(map(str, found[:_SHOWN_VALUES])) + (", …" if len(found) > _SHOWN_VALUES else "")
         raise DataError(
             f"the mask {path} holds {shown}, neither a class (0..{num_classes - 1}) nor ignore_index {ignore_index}: "
-            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's predictions, never masks)"
+            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's predictions, never masks). If these "
+            f"are greys or colours, {RECIPE}"
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW
@@ -197,17 +184,12 @@ def read_mask_values(path: Path) -> NDArray[Any]:
     """
     The raw values of a mask, `(H, W)` in the file's integer type, whether or not they are classes.
 
-    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, is a JPEG (lossy: it alters indices), has
-    several bands, or does not hold integers.
+    Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, is compressed with loss (which alters indices),
+    has several bands, or does not hold integers.
     """
     with opened(path) as raster:
-        if raster.driver == "JPEG":
-            raise DataError(f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF")
-        if raster.count != 1:
-            raise DataError(f"the mask {path} should have 1 band of class indices, found {raster.count} bands")
-        dtype = raster.dtypes[0]
-        if np.dtype(dtype).kind not in "iu":
-            raise DataError(f"the mask {path} should hold integers, class indices, found {dtype}")
+        for fault in mask_faults(path, declared_by(raster)):
+            raise DataError(fault)
         values_HW: NDArray[Any] = _pixels(path, raster, [1])[0]
         return values_HW
 
@@ -221,42 +203,6 @@ def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[
     """
     with opened(path) as raster:
         return bands_and_nodata(path, raster, bands)
-
-
-@contextmanager
-def opened(path: Path, *, placed: bool = False) -> Iterator[DatasetReader]:
-    """
-    The open file, and with `placed` its transform, for which world files are looked up too.
-
-    Errors of GDAL, on opening or in the block, become a `DataError`, as do a missing file and one of more than `MAX_PIXELS`.
-    """
-    import rasterio
-
-    if not path.is_file():
-        raise DataError(f"there is no file {path.absolute()}")
-    with (
-        explained(path, "not a PNG, JPEG or TIFF"),
-        rasterio.Env(**_TILE_OPTIONS),  # type: ignore[no-untyped-call]
-        quiet_reader(placed)(path, driver=_DRIVERS) as raster,
-    ):
-        if raster.height * raster.width > MAX_PIXELS:
-            raise DataError(
-                f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
-                "cut it into tiles"
-            )
-        yield with_pixels_of_pillow(path, raster)
-
-
-@contextmanager
-def explained(path: Path | str, otherwise: str) -> Iterator[None]:
-    """Turn errors of GDAL and of the system about a file into a `DataError`; `otherwise` is what the file may be if not damaged."""
-    from rasterio.errors import RasterioError
-
-    try:
-        yield
-    except (RasterioError, OSError) as err:
-        reason = err.__cause__ or err  # rasterio's own text is "Read failed. See previous exception for details."
-        raise DataError(f"cannot read {path}, which is damaged or {otherwise}: {reason}") from err
 
 
 def _pixels(
@@ -320,10 +266,7 @@ def require_8_bit(path: Path | str, raster: DatasetReader, bands: Sequence[int])
     dtypes = {raster.dtypes[band - 1] for band in bands if band <= raster.count}
     wider = sorted(dtypes - {"uint8"})
     if wider:
-        raise DataError(
-            f"{path} holds {', '.join(wider)} values, and only uint8 is taken as it is: set their stretch to 0..255 in the config, "
-            "as data: {stretch: {range: [low, high]}} or data: {stretch: {percentiles: [2, 98]}}"
-        )
+        raise DataError(no_stretch_text(path, wider))
 
 
 def _require_finite(

@@ -1,8 +1,7 @@
 """
 The header of a raster: size, types, colours, nodata, masks, place, orientation and compression, as the file and its side files say.
 
-No pixel is decoded. Side files (`.aux.xml`, `.msk`, world files) are looked up by name; the folder is not listed and nothing is
-written into it. Not covered: whether a header fits what is asked of the file (the other modules here).
+No pixel is decoded. Not covered: whether a header fits what is asked of the file (the other modules here).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from kdpipe.data.rasters import opened
+from kdpipe.data.declared.opening import opened
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -88,7 +87,7 @@ def read_declared(path: Path) -> Declared:
     """
     What the image or mask at `path` says of itself.
 
-    Raises `DataError` if the file is missing, is not a PNG, JPEG or TIFF, or declares more than `rasters.MAX_PIXELS`.
+    Raises `DataError` if the file is missing, is not a PNG, JPEG or TIFF, or declares more than `opening.MAX_PIXELS`.
     """
     with opened(path, placed=True) as raster:
         return declared_by(raster, path)

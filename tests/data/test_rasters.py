@@ -11,7 +11,7 @@ from helpers.files import write_tiff
 from PIL import Image
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data import rasters
+from kdpipe.data.declared import opening
 from kdpipe.data.rasters import image_size, read_bands, read_image, read_mask
 
 DUBAI = Path(__file__).parents[3] / "shared/data/dubai"
@@ -269,7 +269,7 @@ def test_threads_read_whole_and_damaged_files_at_once_without_touching_the_warni
 
 
 def test_the_limit_admits_a_tile_of_exactly_that_size():
-    assert rasters.MAX_PIXELS == 32768 * 32768
+    assert opening.MAX_PIXELS == 32768 * 32768
 
 
 @pytest.mark.skipif(not DUBAI.is_dir(), reason=f"the real tiles are not at {DUBAI}")

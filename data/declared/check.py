@@ -1,0 +1,110 @@
+"""
+The check of all headers before the work begins: each tile by itself, the tiles against each other, and validation against training.
+
+Headers are read by threads, a few thousand a second from a local disk. Nothing of a million headers is kept but what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.agreement import Agreement
+from kdpipe.data.declared.header import Declared, read_declared
+from kdpipe.data.declared.leaks import Place, copies, leak_findings, overlapping, place_of
+from kdpipe.data.declared.tile import image_faults, mask_faults, pair_faults
+from kdpipe.data.tiles import Tile
+
+THREADS = 8  # a network drive answers many at once; on a local disk two are as fast
+SHOWN = 3  # faults in one error
+_BATCH = 1024  # tiles whose headers are read ahead
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What a tile's image and mask declare; None where there is none, or where `unreadable` says why it cannot be read."""
+
+    tile: Tile
+    image: Declared | None
+    mask: Declared | None
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """What is certainly wrong (`faults`, of `refused` tiles), and what probably is (`notes`)."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_headers(tiles: Sequence[Tile], advance: Callable[[], None] = lambda: None) -> Iterator[Headers]:
+    """The headers of tiles, in their order; `advance` is called after each."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        for start in range(0, len(tiles), _BATCH):
+            for headers in threads.map(_read, tiles[start : start + _BATCH]):
+                advance()
+                yield headers
+
+
+def tile_faults(headers: Headers, bands: Sequence[int] | None, *, has_stretch: bool) -> list[str]:
+    """What is certainly wrong with one tile; without `bands`, its image is compared with its mask alone."""
+    tile, image, mask = headers.tile, headers.image, headers.mask
+    faults = image_faults(tile.image, image, bands, has_stretch=has_stretch) if image and bands else []
+    if mask is not None and tile.mask is not None:
+        faults += mask_faults(tile.mask, mask)
+        if image is not None:
+            faults += pair_faults(tile.image, image, tile.mask, mask)
+    return faults
+
+
+class Comparison:
+    """Tiles against each other: those that are trained on, and those that are validated on."""
+
+    def __init__(self, bands: Sequence[int] | None, chosen: bool, classes: int) -> None:
+        self._agreement = Agreement(bands, chosen, classes)
+        self._places: dict[bool, list[tuple[Path, Place]]] = {False: [], True: []}
+        self._images: dict[bool, list[Path]] = {False: [], True: []}
+
+    def add(self, headers: Headers, *, is_val: bool) -> None:
+        """Add a tile; files that could not be read are left out."""
+        tile, image, mask = headers.tile, headers.image, headers.mask
+        if mask is not None and tile.mask is not None:
+            self._agreement.add_mask(tile.mask, mask)
+        if image is None:
+            return
+        self._agreement.add_image(tile.image, image)
+        self._images[is_val].append(tile.image)
+        if (place := place_of(image)) is not None:
+            self._places[is_val].append((tile.image, place))
+
+    def findings(self) -> Findings:
+        """What the tiles say against each other. Reads the training images that are of the size of a validation image, in part."""
+        copied = copies(self._images[False], self._images[True])
+        overlaps = overlapping(self._places[False], self._places[True])
+        faults, notes = leak_findings(overlaps, copied, len(self._images[True]))
+        return Findings(self._agreement.faults + faults, self._agreement.notes + notes)
+
+
+def refuse(findings: Findings) -> None:
+    """Raise `DataError` with the first of the faults, if there are any."""
+    faults = findings.faults
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise DataError("; ".join(faults[:SHOWN]) + more)
+
+
+def _read(tile: Tile) -> Headers:
+    unreadable: list[str] = []
+
+    def declared(path: Path | None) -> Declared | None:
+        try:
+            return read_declared(path) if path is not None else None
+        except DataError as err:
+            unreadable.append(str(err))
+            return None
+
+    return Headers(tile, declared(tile.image), declared(tile.mask), tuple(unreadable))
