@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.opening import GDAL_OPTIONS, MAX_PIXELS, explained
 from kdpipe.data.declared.scene import Bands, bands_of_scene
 from kdpipe.data.decoders import with_pixels_of_pillow
-from kdpipe.data.rasters import GDAL_OPTIONS, MAX_PIXELS, Rows, Stretch, explained, require_8_bit
+from kdpipe.data.rasters import Rows, Stretch, require_8_bit
 from kdpipe.data.tiles import EXTENSIONS
 
 if TYPE_CHECKING:
