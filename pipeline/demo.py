@@ -95,7 +95,9 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     rng = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     teacher = config.members["teacher"]
-    model = create_smp_model(teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher")
+    model = create_smp_model(
+        teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher", options=teacher.options
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHER_LR, total_steps=TEACHER_STEPS)
     with progress.bar("a teacher for the demo", TEACHER_STEPS, "steps") as advance:

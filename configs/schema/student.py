@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, refuse_own
 from kdpipe.configs.schema.section import Section
 from kdpipe.configs.schema.teacher import Normalize, Precision, TeacherView
 
@@ -44,6 +45,13 @@ class Student(Section):
     """Leave it out. It follows from `classes.names`, and any other number is refused."""
     normalize: Normalize = "imagenet"
     """Input normalisation, as in `teacher`."""
+    options: Options = Field({}, exclude_if=lambda options: not options)
+    """Further arguments of the architecture's constructor, as in `teacher`."""
+
+    @field_validator("options")
+    @classmethod
+    def _refuse_own(cls, options: Options) -> Options:
+        return refuse_own(options, SET_BY_STUDENT)
 
 
 class Train(Section):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kdpipe.configs.schema.options import SET_BY_TEACHER, Options, refuse_own
 from kdpipe.configs.schema.section import Section, refuse_repeats
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -60,6 +61,13 @@ class Teacher(Section):
     """Channels to drop before the softmax, counted from 0, such as OpenEarthMap's unknown."""
     weight: float = Field(1.0, gt=0)
     """Weight of its logits among several `teachers`."""
+    options: Options = Field({}, exclude_if=lambda options: not options)
+    """Further arguments of the architecture's constructor, such as `{encoder_output_stride: 8}`. A checkpoint does not show all."""
+
+    @field_validator("options")
+    @classmethod
+    def _refuse_own(cls, options: Options) -> Options:
+        return refuse_own(options, SET_BY_TEACHER)
 
     @model_validator(mode="after")
     def _check(self) -> Teacher:

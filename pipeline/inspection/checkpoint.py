@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from kdpipe.configs.files import file_sha256
+from kdpipe.pipeline.models.options import untraced_options
 from kdpipe.pipeline.models.recognise import Network, recognise
 from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint, unwrapped
 from kdpipe.pipeline.runs.checkpoint import FORMAT
@@ -21,7 +22,7 @@ class StudentRun:
     """
     The run of `kdpipe train-student` that saved a checkpoint; best mIoU in 0..1.
 
-    `classes` name its channels in order, `normalize` is its `student.normalize`.
+    `classes` name its channels in order, `normalize` is its `student.normalize` and `options` its `student.options`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class StudentRun:
     fingerprint: str | None
     classes: list[str]
     normalize: Any
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Inspection:
 
     The weights lie under the key `nest`, and all their names begin with `prefix`; `dtypes` counts tensors. `parameters` counts
     floating-point numbers, buffers such as a batch norm's statistics included. `student` is None if the file is not a checkpoint of
-    `kdpipe train-student`.
+    `kdpipe train-student`. `untraced_options` are those that change what the network computes and leave no trace in its tensors.
     """
 
     path: str
@@ -54,6 +56,7 @@ class Inspection:
     dtypes: dict[str, int]
     other_keys: list[str]
     student: StudentRun | None
+    untraced_options: list[str]
 
 
 def inspect_checkpoint(path: str) -> Inspection:
@@ -66,11 +69,11 @@ def inspect_checkpoint(path: str) -> Inspection:
     weights = unwrapped(content)
     check_tensors(weights.state, origin=path)
     state: dict[str, Tensor] = weights.state
-    student, encoder = None, None
+    student, encoder, options = None, None, {}
     if content.get("format") == FORMAT and "kdpipe" in content:
         recorded, position = content["kdpipe"], content["position"]
         config = yaml.safe_load(recorded["config"])
-        encoder = config["student"]["encoder"]
+        encoder, options = config["student"]["encoder"], config["student"].get("options", {})
         student = StudentRun(
             f"{config['group']}/{config['name']}",
             recorded["mode"],
@@ -79,12 +82,14 @@ def inspect_checkpoint(path: str) -> Inspection:
             recorded["fingerprint"],
             config["classes"]["names"],
             config["student"]["normalize"],
+            options,
         )
+    network = recognise(state, likely_encoder=encoder, likely_options=options)
     return Inspection(
         path=path,
         size_bytes=Path(path).stat().st_size,
         sha256=file_sha256(path),
-        network=recognise(state, likely_encoder=encoder),
+        network=network,
         nest=weights.nest,
         prefix=weights.prefix,
         tensors=len(state),
@@ -92,4 +97,5 @@ def inspect_checkpoint(path: str) -> Inspection:
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())),
         other_keys=[] if weights.nest is None else [str(key) for key in content if key != weights.nest],
         student=student,
+        untraced_options=untraced_options(network.architecture),
     )

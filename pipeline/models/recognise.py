@@ -2,14 +2,15 @@
 The network that a state dict belongs to, from the names and shapes of its tensors alone.
 
 Recognises segmentation-models-pytorch's architectures with its own encoders (and one more that the caller names), with default
-options, with or without scSE attention; and FTUNetFormer and UNetFormer. Anything else is reported as not recognised, never guessed.
+options (and others that the caller names), with or without scSE attention; and FTUNetFormer and UNetFormer. Anything else is reported
+as not recognised, never guessed.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 
 SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
@@ -32,12 +34,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Network:
-    """A recognised network; fields that were not recognised are None. `attention` is `scse`, or None without it."""
+    """
+    A recognised network; fields that were not recognised are None.
+
+    `attention` is `scse`, or None without it. `options` are those that its tensors need beside an architecture's defaults.
+    """
 
     architecture: str | None
     encoder: str | None
     attention: str | None
     channels: int | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """`unet with efficientnet-b4 and scSE attention, 9 channels`."""
@@ -47,25 +54,34 @@ class Network:
         if self.architecture is None:
             unknown = " whose decoder is not recognised" if self.encoder else " that is not recognised"
             return f"a network{encoder}{unknown}{channels}"
-        return f"{self.architecture}{encoder}{attention}{channels}"
+        return f"{self.architecture}{encoder}{attention}{options_text(self.options)}{channels}"
 
 
-def recognise(state: Mapping[str, Tensor], likely_encoder: str | None = None) -> Network:
+def recognise(
+    state: Mapping[str, Tensor],
+    likely_encoder: str | None = None,
+    likely_options: Mapping[str, Any] | None = None,
+) -> Network:
     """
-    The network whose every tensor has the name and shape of one in `state`, without prefixes; `likely_encoder` is tried first.
+    The network whose every tensor has the name and shape of one in `state`, without prefixes.
 
-    Takes up to about ten seconds for an unusual encoder, as each candidate is built (on the meta device).
+    `likely_encoder` is tried first, and `likely_options` of the architecture's constructor last. Takes up to about ten seconds for an
+    unusual encoder, as each candidate is built (on the meta device).
     """
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attention = attention_of(state)
     if FORMER_HEAD in shapes:
-        return _former_of(shapes, likely_encoder)
+        return _former_of(shapes, likely_encoder, likely_options or {})
     heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
     channels = heads[-1][0] if heads else None
     encoder_shapes = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
     encoder = _encoder_of(encoder_shapes, likely_encoder) if encoder_shapes else None
-    architecture = _architecture_of(shapes, encoder, channels, attention) if encoder and channels else None
-    return Network(architecture, encoder, attention, channels)
+    if encoder and channels:
+        for options in [{}, likely_options] if likely_options else [{}]:
+            architecture = _architecture_of(shapes, encoder, channels, attention, options)
+            if architecture is not None:
+                return Network(architecture, encoder, attention, channels, options)
+    return Network(None, encoder, attention, channels)
 
 
 def attention_of(state: Mapping[str, Any]) -> str | None:
@@ -73,13 +89,14 @@ def attention_of(state: Mapping[str, Any]) -> str | None:
     return "scse" if any(SCSE in str(name) for name in state) else None
 
 
-def _former_of(shapes: Shapes, likely: str | None) -> Network:
+def _former_of(shapes: Shapes, likely: str | None, likely_options: Mapping[str, Any]) -> Network:
     channels = shapes[FORMER_HEAD][0]
-    if _shapes_of(partial(FTUNetFormer, channels)) == shapes:
-        return Network("ftunetformer", None, None, channels)
-    for encoder in [likely, "resnet18"] if likely else ["resnet18"]:
-        if _shapes_of(partial(UNetFormer, channels, encoder=encoder)) == shapes:
-            return Network("unetformer", encoder, None, channels)
+    for options in [{}, likely_options] if likely_options else [{}]:
+        if _shapes_of(partial(FTUNetFormer, channels, **options)) == shapes:
+            return Network("ftunetformer", None, None, channels, options)
+        for encoder in [likely, "resnet18"] if likely else ["resnet18"]:
+            if _shapes_of(partial(UNetFormer, channels, encoder=encoder, **options)) == shapes:
+                return Network("unetformer", encoder, None, channels, options)
     return Network(None, None, None, channels)
 
 
@@ -96,10 +113,12 @@ def _encoder_of(shapes: Shapes, likely: str | None) -> str | None:
     return None
 
 
-def _architecture_of(shapes: Shapes, encoder: str, channels: int, attention: str | None) -> str | None:
+def _architecture_of(
+    shapes: Shapes, encoder: str, channels: int, attention: str | None, likely_options: Mapping[str, Any]
+) -> str | None:
     names: list[str] = sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=lambda name: name != "unet")
     for name in names:
-        options: dict[str, Any] = {"decoder_attention_type": attention} if attention else {}
+        options = ({"decoder_attention_type": attention} if attention else {}) | dict(likely_options)
         build = partial(smp.create_model, name, encoder, encoder_weights=None, classes=channels, **options)
         if _shapes_of(build) == shapes:
             return name.lower()
@@ -117,6 +136,6 @@ def _shapes_of(build: Callable[[], nn.Module]) -> Shapes | None:
                     model = build()
             except RuntimeError:  # the Mix Transformers compute with values during construction
                 model = build()
-    except (ConfigError, ValueError, KeyError, TypeError, RuntimeError):
+    except (ConfigError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         return None
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

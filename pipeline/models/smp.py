@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import segmentation_models_pytorch as smp
+import torch
 from torch import nn
 
 from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.options import check_options
+
+TRIAL_PX = 256  # side of the image on which options are tried: the smallest that all of smp's decoders take
 
 
 def create_smp_model(
@@ -19,12 +25,14 @@ def create_smp_model(
     key: str,
     encoder_weights: str | None = None,
     attention: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """
     `smp.create_model`, with random weights unless `encoder_weights` names some; errors name `key`, the section of the configuration.
 
-    `attention` is the decoder's (`scse`), for architectures that have one. Raises `ConfigError` for an unknown architecture or encoder,
-    with the nearest known one.
+    `options` are further arguments of the architecture's constructor. `attention` is the decoder's (`scse`), for architectures that
+    have one, unless `options` names it. Raises `ConfigError` for an unknown architecture, encoder or option, with the nearest known one,
+    and for options with which no logits of the image's size come out.
     """
     known = sorted(name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING)
     if architecture.lower() not in known:
@@ -37,16 +45,43 @@ def create_smp_model(
             f"{key}.encoder: {encoder!r} is unknown{_nearest(encoder, encoders)}; any timm model works as tu-NAME, "
             "the others are listed in the documentation of segmentation-models-pytorch"
         )
-    options: dict[str, Any] = {"encoder_weights": encoder_weights, "classes": num_classes}
+    given = dict(options or {})
+    check_options(architecture, given, key=key)
+    arguments: dict[str, Any] = {"encoder_weights": encoder_weights, "classes": num_classes}
     if attention is not None:
-        options["decoder_attention_type"] = attention
+        arguments["decoder_attention_type"] = attention
     try:
-        model: nn.Module = smp.create_model(architecture, encoder_name=encoder, **options)
-    except (ValueError, KeyError, RuntimeError, TypeError) as err:
+        model: nn.Module = smp.create_model(architecture, encoder_name=encoder, **arguments | given)
+    except OSError:  # weights that cannot be downloaded: the caller's to explain
+        raise
+    except Exception as err:  # smp checks few of its arguments: what a wrong value raises is anything
+        if not given and not isinstance(err, (ValueError, KeyError, RuntimeError, TypeError)):
+            raise
         raise ConfigError(
-            f"{key}: segmentation-models-pytorch cannot build {architecture} with {encoder}: {err}"
+            f"{key}: segmentation-models-pytorch cannot build {architecture} with {encoder}{options_text(given)}: {err}"
         ) from err
+    if given:
+        _check_logits(model, num_classes, f"{key}.options: {architecture} with {encoder}{options_text(given)}")
     return model
+
+
+def _check_logits(model: nn.Module, num_classes: int, what: str) -> None:
+    """Raise `ConfigError` unless the network gives logits of its image's size."""
+    training, expected = model.training, (1, num_classes, TRIAL_PX, TRIAL_PX)
+    try:
+        with torch.inference_mode():
+            found = tuple(model.eval()(torch.zeros(1, 3, TRIAL_PX, TRIAL_PX)).shape)
+    except AssertionError:  # an encoder of timm that takes one size of image only
+        return
+    except Exception as err:  # a decoder checks its interpolation, for one, only when it runs
+        raise ConfigError(f"{what} cannot predict an image: {err}") from err
+    finally:
+        model.train(training)
+    if found != expected:
+        raise ConfigError(
+            f"{what} gives logits of {found[-2]} x {found[-1]} px for an image of {TRIAL_PX} x {TRIAL_PX} px, and kdpipe needs them "
+            "at the image's size: set upsampling to fit, or leave it out"
+        )
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -3,7 +3,7 @@ Students by name, with their weights.
 
 To add an architecture of your own (smp's need no change), extend:
 
-- `FORMERS` and `_build_former`, which build it;
+- `options.FORMERS` and `_build_former`, which build it, and `options.UNTRACED`;
 - `load_student_weights`, if its checkpoints are not plain state dicts;
 - `encoder_parameters`, if its encoder is not its attribute `encoder`;
 - `pipeline/models/recognise.py`, so that `kdpipe inspect` and errors about weights name it;
@@ -12,7 +12,7 @@ To add an architecture of your own (smp's need no change), extend:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,26 @@ import timm
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.options import FORMERS, check_options
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.weights import CLASSES_HINT, load_encoder, load_strictly, read_checkpoint
 
-FORMERS = ("ftunetformer", "unetformer")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 STUDENT_PREFIX = "student."  # of the student's tensors in kdpipe's own checkpoints
 
 
 def build_student(
-    architecture: str, num_classes: int, *, say: Callable[[str], None] = lambda line: None, **options: Any
+    architecture: str,
+    num_classes: int,
+    *,
+    encoder: str | None = None,
+    encoder_weights: str | None = None,
+    checkpoint: str | None = None,
+    replace_head: bool = False,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """
     A network from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
@@ -38,37 +47,44 @@ def build_student(
     Args:
         architecture: `ftunetformer`, `unetformer` or any of smp's.
         num_classes: number of student classes.
+        encoder: smp's or timm's; required except for `ftunetformer`, which has its own.
+        encoder_weights: a local file, or a name that smp or timm knows.
+        checkpoint: a local file of the whole student's weights, kdpipe's own checkpoints included.
+        replace_head: take all but the head from a checkpoint for another number of classes.
+        options: further arguments of the architecture's constructor.
         say: called with a sentence on each part of `encoder_weights` that was not taken as it is.
-        options: `encoder` (smp's or timm's; required except for `ftunetformer`, which has its own), `encoder_weights` (None, a local
-            file, or a name that smp or timm knows), `checkpoint` (a local file of the whole student's weights, kdpipe's own checkpoints
-            included) and `replace_head` (take all but the head from a checkpoint for another number of classes).
 
-    Raises `ConfigError` for unknown names, and `CheckpointError` for weights that do not fit.
+    Raises `ConfigError` for unknown names and options, and `CheckpointError` for weights that do not fit.
     """
     if architecture in FORMERS:
-        return _build_former(architecture, num_classes, say, **options)
-    if options.pop("replace_head", False):
+        former = _build_former(architecture, num_classes, encoder, options or {})
+        if encoder_weights is not None:
+            _load_encoder_weights(former, encoder_weights, say)
+        if checkpoint is not None:
+            load_student_weights(former, checkpoint, replace_head=replace_head)
+        return former
+    if replace_head:
         raise ConfigError(f"student.replace_head is for {' and '.join(FORMERS)}, not for {architecture}")
-    encoder = options.pop("encoder", None)
-    weights = options.pop("encoder_weights", None)
-    checkpoint = options.pop("checkpoint", None)
-    if options:
-        raise ConfigError(f"student has no options {sorted(options)}")
     if encoder is None:
         raise ConfigError(f"student.encoder is missing: {architecture} needs one, such as resnet18")
-    local = weights is not None and _is_file(weights)
+    local = encoder_weights is not None and _is_file(encoder_weights)
     try:
         model = create_smp_model(
-            architecture, encoder, num_classes, key="student", encoder_weights=None if local else weights
+            architecture,
+            encoder,
+            num_classes,
+            key="student",
+            encoder_weights=None if local else encoder_weights,
+            options=options,
         )
     except OSError as err:
         raise CheckpointError(
-            f"student.encoder_weights: cannot download {weights!r} for {encoder}: {err}; give a local file instead"
+            f"student.encoder_weights: cannot download {encoder_weights!r} for {encoder}: {err}; give a local file instead"
         ) from err
-    if local:
+    if encoder_weights is not None and local:
         part = model.encoder
         assert isinstance(part, nn.Module)
-        load_strictly(part, read_checkpoint(weights), origin=f"student.encoder_weights {weights}")
+        load_strictly(part, read_checkpoint(encoder_weights), origin=f"student.encoder_weights {encoder_weights}")
     if checkpoint is not None:
         load_student_weights(model, checkpoint)
     return model
@@ -100,42 +116,42 @@ def encoder_parameters(model: nn.Module) -> set[int]:
 
 
 def _build_former(
-    architecture: str,
-    num_classes: int,
-    say: Callable[[str], None],
-    *,
-    encoder: str | None = None,
-    encoder_weights: str | None = None,
-    checkpoint: str | None = None,
-    replace_head: bool = False,
+    architecture: str, num_classes: int, encoder: str | None, options: Mapping[str, Any]
 ) -> FTUNetFormer | UNetFormer:
-    """FTUNetFormer or UNetFormer; a timm name in `encoder_weights` is downloaded, a file is read."""
-    model: FTUNetFormer | UNetFormer
-    if architecture == "ftunetformer":
-        if encoder is not None:
-            raise ConfigError(f"student.encoder: ftunetformer has an encoder of its own (Swin-B), found {encoder!r}")
-        model = FTUNetFormer(num_classes)
-    else:
+    """FTUNetFormer or UNetFormer with random weights."""
+    if architecture == "ftunetformer" and encoder is not None:
+        raise ConfigError(f"student.encoder: ftunetformer has an encoder of its own (Swin-B), found {encoder!r}")
+    if architecture == "unetformer" and encoder is None:
+        raise ConfigError("student.encoder is missing: unetformer needs one of timm's, such as resnet18")
+    check_options(architecture, options, key="student")
+    try:
         if encoder is None:
-            raise ConfigError("student.encoder is missing: unetformer needs one of timm's, such as resnet18")
-        try:
-            model = UNetFormer(num_classes, encoder=encoder)
-        except RuntimeError as err:  # timm's for an unknown name
+            return FTUNetFormer(num_classes, **options)
+        return UNetFormer(num_classes, encoder=encoder, **options)
+    except ConfigError:
+        raise
+    except Exception as err:
+        if options:  # whose values nothing has checked
+            raise ConfigError(
+                f"student: cannot build {architecture} with {encoder or 'Swin-B'}{options_text(options)}: {err}"
+            ) from err
+        if isinstance(err, RuntimeError):  # timm's for an unknown name
             raise ConfigError(f"student.encoder: timm cannot build {encoder!r} for unetformer: {err}") from err
-    if encoder_weights is not None:
-        origin = f"student.encoder_weights {encoder_weights}"
-        if _is_file(encoder_weights):
-            content = read_checkpoint(encoder_weights)
-        else:
-            try:
-                content = timm.create_model(encoder_weights, pretrained=True).state_dict()
-            except (OSError, RuntimeError) as err:
-                raise CheckpointError(f"{origin}: not a file, and timm cannot fetch it: {err}") from err
-        for note in load_encoder(model.backbone, content, origin=origin):
-            say(note)
-    if checkpoint is not None:
-        load_student_weights(model, checkpoint, replace_head=replace_head)
-    return model
+        raise
+
+
+def _load_encoder_weights(model: FTUNetFormer | UNetFormer, weights: str, say: Callable[[str], None]) -> None:
+    """Load the encoder's weights from a file, or from timm by name, which downloads them."""
+    origin = f"student.encoder_weights {weights}"
+    if _is_file(weights):
+        content = read_checkpoint(weights)
+    else:
+        try:
+            content = timm.create_model(weights, pretrained=True).state_dict()
+        except (OSError, RuntimeError) as err:
+            raise CheckpointError(f"{origin}: not a file, and timm cannot fetch it: {err}") from err
+    for note in load_encoder(model.backbone, content, origin=origin):
+        say(note)
 
 
 def _is_file(weights: str) -> bool:

@@ -8,7 +8,7 @@ from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.inspection.checkpoint import Inspection
-from kdpipe.pipeline.models.student import FORMERS
+from kdpipe.pipeline.models.options import FORMERS
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.yaml import Item, Key
 from kdpipe.pipeline.teacher.loading import KNOWN_ORDERS

@@ -149,9 +149,12 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     The first step allocates.
     """
     seconds = []
-    student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder).to(
-        memory_format=torch.channels_last
-    )
+    student = build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        encoder=config.student.encoder,
+        options=config.student.options,
+    ).to(memory_format=torch.channels_last)
     fabric = open_fabric(config, device)
     model, optimizer = fabric.setup(student, make_optimizer(student, config.train))
     classes, crop = len(config.classes.names), config.train.crop

@@ -44,7 +44,13 @@ def test_a_teachers_file_is_described_with_its_nest_prefix_and_numbers(tmp_path)
 def test_the_table_and_the_json_say_the_same(teacher_file, tmp_path):
     output = inspected(teacher_file, "--json", tmp_path / "out" / "t.json")
     content = json.loads((tmp_path / "out" / "t.json").read_text())
-    assert content["network"] == {"architecture": "unet", "encoder": "mobilenet_v2", "attention": None, "channels": 8}
+    assert content["network"] == {
+        "architecture": "unet",
+        "encoder": "mobilenet_v2",
+        "attention": None,
+        "channels": 8,
+        "options": {},
+    }
     lines = dict(line.split(None, 1) for line in output.splitlines()[1:])
     assert lines["architecture"].strip() == "unet"
     assert lines["encoder"].strip() == "mobilenet_v2"
