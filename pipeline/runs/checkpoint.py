@@ -145,7 +145,12 @@ def load_trained(path: str | Path) -> Trained:
         )
     recorded = content["kdpipe"]
     config = parse_config(yaml.safe_load(recorded["config"]), origin=f"the configuration in {path}")
-    student = build_student(config.student.architecture, len(config.classes.names), encoder=config.student.encoder)
+    student = build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        encoder=config.student.encoder,
+        options=config.student.options,
+    )
     state = {name.removeprefix(STUDENT_PREFIX): value for name, value in content["state_dict"].items()}
     load_strictly(student, state, origin=str(path))
     stretch = recorded["stretch"]

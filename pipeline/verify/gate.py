@@ -161,6 +161,7 @@ def _check_parity(
         encoder=config.student.encoder,
         checkpoint=checkpoint or config.student.checkpoint,
         replace_head=config.student.replace_head,
+        options=config.student.options,
     )
     student.to(device).eval()
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
