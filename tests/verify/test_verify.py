@@ -58,13 +58,35 @@ def test_parity_finds_targets_that_are_not_the_teachers(cached):
     torch.manual_seed(0)
     student = build_student("unet", 6, encoder=ENCODER).eval()
     wrong = np.roll(live, 1, axis=0)
-    right = compare(tile.id, live, live, image, student, cached, cache.manifest.error_bound, 0.0, "fp32", CPU)
-    swapped = compare(tile.id, wrong, live, image, student, cached, cache.manifest.error_bound, 0.0, "fp32", CPU)
+    bound = cache.manifest.error_bound
+    right = compare(tile.id, live, live, live, image, student, cached, bound, 0.0, "fp32", CPU)
+    swapped = compare(tile.id, wrong, live, live, image, student, cached, bound, 0.0, "fp32", CPU)
     assert all(measure.passes for measure in right.measures().values())
     assert failing(swapped) >= {"max_abs", "mean_abs", "kl", "decided_agreement", "gradient_cosine"}
     # A fresh student is nearly uniform itself, so that a flat target changes its loss.
     flat = np.full_like(live, 1 / 6)
-    assert "loss_difference" in failing(compare(tile.id, flat, live, image, student, cached, 1e-3, 0.0, "fp32", CPU))
+    assert "loss_difference" in failing(
+        compare(tile.id, flat, live, live, image, student, cached, 1e-3, 0.0, "fp32", CPU)
+    )
+
+
+def test_parity_finds_targets_whose_class_the_temperature_has_changed(cached):
+    """As `softmax(z / T) @ M` does, which kdpipe computed once."""
+    tile = list_tiles(cached.data, "train")[0]
+    image = read_image(tile.image)
+    logits = 4 * teacher_logits(cached.teacher.checkpoint, image)
+    probs, other_order = (
+        (torch.softmax(z, dim=0).permute(1, 2, 0).numpy() @ cached.class_map_matrix()).transpose(2, 0, 1)
+        for z in (logits, logits / 4)
+    )
+    torch.manual_seed(0)
+    student = build_student("unet", 6, encoder=ENCODER).eval()
+    found = compare(tile.id, other_order, other_order, probs, image, student, cached, 1e-3, 0.0, "fp32", CPU)
+    share = (probs.argmax(axis=0) != other_order.argmax(axis=0)).mean()
+    assert share > 0.01
+    assert failing(found) == {"class_change"}
+    assert found.class_change.value == pytest.approx(share, abs=1e-3)
+    assert found.cached_class_change == found.class_change.value
 
 
 def failing(row):
