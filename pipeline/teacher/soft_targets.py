@@ -51,6 +51,8 @@ class SoftTargets:
         count, _, height, width = logits_NTHW.shape
         mapped_NSHW = logits_NTHW.new_full((count, self.num_classes, height, width), -torch.inf)
         for number, (rows, log_shares_1T11) in enumerate(self._parts):
-            if len(rows):
+            if len(rows) == 1:
+                mapped_NSHW[:, number] = (logits_NTHW[:, rows] + log_shares_1T11).squeeze(1)
+            elif len(rows) > 1:
                 mapped_NSHW[:, number] = torch.logsumexp(logits_NTHW[:, rows] + log_shares_1T11, dim=1)
         return torch.softmax(mapped_NSHW / self._temperature, dim=1)
