@@ -30,6 +30,7 @@ from kdpipe.data.scenes import Scene, list_scenes, open_scene
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.views import STRIDE
 from kdpipe.pipeline.models.windows import Span, blended_rows, spans, tapered_overlap
+from kdpipe.pipeline.prediction.notes import range_note, say_notes
 from kdpipe.pipeline.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ SUFFIXES = {CLASSES: ".tif", CONFIDENCE: ".confidence.tif", PROBABILITIES: ".pro
 
 @dataclass
 class Map:
-    """A written map: its scene, its files by kind, and the number of pixels of each class and without data."""
+    """
+    A written map: its scene, its files by kind, and the number of pixels of each class and without data.
+
+    `notes` tell in what the scene is unlike the images of the training.
+    """
 
     scene: str
     files: dict[str, str]
@@ -55,6 +60,7 @@ class Map:
     pixels: dict[str, int]
     no_data: int
     seconds: float
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -104,13 +110,17 @@ def predict(
         raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
     card = predictor.card
     summary = MapSummary(predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes))
-    counts = {}
+    counts, bands_notes = {}, {}
     for scene_path in targets:
         try:
-            with open_scene(scene_path, card.bands, card.stretch) as scene:
+            with open_scene(scene_path, card.bands, card.stretch, card.colours) as scene:
                 counts[scene_path] = _num_windows(scene, window, overlap)
+                if scene.bands_note:
+                    bands_notes[scene_path] = scene.bands_note
         except DataError as err:
             summary.failed[scene_path] = str(err)
+    say_notes(bands_notes, "note", progress)
+    range_notes = {}
     mapper = _SceneMapper(
         predictor, window, overlap, batch_size or (GPU_BATCH if predictor.device != "cpu" else 1), stop
     )
@@ -118,7 +128,11 @@ def predict(
         for scene_path, total in counts.items():
             counted = _Counted(advance)
             try:
-                summary.maps.append(mapper.map_scene(scene_path, targets[scene_path], counted))
+                map_, range_note = mapper.map_scene(scene_path, targets[scene_path], counted)
+                map_.notes = [note for note in (bands_notes.get(scene_path), range_note) if note]
+                summary.maps.append(map_)
+                if range_note:
+                    range_notes[scene_path] = range_note
             except DataError as err:
                 summary.failed[scene_path] = str(err)
                 advance(total - counted.done)
@@ -127,6 +141,7 @@ def predict(
                     f"stopped in {scene_path}, which has no map yet; {len(summary.maps)} of {len(targets)} scenes have their map in "
                     f"{folder}: name the others to go on"
                 ) from err
+    say_notes(range_notes, "warning", progress)
     return summary
 
 
@@ -137,12 +152,13 @@ class _SceneMapper:
         self._predictor, self._window, self._overlap = predictor, window, overlap
         self._batch_size, self._stop = batch_size, stop
 
-    def map_scene(self, path: str, files: dict[str, Path], advance: Advance) -> Map:
+    def map_scene(self, path: str, files: dict[str, Path], advance: Advance) -> tuple[Map, str | None]:
+        """The map of a scene, and a warning if its values are out of the student's range."""
         card, start = self._predictor.card, time.monotonic()
         counts = np.zeros(len(card.classes), np.int64)
         no_data = 0
         with ExitStack() as stack:
-            scene = stack.enter_context(open_scene(path, card.bands, card.stretch))
+            scene = stack.enter_context(open_scene(path, card.bands, card.stretch, card.colours))
             # The map of classes is opened first, so that it is renamed last: if it exists, the others do.
             writers = {
                 kind: stack.enter_context(
@@ -154,7 +170,7 @@ class _SceneMapper:
                 classes_hW = _write_rows(logits_ChW, data_hW, writers, card.ignore_index)
                 counts += np.bincount(classes_hW[data_hW], minlength=len(counts))
                 no_data += int(data_hW.size - np.count_nonzero(data_hW))
-        return Map(
+        map_ = Map(
             scene=path,
             files={kind: str(file) for kind, file in files.items()},
             height=scene.height,
@@ -163,6 +179,7 @@ class _SceneMapper:
             no_data=no_data,
             seconds=round(time.monotonic() - start, 3),
         )
+        return map_, range_note(scene.seen, card.stretch)
 
     def _finished_rows(self, scene: Scene, advance: Advance) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
         """

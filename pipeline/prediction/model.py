@@ -36,7 +36,8 @@ class Card(BaseModel):
     Description of a network, its input and its output.
 
     Input: float32 `(N, 3, H, W)`, `(x / 255 - mean) / std` of the image's `bands`; `stretch` maps each band linearly from its (low, high)
-    to 0..255, rounded, unless it is None. Output: float32 logits `(N, len(classes), H, W)`. `sizes` describes the allowed H and W.
+    to 0..255, rounded, unless it is None. Output: float32 logits `(N, len(classes), H, W)`. `sizes` describes the allowed H and W,
+    `colours` what the training images called `bands`; None if that is not recorded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +51,7 @@ class Card(BaseModel):
     palette: list[tuple[int, int, int]]
     ignore_index: int
     bands: tuple[int, int, int]
+    colours: list[str] | None = None
     stretch: list[tuple[float, float]] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -84,6 +86,7 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
             "palette": palette,
             "ignore_index": config.classes.ignore_index,
             "bands": config.data.bands,
+            "colours": trained.colours,
             "stretch": trained.stretch,
             "mean": mean,
             "std": std,

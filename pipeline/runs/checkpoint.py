@@ -61,7 +61,7 @@ def save(
     position: Position,
     record: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint, whole or not at all; `record` describes the run: config, mode, fingerprint, stretch, library versions."""
+    """Write a checkpoint, whole or not at all; `record` describes the run: config, mode, fingerprint, stretch, colours, libraries."""
     content = {
         "format": FORMAT,
         "kdpipe": dict(record),
@@ -121,12 +121,17 @@ def restore(
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained student in eval mode, float32, on the CPU, with its configuration and the stretch that its images need."""
+    """
+    A trained student in eval mode, float32, on the CPU, with its configuration and the stretch that its images need.
+
+    `colours` are what the training images called `data.bands`; None in a checkpoint of an earlier version.
+    """
 
     student: nn.Module
     config: Config
     stretch: list[tuple[float, float]] | None
     position: Position
+    colours: list[str] | None = None
 
 
 def load_trained(path: str | Path) -> Trained:
@@ -159,6 +164,7 @@ def load_trained(path: str | Path) -> Trained:
         config=config,
         stretch=[(low, high) for low, high in stretch] if stretch else None,
         position=Position(**content["position"]),
+        colours=recorded.get("colours"),
     )
 
 

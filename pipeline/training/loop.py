@@ -138,13 +138,15 @@ class Loop:
         config: with numbers for `train.batch_size` and `train.accumulate`.
         folder: for checkpoints and `run.json`.
         stretch: of 16-bit images, recorded with the weights.
+        colours: what the training images call `data.bands`, recorded with the weights.
         stop: once set, the run saves a checkpoint after the current step and raises `Interrupted`.
         started: `time.perf_counter()` when the run's set-up began.
     """
 
     def __init__(
         self, config: Config, device: torch.device, folder: Path, learner: Learner, batches: Batches, targets: Targets,
-        stretch: Stretch, pictures: BoardPictures, position: Position, progress: Progress, stop: threading.Event, started: float,
+        stretch: Stretch, colours: list[str], pictures: BoardPictures, position: Position, progress: Progress, stop: threading.Event,
+        started: float,
     ) -> None:  # fmt: skip
         self.config, self.device, self.folder, self.learner, self.batches = config, device, folder, learner, batches
         self.position, self._targets, self._pictures = position, targets, pictures
@@ -157,6 +159,7 @@ class Loop:
             "mode": config.distill.mode,
             "fingerprint": targets.fingerprint,
             "stretch": [list(pair) for pair in stretch] if stretch else None,
+            "colours": colours,
             "libraries": library_versions(),
         }
         self._accumulated: list[LossTerms] = []

@@ -16,6 +16,7 @@ from torch import nn
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.schema import Config, DistillMode
 from kdpipe.data.dataset import ValTiles
+from kdpipe.data.declared.scene import colours_of
 from kdpipe.data.rasters import Stretch, image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
@@ -117,7 +118,10 @@ def _set_up(
     # A copy of the source, so that a live teacher's time for pictures is not counted as training time.
     shown = training_samples(config, tiles, stretch, copy(targets.source))
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
-    return Loop(config, device, folder, learner, batches, targets, stretch, pictures, position, progress, stop, started)
+    colours = colours_of(tiles[0].image, config.data.bands)  # all tiles agree
+    return Loop(
+        config, device, folder, learner, batches, targets, stretch, colours, pictures, position, progress, stop, started
+    )
 
 
 def _resumes(folder: Path, progress: Progress, *, resume: bool, overwrite: bool) -> bool:
