@@ -18,7 +18,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    TypeAdapter,
+    ValidationInfo,
+    model_validator,
+)
 
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.encoding.simplex import levels_of, storage_type
@@ -52,6 +62,8 @@ class TeacherRecord(Record):
     tta: str
     scales: list[float]
     window: int | None
+    # Further arguments of the architecture's constructor. Left out where there are none, so that older digests do not change.
+    options: Annotated[dict[str, JsonValue], Field(exclude_if=lambda options: not options)] = {}
 
 
 class ViewsRecord(Record):
@@ -212,7 +224,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {"teachers": len(teachers)}
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
-        flat |= {f"{key}.{name}": value for name, value in teacher.items()}
+        flat |= {f"{key}.options": {}} | {f"{key}.{name}": value for name, value in teacher.items()}
     flat["decoder"] = None  # left out of older recipes, as is the next field
     if fields["kind"] == "soft":
         flat["temperature_applied"] = None

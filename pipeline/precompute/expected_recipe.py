@@ -39,7 +39,7 @@ def expected_fields(
         "key_row_px": KEY_ROW_PX,
     }
     fields = {
-        "teachers": [_teacher_fields(member) for member in config.members.values()],
+        "teachers": [_teacher_fields(key, member) for key, member in config.members.items()],
         "bands": list(config.data.bands),
         "stretch": [list(pair) for pair in stretch] if stretch else None,
         **(mapped if config.cache.kind == "soft" else {}),
@@ -92,7 +92,11 @@ def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -
         )
 
 
-def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
+def _teacher_fields(key: str, teacher: Teacher) -> dict[str, Any]:
+    if teacher.options:  # only then, because it imports torch and smp
+        from kdpipe.pipeline.models.options import check_options
+
+        check_options(teacher.architecture, teacher.options, key=key)
     mean, std = mean_std(teacher.normalize)
     fields: dict[str, Any] = {
         "architecture": teacher.architecture.lower(),
@@ -105,6 +109,7 @@ def _teacher_fields(teacher: Teacher) -> dict[str, Any]:
         "tta": teacher.tta,
         "scales": teacher.scales,
         "window": teacher.window,
+        "options": teacher.options,
     }
     if teacher.precision != "auto":
         fields["precision"] = teacher.precision

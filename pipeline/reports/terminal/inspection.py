@@ -13,6 +13,7 @@ from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.configs.errors import summarise
+from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.inspection.statistics import MIN_TILES
 from kdpipe.pipeline.text import percent_text, size_text
 
@@ -34,6 +35,7 @@ def checkpoint_table(found: Inspection) -> Table:
         "architecture": network.architecture or unknown,
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
+        "options": _options_text(found),
         "channels": "not recognised" if network.channels is None else str(network.channels),
         "weights": f"{found.tensors} tensors, {found.parameters / 1e6:.2f} M numbers, "
         + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
@@ -51,6 +53,17 @@ def checkpoint_table(found: Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _options_text(found: Inspection) -> str:
+    """The options that are known, and those that the tensors cannot show."""
+    if found.student is not None:
+        return options_text(found.student.options).removeprefix(" and options ") or "the defaults"
+    if found.network.architecture is None:
+        return "not recognised"
+    known = options_text(found.network.options).removeprefix(" and options ")
+    unseen = ", ".join(found.untraced_options)
+    return f"{known or 'the defaults'} fit" + (f"; its tensors do not show {unseen}" if unseen else "")
 
 
 def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
@@ -75,7 +88,7 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
         rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (
             f"{teacher.architecture}, {teacher.encoder}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
-            f"window {teacher.window or 'none'}; sha256 {teacher.checkpoint_sha256[:16]}"
+            f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {teacher.checkpoint_sha256[:16]}"
         )
     rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
     table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))

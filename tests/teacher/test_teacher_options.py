@@ -1,0 +1,138 @@
+"""`teacher.options` decide what a teacher predicts, and a cache knows by which it was made."""
+
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from helpers.configs import ENCODER
+from PIL import Image
+
+from kdpipe.cache import SoftTargetCache
+from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache
+from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.teacher.loading import load_teacher
+from kdpipe.pipeline.training.run import train
+from kdpipe.pipeline.verify.gate import verify
+
+CPU = torch.device("cpu")
+DILATED = {"encoder_output_stride": 8, "decoder_atrous_rates": [2, 4, 6]}
+
+
+@pytest.fixture(scope="module")
+def dilated(tmp_path_factory):
+    """A DeepLabV3+ built with `DILATED` by smp itself, and its file of weights."""
+    torch.manual_seed(5)
+    network = smp.DeepLabV3Plus(ENCODER, encoder_weights=None, classes=8, decoder_channels=64, **DILATED)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network(torch.rand(2, 3, 96, 96))  # statistics with which every layer passes something on
+        network.eval().segmentation_head[0].weight *= 4  # predictions that are neither flat nor certain
+    path = tmp_path_factory.mktemp("dilated") / "deeplab.pth"
+    torch.save(network.state_dict(), path)
+    return network, path
+
+
+@pytest.fixture
+def configured(make_config, dilated):
+    """A configuration of the teacher above with these options, at T 1."""
+
+    def configured(options, **changes):
+        return make_config(
+            teacher__architecture="deeplabv3plus",
+            teacher__encoder=ENCODER,
+            teacher__checkpoint=str(dilated[1]),
+            teacher__options={"decoder_channels": 64} | options,
+            distill__temperature=1.0,
+            **changes,
+        )
+
+    return configured
+
+
+def targets(network, tile, class_map):
+    """`softmax(z) @ M` of a tile, float32 `(C, H, W)`, by smp and NumPy alone."""
+    pixels_HWC = np.asarray(Image.open(tile), dtype=np.float32) / 255
+    height, width = pixels_HWC.shape[:2]
+    padded = np.pad(pixels_HWC, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
+    with torch.inference_mode():
+        logits_CHW = network(torch.from_numpy(padded).permute(2, 0, 1)[None])[0, :, :height, :width].double().numpy()
+    probs = np.exp(logits_CHW - logits_CHW.max(axis=0))
+    return np.einsum("thw,ts->shw", probs / probs.sum(axis=0), class_map)
+
+
+def test_a_cache_holds_what_smp_predicts_with_the_options_and_not_without(configured, dilated, landscape, tmp_path):
+    config, plain = configured(DILATED), configured({}, cache__path=str(tmp_path / "plain.zarr"))
+    fingerprints = [precompute(each, CPU).fingerprint for each in (config, plain)]
+    assert len(set(fingerprints)) == 2
+    cache, other = SoftTargetCache.open(config.cache.path), SoftTargetCache.open(plain.cache.path)
+    assert cache.manifest.recipe.teachers[0].options == {"decoder_channels": 64} | DILATED
+    tile = cache.tile_ids[0]
+    expected = targets(
+        dilated[0], landscape / "Train" / "images" / f"{tile.split('/')[-1]}.png", config.class_map_matrix()
+    )
+    assert np.abs(cache.read(tile) - expected).max() <= cache.manifest.error_bound + 1e-5
+    assert np.abs(other.read(tile) - expected).max() > 0.2
+
+
+def test_a_cache_of_other_options_is_refused_as_stale_naming_them(configured):
+    config = configured(DILATED)
+    precompute(config, CPU)
+    report = verify(config, "parity", CPU, sample=2)  # which runs the teacher again, with its options
+    assert report.findings == []
+    assert len(report.parity) == 2
+    changed = r'teacher\.options: the cache has \{.*"encoder_output_stride": 8\}, the configuration says \{"decoder_channels": 64\}'
+    for refuse in (precompute, train):
+        with pytest.raises(StaleCache, match=changed):
+            refuse(configured({}), CPU)
+    (finding,) = verify(configured({}), "quick", CPU).findings
+    assert finding.code == "stale-recipe"
+
+
+def test_a_cache_made_without_options_is_stale_for_a_configuration_with_them(cached, make_config):
+    assert "options" not in SoftTargetCache.open(cached.cache.path).manifest.recipe.model_dump()["teachers"][0]
+    with pytest.raises(
+        StaleCache,
+        match=r'teacher\.options: the cache has \{\}, the configuration says \{"decoder_interpolation": "bilinear"\}',
+    ):
+        precompute(make_config(teacher__options={"decoder_interpolation": "bilinear"}), CPU)
+
+
+def test_an_unknown_option_is_refused_before_anything_is_written(configured, tmp_path):
+    with pytest.raises(
+        ConfigError, match="deeplabv3plus has no option output_stride; did you mean encoder_output_stride?"
+    ):
+        precompute(configured({"output_stride": 8}), CPU)
+    assert list(tmp_path.iterdir()) == []
+    teacher = configured({"output_stride": 8}).teacher
+    with pytest.raises(ConfigError, match=r"teachers\.1\.options: deeplabv3plus has no option output_stride"):
+        load_teacher(teacher, "teachers.1")
+
+
+def test_options_that_weights_contradict_are_named_with_the_line_that_fits(make_config, tmp_path):
+    network = smp.create_model("linknet", "mobilenet_v2", encoder_weights=None, classes=8, decoder_use_norm="identity")
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    torch.save(
+        smp.create_model("linknet", "mobilenet_v2", encoder_weights=None, classes=8).state_dict(), tmp_path / "t.pth"
+    )
+    teacher = make_config().teacher.model_copy(
+        update={
+            "architecture": "linknet",
+            "encoder": "mobilenet_v2",
+            "checkpoint": str(tmp_path / "t.pth"),
+            "options": {"decoder_use_norm": "identity"},
+        }
+    )
+    message = (
+        r"holds linknet with mobilenet_v2, 8 channels, but teacher says .* and options \{decoder_use_norm: identity\}, "
+    )
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load_teacher(teacher)
+    assert "\n      options: {}" in str(refused.value)
+    load_teacher(teacher.model_copy(update={"checkpoint": str(tmp_path / "bare.pth")}))
+    nine = teacher.model_copy(update={"checkpoint": str(tmp_path / "bare.pth"), "classes": [*teacher.classes, "Other"]})
+    with pytest.raises(
+        CheckpointError, match=r"holds linknet with mobilenet_v2 and options \{decoder_use_norm: identity\}, 8 channels"
+    ):
+        load_teacher(nine)
