@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.header import Declared, read_declared
-from kdpipe.data.rasters import read_mask_values
+from kdpipe.data.rasters import read_data, read_mask_values
 from kdpipe.data.stretch import sampled_bands
 from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
 
@@ -41,7 +41,8 @@ class Root:
 
     `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. `values` counts pixels by mask
     value in the `masks_read` masks that were decoded. `ranges` are the `PERCENTILES` of each band over the `images_read` images, in
-    the files' own units; empty if all are 8-bit. `problems` describe faults that a run would stop at.
+    the files' own units; empty if all are 8-bit. `pixels_without_data` of these images' `pixels` are transparent, masked or nodata.
+    `problems` describe faults that a run would stop at.
     """
 
     path: str
@@ -53,6 +54,8 @@ class Root:
     alpha: int = 0
     images_read: int = 0
     ranges: list[tuple[float, float]] = field(default_factory=list)
+    pixels: int = 0
+    pixels_without_data: int = 0
     masks_read: int = 0
     values: Counter[int] = field(default_factory=Counter)
     mask_nodata: Counter[float | None] = field(default_factory=Counter)
@@ -177,6 +180,9 @@ def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
             samples.append([])
         samples[i].append(values)
     root.images_read += 1
+    data_HW = read_data(tile.image, [band for band in range(1, header.bands + 1) if band != header.alpha])
+    root.pixels += header.height * header.width
+    root.pixels_without_data += 0 if data_HW is None else int(data_HW.size - np.count_nonzero(data_HW))
 
 
 def _count(root: Root, tile: Tile) -> None:

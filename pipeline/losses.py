@@ -51,9 +51,9 @@ def distillation_loss(
     """
     `(1 - alpha) * hard + alpha * T² * KL(p || softmax(s / T))`; without targets `hard` alone.
 
-    `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding; `targets_NCHW` is
-    float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is the entropy that they lost to rounding, in nats, mean
-    over each sample's inside pixels. `hard` is zero for a batch without a labelled pixel.
+    `mask_NHW` is int64 with `ignore_index` where there is no label, `inside_NHW` bool, False on padding and where an image holds no
+    data; `targets_NCHW` is float32 and sums to one over axis 1 wherever `inside`; `entropy_error_N` is the entropy that they lost to
+    rounding, in nats, mean over each sample's inside pixels. `hard` is zero for a batch without a labelled pixel.
     An auxiliary head's logits add `AUXILIARY_WEIGHT` times their own hard loss to `hard`.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
     """
@@ -74,7 +74,7 @@ def soft_loss(
     entropy_error_N: Tensor | None = None,
 ) -> Tensor:
     """
-    `KL(p || softmax(s / T))`, summed over classes, averaged over the pixels inside the tile; a scalar, in float32.
+    `KL(p || softmax(s / T))`, summed over classes, averaged over the pixels inside (see `distillation_loss`); a scalar, in float32.
 
     Zero if no pixel is inside; `0 log 0` is 0. `KL = -Σ p log q - H(p)`: rounding took `entropy_error_N` from H(p), a constant to the
     student, which is subtracted so that the loss has the value of the unrounded target.

@@ -11,6 +11,7 @@ from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import PERCENTILES, Root
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.yaml import Key
+from kdpipe.pipeline.text import part_text
 
 
 def data_keys(
@@ -50,6 +51,13 @@ def data_keys(
         why = f"Measured: {tiles - masks} of {tiles} tiles have no mask; they train from the soft targets alone."
         keys.append(Key("allow_missing_masks", True, why))
     used = [root for root in roots if roles[root.path] != "not used"]
+    pixels, empty = sum(root.pixels for root in used), sum(root.pixels_without_data for root in used)
+    if empty:
+        images = sum(root.images_read for root in used)
+        notes.append(
+            f"{part_text(empty, pixels)} of the pixels of {images} images hold no data by their alpha, masks or nodata: no loss and no "
+            "score counts them"
+        )
     return keys + _bands_and_stretch(used, given.bands, notes, problems)
 
 

@@ -94,6 +94,8 @@ def _plain(root: Root) -> dict[str, Any]:
         "dtypes": dict(root.dtypes),
         "images_read": root.images_read,
         "ranges": root.ranges,
+        "pixels": root.pixels,
+        "pixels_without_data": root.pixels_without_data,
         "masks_read": root.masks_read,
         "mask_values": dict(sorted(root.values.items())),
         "problems": root.problems,

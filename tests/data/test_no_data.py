@@ -1,9 +1,12 @@
 """Pixels that a file declares to hold no data are left out of samples, losses and scores; expected values are NumPy's or Pillow's."""
 
+import json
+
 import numpy as np
 import pytest
 import rasterio
 import torch
+from helpers.commands import run_command
 from helpers.files import read_raster, write_scene
 from PIL import Image
 from rasterio.enums import ColorInterp
@@ -328,3 +331,40 @@ def test_labels_of_stage_one_s_subjects_are_ignored_where_there_is_no_data(root)
     config = make_config(folder)
     (tile,) = list_tiles(config.data, "train")
     np.testing.assert_array_equal(WholeTile(tile, config, stretch_of(path)).labels(), np.where(HOLE, IGNORE, LABELS))
+
+
+def test_scores_count_pixels_with_data_alone(root):
+    """Of `evaluate` and of the gate's check of labels, with a model that says what the image's brightness says."""
+    from kdpipe.pipeline.evaluation.evaluate import Model, evaluate
+
+    path, folder = root(alpha_beside_nodata)
+    config = make_config(folder)
+
+    def predict(image_HWC):
+        return np.eye(3, dtype=np.float32)[image_HWC[..., 0] % 3].transpose(2, 0, 1)
+
+    found = evaluate(Model("stub", [], predict, config, None, []), [str(folder)]).together.confusion_LP
+    predicted, labels = read_raster(path)[0][~HOLE] % 3, LABELS[~HOLE]
+    np.testing.assert_array_equal(
+        found, [[(labels == i) @ (predicted == j).astype(int) for j in range(3)] for i in range(3)]
+    )
+
+
+def test_init_counts_pixels_without_data(root, tmp_path):
+    from kdpipe.data.survey import list_root, survey_root
+
+    for write in (alpha_of_five, mask_beside_the_file):
+        _, folder = root(write, write.__name__)
+        found = list_root(str(folder))
+        survey_root(found)
+        assert (found.pixels, found.pixels_without_data) == (H * W, HOLE.sum())
+    Image.fromarray(np.ascontiguousarray(RGB.transpose(1, 2, 0))).save(folder / "images/b.png")
+    Image.fromarray(LABELS).save(folder / "masks/b.png")
+    done = run_command("init", folder, "--out", tmp_path / "mine.yaml", "--json", tmp_path / "a.json")
+    share = 100 * HOLE.sum() / (2 * H * W)
+    said = " ".join(done.stdout.split())
+    assert (
+        f"Note: {share:.1f} % of the pixels of 2 images hold no data by their alpha, masks or nodata: no loss" in said
+    )
+    (found,) = json.loads((tmp_path / "a.json").read_text())["roots"]
+    assert (found["pixels"], found["pixels_without_data"]) == (2 * H * W, HOLE.sum())
