@@ -74,7 +74,12 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     Assumes that tiles compress and compute alike per pixel, one at a time. On a CUDA device that rounds, reading, computing and storing
     overlap, and the slowest of them counts. Raises what `plan.make_plan` raises.
     """
-    plan = make_plan(config, lambda recipe, tiles, stretch: precision.resolve(config, recipe, tiles, stretch, device))
+    progress = progress or Silent()
+    plan = make_plan(
+        config,
+        lambda recipe, tiles, stretch: precision.resolve(config, recipe, tiles, stretch, device),
+        checked=progress,
+    )
     unreadable, sizes = {}, {}
     for tile in plan.missing:
         try:
@@ -96,9 +101,7 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         sampled_sizes = {tile.size() for tile in sampled}
         seconds = trials.seconds * share + trials.set_up_seconds / len(sampled_sizes) * len(set(sizes.values()))
         tile_seconds = trials.teacher_seconds * share / len(areas)
-        worth = measure_worth(
-            config, device, teacher, trials.image_HWC, plan.samples, seconds, tile_seconds, progress or Silent()
-        )
+        worth = measure_worth(config, device, teacher, trials.image_HWC, plan.samples, seconds, tile_seconds, progress)
     in_windows = [areas[tile] for tile, size in sizes.items() if predicts_in_bands(plan.recipe, (1, *size, 3))]
     return Estimate(
         cache=plan.storage.url,

@@ -25,12 +25,13 @@ _BATCH = 1024  # tiles whose headers are read ahead
 
 @dataclass(frozen=True)
 class Headers:
-    """What a tile's image and mask declare; None where there is none, or where `unreadable` says why it cannot be read."""
+    """What a tile's image and mask declare; None where there is no mask, or where an error says why a file cannot be read."""
 
     tile: Tile
     image: Declared | None
     mask: Declared | None
-    unreadable: tuple[str, ...] = ()
+    image_error: str | None = None
+    mask_error: str | None = None
 
 
 @dataclass
@@ -51,9 +52,15 @@ def read_headers(tiles: Sequence[Tile], advance: Callable[[], None] = lambda: No
 
 
 def tile_faults(headers: Headers, bands: Sequence[int] | None, *, has_stretch: bool) -> list[str]:
-    """What is certainly wrong with one tile; without `bands`, its image is compared with its mask alone."""
+    """
+    What is certainly wrong with one tile; without `bands`, its image is compared with its mask alone.
+
+    An image that cannot be read is no fault here, as stage one goes on without it; `Headers.image_error` says why. A mask is.
+    """
     tile, image, mask = headers.tile, headers.image, headers.mask
     faults = image_faults(tile.image, image, bands, has_stretch=has_stretch) if image and bands else []
+    if headers.mask_error is not None:
+        faults.append(headers.mask_error)
     if mask is not None and tile.mask is not None:
         faults += mask_faults(tile.mask, mask)
         if image is not None:
@@ -98,13 +105,13 @@ def refuse(findings: Findings) -> None:
 
 
 def _read(tile: Tile) -> Headers:
-    unreadable: list[str] = []
+    image, image_error = _declared(tile.image)
+    mask, mask_error = _declared(tile.mask) if tile.mask is not None else (None, None)
+    return Headers(tile, image, mask, image_error, mask_error)
 
-    def declared(path: Path | None) -> Declared | None:
-        try:
-            return read_declared(path) if path is not None else None
-        except DataError as err:
-            unreadable.append(str(err))
-            return None
 
-    return Headers(tile, declared(tile.image), declared(tile.mask), tuple(unreadable))
+def _declared(path: Path) -> tuple[Declared | None, str | None]:
+    try:
+        return read_declared(path), None
+    except DataError as err:
+        return None, str(err)

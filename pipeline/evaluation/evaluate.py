@@ -29,6 +29,7 @@ from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.evaluation.boundary import BoundaryScores, boundary_counts, boundary_scores
 from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibration, calibration_counts
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
+from kdpipe.pipeline.inputs import check_headers
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import STRIDE, averaged_logits
@@ -196,6 +197,7 @@ def evaluate(
     roots = list(roots) or config.data.val
     _check_roots(roots)
     tiles_of = {root: _labelled_tiles(root, config) for root in roots}
+    check_headers(config, [], [tile for tiles, _ in tiles_of.values() for tile in tiles], progress)
     results = []
     with progress.bar("evaluate", sum(len(tiles) for tiles, _ in tiles_of.values()), "tiles") as advance:
         total = Counts.zero(len(names))

@@ -22,8 +22,10 @@ from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.pipeline.inputs import check_headers
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
+from kdpipe.pipeline.progress import Progress
 
 ResolvePrecision = Callable[[CacheRecipe, list[Tile], Stretch], CacheRecipe]
 """Decides the `auto` precisions in the recipe of a new cache."""
@@ -93,23 +95,31 @@ class Plan:
         )
 
 
-def make_plan(config: Config, resolve_precision: ResolvePrecision) -> Plan:
+def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Progress | None = None) -> Plan:
     """
     The configured tiles and those that the cache already holds; `resolve_precision` is called where there is no cache yet.
 
-    Raises `DataError` for faulty folders, `CheckpointError` for a missing teacher, `StaleCache` for a cache of another recipe,
-    `CorruptCache` for a folder that is not a cache.
+    With `checked`, the headers of the tiles that are to be computed are checked first, and in a new cache those of the validation tiles
+    too; it shows the progress and the notes.
+
+    Raises `DataError` for faulty folders or headers, `CheckpointError` for a missing teacher, `StaleCache` for a cache of another
+    recipe, `CorruptCache` for a folder that is not a cache.
     """
     tiles = list_tiles(config.data, "train")
-    stretch = resolve_stretch(config.data, tiles)
-    wanted = subjects(config, tiles, stretch)
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
+    if recorded is None and checked is not None:
+        check_headers(config, tiles, list_tiles(config.data, "val"), checked, images_may_fail=True)
+    stretch = resolve_stretch(config.data, tiles)
+    wanted = subjects(config, tiles, stretch)
     recipe = complete_recipe(config, stretch, recorded, tiles)
     if recorded is None:
         recipe = resolve_precision(recipe, tiles, stretch)
     manifest = whole_manifest(storage)
     finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in wanted}, manifest)
+    if recorded is not None and checked is not None:
+        missing = {subject.files[0] for subject in wanted if subject.id not in finished}
+        check_headers(config, [tile for tile in tiles if tile.image in missing], [], checked, images_may_fail=True)
     samples = len(TrainTiles(tiles, config))
     return Plan(tiles=wanted, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
 

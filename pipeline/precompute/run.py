@@ -105,7 +105,7 @@ def precompute(
         return precision.resolve(config, recipe, tiles, stretch, device)
 
     written = open_storage(config.cache.path).last_write()
-    plan = make_plan(config, resolve_precision)
+    plan = make_plan(config, resolve_precision, checked=progress)
     if plan.is_done and not repair:
         summary = complete_summary(plan, config)
         progress.say(complete_text(summary))

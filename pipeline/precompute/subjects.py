@@ -39,6 +39,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def files(self) -> list[Path]:
+        """The files that decide its pixels, the image of its own tile first."""
+        ...
+
+    @property
     def mask(self) -> Path | None:
         """The label file of its tile, if any."""
         ...

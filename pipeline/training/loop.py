@@ -180,6 +180,7 @@ class Loop:
             (self.folder / layout.CONFIG).write_text(dump_config(self.config), encoding="utf-8")
         title, total = f"student ({self.config.distill.mode})", self.batches.total_steps
         with self._progress.bar(title, total, "steps", self.position.steps) as advance:
+            self._catch_up()
             clock = time.perf_counter()
             for batch in self.batches.train if self.position.steps < total else ():
                 terms = self._train_batch(batch)
@@ -256,11 +257,15 @@ class Loop:
     def _end_step(self) -> None:
         """Move the schedule at the end of an epoch, validate and save where they are due, and stop if asked to."""
         train, steps, total = self.config.train, self.position.steps, self.batches.total_steps
-        epochs, into_epoch = divmod(self.position.batches, self.batches.per_epoch)
+        into_epoch = self.position.batches % self.batches.per_epoch
         if into_epoch == 0:
             self.learner.scheduler.step()
         stopping = any_rank(self._stop.is_set(), self.device)  # all ranks stop after the same step
-        if steps >= total or (into_epoch == 0 and epochs % train.val_every_epochs == 0):
+        if self._is_validation_due():
+            if self.batches.val is not None:
+                # A tile that cannot be read, or too little memory, must not cost the epoch.
+                self._save(layout.LAST)
+                self.logs.save()
             self._validate()
         if steps >= total or into_epoch == 0 or stopping or steps % train.checkpoint_every_steps == 0:
             self._save(layout.LAST)
@@ -269,6 +274,19 @@ class Loop:
             raise Interrupted(
                 f"stopped after step {steps} of {total}; the run is saved in {self.folder}. Run the same command with --resume to go on"
             )
+
+    def _is_validation_due(self) -> bool:
+        epochs, into_epoch = divmod(self.position.batches, self.batches.per_epoch)
+        is_over = self.position.steps >= self.batches.total_steps
+        return is_over or (into_epoch == 0 and epochs % self.config.train.val_every_epochs == 0)
+
+    def _catch_up(self) -> None:
+        """Validate first if the run ended between a checkpoint and the validation that follows it."""
+        steps, noted = self.position.steps, {past["steps"] for past in self.position.history}
+        is_open = 0 < steps < self.batches.total_steps and steps not in noted
+        if is_open and self.batches.val is not None and self._is_validation_due():
+            self._validate()
+            self._save(layout.LAST)
 
     def _validate(self) -> None:
         # Not through the DDP wrapper: it hangs unless all ranks validate the same number of batches.

@@ -13,6 +13,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from kdpipe.cache.manifest import MANIFEST_NAME
+from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.schema import Config, DistillMode
 from kdpipe.data.dataset import ValTiles
@@ -21,6 +23,7 @@ from kdpipe.data.rasters import Stretch, image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.distributed import computed_precision, is_further_process, open_fabric
+from kdpipe.pipeline.inputs import check_headers, check_labels
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress, Silent
@@ -89,6 +92,8 @@ def _set_up(
         )
     tiles = list_tiles(config.data, "train", labelled_only=config.distill.mode == "none")
     val_tiles = _validation_tiles(config)
+    if not is_further_process(config):
+        _check_inputs(config, tiles, val_tiles, progress, folder / layout.LAST if resume else None)
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
     targets = open_targets(config, tiles, stretch, device)
     if targets.note:
@@ -136,6 +141,20 @@ def _resumes(folder: Path, progress: Progress, *, resume: bool, overwrite: bool)
             "or choose another name (--set name=…)"
         )
     return resume
+
+
+def _check_inputs(
+    config: Config, tiles: list[Tile], val_tiles: list[Tile], progress: Progress, resumed: Path | None
+) -> None:
+    """Check headers and labels, after an earlier check (of stage one, or before the `resumed` checkpoint) of what has changed since."""
+    since = resumed.stat().st_mtime if resumed else None
+    precomputed = None
+    if config.distill.mode == "cached":
+        storage = open_storage(config.cache.path)
+        manifest = storage.info(MANIFEST_NAME)
+        precomputed = manifest.modified if manifest else None
+    check_headers(config, tiles, val_tiles, progress, since=since or precomputed, val_since=since)
+    check_labels(config, tiles, val_tiles, progress, since=since)
 
 
 def _validation_tiles(config: Config) -> list[Tile]:
