@@ -4,7 +4,7 @@ BIN := .venv/bin
 ROOM ?= cache
 SOURCES := $(shell find configs data cache pipeline -name "*.py" -o -name "*.yaml" -o -name "page.*")
 
-.PHONY: help demo test test-one bench lint docs clean
+.PHONY: help demo test test-one bench lint docs audit clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,10 @@ docs: .venv/installed ## the generated tables of docs/, and the site
 bench: .venv/installed ## all benchmarks, and one table of what they reached
 	test -e ../shared/data/dubai -o -e demo_output/cache.zarr/manifest.json || $(BIN)/kdpipe demo
 	$(BIN)/python tests/benchmarks/run.py --out demo_output/bench
+
+audit: .venv/installed ## known vulnerabilities of what is installed, by pip-audit
+	test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --path .venv/lib/python3.*/site-packages --progress-spinner off -f json | $(BIN)/python tests/packaging/audit.py
 
 .venv/dependencies: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
