@@ -55,6 +55,10 @@ def precompute_teacher(
               help="Tiles on which parity runs the teacher.")  # fmt: skip
 @click.option("--student", metavar="CHECKPOINT", shell_complete=completion.weights,
               help="Student whose gradients parity compares. Default: a fresh one.")  # fmt: skip
+@click.option("--reference", type=click.Path(exists=True, file_okay=False), metavar="FOLDER",
+              shell_complete=completion.folders,
+              help="Also compare the teacher with scores that its owner's own script saved, as .npy, .npz or .tif named as the "
+              "tiles, and say what explains a difference. Needs no cache: where there is none, only the teacher is compared.")  # fmt: skip
 @file_option("--report", "page", "Write an HTML report: findings, and tiles of the cache.")
 def verify_cache(source: str, overrides: tuple[str, ...], **options: Any) -> None:
     """

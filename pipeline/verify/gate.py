@@ -20,8 +20,9 @@ from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache
 from kdpipe.configs.schema import Config
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import list_tiles
+from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import configured_softening, expected_fields
@@ -30,6 +31,7 @@ from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_teacher_classes
 from kdpipe.pipeline.verify.parity import PRECISION_SLACK, Measure, TileParity, compare, middle_window
+from kdpipe.pipeline.verify.reference import ReferenceReport, compare_with_reference
 from kdpipe.pipeline.versions import library_note, other_libraries
 
 Level = Literal["quick", "full", "parity"]
@@ -61,6 +63,8 @@ class Report:
     label_tiles: int = 0
     confusion: list[list[int]] | None = None
     teacher_classes: list[TeacherClass] = field(default_factory=list)
+    cache_checked: bool = True
+    reference: ReferenceReport | None = None
 
     @property
     def passes(self) -> bool:
@@ -70,7 +74,11 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         content = {key: value for key, value in asdict(self).items() if key != "noun"}
-        return content | {"passes": self.passes, "parity": [tile.as_dict() for tile in self.parity]}
+        return content | {
+            "passes": self.passes,
+            "parity": [tile.as_dict() for tile in self.parity],
+            "reference": self.reference.as_dict() if self.reference else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def verify(
     sample: int = DEFAULT_SAMPLE,
     student: str | None = None,
     on_parity: Callable[[Compared], None] | None = None,
+    reference: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """
@@ -98,22 +107,40 @@ def verify(
 
     Level `quick` reads names, sizes and times, `full` reads every byte. `parity` also runs the teacher again on `sample`
     tiles chosen by the seed, compares loss and gradient of a student (the checkpoint `student`, or a fresh one), and
-    compares the class map with the labels; `on_parity` is called with each tile of the sample. Raises `DataError` or
-    `ConfigError` where the data cannot be listed, `CheckpointError` for a missing teacher at level parity.
+    compares the class map with the labels; `on_parity` is called with each tile of the sample. With `reference`, a folder of
+    scores that the teacher's owner saved, the teacher is compared with them too, and a missing cache is no finding. Raises
+    `DataError` or `ConfigError` where the data cannot be listed or the scores do not fit, `CheckpointError` for a missing
+    teacher at level parity or with a reference.
     """
     progress = progress or Silent()
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
-    expected = subjects(config, tiles, stretch)
-    images = {subject.id: subject.source for subject in expected}
     storage = open_storage(config.cache.path)
-    report = Report(cache=storage.url, level=level, noun=subject_noun(config), tiles=len(expected))
+    report = Report(cache=storage.url, level=level, noun=subject_noun(config))
+    if reference is not None and not storage.children(""):
+        report.cache_checked = False
+    else:
+        _check_cache(config, storage, tiles, stretch, device, sample, student, report, progress, on_parity)
+    if reference is not None:
+        report.reference = compare_with_reference(config, reference, stretch, device, progress)
+        report.findings += report.reference.findings
+    return report
+
+
+def _check_cache(
+    config: Config, storage: Storage, tiles: list[Tile], stretch: Stretch, device: torch.device, sample: int,
+    student: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None] | None,
+) -> None:  # fmt: skip
+    """The checks of the report's level, which fill the report."""
+    expected = subjects(config, tiles, stretch)
+    report.tiles = len(expected)
+    images = {subject.id: subject.source for subject in expected}
     try:
         manifest = read_manifest(storage)
     except (IncompleteCache, CorruptCache) as err:
         code = "incomplete" if isinstance(err, IncompleteCache) else "damaged-manifest"
         report.findings.append(Finding(code, None, str(err)))
-        return report
+        return
     report.fingerprint = manifest.fingerprint
     report.error_bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
     report.other_libraries = other_libraries(manifest.libraries)
@@ -125,15 +152,14 @@ def verify(
         for line in differences(manifest.recipe, expected_fields(config, stretch, manifest.recipe, tiles))
     ]
     report.findings += _check_files(storage, manifest, images, report, progress)
-    if level == "parity" and not report.findings:
+    if report.level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
         _check_parity(
             config, cache, expected, device, sample, student, report, progress, on_parity or (lambda compared: None)
         )
         _check_labels(config, cache, expected, report, progress)
-    elif level == "parity":
+    elif report.level == "parity":
         progress.say("parity was skipped because the cache is damaged or stale: fix these findings first")
-    return report
 
 
 def _check_files(

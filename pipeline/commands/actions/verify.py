@@ -15,8 +15,8 @@ from kdpipe.pipeline.verify.gate import Level, verify
 
 
 def verify_cache(
-    config: Config, *, level: Level, sample: int, student: str | None, page: str | None, json_path: str | None,
-    device: str | None,
+    config: Config, *, level: Level, sample: int, student: str | None, reference: str | None, page: str | None,
+    json_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
     """Verify the cache and report it; ends the process with 1 where there are findings."""
     terminal = Terminal()
@@ -27,12 +27,13 @@ def verify_cache(
 
         parity_tiles = html.ParityTiles(config)
     found = verify(
-        config, level, resolve_device(device), sample=sample, student=student, progress=terminal, on_parity=parity_tiles
-    )
+        config, level, resolve_device(device), sample=sample, student=student, on_parity=parity_tiles,
+        reference=None if reference is None else Path(reference), progress=terminal,
+    )  # fmt: skip
     write_json(json_path, found.as_dict())
     terminal.show(*verify_tables(found))
     if page is not None and parity_tiles is not None:
-        tiles = parity_tiles.drawn or html.cached_tiles(config, found, sample)
+        tiles = parity_tiles.drawn or (html.cached_tiles(config, found, sample) if found.cache_checked else [])
         html.write_verification(found, config, tiles, Path(page))
         terminal.show(file_text("HTML report", page))
     if not found.passes:

@@ -30,6 +30,7 @@ from kdpipe.pipeline.reports.html.tiles import (
 from kdpipe.pipeline.text import percent_cell
 from kdpipe.pipeline.verify.gate import Compared, Report
 from kdpipe.pipeline.verify.parity import TileParity
+from kdpipe.pipeline.verify.reference import ReferenceReport
 
 SHOWN_FINDINGS = 200  # the rest is in --json
 LEVELS = {"quick": "names, sizes and times", "full": "every byte", "parity": "every byte, and the teacher"}
@@ -76,19 +77,22 @@ def cached_tiles(config: Config, report: Report, count: int) -> list[TilePicture
 def write_verification(report: Report, config: Config, tiles: Sequence[TilePictures], path: Path) -> None:
     """Write the page of a report, with `tiles` to browse."""
     count = len(report.findings)
-    verdict = "passes" if report.passes else f"{count} finding{'s' if count > 1 else ''}"
+    passes = "passes" if report.cache_checked else "no cache, and the teacher agrees with its reference"
+    verdict = passes if report.passes else f"{count} finding{'s' if count > 1 else ''}"
     parts = [
         heading(1, f"{report.cache}: {verdict}"),
         figures({
             "level": (report.level, LEVELS[report.level]),
             report.noun: (str(report.tiles), "as configured"),
-            "findings": (str(count), "none: the cache passes" if report.passes else ""),
+            "findings": (str(count), f"none: {'the cache passes' if report.cache_checked else passes}" if report.passes else ""),
             "|Δp| at most": ("–" if report.error_bound is None else f"{report.error_bound:.5f}", "by the encoding"),
             "fingerprint": ((report.fingerprint or "–")[:16], ""),
         }),
     ]  # fmt: skip
     if report.findings:
         parts += [heading(2, "Findings"), _findings(report.findings)]
+    if report.reference is not None:
+        parts += [heading(2, "The teacher against its owner's script"), _reference_table(report.reference)]
     if tiles:
         parts += [heading(2, report.noun.capitalize()), browser(tiles, config.classes.names)]
     if report.parity:
@@ -124,6 +128,16 @@ def _parity_table(tiles: Sequence[TileParity]) -> str:
             cells.append(f"{measure.value:.3g} ({bound}{'' if measure.passes else ', NOT WITHIN'})")
         rows.append([tile.tile, *cells, f"{100 * tile.argmax_agreement:.2f}"])
     return table("Measured, and in brackets allowed", rows)
+
+
+def _reference_table(found: ReferenceReport) -> str:
+    rows = [["teacher", "tile", "scores", "largest |Δp|", "mean |Δp|", "classes agree, %"]]
+    for row in found.tiles:
+        measure = row.max_abs
+        bound = f"≤\N{NO-BREAK SPACE}{measure.tolerance:.3g}{'' if measure.passes else ', NOT WITHIN'}"
+        agree = f"{100 * row.argmax_agreement:.2f}"
+        rows.append([row.teacher, row.tile, row.kind, f"{measure.value:.3g} ({bound})", f"{row.mean_abs:.3g}", agree])
+    return table(f"Against the scores in {found.folder}, and in brackets allowed", rows)
 
 
 def _label_tables(report: Report, config: Config) -> list[str]:

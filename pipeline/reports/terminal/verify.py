@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.verify.class_map import Suggestion
     from kdpipe.pipeline.verify.gate import Report
     from kdpipe.pipeline.verify.parity import TileParity
+    from kdpipe.pipeline.verify.reference import ReferenceReport
 
 SHOWN_SHARE = 0.005  # of a teacher class's labels: less would be shown as 0 %
 TILE_COLUMN = 19  # characters of a tile's id beside the figures of parity
@@ -39,12 +40,21 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
         title = f"Cached targets against the labels of {report.label_tiles} {report.noun}"
         found = report.labels
         yield score_table(title, found.iou, found.f1, found.left_out, (found.miou, found.mean_f1))
+    if report.reference:
+        yield _reference_table(report.reference)
+        yield from report.reference.notes
+    if not report.cache_checked:
+        yield f"There is no cache {report.cache}: only the teacher was compared."
     if report.findings:
-        yield f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''} in {report.cache}:"
+        where = report.cache if report.cache_checked or report.reference is None else report.reference.folder
+        yield f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''} in {where}:"
         for finding in report.findings[:SHOWN_FINDINGS]:
             yield f"  {finding.code}{f' {finding.tile}' if finding.tile else ''}: {finding.message}"
         if len(report.findings) > SHOWN_FINDINGS:
             yield f"  and {len(report.findings) - SHOWN_FINDINGS} more; all of them with --json FILE"
+    elif not report.cache_checked and report.reference:
+        count = len(report.reference.tiles)
+        yield f"PASS (reference): the teacher predicts what {report.reference.folder} holds of {count} tile{'s' if count > 1 else ''}"
     else:
         bound = f", |Δp| at most {report.error_bound:.5f} from encoding" if report.error_bound else ""
         yield f"PASS ({report.level}): {report.tiles} {report.noun}, fingerprint {(report.fingerprint or '')[:16]}{bound}"
@@ -117,6 +127,21 @@ def _parity_table(rows: list[TileParity]) -> Table:
         f"the temperature changes the class of {percent_text(changed, 2)} of all pixels, with rounding {percent_text(rounded, 2)}"
     )
     table.caption_justify = "left"
+    return table
+
+
+def _reference_table(found: ReferenceReport) -> Table:
+    """One row per tile that was compared with its owner's scores; fits 80 columns."""
+    table = Table(title="The teacher against its owner's script", title_justify="left", padding=(0, 0, 0, 1))
+    several = len({row.teacher for row in found.tiles}) > 1
+    columns = [*(["teacher"] if several else []), "tile", "scores", "max |Δp|", "mean |Δp|", "argmax", "allowed", ""]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("teacher", "tile", "scores") else "right")
+    for row in found.tiles:
+        table.add_row(
+            *([row.teacher] if several else []), _end_of(row.tile), row.kind, f"{row.max_abs.value:.1e}", f"{row.mean_abs:.1e}",
+            percent_text(row.argmax_agreement, 2), f"{row.max_abs.tolerance:.1e}", "" if row.max_abs.passes else "!",
+        )  # fmt: skip
     return table
 
 

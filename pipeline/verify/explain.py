@@ -1,0 +1,169 @@
+"""
+Search for the script that explains how saved scores differ from the teacher's: decisions are changed one, two, three at a time.
+
+From each round the most promising scripts are carried into the next one; all pairs of a normalisation and an order of bands are tried
+besides, as either alone may bring nothing nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kdpipe.pipeline.progress import Advance, Progress
+from kdpipe.pipeline.verify.script_runs import Attempt, Difference, Runner, Target
+from kdpipe.pipeline.verify.scripts import Given, Script, alternatives, scalings, sizes_like
+
+ROUNDS, CARRIED = 3, (3, 2)  # scripts carried into a round: as they are, and with one more decision about their output
+EXACT = 0.1  # of the tolerance: what is nearer ends the search
+FALL = 1 / 3  # a script explains a difference only if it leaves at most this part of it
+SURELY = (
+    1 / 500
+)  # and surely if it leaves no more: a script that feeds large numbers magnifies the rounding of a network
+NEAR = 1.5  # times the smallest mean difference: of scripts that near, the one with the fewest changes is named
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A script, what becomes of the differences of the tiles that it explains, and whether they become as small as allowed."""
+
+    script: Script
+    given: Given
+    after: dict[str, Difference]
+    complete: bool
+
+
+def explain(
+    runner: Runner,
+    failing: Sequence[tuple[Target, Difference]],
+    allowed: Callable[[Target], float],
+    progress: Progress,
+    rounds: int = ROUNDS,
+) -> list[Explanation]:
+    """
+    Scripts that explain the differences of `failing` tiles, each tile at most once; those that do not explain them fully come last.
+
+    `allowed` returns the tolerance of a tile's largest difference.
+    """
+    left = list(failing)
+    found: list[Explanation] = []
+    partial: list[Explanation] = []
+    while left:
+        left.sort(key=lambda pair: pair[0].scores.values_CHW.size)
+        target, before = left[0]
+        given = runner.given(target)
+        # After a search in vain, others only look for what one change explains.
+        best = _search(runner, target, before, given, allowed(target), progress, 1 if partial else rounds)
+        if best is None:
+            left = left[1:]
+            continue
+        script = best.script
+        others = [other for other, _ in left]
+        if script.order is not None and len(left) > 1:
+            together = runner.common_order(script, others)
+            if together.order is not None and _explains(runner.difference(together, target), before, allowed(target)):
+                script = together
+        alike = [replace(script, size=size) for size in sizes_like(script.size, given)]  # on this tile, not on others
+        results = [(s, {other.tile.id: runner.difference(s, other) for other in others}) for s in alike]
+        script, after = min(results, key=lambda result: sum(found.mean for found in result[1].values()))
+        explained = [pair for pair in left if _explains(after[pair[0].tile.id], pair[1], allowed(pair[0]))]
+        complete = any(pair[0] is target for pair in explained)
+        named = explained if complete else left
+        kept = {other.tile.id: after[other.tile.id] for other, _ in named}
+        (found if complete else partial).append(Explanation(script, given, kept, complete))
+        left = [pair for pair in left if pair not in named] if complete else left[1:]
+    explained_ids = {tile for explanation in found for tile in explanation.after}
+    rest = [
+        replace(
+            explanation, after={tile: after for tile, after in explanation.after.items() if tile not in explained_ids}
+        )
+        for explanation in partial[:1]
+    ]
+    return found + [explanation for explanation in rest if explanation.after]
+
+
+def _explains(after: Difference | Attempt, before: Difference, allowed: float) -> bool:
+    return after.largest <= max(min(allowed, FALL * before.largest), SURELY * before.largest)
+
+
+def _search(
+    runner: Runner, target: Target, before: Difference, given: Given, allowed: float, progress: Progress, rounds: int
+) -> Attempt | None:
+    """The simplest script that explains the tile, else the nearest one; None if none is much nearer than kdpipe's."""
+    tried: dict[Script, list[Attempt]] = {}
+
+    def run(script: Script) -> bool:
+        """Try a script; whether it explains the tile so well that the search may end."""
+        if script in tried:
+            return False
+        try:
+            tried[script] = runner.attempts(script, target)
+        except (RuntimeError, ValueError):  # does not run here, for lack of memory or of a kernel: it is no explanation
+            tried[script] = []
+        near = [a for a in tried[script] if _explains(a, before, EXACT * allowed)]
+        nearest = sorted(near, key=lambda a: len(a.script.changes(runner.base)))[:2]
+        return any(_explains(runner.difference(a.script, target), before, EXACT * allowed) for a in nearest)
+
+    title = f"what explains {target.tile.id}"
+    for number in range(rounds + 1):
+        scripts = list(_round(runner, given, tried, number))
+        with progress.bar(title, len(scripts), "scripts") as advance:
+            ended = _any(run, scripts, advance)
+        attempts = [a for found in tried.values() for a in found]
+        best = _simplest(runner, target, before, allowed, attempts)
+        # Two changes after the network's output may explain what one before it does as well: that is tried first.
+        if best is not None and (ended or len(best.script.changes(runner.base)) <= number or number == rounds):
+            return best
+    attempts = [a for found in tried.values() for a in found if a.script != runner.base]
+    least = min((a.mean for a in attempts), default=1.0)
+    if not attempts or least > FALL * before.mean:
+        return None
+    near = [a for a in attempts if a.mean <= NEAR * least]
+    return min(near, key=lambda a: (len(a.script.changes(runner.base)), a.mean))
+
+
+def _any(run: Callable[[Script], bool], scripts: Sequence[Script], advance: Advance) -> bool:
+    for script in scripts:
+        ended = run(script)
+        advance()
+        if ended:
+            return True
+    return False
+
+
+def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], number: int) -> Iterator[Script]:
+    """The scripts of a round: with `number` changes before the network's output."""
+    base = runner.base
+    if number == 0:
+        yield base
+        return
+    if number == 1:
+        yield from alternatives(base, base, given)
+        return
+    if number == 2:
+        orders = {script.bands: None for script in tried if script.bands != base.bands}
+        for scaling in scalings():
+            if scaling != base.scaling:
+                yield from (replace(base, scaling=scaling, bands=bands) for bands in orders)
+    before = [(script, found) for script, found in tried.items() if len(script.changes(base)) == number - 1]
+    ranked = [(script, found) for script, found in before if found]
+    as_they_are = sorted(ranked, key=lambda pair: min(a.mean for a in pair[1] if a.script.order is None))
+    at_best = sorted(ranked, key=lambda pair: min(a.mean for a in pair[1]))
+    carried = dict.fromkeys(script for script, _ in [*as_they_are[: CARRIED[0]], *at_best[: CARRIED[1]]])
+    for script in carried:
+        for other in alternatives(script, base, given):
+            # Many views cost many predictions.
+            if other.views == script.views or (other.views[0] != "d4" and other.views[1] == "logits"):
+                yield other
+
+
+def _simplest(
+    runner: Runner, target: Target, before: Difference, allowed: float, attempts: Sequence[Attempt]
+) -> Attempt | None:
+    """The script with the fewest changes that explains the tile over all its pixels; of several, the nearest."""
+    candidates = [a for a in attempts if _explains(a, before, allowed)]
+    for attempt in sorted(candidates, key=lambda a: (len(a.script.changes(runner.base)), a.largest)):
+        after = runner.difference(attempt.script, target)
+        if _explains(after, before, allowed):
+            return Attempt(attempt.script, after.largest, after.mean)
+    return None
