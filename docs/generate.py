@@ -1,5 +1,5 @@
 """
-Write the tables of commands, keys and public names into their pages: `make docs` runs this.
+Write the tables of commands, keys, public names and options into their pages: `make docs` runs this.
 
 A page keeps such a table between two comments, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 """
@@ -7,11 +7,11 @@ A page keeps such a table between two comments, `<!-- NAME: begin -->` and `<!--
 import re
 from pathlib import Path
 
-from _tables import commands, keys, names
+from _tables import commands, keys, names, options
 
 HERE = Path(__file__).resolve().parent
-TABLES = {"commands": commands.section, "keys": keys.section, "names": names.section}
-PAGES = ["commands.md", "configuration.md", "api.md"]
+TABLES = {"commands": commands.section, "keys": keys.section, "names": names.section, "options": options.section}
+PAGES = ["commands.md", "configuration.md", "api.md", "teachers.md"]
 
 
 def current(page: str) -> str:

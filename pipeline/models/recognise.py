@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.options import options_of, untraced_options
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 
 SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with spatial and channel attention
@@ -65,22 +66,22 @@ def recognise(
     """
     The network whose every tensor has the name and shape of one in `state`, without prefixes.
 
-    `likely_encoder` is tried first, and `likely_options` of the architecture's constructor last. Takes up to about ten seconds for an
+    `likely_encoder` and `likely_options` of the architecture's constructor are tried first. Takes up to about ten seconds for an
     unusual encoder, as each candidate is built (on the meta device).
     """
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attention = attention_of(state)
     if FORMER_HEAD in shapes:
-        return _former_of(shapes, likely_encoder, likely_options or {})
+        return _former_of(shapes, likely_encoder, likely_options)
     heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
     channels = heads[-1][0] if heads else None
     encoder_shapes = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
     encoder = _encoder_of(encoder_shapes, likely_encoder) if encoder_shapes else None
     if encoder and channels:
-        for options in [{}, likely_options] if likely_options else [{}]:
+        for options in _candidates(likely_options):
             architecture = _architecture_of(shapes, encoder, channels, attention, options)
             if architecture is not None:
-                return Network(architecture, encoder, attention, channels, options)
+                return Network(architecture, encoder, attention, channels, _shown(options, architecture))
     return Network(None, encoder, attention, channels)
 
 
@@ -89,9 +90,18 @@ def attention_of(state: Mapping[str, Any]) -> str | None:
     return "scse" if any(SCSE in str(name) for name in state) else None
 
 
-def _former_of(shapes: Shapes, likely: str | None, likely_options: Mapping[str, Any]) -> Network:
+def _candidates(likely_options: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    return [likely_options, {}] if likely_options else [{}]
+
+
+def _shown(options: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The options without those that no tensor shows."""
+    return {name: value for name, value in options.items() if name not in untraced_options(architecture)}
+
+
+def _former_of(shapes: Shapes, likely: str | None, likely_options: Mapping[str, Any] | None) -> Network:
     channels = shapes[FORMER_HEAD][0]
-    for options in [{}, likely_options] if likely_options else [{}]:
+    for options in _candidates(likely_options):
         if _shapes_of(partial(FTUNetFormer, channels, **options)) == shapes:
             return Network("ftunetformer", None, None, channels, options)
         for encoder in [likely, "resnet18"] if likely else ["resnet18"]:
@@ -118,6 +128,8 @@ def _architecture_of(
 ) -> str | None:
     names: list[str] = sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=lambda name: name != "unet")
     for name in names:
+        if not likely_options.keys() <= set(options_of(name)):
+            continue
         options = ({"decoder_attention_type": attention} if attention else {}) | dict(likely_options)
         build = partial(smp.create_model, name, encoder, encoder_weights=None, classes=channels, **options)
         if _shapes_of(build) == shapes:
@@ -129,8 +141,8 @@ def _shapes_of(build: Callable[[], nn.Module]) -> Shapes | None:
     """Names and shapes of a network's tensors, built on the meta device, which holds no values; None where it cannot be built."""
     try:
         with warnings.catch_warnings():
-            # smp deprecates its encoders `timm-…`, but files still hold them.
-            warnings.simplefilter("ignore", DeprecationWarning)
+            # smp warns of its encoders `timm-…`, which files still hold, and of candidates that fit no file.
+            warnings.simplefilter("ignore")
             try:
                 with torch.device("meta"):
                     model = build()

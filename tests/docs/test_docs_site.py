@@ -53,7 +53,7 @@ def test_make_docs_is_as_strict():
     assert "-m sphinx -W --keep-going" in makefile
 
 
-@pytest.mark.parametrize("page", ["api.md", "commands.md", "configuration.md"])
+@pytest.mark.parametrize("page", ["api.md", "commands.md", "configuration.md", "teachers.md"])
 def test_generated_tables_of_a_page_are_current(page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     generate = importlib.import_module("generate")

@@ -7,10 +7,12 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from click.testing import CliRunner
+from helpers.configs import ENCODER
 
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.inspection.checkpoint import inspect_checkpoint
+from kdpipe.pipeline.runs.checkpoint import load_trained
 from kdpipe.pipeline.training.run import train
 
 CPU = torch.device("cpu")
@@ -71,6 +73,28 @@ def test_a_students_checkpoint_is_described_with_its_run(cached, make_config):
     assert "a student's checkpoint of kdpipe train-student" in output
     assert "tests/tiny, mode cached, after step 1" in output
     assert fingerprint in output
+
+
+def test_options_that_no_tensor_shows_are_named_for_a_file_and_recorded_with_a_student(cached, make_config, tmp_path):
+    network = smp.create_model("deeplabv3plus", "resnet18", encoder_weights=None, classes=3, encoder_output_stride=8)
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    assert "the defaults fit; its tensors do not show encoder_output_stride, decoder_atrous_rates" in inspected(
+        tmp_path / "t.pth"
+    )
+    options = {"encoder_output_stride": 8, "decoder_channels": 24}
+    student = {"architecture": "deeplabv3plus", "encoder": ENCODER, "options": options}
+    train(make_config(student=student, train__max_steps=1, data__val=[]), CPU)
+    path = "model_weights/tests/tiny/last.ckpt"
+    found = inspect_checkpoint(path)
+    assert found.student.options == options
+    assert str(found.network) == f"deeplabv3plus with {ENCODER} and options {{decoder_channels: 24}}, 6 channels"
+    assert "{decoder_channels: 24, encoder_output_stride: 8}" in inspected(path)
+    own = smp.create_model("deeplabv3plus", ENCODER, encoder_weights=None, classes=6, **options).eval()
+    state = torch.load(path, weights_only=True)["state_dict"]
+    own.load_state_dict({name.removeprefix("student."): value for name, value in state.items()})
+    images = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.equal(load_trained(path).student(images), own(images))
 
 
 def test_an_unknown_network_is_reported_as_not_recognised(tmp_path, monkeypatch):
