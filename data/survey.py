@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
-from kdpipe.data.declared.header import Declared, read_declared
-from kdpipe.data.rasters import read_data, read_mask_values
-from kdpipe.data.stretch import sampled_bands
-from kdpipe.data.tiles import EXTENSIONS, Tile, list_tiles
+from kdpipe.data.declared.check import Headers, read_headers, tile_faults
+from kdpipe.data.declared.header import Declared
+from kdpipe.data.rasters import read_bands, read_mask_values
+from kdpipe.data.stretch import sample_grid
+from kdpipe.data.tiles import EXTENSIONS, Tile, contents_text, list_tiles
 
 MAX_HEADERS = 1000  # per root: opening an image and its mask takes some milliseconds, far more on a network drive
 MAX_READ = 100  # per root: decoding a tile of 1024 px and its mask takes about 50 ms
@@ -30,6 +31,14 @@ MAX_VALUES = 2**28  # per image over all bands, 512 MB of 16 bits; larger images
 # Per band of an image: over 100 images, the rank of the 2nd percentile is known to 0.01 % if values are independent.
 SAMPLE_VALUES = 2**14
 PERCENTILES = (2.0, 98.0)
+FILL_VALUES = (
+    -9999,
+    -999,
+    -99999,
+    -32768,
+    -32767,
+)  # which ArcGIS, GDAL's tools and NASA's products write where nothing was measured
+FILL_BELOW = -1e30  # near the lowest float32, which ArcGIS and GRASS write
 
 Item = TypeVar("Item")
 
@@ -42,11 +51,12 @@ class Root:
     `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. `values` counts pixels by mask
     value in the `masks_read` masks that were decoded. `ranges` are the `PERCENTILES` of each band over the `images_read` images, in
     the files' own units; empty if all are 8-bit. `pixels_without_data` of these images' `pixels` are transparent, masked or nodata.
-    `problems` describe faults that a run would stop at.
+    `seen` are the headers of the opened images and masks. `problems` describe faults that a run would stop at, or that would spoil it.
     """
 
     path: str
     tiles: list[Tile] = field(repr=False)
+    seen: list[Headers] = field(default_factory=list, repr=False)
     sizes_HW: list[tuple[int, int]] = field(default_factory=list, repr=False)
     bands: Counter[int] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
@@ -87,6 +97,13 @@ def find_roots(folder: str, images: str = "images", masks: str = "masks") -> lis
         return [folder]
     inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     roots = [str(path / name) for name in inner if _holds_a_file(path / name / images)]
+    bare = [path / name / images for name in inner if (path / name / images).is_dir() and str(path / name) not in roots]
+    nested = [folder for folder in bare if any(_holds_a_file(entry) for entry in folder.iterdir())]
+    if nested or (bare and not roots):
+        first = (nested or bare)[0]
+        raise DataError(
+            f"no images in {first}: {contents_text(first, images)}. To leave a folder out, name the others one by one"
+        )
     if not roots:
         loose = sum(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir())
         found = f"the folders {', '.join(inner[:5])}{', …' if len(inner) > 5 else ''}" if inner else "no folder"
@@ -119,10 +136,10 @@ def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
     # Chosen from the labelled tiles, which may be few among many.
     with_labels = {tile.id for tile in evenly([tile for tile in root.tiles if tile.mask is not None], MAX_READ)}
     samples: list[list[NDArray[Any]]] = []
-    for tile in opened:
-        _tried(root, _look, root, tile)
-        if tile.id in with_pixels:
-            _tried(root, _read, root, tile, samples)
+    for headers in read_headers(opened):
+        _look(root, headers)
+        if headers.tile.id in with_pixels and headers.image is not None:
+            _tried(root, _read, root, headers.tile, headers.image, samples)
         advance()
     for tile in root.tiles:
         if tile.id in with_labels:
@@ -151,38 +168,65 @@ def _tried(root: Root, step: Callable[..., None], *arguments: Any) -> None:
             root.problems.append(str(err))
 
 
-def _look(root: Root, tile: Tile) -> None:
-    image = read_declared(tile.image)
+def _look(root: Root, headers: Headers) -> None:
+    root.seen.append(headers)
+    image, mask = headers.image, headers.mask
+    faults = [headers.image_error] if headers.image_error else []
+    faults += tile_faults(headers, None, has_stretch=True)
+    root.problems += [fault for fault in faults if fault not in root.problems]
+    if image is None:
+        return
     root.sizes_HW.append((image.height, image.width))
     root.bands[image.bands] += 1
     root.dtypes[image.dtype] += 1
     root.rgb[image.rgb] += 1
     root.alpha += image.alpha is not None
-    if tile.mask is not None:
-        mask = read_declared(tile.mask)
+    if mask is not None:
         root.mask_nodata[mask.nodata[0]] += 1
-        _require_same_size(tile, image, mask)
 
 
-def _require_same_size(tile: Tile, image: Declared, mask: Declared) -> None:
-    if (mask.height, mask.width) != (image.height, image.width):
-        raise DataError(
-            f"the mask {tile.mask} is {mask.height} x {mask.width} px, but its image {tile.image} is {image.height} x {image.width}"
-        )
-
-
-def _read(root: Root, tile: Tile, samples: list[list[NDArray[Any]]]) -> None:
-    header = read_declared(tile.image)
-    if header.bands * header.height * header.width > MAX_VALUES:
+def _read(root: Root, tile: Tile, image: Declared, samples: list[list[NDArray[Any]]]) -> None:
+    if image.bands * image.height * image.width > MAX_VALUES:
         return
-    for i, values in enumerate(sampled_bands(tile.image, range(1, header.bands + 1), SAMPLE_VALUES)):
+    values_BHW, nodata_BHW = read_bands(tile.image, range(1, image.bands + 1))
+    grid = np.ix_(*sample_grid(image.height, image.width, SAMPLE_VALUES))
+    for i, (values_HW, nodata_HW) in enumerate(zip(values_BHW, nodata_BHW, strict=True)):
         if i == len(samples):
             samples.append([])
-        samples[i].append(values)
+        values = values_HW[grid].astype(np.float64)
+        samples[i].append(values[np.isfinite(values) & ~nodata_HW[grid]])
     root.images_read += 1
-    data_HW = read_data(tile.image, [band for band in range(1, header.bands + 1) if band != header.alpha])
-    root.pixels += header.height * header.width
-    root.pixels_without_data += 0 if data_HW is None else int(data_HW.size - np.count_nonzero(data_HW))
+    colours = [i for i in range(image.bands) if i + 1 != image.alpha]
+    root.pixels += image.height * image.width
+    root.pixels_without_data += int(np.count_nonzero(nodata_BHW[colours].all(axis=0)))
+    texts = (undeclared_text(tile.image, i + 1, values_BHW[i][~nodata_BHW[i]]) for i in colours)
+    root.problems += [text for text in texts if text is not None][:1]
+
+
+def undeclared_text(path: Path, band: int, values: NDArray[Any]) -> str | None:
+    """
+    What spoils the stretch of a band's values that count as data: NaN, infinity, or a usual fill value far below all others.
+
+    None if there is nothing of the kind. One pixel alone is taken for data.
+    """
+    odd = np.count_nonzero(~np.isfinite(values)) if values.dtype.kind == "f" else 0
+    if odd:
+        return (
+            f"{path} holds NaN or infinity in band {band} at {odd} pixels: fill them, or declare NaN as the file's nodata "
+            f"(`gdal_edit.py -a_nodata nan {path.name}`)"
+        )
+    if not values.size or values.dtype.kind == "u":
+        return None
+    lowest = values.min()
+    above = values[values != lowest]
+    filled = values.size - above.size
+    is_usual = lowest in FILL_VALUES or lowest <= FILL_BELOW
+    if not is_usual or filled < 2 or (above.size and above.min() < lowest / 2):
+        return None
+    return (
+        f"{path} holds {lowest:g} in band {band} at {filled} pixels, which looks like no data and is not declared as such: it would be "
+        f"taken as data, and spoil the percentiles of the stretch. Declare it (`gdal_edit.py -a_nodata {lowest:g} {path.name}`)"
+    )
 
 
 def _count(root: Root, tile: Tile) -> None:

@@ -7,6 +7,7 @@ Only names are read; the content of files is read in `rasters.py`.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
         raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
     images = _files_by_stem(image_dir)
     if not images:
-        raise DataError(f"no images in {image_dir}: expected files that end in {', '.join(EXTENSIONS)}")
+        raise DataError(f"no images in {image_dir}: {contents_text(image_dir, data.images)}")
     if not labelled:
         return [Tile(f"{name}/{stem}", images[stem], None) for stem in sorted(images)]
     if not mask_dir.is_dir() and not data.allow_missing_masks:
@@ -92,8 +93,32 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
     return [Tile(f"{name}/{stem}", images[stem], masks.get(stem)) for stem in sorted(images)]
 
 
+def contents_text(folder: Path, images: str) -> str:
+    """What a folder without images holds instead, and what to do, for an error."""
+    inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    nested = [name for name in inner if any(_is_image(entry.name) for entry in (folder / name).iterdir())]
+    if nested:
+        names = ", ".join(nested[:_SHOWN_NAMES]) + (", …" if len(nested) > _SHOWN_NAMES else "")
+        return (
+            f"the images are one folder deeper, in {names}; tiles are taken from the folder itself, so move them up, or make each a root "
+            f"with {images}/ of its own"
+        )
+    if not any(folder.iterdir()):
+        return f"the folder is empty; expected files that end in {', '.join(EXTENSIONS)}"
+    return f"expected files that end in {', '.join(EXTENSIONS)}"
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - as below
+
+
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Image files by stem, without hidden files, other types and folders. A dead link counts, and fails when it is read."""
+    """
+    Image files by stem, without hidden files, other types and folders. A dead link counts, and fails when it is read.
+
+    Stems are in the composed form of Unicode (NFC): macOS and some archives write `ü` as two characters, so that an image and its mask
+    may differ in nothing that is seen.
+    """
     files: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
@@ -102,11 +127,13 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
         if extension.lower() not in EXTENSIONS:
             continue
         path = folder / name
+        stem = unicodedata.normalize("NFC", stem)
         _require_storable(stem, path)
         if stem in files:
-            raise DataError(
-                f"two files with one stem in {folder}: {files[stem].name} and {name}; a stem must name one tile"
-            )
+            other = files[stem].name
+            alike = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+            why = ", whose names differ by their Unicode form alone" if alike else ""
+            raise DataError(f"two files with one stem in {folder}: {other} and {name}{why}; a stem must name one tile")
         files[stem] = path
     return files
 

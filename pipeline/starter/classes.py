@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.fill_in import FILL_IN
+from kdpipe.data.declared.tile import RECIPE
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.starter.yaml import Item, Key
 from kdpipe.pipeline.text import part_text
@@ -18,10 +19,11 @@ MAX_LISTED = 64  # classes; larger values are codes or colours rather than indic
 
 @dataclass(frozen=True)
 class Labels:
-    """The keys of `classes`, and the names if they are known. `problems` would stop a run; `notes` would not."""
+    """The keys of `classes`, their number, and the names if they are known. `problems` would stop a run; `notes` would not."""
 
     keys: list[Key]
     names: list[str] | None
+    count: int
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -68,7 +70,7 @@ def read_labels(
                 f"{source}: mask value of pixels without a label, {share} of the training pixels.",
             )
         )
-    return Labels(keys, names, problems, notes)
+    return Labels(keys, names, count, problems, notes)
 
 
 def _no_label(roots: Sequence[Root], values: Counter[int]) -> int | None:
@@ -98,7 +100,7 @@ def _oddities(
         problems.append(f"masks hold {classes[0]}: class indices are counted from 0 up, so recode negative values")
     elif classes and (classes[-1] >= MAX_LISTED or (len(classes) == 2 and classes[-1] > 1)):
         shown = ", ".join(map(str, classes[:6])) + (", ..." if len(classes) > 6 else "")
-        hint = "with two classes, recode 255 to 1" if classes == [0, 255] else "recode them"
+        hint = "with two classes, recode 255 to 1" if classes == [0, 255] else f"recode them ({RECIPE})"
         problems.append(
             f"masks hold {shown}, which are not class indices counted from 0: {hint}, or pass --ignore-index"
         )

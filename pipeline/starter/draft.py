@@ -14,9 +14,12 @@ from pathlib import PurePath
 
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.fill_in import FILL_IN
+from kdpipe.configs.schema import Data
+from kdpipe.data.declared.check import Comparison, Findings
+from kdpipe.data.declared.tile import image_faults
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.inspection.checkpoint import Inspection
-from kdpipe.pipeline.starter.classes import read_labels
+from kdpipe.pipeline.starter.classes import Labels, read_labels
 from kdpipe.pipeline.starter.data import data_keys
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.teacher import class_map_key, teacher_classes, teacher_keys
@@ -95,6 +98,9 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, given: Given
         ]),
         Key("train", train_keys(train)),
     ]  # fmt: skip
+    found = compared(roots, roles, given, keys, labels)
+    problems += found.faults
+    notes += found.notes
     header = HEADER.format(
         fill_in=FILL_IN,
         tiles=sum(len(root.tiles) for root in roots),
@@ -104,6 +110,30 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, given: Given
     if "train" in roles.values() and "val" not in roles.values():
         notes.append(NO_VAL)
     return Draft(keys, header, roles, problems, notes)
+
+
+def compared(
+    roots: Sequence[Root], roles: dict[str, str], given: Given, keys: Sequence[Key], labels: Labels
+) -> Findings:
+    """What the surveyed headers declare, against the drafted `data.bands` and against each other."""
+    bands = drafted_bands(keys)
+    comparison = Comparison(bands, given.bands is not None, labels.count)
+    faults: list[str] = []
+    for root in roots:
+        for headers in root.seen if roles[root.path] != "not used" else ():
+            comparison.add(headers, is_val=roles[root.path] == "val")
+            image = headers.image
+            if image is not None and bands is not None and max(bands) <= image.bands:
+                faults += image_faults(headers.tile.image, image, bands, has_stretch=True)
+    findings = comparison.findings()
+    return Findings(faults + findings.faults, findings.notes)
+
+
+def drafted_bands(keys: Sequence[Key]) -> list[int] | None:
+    """The bands that a run of these keys reads; None if they are left to the user."""
+    (data,) = (key.value for key in keys if key.name == "data")
+    written = [key.value for key in data if key.name == "bands"]
+    return None if written == [FILL_IN] else (written or [list(Data.model_fields["bands"].default)])[0]
 
 
 def assign_roles(roots: Sequence[Root], val: Sequence[str] = ()) -> dict[str, str]:

@@ -19,6 +19,7 @@ from kdpipe.configs import Config, load_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, UnfilledConfig
 from kdpipe.configs.load import load_open_config
 from kdpipe.data import survey
+from kdpipe.data.declared import check
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.starter.yaml import as_plain
@@ -185,15 +186,15 @@ def test_a_sample_of_ten_thousand_tiles_is_opened_and_reported(tmp_path, monkeyp
         for i in range(10_000):
             (tmp_path / "tiles" / kind / f"{i:05}.png").hardlink_to(tmp_path / target)
     opened = Counter()
-    for name in ("read_declared", "sampled_bands", "read_mask_values"):
-        real = getattr(survey, name)
+    for module, name in ((check, "read_declared"), (survey, "read_bands"), (survey, "read_mask_values")):
+        real = getattr(module, name)
         monkeypatch.setattr(
-            survey, name, lambda path, *a, real=real, name=name: opened.update([name]) or real(path, *a)
+            module, name, lambda path, *a, real=real, name=name: opened.update([name]) or real(path, *a)
         )
     done = run_command("init", "tiles")
     assert done.returncode == 0
-    assert opened["sampled_bands"] == opened["read_mask_values"] == survey.MAX_READ
-    assert opened["read_declared"] == 2 * survey.MAX_HEADERS + survey.MAX_READ
+    assert opened["read_bands"] == opened["read_mask_values"] == survey.MAX_READ
+    assert opened["read_declared"] == 2 * survey.MAX_HEADERS
     assert "Only a sample was read, evenly spread: 1000 headers, 100 images and 100 masks of tiles." in done.stdout
 
 
