@@ -251,7 +251,8 @@ def _may_lack_data(raster: DatasetReader, bands: Sequence[int]) -> bool:
     """Whether an open file declares nodata for one of `bands`, a mask or alpha."""
     from rasterio.enums import MaskFlags
 
-    is_whole = all(MaskFlags.all_valid in raster.mask_flag_enums[band - 1] for band in bands if band <= raster.count)
+    flags = raster.mask_flag_enums
+    is_whole = all(MaskFlags.all_valid in flags[band - 1] for band in bands if band <= raster.count)
     return not is_whole or any(meaning.name == "alpha" for meaning in raster.colorinterp)
 
 

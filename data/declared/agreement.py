@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdpipe.data.declared.header import Declared
+from kdpipe.data.declared.header import NAMELESS, Declared
 
 RGB = {"red", "green", "blue"}
 SHOWN = 3  # ways of saying something, with an example of each
-_SAYS_NOTHING = {"undefined", "gray", "palette"}  # GDAL's words for a band that nobody described
 _Triple = tuple[int, int, int]
 
 
@@ -48,7 +47,7 @@ class Agreement:
         last = image.bands if self.bands or image.rgb is None else max(image.rgb)
         bands = [band for band in (self.bands or range(1, last + 1)) if band <= image.bands]
         order = tuple(image.colours[band - 1] for band in bands)
-        if not _SAYS_NOTHING & set(order) and (self.bands or image.rgb):
+        if NAMELESS.isdisjoint(order) and (self.bands or image.rgb):
             self._count(self._orders, order, path)
         if image.rgb is not None:
             self._count(self._named, image.rgb, path)

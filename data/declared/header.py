@@ -18,6 +18,7 @@ from kdpipe.data.declared.opening import opened
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
+NAMELESS = frozenset({"undefined", "gray", "palette"})  # GDAL's words for a band whose colour nobody named
 _ORIENTATION = 274  # the tag in TIFF and EXIF
 _PALETTE_COLOURS = 256  # of a class mask; tables of 16 bits would only cost time
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data.declared.header import read_declared
+from kdpipe.data.declared.header import NAMELESS, read_declared
 
-_NAMELESS = frozenset({"undefined", "gray", "palette"})  # what formats call a band whose colour nobody named
 _RGB = ("red", "green", "blue")
 
 
@@ -61,7 +60,7 @@ def bands_of_scene(
             f"(`gdal_edit.py -colorinterp_{band} undefined`)"
         )
     expected = _RGB if trained_colours is None else trained_colours
-    if all(is_ == of or is_ in _NAMELESS or of in _NAMELESS for is_, of in zip(found, expected, strict=True)):
+    if all(is_ == of or is_ in NAMELESS or of in NAMELESS for is_, of in zip(found, expected, strict=True)):
         return Bands(tuple(bands))
     said = (
         "does not say what its training called them"
@@ -77,7 +76,7 @@ def bands_of_scene(
 
 def _by_colour(colours: Sequence[str], wanted: Sequence[str] | None) -> tuple[int, ...] | None:
     """The numbers of the bands that are called `wanted`; None unless each is a colour and names exactly one band."""
-    if wanted is None or len(set(wanted)) < len(wanted) or not _NAMELESS.isdisjoint(wanted):
+    if wanted is None or len(set(wanted)) < len(wanted) or not NAMELESS.isdisjoint(wanted):
         return None
     if any(list(colours).count(colour) != 1 for colour in wanted):
         return None
