@@ -102,9 +102,10 @@ class Cluster:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._local:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, cores // self._local)
-            self._progress.say(f"starting {self._local} workers of {threads} thread{'s' if threads > 1 else ''} each")
-            cluster = self._open.enter_context(local_cluster(self._local, threads, self._device_name))
+            self._progress.say(f"starting {self._local} worker{'s' if self._local > 1 else ''}")
+            cluster = self._open.enter_context(
+                local_cluster(self._local, max(1, cores // self._local), self._device_name)
+            )
             self._address = cluster.scheduler_address
         facts = self._connect(stop)
         self._device = torch.device(agreed_device(facts, library_versions()))
@@ -114,7 +115,9 @@ class Cluster:
             f"{len(facts)} worker{'s' if len(facts) > 1 else ''} on {self._device} ({', '.join(sorted(processors))}), "
             f"{sum(found.threads for found in facts.values())} threads"
         )
-        if len({(found.processor, found.threads) for found in facts.values()}) > 1:
+        # On a CPU torch computes with as many threads, unless the workers are of this machine (see `Job.threads`).
+        counted = self._device.type == "cpu" and not self._local
+        if len({(found.processor, found.threads if counted else 0) for found in facts.values()}) > 1:
             self._progress.say(
                 "note: the workers differ in processor or threads: values agree within the error bound, but the last bits, and "
                 f"so the bytes of a tile, can depend on its worker (first: {first.processor}, {first.threads} threads)"
@@ -163,6 +166,7 @@ class Cluster:
             batch_size=max(map(len, batches)),
             device=str(self._device),
             libraries=library_versions(),
+            threads=torch.get_num_threads() if self._local else None,
             probe=(str(probe), probe.stat().st_size),
         )
         while pending and not stop.is_set():

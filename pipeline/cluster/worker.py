@@ -52,6 +52,9 @@ class Job:
     """
     What the workers of a run have in common; `probe` is an image that all must see, with its size in bytes.
 
+    `threads` are torch's on a CPU; None stands for a worker's dask threads. Kernels sum in an order that depends on their number: with
+    that of a single process, workers compute its bytes.
+
     `tiles` are all tiles of a run that computes recorded views, which may show any of them; None for a run that computes whole tiles.
     """
 
@@ -64,6 +67,7 @@ class Job:
     batch_size: int
     device: str
     libraries: Mapping[str, str]
+    threads: int | None
     probe: tuple[str, int]
 
 
@@ -136,7 +140,8 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         ask_for_huge_pages()  # `facts_of_worker` has not run on a worker that joined later
         self._address: str = worker.address
         self._teacher: FrozenTeacher | None = None
-        self._predicting = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(worker.state.nthreads,))
+        threads = self._job.threads or worker.state.nthreads
+        self._predicting = ThreadPoolExecutor(1, initializer=_use_threads, initargs=(threads,))
         self._slots = threading.Semaphore(CONCURRENT)
         self._stopped = threading.Event()
         self._check(worker)

@@ -8,12 +8,10 @@ import threading
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from distributed import Client
 from helpers.cluster_runs import Told, beside, command, run, wait_for
-from helpers.commands import run_command
 from helpers.files import tree
 
 from kdpipe.configs.errors import ClusterUnreachable, Interrupted
@@ -210,16 +208,4 @@ def test_a_worker_that_was_thought_dead_and_comes_back_changes_nothing(dask, con
     told = Told(tile4=lambda: dask.kill(sleeper, signal.SIGSTOP), tile15=lambda: dask.kill(sleeper, signal.SIGCONT))
     run(config, dask.address, told)
     time.sleep(1)
-    assert tree(tmp_path / "cache.zarr") == whole
-
-
-def test_workers_of_this_machine_are_started_and_ended_by_the_command(config, whole, tmp_path, capfd):
-    before = psutil.Process().children(recursive=True)
-    done = run_command(*command(config, tmp_path, "--workers", "2"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert capfd.readouterr().err == "", "of the workers"
-    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
-    assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
-    assert "starting 2 workers" in done.stdout
-    assert "16 tiles, " in done.stdout
     assert tree(tmp_path / "cache.zarr") == whole
