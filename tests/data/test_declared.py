@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from helpers.files import write_tiff
 from PIL import Image
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import MaskFlags
 
 from kdpipe.data.declared.header import read_declared
 from kdpipe.data.rasters import read_bands, read_image
@@ -19,15 +20,6 @@ from kdpipe.data.stretch import sampled_bands
 
 NODATA_XML = "<PAMDataset>{}</PAMDataset>"
 BAND_XML = '<PAMRasterBand band="{}"><NoDataValue>{}</NoDataValue></PAMRasterBand>'
-
-
-def write_tif(path, array_BHW, colours=None, **profile):
-    with rasterio.open(path, "w", driver="GTiff", count=len(array_BHW), height=array_BHW.shape[1], width=array_BHW.shape[2],
-                       dtype=array_BHW.dtype, **profile) as raster:  # fmt: skip
-        if colours:
-            raster.colorinterp = [ColorInterp[name] for name in colours]
-        raster.write(array_BHW)
-    return path
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def quiet():
 
 def test_declared_says_what_rasterio_says(tmp_path, rgb_3HW):
     transform = Affine(0.5, 0, 3e5, 0, -0.5, 2.7e6)
-    path = write_tif(
+    path = write_tiff(
         tmp_path / "a.tif", np.concatenate([rgb_3HW, rgb_3HW[:1]]).astype(np.uint16), ["blue", "green", "red", "alpha"],
         crs="EPSG:32640", transform=transform, compress="deflate",
     )  # fmt: skip
@@ -64,14 +56,14 @@ def test_declared_says_what_rasterio_says(tmp_path, rgb_3HW):
     "colours", [["alpha", "red", "green", "blue", "nir"], ["red", "green", "blue", "nir", "alpha"]]
 )
 def test_alpha_is_found_wherever_it_stands(tmp_path, rgb_3HW, colours):
-    path = write_tif(tmp_path / "a.tif", np.concatenate([rgb_3HW, rgb_3HW[:2]]), colours, nodata=0)
+    path = write_tiff(tmp_path / "a.tif", np.concatenate([rgb_3HW, rgb_3HW[:2]]), colours, nodata=0)
     assert read_declared(path).alpha == colours.index("alpha") + 1
 
 
 def test_nodata_beside_a_tile_is_read_and_nothing_is_written(tmp_path, rgb_3HW):
     values = rgb_3HW.astype(np.float32)
     values[:, :5] = -9999
-    path = write_tif(tmp_path / "a.tif", values)
+    path = write_tiff(tmp_path / "a.tif", values)
     (tmp_path / "a.tif.aux.xml").write_text(
         NODATA_XML.format("".join(BAND_XML.format(band, -9999) for band in (1, 2, 3)))
     )
@@ -89,7 +81,7 @@ def test_nodata_beside_a_tile_is_read_and_nothing_is_written(tmp_path, rgb_3HW):
 def test_opening_a_tile_lists_no_folder(tmp_path, rgb_3HW):
     folder = tmp_path / "images"
     folder.mkdir()
-    path = write_tif(folder / "a.tif", rgb_3HW)
+    path = write_tiff(folder / "a.tif", rgb_3HW)
     (folder / "a.tif.aux.xml").write_text(NODATA_XML.format(BAND_XML.format(1, 7)))
 
     def is_listed_by(action):
@@ -106,7 +98,7 @@ def test_opening_a_tile_lists_no_folder(tmp_path, rgb_3HW):
 
 
 def test_a_mask_beside_a_tile_is_found(tmp_path, rgb_3HW):
-    path = write_tif(tmp_path / "a.tif", rgb_3HW)
+    path = write_tiff(tmp_path / "a.tif", rgb_3HW)
     assert not read_declared(path).masked
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as raster:
         raster.write_mask(rgb_3HW[0] > 100)
@@ -132,7 +124,7 @@ def test_a_mask_beside_a_tile_is_found(tmp_path, rgb_3HW):
     ids=str,
 )
 def test_lossy_is_what_changes_values(tmp_path, rgb_3HW, profile, lossy):
-    path = write_tif(tmp_path / "a.tif", rgb_3HW, **profile)
+    path = write_tiff(tmp_path / "a.tif", rgb_3HW, **profile)
     with rasterio.open(path) as raster:
         assert (raster.read() != rgb_3HW).any() == lossy
     assert read_declared(path).lossy == lossy
@@ -144,7 +136,7 @@ def test_colour_table_is_the_palette(tmp_path):
     image.save(tmp_path / "a.png")
     declared = read_declared(tmp_path / "a.png")
     assert declared.colour_table[:3] == ((10, 20, 30, 255), (40, 50, 60, 255), (70, 80, 90, 255))
-    assert read_declared(write_tif(tmp_path / "b.tif", np.zeros((1, 3, 4), np.uint8))).colour_table is None
+    assert read_declared(write_tiff(tmp_path / "b.tif", np.zeros((1, 3, 4), np.uint8))).colour_table is None
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
@@ -172,7 +164,7 @@ def test_orientation_of_a_big_tiff_and_of_the_other_byte_order(tmp_path, rgb_3HW
         with Image.open(io.BytesIO(written + bytes(4))) as image:
             assert image.getexif()[274] == 5
         assert read_declared(tmp_path / "a.tif").orientation == 5
-    assert read_declared(write_tif(tmp_path / "b.tif", rgb_3HW, bigtiff="yes")).orientation == 1
+    assert read_declared(write_tiff(tmp_path / "b.tif", rgb_3HW, bigtiff="yes")).orientation == 1
 
 
 def test_header_of_a_plain_png(tmp_path):

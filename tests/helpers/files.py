@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning
 
 
@@ -21,7 +22,8 @@ def write_image(path: Path, height: int, width: int, seed: int = 0) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
 
 
-def write_tiff(path, bands_BHW, **profile):
+def write_tiff(path, bands_BHW, colours=None, **profile):
+    """Write a GeoTIFF; `colours` are GDAL's names for its bands, such as `red`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count, height, width = bands_BHW.shape
     with warnings.catch_warnings():
@@ -29,6 +31,8 @@ def write_tiff(path, bands_BHW, **profile):
         with rasterio.open(
             path, "w", driver="GTiff", count=count, height=height, width=width, dtype=bands_BHW.dtype, **profile
         ) as raster:
+            if colours:
+                raster.colorinterp = [ColorInterp[name] for name in colours]
             raster.write(bands_BHW)
     return path
 
