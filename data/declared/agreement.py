@@ -111,8 +111,8 @@ class Agreement:
             count = self._turned.total()
             found.append(
                 f"{count} image{'s have' if count > 1 else ' has'} an EXIF orientation: {self._list(self._turned, str)}; viewers and "
-                "annotation tools turn them, kdpipe reads pixels as they are stored. If the masks are turned, store the images upright "
-                "(`mogrify -auto-orient FILE`)"
+                "annotation tools turn such an image, kdpipe reads pixels as they are stored. If its mask is turned, store the image "
+                "upright (`mogrify -auto-orient FILE`)"
             )
         return found
 

@@ -1,5 +1,7 @@
 """Listing and pairing tiles, their ids, and the stretch computed over them."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from helpers.files import write_tiff
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
 from kdpipe.data.stretch import resolve_stretch, sample_grid
+from kdpipe.data.survey import find_roots
 from kdpipe.data.tiles import Tile, list_tiles
 
 
@@ -137,6 +140,41 @@ def test_missing_folders_are_named(tmp_path, monkeypatch):
     make_root(tmp_path / "none", ["a.txt"], [])
     with pytest.raises(DataError, match=r"no images in /.*/none/images: expected files that end in \.png"):
         list_tiles(schema.Data(train=["none"]), "train")
+
+
+def test_names_are_paired_whatever_their_unicode_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Süd-é") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for i, (image, mask) in enumerate([(composed, decomposed), (decomposed, composed), (decomposed, decomposed)]):
+        root = make_root(tmp_path / str(i), [f"{image}.png"], [f"{mask}.png"])
+        (tile,) = list_tiles(schema.Data(train=[root]), "train")
+        assert (tile.id, tile.image.name, tile.mask.name) == (f"{i}/{composed}", f"{image}.png", f"{mask}.png")
+        assert tile.image.exists()
+        assert tile.mask.exists()
+    root = make_root(tmp_path / "both", [f"{composed}.png", f"{decomposed}.png"], [f"{composed}.png"])
+    with pytest.raises(DataError, match="whose names differ by their Unicode form alone; a stem must name one tile"):
+        list_tiles(schema.Data(train=[root]), "train")
+
+
+def test_a_folder_without_images_is_named_for_what_it_is(tmp_path):
+    make_root(tmp_path / "T", [], [])
+    with pytest.raises(
+        DataError, match=r"no images in /.*/T/images: the folder is empty; expected files that end in \.png"
+    ):
+        list_tiles(schema.Data(train=[str(tmp_path / "T")]), "train")
+    (tmp_path / "T/images/2021").mkdir()
+    (tmp_path / "T/images/2021/a.tif").touch()
+    (tmp_path / "T/images/notes").mkdir()
+    message = r"the images are one folder deeper, in 2021; .* make each a root with images/ of its own"
+    with pytest.raises(DataError, match=message):
+        list_tiles(schema.Data(train=[str(tmp_path / "T")]), "train")
+    (tmp_path / "more").mkdir()
+    make_root(tmp_path / "more/Train")
+    (tmp_path / "T").rename(tmp_path / "more/Val")
+    with pytest.raises(DataError, match=message + r".* To leave a folder out, name the others"):
+        find_roots(str(tmp_path / "more"))
+    (tmp_path / "more/Val/images/2021/a.tif").unlink()
+    assert find_roots(str(tmp_path / "more")) == [str(tmp_path / "more/Train")]
 
 
 def test_two_files_with_one_stem_are_refused(tmp_path):
