@@ -1,11 +1,11 @@
-"""Caches of MINOR 0, which do not say the order of temperature and class map: fresh where it changes nothing, else stale."""
+"""Caches of MINOR 0, which say neither the order of temperature and class map nor the decoder: fresh where that changes nothing."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.files import tree
+from helpers.files import tree, write_image
 
 from kdpipe.cache import SoftTargetCache, StaleCache
 from kdpipe.data.tiles import list_tiles
@@ -70,6 +70,33 @@ def test_an_older_cache_is_stale_where_the_order_changes_the_targets(older):
     assert finding.code == "stale-recipe"
     (difference,) = inspect_cache(config.cache.path, config).differences
     assert "student classes that several teacher classes map to" in difference
+
+
+@pytest.mark.parametrize(
+    ("names", "stale"),
+    [
+        (["a.png", "b.tif"], False),
+        (["a.jpg", "b.png"], True),
+        (["a.tiff", "b.JPEG"], True),
+    ],
+)
+def test_an_older_cache_is_stale_if_one_of_its_tiles_is_a_jpeg(older, tmp_path, names, stale):
+    for name in names:
+        write_image(tmp_path / "scenes/Any/images" / name, 40, 50)
+    config = older(data__train=[str(tmp_path / "scenes/Any")], distill__temperature=1.0)
+    tiles = list_tiles(config.data, "train")
+    report = verify(config, "quick", CPU)
+    if not stale:
+        assert report.findings == []
+        open_fresh_cache(config, tiles, None)
+        assert precompute(config, CPU).computed == 0
+        return
+    assert [finding.code for finding in report.findings] == ["stale-recipe"]
+    says = "another configuration: decoder: an older kdpipe computed the cache from JPEGs that GDAL had decoded"
+    with pytest.raises(StaleCache, match=says):
+        open_fresh_cache(config, tiles, None)
+    with pytest.raises(StaleCache, match=says):
+        precompute(config, CPU)
 
 
 def test_a_finished_cache_says_the_order_and_the_decoder(finished):
