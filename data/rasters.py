@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +72,39 @@ def read_image_with_data(
             require_8_bit(path, raster, bands)
             if not _may_lack_data(raster, bands):
                 return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0)), None
-        values_BHW, nodata_BHW = bands_and_nodata(path, raster, bands)
-    image_HWB = (
-        np.ascontiguousarray(values_BHW.transpose(1, 2, 0))
-        if stretch is None
-        else stretched(path, bands, values_BHW, nodata_BHW, stretch)
-    )
-    return image_HWB, _data(nodata_BHW)
+        read = _read(path, raster, bands)
+    image_HWB = _image(path, bands, read, stretch)
+    return np.ascontiguousarray(image_HWB), _none_if_whole(read.data_HW)
 
 
 def read_data(path: Path, bands: Sequence[int] = (1, 2, 3)) -> NDArray[np.bool_] | None:
     """The second of `read_image_with_data`; decodes no pixel of a file that declares neither nodata nor a mask nor alpha."""
     with opened(path) as raster:
-        return _data(bands_and_nodata(path, raster, bands)[1]) if _may_lack_data(raster, bands) else None
+        return _none_if_whole(_read(path, raster, bands).data_HW) if _may_lack_data(raster, bands) else None
+
+
+@dataclass(frozen=True)
+class Values:
+    """
+    Bands as a file stores them, `(B, H, W)` in its dtype, where each is its declared nodata, and which pixels are hidden.
+
+    `hidden_HW` is where an alpha band or a mask of the file is 0; None if it has neither.
+    """
+
+    values_BHW: NDArray[Any]
+    nodata_BHW: NDArray[np.bool_]
+    hidden_HW: NDArray[np.bool_] | None
+
+    @property
+    def missing_BHW(self) -> NDArray[np.bool_]:
+        """Where a value is no data, for either reason."""
+        return self.nodata_BHW if self.hidden_HW is None else self.nodata_BHW | self.hidden_HW
+
+    @property
+    def data_HW(self) -> NDArray[np.bool_]:
+        """Which pixels hold data in one band at least."""
+        data_HW: NDArray[np.bool_] = ~np.logical_and.reduce(self.missing_BHW, axis=0)
+        return data_HW
 
 
 class Rows:
@@ -113,17 +134,14 @@ class Rows:
         return image_hW3[: bottom - top], data_hW[: bottom - top]
 
     def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        values_BhW, nodata_BhW = self._values(top, count)
-        data_hW: NDArray[np.bool_] = ~np.logical_and.reduce(nodata_BhW, axis=0)
-        if self._stretch is None:
-            return values_BhW.transpose(1, 2, 0), data_hW
-        return stretched(self.path, self._bands, values_BhW, nodata_BhW, self._stretch, first_row=top), data_hW
+        read = self._values(top, count)
+        return _image(self.path, self._bands, read, self._stretch, first_row=top), read.data_HW
 
-    def _values(self, top: int, count: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _values(self, top: int, count: int) -> Values:
         from rasterio.windows import Window
 
         window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
-        return bands_and_nodata(self.path, self._raster, self._bands, window)
+        return _read(self.path, self._raster, self._bands, window)
 
 
 @contextmanager
@@ -135,22 +153,21 @@ def open_rows(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = N
         yield Rows(path, raster, bands, stretch)
 
 
-def stretched(
-    path: Path | str,
-    bands: Sequence[int],
-    values_BHW: NDArray[Any],
-    nodata_BHW: NDArray[np.bool_],
-    stretch: Sequence[tuple[float, float]],
-    first_row: int = 0,
+def _image(
+    path: Path | str, bands: Sequence[int], read: Values, stretch: Stretch, first_row: int = 0
 ) -> NDArray[np.uint8]:
     """
-    Values in a file's own units as uint8 `(H, W, 3)`, as `read_image` describes; `first_row` is their first row in the file.
+    The image that `read_image` describes, of values from row `first_row` of the file on. What hidden pixels store stays, if finite.
 
-    Raises `DataError` if they hold NaN or infinity other than nodata.
+    Raises `DataError` if pixels that are not hidden hold NaN or infinity other than nodata.
     """
-    image_HWB = np.empty((*values_BHW.shape[1:], len(bands)), dtype=np.uint8)
+    if stretch is None:
+        return read.values_BHW.transpose(1, 2, 0)
+    image_HWB = np.empty((*read.values_BHW.shape[1:], len(bands)), dtype=np.uint8)
     for i, (band, (low, high)) in enumerate(zip(bands, stretch, strict=True)):
-        values_HW, nodata_HW = values_BHW[i], nodata_BHW[i]
+        values_HW, nodata_HW = read.values_BHW[i], read.nodata_BHW[i]
+        if read.hidden_HW is not None and values_HW.dtype.kind == "f":
+            nodata_HW = nodata_HW | (read.hidden_HW & ~np.isfinite(values_HW))
         _require_finite(path, band, values_HW, nodata_HW, first_row)
         # float32 holds every 16-bit integer; wider ones are computed in float64.
         values_HW = np.where(nodata_HW, np.zeros((), values_HW.dtype), values_HW)
@@ -202,7 +219,8 @@ def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[
     `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
     with opened(path) as raster:
-        return bands_and_nodata(path, raster, bands)
+        read = _read(path, raster, bands)
+    return read.values_BHW, read.missing_BHW
 
 
 def _pixels(
@@ -215,10 +233,8 @@ def _pixels(
     return pixels
 
 
-def bands_and_nodata(
-    path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """The bands and nodata of `read_bands`, from an open file and within `window` if given."""
+def _read(path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None) -> Values:
+    """The bands of an open file, within `window` if given; raises `DataError` as `read_bands` does."""
     values_BHW = _pixels(path, raster, bands, window)
     if values_BHW.dtype.kind not in "iuf":
         raise DataError(f"{path} holds {values_BHW.dtype} values; an image should hold integers or floats")
@@ -229,9 +245,8 @@ def bands_and_nodata(
             continue
         with np.errstate(over="ignore"):  # a nodata beyond float32, such as -1.8e308, is -inf there
             nodata_BHW[i] = np.isnan(values_BHW[i]) if np.isnan(nodata) else values_BHW[i] == nodata
-    for mask_HW in _masks(raster, bands, window):
-        nodata_BHW |= ~(mask_HW > 0)  # also where a float alpha is NaN
-    return values_BHW, nodata_BHW
+    hidden = [~(mask_HW > 0) for mask_HW in _masks(raster, bands, window)]  # also where a float alpha is NaN
+    return Values(values_BHW, nodata_BHW, np.logical_or.reduce(hidden) if hidden else None)
 
 
 def _masks(raster: DatasetReader, bands: Sequence[int], window: Window | None) -> Iterator[NDArray[Any]]:
@@ -256,9 +271,7 @@ def _may_lack_data(raster: DatasetReader, bands: Sequence[int]) -> bool:
     return not is_whole or any(meaning.name == "alpha" for meaning in raster.colorinterp)
 
 
-def _data(nodata_BHW: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    """Which pixels hold data in one band at least; None if all do."""
-    data_HW: NDArray[np.bool_] = ~np.logical_and.reduce(nodata_BHW, axis=0)
+def _none_if_whole(data_HW: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     return None if data_HW.all() else data_HW
 
 

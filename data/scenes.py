@@ -22,7 +22,7 @@ from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.opening import GDAL_OPTIONS, MAX_PIXELS, explained
 from kdpipe.data.declared.scene import Bands, bands_of_scene
 from kdpipe.data.decoders import with_pixels_of_pillow
-from kdpipe.data.rasters import Rows, Stretch, require_8_bit
+from kdpipe.data.rasters import Rows, Stretch, Values, require_8_bit
 from kdpipe.data.tiles import EXTENSIONS
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ class Scene(Rows):
             rpcs=self._raster.rpcs,
         )
 
-    def _values(self, top: int, count: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _values(self, top: int, count: int) -> Values:
         with explained(str(self.path), "not a raster"):
-            values_BhW, nodata_BhW = super()._values(top, count)
-        kept = values_BhW[~nodata_BhW]
+            read = super()._values(top, count)
+        kept = read.values_BHW[~read.missing_BHW]
         if kept.size:
             self.seen.low = min(self.seen.low, kept.min().item())
             self.seen.high = max(self.seen.high, kept.max().item())
-        return values_BhW, nodata_BhW
+        return read
 
     def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         image_hW3, data_hW = super()._rows(top, count)

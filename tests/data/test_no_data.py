@@ -143,6 +143,19 @@ def test_pixels_without_data_are_those_of_numpy_in_tiles_strips_and_scenes(root,
         np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), ~HOLE)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_what_transparent_pixels_store_reaches_the_teacher_as_if_there_were_no_alpha(root, dtype):
+    """So a cache that was computed before they were left out is still what the teacher says."""
+    stretch = None if dtype == "uint8" else [(3, 240)] * 3
+    images = []
+    for name, bands, colours in (("a", [*RGB], None), ("b", [*RGB, ALPHA], ["red", "green", "blue", "alpha"])):
+        path, _ = root(
+            lambda path, b=bands, c=colours: tif(path.with_suffix(".tif"), np.array(b).astype(dtype), c), name
+        )
+        images.append(read_image(path, stretch=stretch))
+    np.testing.assert_array_equal(*images)
+
+
 def test_an_image_whose_pixels_all_hold_data_has_no_array_for_it(root):
     for name, write in {
         "plain": lambda path: tif(path.with_suffix(".tif"), RGB),
