@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ class Spill:
         with self._reported():
             # On a file system without nameless files it has a name for a moment: one that the next run sweeps.
             self._file = tempfile.TemporaryFile(  # noqa: SIM115  closed by `close`
-                buffering=0, dir=self._folder, prefix=".", suffix=PARTIAL_SUFFIX
+                buffering=0, dir=self._folder, prefix=f".{uuid.uuid4().hex}", suffix=PARTIAL_SUFFIX
             )
 
     def put(self, data: bytes) -> int:

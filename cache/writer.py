@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from kdpipe.cache.recipe import CacheRecipe, differences
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.shard import SpilledShard
 from kdpipe.cache.storage.base import FileInfo, Storage
+from kdpipe.cache.storage.local import IN_FOLDER
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import CorruptCache, StaleCache
 from kdpipe.configs.files import PARTIAL_SUFFIX
@@ -35,13 +37,18 @@ def finished_tiles(
     """
     found = read_recipe(storage)
     if found is None:
-        if set(storage.children("")) - set(partial_files(storage)):  # a run killed at its first write leaves those
+        if set(storage.children("")) - {
+            *partial_files(storage),
+            IN_FOLDER,
+        }:  # a run killed at its first write leaves those
             raise CorruptCache(
                 f"{storage.url} holds files, but no {tile.METADATA_NAME} that says they are a cache; if they are the cache of this "
                 "configuration, run `kdpipe precompute-teacher --repair`, else choose another cache.path"
             )
         return {}
     refuse_stale(storage, found, recipe)
+    if found != recipe:  # no tile is there yet
+        return {}
     known = {record.id: record for record in manifest.tiles} if manifest and manifest.recipe == found else {}
     digest = recipe.digest()
     info = storage.infos()
@@ -87,8 +94,13 @@ def whole_manifest(storage: Storage) -> Manifest | None:
 
 
 def partial_files(storage: Storage) -> list[str]:
-    """The names of files that are being written, or were when a run was killed."""
-    return [name for name in storage.children("") if name.endswith(PARTIAL_SUFFIX)]
+    """The names of files that are being written, or were when a run was killed: exactly those that kdpipe gives, and no folders."""
+    names = (name for name in storage.children("") if _PARTIAL.fullmatch(name))
+    return [name for name in names if storage.info(name) is not None]
+
+
+# As `LocalStorage.write` and, with eight more characters, `spill` name them.
+_PARTIAL = re.compile(rf"\.[0-9a-f]{{32}}(?:[0-9a-z_]{{8}})?{re.escape(PARTIAL_SUFFIX)}")
 
 
 def sweep(storage: Storage) -> None:
@@ -126,13 +138,25 @@ def restore_root(storage: Storage, recipe: CacheRecipe, tile_ids: list[str]) -> 
 
 
 def refuse_stale(storage: Storage, found: CacheRecipe, recipe: CacheRecipe) -> None:
-    """Raise `StaleCache` with every field in which the two recipes differ, if any."""
+    """Raise `StaleCache` with every field in which the two recipes differ, if any; a cache without a tile may be begun anew."""
     changed = differences(found, recipe.model_dump())
-    if changed:
+    if changed and _holds_a_tile(storage, tile.TILES):
         raise StaleCache(
             f"{storage.url} was made with another configuration: {'; '.join(changed)}. "
             "Restore the configuration, choose another cache.path, or delete the cache"
         )
+
+
+def _holds_a_tile(storage: Storage, folder: str) -> bool:
+    """Whether any file but a group's metadata lies below a folder of the cache."""
+    for name in storage.children(folder):
+        path = f"{folder}/{name}"
+        if storage.info(path) is None:
+            if _holds_a_tile(storage, path):
+                return True
+        elif name != tile.METADATA_NAME:
+            return True
+    return False
 
 
 @contextmanager
@@ -191,13 +215,14 @@ class CacheWriter:
         self._device = device
         self._libraries = dict(libraries)
         found = read_recipe(storage)
-        if found is None:
-            self._write_groups([])
-        else:
+        self._is_new = found != recipe
+        if found is not None:
             refuse_stale(storage, found, recipe)
 
     def begin(self) -> None:
-        """Delete the manifest before tiles are written, so that readers refuse the cache until `finish`."""
+        """Before tiles are written: record the recipe, and delete the manifest, so that readers refuse the cache until `finish`."""
+        if self._is_new:
+            self._write_groups([])
         self.storage.remove(MANIFEST_NAME)
 
     def write(self, tile_id: str, values_CHW: NDArray[np.float32], image: ImageDigest) -> TileRecord:

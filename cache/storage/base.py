@@ -24,7 +24,7 @@ class Storage(Protocol):
     """
     A place for the files of a cache; names are relative to it, with `/` between parts.
 
-    Remote storage raises `CacheUnreachable` from every method once its attempts are used up.
+    Every method that reads raises `CacheUnreachable` once its attempts are used up, and so does every method of remote storage.
     """
 
     url: str

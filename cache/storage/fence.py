@@ -9,13 +9,14 @@ killed and started again) empties the fence and waits until no worker holds it: 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from kdpipe.cache.storage.base import Storage
+from kdpipe.cache.storage.beside import beside, open_beside, unlink_same
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.remote import RemoteStorage
 from kdpipe.configs.errors import CacheLocked, ShutOut
@@ -34,7 +35,11 @@ def open_fence(storage: Storage) -> Iterator[str]:
     """
     token = uuid.uuid4().hex
     if isinstance(storage, LocalStorage):
-        _file(storage).write_text(token)
+        file = open_beside(beside(storage.folder, SUFFIX), _is_a_token, create=True)
+        assert file is not None
+        with file:
+            file.truncate(0)
+            file.write(token)
     else:
         _object(storage).write("", token.encode())
     try:
@@ -55,9 +60,9 @@ def shut_out_workers(storage: Storage) -> None:
         return
     import fcntl
 
-    try:
-        file = _file(storage).open("r+")
-    except FileNotFoundError:
+    path = beside(storage.folder, SUFFIX)
+    file = open_beside(path, _is_a_token)
+    if file is None:
         return
     with file:
         file.truncate(0)  # first, so that workers that arrive during the wait are turned away
@@ -69,10 +74,10 @@ def shut_out_workers(storage: Storage) -> None:
             if time.monotonic() > deadline:
                 raise CacheLocked(
                     f"{storage.url}: a worker of an earlier run has been storing a tile for {PATIENCE_SECONDS:.0f} s and more (it "
-                    f"holds {_file(storage)}); end that worker, and run the same command again"
+                    f"holds {path}); end that worker, and run the same command again"
                 )
             time.sleep(POLL_SECONDS)
-        _file(storage).unlink(missing_ok=True)
+        unlink_same(path, file)
 
 
 @contextmanager
@@ -92,11 +97,9 @@ def within_fence(storage: Storage, token: str) -> Iterator[None]:
         return
     import fcntl
 
-    try:
-        file = _file(storage).open("r")
-    except FileNotFoundError:
-        _require("", token, storage)
-        raise AssertionError("unreachable") from None
+    file = open_beside(beside(storage.folder, SUFFIX), _is_a_token)
+    if file is None:
+        raise _shut_out(storage)
     with file:
         fcntl.flock(file, fcntl.LOCK_SH)
         _require(file.read(), token, storage)
@@ -105,14 +108,18 @@ def within_fence(storage: Storage, token: str) -> Iterator[None]:
 
 def _require(found: str, token: str, storage: Storage) -> None:
     if found != token:
-        raise ShutOut(
-            f"{storage.url}: the run that this worker computes for no longer writes the cache, so the worker stores nothing; "
-            "start that run again"
-        )
+        raise _shut_out(storage)
 
 
-def _file(storage: LocalStorage) -> Path:
-    return storage.folder.with_name(storage.folder.name + SUFFIX)
+def _shut_out(storage: Storage) -> ShutOut:
+    return ShutOut(
+        f"{storage.url}: the run that this worker computes for no longer writes the cache, so the worker stores nothing; "
+        "start that run again"
+    )
+
+
+def _is_a_token(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{1,32}", text) is not None
 
 
 def _object(storage: Storage) -> RemoteStorage:

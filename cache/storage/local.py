@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kdpipe.cache.storage.base import FULL, FileInfo
-from kdpipe.configs.errors import CorruptCache, DiskFull
+from kdpipe.configs.errors import CacheUnreachable, CorruptCache, DiskFull
 from kdpipe.configs.files import PARTIAL_SUFFIX, sync_folder, write_atomically
+
+IN_FOLDER = (
+    f".lock{PARTIAL_SUFFIX}"  # the file that is locked where a folder cannot be (see `lock`); readers ignore its name
+)
+
+
+WAITS_SECONDS = (0.05, 0.5)  # before a second and a third attempt to read
+OF_THE_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+
+Result = TypeVar("Result")
 
 
 class LocalStorage:
@@ -25,17 +38,23 @@ class LocalStorage:
         self._real = os.path.realpath(folder)
 
     def read(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
+        path = self._path(name)
+        return _patiently(path.read_bytes, path)
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         # Unlike `read`, this follows links out of the cache: the check takes a tenth of a crop's time, and the caller compares
         # every chunk with a file that `read` returned before.
-        with open(f"{self.url}/{name}", "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
-            size = os.fstat(file.fileno()).st_size
-            return [
-                os.pread(file.fileno(), length, start if start >= 0 else max(0, size + start))
-                for start, length in spans
-            ]
+        path = f"{self.url}/{name}"
+
+        def read() -> list[bytes]:
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
+                size = os.fstat(file.fileno()).st_size
+                return [
+                    os.pread(file.fileno(), length, start if start >= 0 else max(0, size + start))
+                    for start, length in spans
+                ]
+
+        return _patiently(read, path)
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """
@@ -44,13 +63,13 @@ class LocalStorage:
         A folder in the place of a file, or a file in the place of a folder, is damage and is deleted.
         Raises `DiskFull` and leaves no partial file where the disk is full.
         """
-        path = self._path(name)
+        path = self._own_path(name)
         # At the top of the cache, so that one listing finds what killed runs left; unique among machines that share the disk.
         partial = self.folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
         try:
             with _making_room:
                 self._make_way(path)
-                _make_folders(path.parent)
+                make_folders(path.parent)
             with write_atomically(path, partial) as file:
                 for piece in [data] if isinstance(data, bytes) else data:
                     file.write(piece)
@@ -64,9 +83,10 @@ class LocalStorage:
             ) from err
 
     def info(self, name: str) -> FileInfo | None:
+        path = f"{self.url}/{name}"
         try:
-            found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  a Path for each of 100,000 tiles costs more than the call
-        except (FileNotFoundError, NotADirectoryError):
+            found = _patiently(lambda: os.stat(path), path)  # noqa: PTH116  a Path for each of 100,000 tiles costs more than the call
+        except OSError:  # it is not there, or is no file
             return None
         return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
@@ -80,13 +100,14 @@ class LocalStorage:
         return None
 
     def children(self, name: str) -> list[str]:
+        path = self._path(name)
         try:
-            return sorted(os.listdir(self._path(name)))  # noqa: PTH208  only names are needed
-        except (FileNotFoundError, NotADirectoryError):
+            return _patiently(lambda: sorted(os.listdir(path)), path)  # noqa: PTH208  only names are needed
+        except OSError:  # it is not there, or is no folder
             return []
 
     def remove(self, name: str) -> None:
-        path = self._path(name)
+        path = self._own_path(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -108,6 +129,19 @@ class LocalStorage:
             )
         return Path(path)
 
+    def _own_path(self, name: str) -> Path:
+        """The path of a file to write or delete; `CorruptCache` if a folder on the way is a link, even to one of the cache's own."""
+        path = self._path(name)
+        for folder in path.parents:
+            if folder == self.folder:
+                break
+            if folder.is_symlink():
+                raise CorruptCache(
+                    f"{folder} is a link, and nothing is written or deleted through one; delete the link, and run the same command "
+                    "again"
+                )
+        return path
+
     def _make_way(self, path: Path) -> None:
         """Delete a folder in the place of a file, and files in the place of folders above it, but nothing above the cache."""
         if path.is_dir():
@@ -119,12 +153,34 @@ class LocalStorage:
                 folder.unlink()
 
 
+def _patiently(look: Callable[[], Result], path: Path | str) -> Result:
+    """
+    What `look` returns; its `OSError` if that says what is at the path: nothing, or something of the wrong kind.
+
+    Any other error, such as EIO, ESTALE, EMFILE or EACCES, says nothing of what is stored there. It is tried again, and then becomes
+    `CacheUnreachable`.
+    """
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return look()
+        except OSError as err:
+            if err.errno in OF_THE_PATH:
+                raise
+            if wait is None:
+                raise CacheUnreachable(
+                    f"{path} cannot be read ({err.strerror}), after {len(WAITS_SECONDS) + 1} attempts; this says nothing of what is "
+                    "stored there: check the disk, the mount, permissions and the limit of open files, and run the same command again"
+                ) from err
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
 # Held by one thread at a time. A second one would take a folder that is created but not yet synced for a durable one, or delete
 # what is in the way of both a second time.
 _making_room = threading.Lock()
 
 
-def _make_folders(folder: Path) -> None:
+def make_folders(folder: Path) -> None:
     """Create a folder and those above it, each made durable in its parent before anything is put into it."""
     missing = []
     while not folder.exists():

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from kdpipe.cache.storage.base import FULL, Storage
+from kdpipe.cache.storage.beside import beside, open_beside, unlink_same
 from kdpipe.cache.storage.fence import shut_out_workers
-from kdpipe.cache.storage.local import LocalStorage
+from kdpipe.cache.storage.local import IN_FOLDER, LocalStorage, make_folders
 from kdpipe.cache.storage.remote import RemoteStorage
-from kdpipe.configs.errors import CacheLocked, CacheUnreachable, DiskFull
+from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, ConfigError, DiskFull
 
 _held: set[bytes] = set()  # the object locks of this process
 
@@ -27,62 +28,129 @@ def writer_lock(storage: Storage) -> Iterator[None]:
     """
     Hold the cache for writing; raises `CacheLocked`, naming host, process and time, if another process holds it.
 
-    Locally this is an advisory `flock` of a file beside the cache. Object stores have no such lock: there an object beside the
+    Locally this is an advisory `flock` of the cache's folder itself: one lock by whichever path the cache is reached, and no file
+    that could be deleted. A file beside the cache says who holds it. Object stores have no such lock: there an object beside the
     cache names the writer, and is only created if there is none. It outlives a killed writer, and the next one on the same host
     takes it over. Two writers that take over the same dead lock at the same moment may both believe that they hold it.
-    Workers of an earlier holder are shut out (see `fence`).
+    Workers of an earlier holder are shut out (see `fence`). Raises `ConfigError` for a file beside the cache that is not kdpipe's,
+    and `CacheError` on a file system without locks.
     """
-    if isinstance(storage, LocalStorage):
-        lock = _file_lock(storage.folder.with_name(storage.folder.name + ".lock"), storage.url)
-    else:
-        lock = _object_lock(storage.url)
+    lock = _folder_lock(storage) if isinstance(storage, LocalStorage) else _object_lock(storage.url)
     with lock:
         shut_out_workers(storage)
         yield
 
 
 @contextmanager
-def _file_lock(path: Path, cache: str) -> Iterator[None]:
+def _folder_lock(storage: LocalStorage) -> Iterator[None]:
+    name = beside(storage.folder, ".lock")
+    with _locked_folder(storage, name), _named_holder(name):
+        yield
+
+
+@contextmanager
+def _locked_folder(storage: LocalStorage, name: Path) -> Iterator[None]:
+    """An exclusive lock of the cache's folder, which is created if there is none, and deleted at the end if it is empty."""
+    folder = storage.folder
+    while True:
+        with ExitStack() as descriptors:
+            opened = _opened_folder(folder)
+            descriptors.callback(os.close, opened)
+            _lock_at_once(opened, descriptors, storage, name)
+            # The folder may have been deleted and made anew since it was opened: then this lock excludes nobody.
+            if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(opened)):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            return
+
+
+def _opened_folder(folder: Path) -> int:
+    while True:
+        try:
+            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            try:
+                make_folders(folder)
+            except OSError as err:
+                if err.errno in FULL:
+                    raise DiskFull(
+                        f"no room for the folder {folder}; make room and run the same command again"
+                    ) from err
+                raise
+
+
+def _lock_at_once(opened: int, descriptors: ExitStack, storage: LocalStorage, name: Path) -> None:
+    """Lock the open folder; `descriptors` closes what else is opened for it."""
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            file.seek(0)
-            holder = file.read()
-            file.close()
-            raise CacheLocked(
-                f"{cache} is being written by {_describe(holder)}; wait until it is done, or stop it"
-            ) from err
-        # The last holder may have deleted the file after we opened it: then this lock excludes nobody.
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
-        file.close()
+    at_once = fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        _name_holder(file, path)
+        try:
+            fcntl.flock(opened, at_once)
+        except OSError as err:
+            if err.errno != errno.EBADF:
+                raise
+            # NFS locks only files that are open for writing: a file in the folder, which is never deleted.
+            inside = os.open(IN_FOLDER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=opened)
+            descriptors.callback(os.close, inside)
+            fcntl.flock(inside, at_once)
+    except BlockingIOError as err:
+        raise CacheLocked(
+            f"{storage.url} is being written by {_describe(_written_holder(name))}; wait until it is done, or stop it"
+        ) from err
+    except OSError as err:
+        if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise CacheError(
+            f"the file system of {storage.url} has no locks ({err.strerror}), without which two runs could write the cache at once: "
+            "mount it with locks, or choose another cache.path"
+        ) from err
+
+
+def _written_holder(name: Path) -> str:
+    try:
+        file = open_beside(name, _names_a_holder)
+    except (ConfigError, OSError):
+        return ""
+    if file is None:
+        return ""
+    with file:
+        return file.read()
+
+
+@contextmanager
+def _named_holder(path: Path) -> Iterator[None]:
+    """The file beside the cache names this process during the block."""
+    file = open_beside(path, _names_a_holder, create=True)
+    assert file is not None
+    try:
+        try:
+            if os.fstat(file.fileno()).st_size:  # the name of a killed writer
+                file.truncate(0)
+            file.write(_this_process())
+            file.flush()
+        except OSError as err:
+            if err.errno in FULL:
+                raise DiskFull(
+                    f"no room for {path}, which says who writes the cache; make room and run the same command again"
+                ) from err
+            raise
         yield
     finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # closing flushes again, to a disk that may still be full
-            file.close()
+        try:
+            unlink_same(path, file)
+        finally:
+            with contextlib.suppress(OSError):  # closing flushes again, to a disk that may still be full
+                file.close()
 
 
-def _name_holder(file: TextIO, path: Path) -> None:
-    """Write into the lock's file who holds it."""
-    try:
-        if os.fstat(file.fileno()).st_size:  # the name of a killed writer
-            file.truncate(0)
-        file.write(_this_process())
-        file.flush()
-    except OSError as err:
-        if err.errno in FULL:
-            raise DiskFull(
-                f"no room for {path}, which says who writes the cache; make room and run the same command again"
-            ) from err
-        raise
+def _names_a_holder(text: str) -> bool:
+    """Whether a file's text is what a writer, or one that was killed while it wrote, has left."""
+    return text.startswith('{"host": ')
 
 
 @contextmanager

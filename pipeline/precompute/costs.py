@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
+from kdpipe.cache.storage.beside import beside, open_beside
+from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.precompute.plan import Summary
 
@@ -32,7 +34,7 @@ class StageOneCosts(BaseModel):
 
 def costs_file(cache_path: str) -> Path | None:
     """The file of a cache's costs; None for a remote cache."""
-    return None if "://" in cache_path else Path(f"{cache_path.rstrip('/')}{SUFFIX}")
+    return None if "://" in cache_path else beside(Path(cache_path), SUFFIX)
 
 
 def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
@@ -45,7 +47,11 @@ def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
 
 
 def record_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
-    """Add a run to the recorded costs; a run that stored nothing changes nothing, and a failing write is ignored."""
+    """
+    Add a run to the recorded costs; a run that stored nothing changes nothing, and a failing write is ignored.
+
+    A file of that name that is not kdpipe's stays as it is.
+    """
     file = costs_file(cache_path)
     if file is None or not summary.computed or not summary.teacher_seconds:
         return
@@ -58,8 +64,17 @@ def record_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
         pixels=summary.pixels + (before.pixels if before else 0),
         bytes=summary.bytes_written + (before.bytes if before else 0),
     )
-    with suppress(OSError):  # a file cut short reads as none
-        file.write_text(total.model_dump_json() + "\n", encoding="utf-8")
+    with suppress(OSError, ConfigError):
+        opened = open_beside(file, _is_a_record, create=True)
+        assert opened is not None
+        with opened:
+            opened.truncate(0)
+            opened.write(total.model_dump_json() + "\n")
+
+
+def _is_a_record(text: str) -> bool:
+    """Whether a file's text is a record of costs, or one that was cut short."""
+    return text.startswith('{"recipe_sha256":')
 
 
 def teacher_seconds(config: Config, total: float, tiles: int, pixels: int) -> tuple[float, float]:

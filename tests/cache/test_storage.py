@@ -1,13 +1,25 @@
-"""A local write is durable and whole, from any number of threads."""
+"""A local write is durable and whole, from any number of threads; a disk that fails while it is read is not damage."""
 
+import errno
+import io
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pytest
+from helpers.caches import RECIPE, fill
+from helpers.files import tree
+
+from kdpipe.cache import CacheUnreachable, SoftTargetCache
+from kdpipe.cache.integrity import check_full, find_damage
+from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.storage import local
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage
+from kdpipe.cache.writer import whole_manifest
 
 
 def test_no_thread_uses_a_folder_before_it_is_durable(tmp_path, monkeypatch):
@@ -48,3 +60,57 @@ def test_threads_delete_a_file_in_the_place_of_a_folder_once(tmp_path, monkeypat
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda n: storage.write(f"tiles/{n}/0.0.0", b"shard"), range(4)))
     assert [storage.read(f"tiles/{n}/0.0.0") for n in range(4)] == [b"shard"] * 4
+
+
+@pytest.fixture
+def failing_disk(monkeypatch):
+    """A function `fail(end, code, times)`: the next `times` reads of files whose path ends so fail with that error."""
+    left, opened = {}, io.open
+
+    def opening(path, *args, **kwargs):
+        for (end, code), times in left.items():
+            if times and str(path).endswith(end):
+                left[end, code] -= 1
+                raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", opening)
+    monkeypatch.setattr(local, "WAITS_SECONDS", (0.0, 0.0))
+    return lambda end, code, times: left.update({(end, code): times})
+
+
+CODES = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES]
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+def test_a_disk_that_fails_for_a_moment_is_read_again(tmp_path, images, failing_disk, code):
+    fill(tmp_path / "c.zarr", images)
+    expected = SoftTargetCache.open(str(tmp_path / "c.zarr")).read("Train/a")
+    for name in ("manifest.json", "a/zarr.json", "a/0.0.0"):
+        failing_disk(name, code, 2)
+    np.testing.assert_array_equal(SoftTargetCache.open(str(tmp_path / "c.zarr")).read("Train/a"), expected)
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+def test_a_disk_that_goes_on_failing_is_named_and_is_no_damage(tmp_path, images, failing_disk, code):
+    storage = fill(tmp_path / "c.zarr", images)
+    manifest = read_manifest(storage)
+    before = tree(tmp_path / "c.zarr")
+    says = rf"cannot be read \({os.strerror(code)}\), after 3 attempts; this says nothing of what is stored there"
+    failing_disk("a/0.0.0", code, 10**6)
+    with pytest.raises(CacheUnreachable, match=says):
+        SoftTargetCache.open(str(tmp_path / "c.zarr")).read("Train/a")
+    with pytest.raises(CacheUnreachable, match=says):  # as --repair looks for damage: nothing is thrown away
+        find_damage(storage, RECIPE, manifest.tiles, images)
+    with pytest.raises(CacheUnreachable, match=says):
+        check_full(storage, manifest, images)
+    failing_disk("manifest.json", code, 10**6)
+    for look in (read_manifest, whole_manifest):
+        with pytest.raises(CacheUnreachable, match=says):
+            look(storage)
+    failing_disk("c.zarr/zarr.json", code, 10**6)
+    with pytest.raises(CacheUnreachable, match=says):
+        fill(tmp_path / "c.zarr", images)
+    for name in ("a/0.0.0", "manifest.json", "c.zarr/zarr.json"):
+        failing_disk(name, code, 0)
+    assert tree(tmp_path / "c.zarr") == before
