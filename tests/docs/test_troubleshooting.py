@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from affine import Affine
 from helpers.doubles import Lines, Plain
-from helpers.files import write_image
+from helpers.files import write_image, write_tiff
 from helpers.out_of_memory import CUDA, Exhausted
 from PIL import Image
 
@@ -18,6 +19,7 @@ from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import KdpipeError, OutOfMemory
 from kdpipe.data.rasters import read_image, read_mask
+from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.evaluation.evaluate import evaluate, teacher_model
 from kdpipe.pipeline.memory import fits_in_memory
 from kdpipe.pipeline.models.student import build_student
@@ -292,6 +294,44 @@ def _(c):
 @case("An epoch has fewer samples than a step")
 def _(c):
     train(c.cached(train__accumulate=4), CPU)
+
+
+def _own(c):
+    shutil.copytree(c.landscape, c.folder / "own")
+    config = c.make(data={"train": [str(c.folder / "own/Train")], "val": []}, distill={"mode": "none"})
+    return config, list_tiles(config.data, "train")
+
+
+@case("Images and masks contradict each other")
+def _(c):
+    config, tiles = _own(c)
+    for tile, colours in zip(tiles, ([*"bgr"], [*"rgb"], *[[*"bgr"]] * 4), strict=True):
+        pixels_BHW = np.asarray(Image.open(tile.image)).transpose(2, 0, 1)
+        tile.image.unlink()
+        names = {"r": "red", "g": "green", "b": "blue"}
+        write_tiff(tile.image.with_suffix(".tif"), pixels_BHW, [names[colour] for colour in colours])
+    precompute(config, CPU)
+
+
+@case("Images and masks contradict each other (2)")
+def _(c):
+    config, tiles = _own(c)
+    pixels_BHW = np.asarray(Image.open(tiles[0].image)).transpose(2, 0, 1)
+    labels_BHW = np.asarray(Image.open(tiles[0].mask))[None]
+    height = labels_BHW.shape[1]
+    for path, values_BHW, transform in ((tiles[0].image, pixels_BHW, Affine(1, 0, 0, 0, -1, 0)),
+                                        (tiles[0].mask, labels_BHW, Affine(1, 0, 0, 0, 1, -height))):  # fmt: skip
+        path.unlink()
+        write_tiff(path.with_suffix(".tif"), values_BHW, transform=transform)
+    precompute(config, CPU)
+
+
+@case("Images and masks contradict each other (3)")
+def _(c):
+    config, tiles = _own(c)
+    for tile in tiles:
+        Image.fromarray(np.full_like(np.asarray(Image.open(tile.mask)), 255)).save(tile.mask)
+    train(config, CPU)
 
 
 @case("Images are not 8 bits")
