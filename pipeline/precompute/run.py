@@ -126,6 +126,8 @@ def precompute(
         if repair:
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
+        # Before anything is written: a cache begun for a teacher that is refused would refuse the right one as stale.
+        teacher = open_teacher(config, plan.recipe, device) if plan.missing and workers is None else None
         writer.begin()
         if plan.finished:
             progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")
@@ -133,7 +135,7 @@ def precompute(
         if plan.missing:
             batches = _batches_with_missing(plan, batch_size, summary)
             if workers is None:
-                teacher = open_teacher(config, plan.recipe, device)
+                assert teacher is not None
                 computed = _compute(plan, teacher, writer, batches, stage_threads(device), advice, summary, stop)
             else:
                 computed = workers.compute(config, plan, writer, batches, summary, stop)

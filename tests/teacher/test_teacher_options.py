@@ -131,3 +131,12 @@ def test_options_that_weights_contradict_are_named_with_the_line_that_fits(make_
     message = r"holds fpn with mobilenet_v2 and options \{decoder_pyramid_channels: 32\}, 8 channels, but"
     with pytest.raises(CheckpointError, match=message):
         load_teacher(small.model_copy(update={"classes": [*small.classes, "Other"]}))
+
+
+def test_a_value_that_was_refused_leaves_nothing_behind_that_refuses_the_right_one(configured):
+    with pytest.raises(
+        ConfigError, match=r"cannot build deeplabv3plus with .* and options \{.*encoder_output_stride: 7\}"
+    ):
+        precompute(configured({"encoder_output_stride": 7}), CPU)
+    config = configured({"encoder_output_stride": 8})
+    assert precompute(config, CPU).computed == len(SoftTargetCache.open(config.cache.path).tile_ids)
