@@ -19,6 +19,7 @@ from torch import Tensor
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import MeanStd
+from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
@@ -80,7 +81,7 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
         {
             "run": config.name,
             "step": trained.position.steps,
-            "network": config.student.architecture + encoder,
+            "network": config.student.architecture + encoder + options_text(config.student.options),
             "checkpoint_sha256": file_sha256(checkpoint),
             "classes": config.classes.names,
             "palette": palette,
