@@ -347,7 +347,7 @@ def test_labels_of_stage_one_s_subjects_are_ignored_where_there_is_no_data(root)
 
 
 def test_scores_count_pixels_with_data_alone(root):
-    """Of `evaluate` and of the gate's check of labels, with a model that says what the image's brightness says."""
+    """The confusion matrix of `evaluate`, for a model whose class is the pixel's red, modulo three."""
     from kdpipe.pipeline.evaluation.evaluate import Model, evaluate
 
     path, folder = root(alpha_beside_nodata)
