@@ -71,7 +71,7 @@ def test_parity_finds_targets_that_are_not_the_teachers(cached):
 
 
 def test_parity_finds_targets_whose_class_the_temperature_has_changed(cached):
-    """As `softmax(z / T) @ M` does, which kdpipe computed once."""
+    """`softmax(z / T) @ M`, which kdpipe computed once."""
     tile = list_tiles(cached.data, "train")[0]
     image = read_image(tile.image)
     logits = 4 * teacher_logits(cached.teacher.checkpoint, image)
