@@ -1,8 +1,8 @@
 """
 Search for the script that explains how saved scores differ from the teacher's: decisions are changed one, two, three at a time.
 
-From each round the most promising scripts are carried into the next one; all pairs of a normalisation and an order of bands are tried
-besides, as either alone may bring nothing nearer.
+From each round the most promising scripts are carried into the next one. As a change alone may bring nothing nearer, all pairs of a
+normalisation and an order of bands are tried too, and all pairs with one of the commonest faults.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from kdpipe.pipeline.progress import Advance, Progress
 from kdpipe.pipeline.verify.script_runs import Attempt, Difference, Runner, Target
-from kdpipe.pipeline.verify.scripts import Given, Script, alternatives, scalings, sizes_like
+from kdpipe.pipeline.verify.scripts import IMAGENET, SCALINGS, Given, Script, alternatives, sizes_like
 
-ROUNDS, CARRIED = 3, (3, 2)  # scripts carried into a round: as they are, and with one more decision about their output
+ROUNDS, CARRIED = 3, (2, 1)  # scripts carried into a round: as they are, and with one more decision about their output
 EXACT = 0.1  # of the tolerance: what is nearer ends the search
 FALL = 1 / 3  # a script explains a difference only if it leaves at most this part of it
 SURELY = (
@@ -49,11 +49,12 @@ def explain(
     found: list[Explanation] = []
     partial: list[Explanation] = []
     while left:
-        left.sort(key=lambda pair: pair[0].scores.values_CHW.size)
+        left.sort(key=lambda pair: pair[0].pixels)
         target, before = left[0]
         given = runner.given(target)
         # After a search in vain, others only look for what one change explains.
-        best = _search(runner, target, before, given, allowed(target), progress, 1 if partial else rounds)
+        hints = [explanation.script for explanation in found]
+        best = _search(runner, target, before, given, allowed(target), hints, progress, 1 if partial else rounds)
         if best is None:
             left = left[1:]
             continue
@@ -87,9 +88,14 @@ def _explains(after: Difference | Attempt, before: Difference, allowed: float) -
 
 
 def _search(
-    runner: Runner, target: Target, before: Difference, given: Given, allowed: float, progress: Progress, rounds: int
-) -> Attempt | None:
-    """The simplest script that explains the tile, else the nearest one; None if none is much nearer than kdpipe's."""
+    runner: Runner, target: Target, before: Difference, given: Given, allowed: float, hints: Sequence[Script], progress: Progress,
+    rounds: int,
+) -> Attempt | None:  # fmt: skip
+    """
+    The simplest script that explains the tile, else the nearest one; None if none is much nearer than kdpipe's.
+
+    What is one decision away from one of `hints`, which explain other tiles, is tried before other pairs.
+    """
     tried: dict[Script, list[Attempt]] = {}
 
     def run(script: Script) -> bool:
@@ -107,6 +113,8 @@ def _search(
     title = f"what explains {target.tile.id}"
     for number in range(rounds + 1):
         scripts = list(_round(runner, given, tried, number))
+        if number == 1:
+            scripts += [other for hint in hints for other in alternatives(hint, runner.base, given)]
         with progress.bar(title, len(scripts), "scripts") as advance:
             ended = _any(run, scripts, advance)
         attempts = [a for found in tried.values() for a in found]
@@ -142,7 +150,7 @@ def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], num
         return
     if number == 2:
         orders = {script.bands: None for script in tried if script.bands != base.bands}
-        for scaling in scalings():
+        for scaling in SCALINGS:
             if scaling != base.scaling:
                 yield from (replace(base, scaling=scaling, bands=bands) for bands in orders)
     before = [(script, found) for script, found in tried.items() if len(script.changes(base)) == number - 1]
@@ -150,6 +158,13 @@ def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], num
     as_they_are = sorted(ranked, key=lambda pair: min(a.mean for a in pair[1] if a.script.order is None))
     at_best = sorted(ranked, key=lambda pair: min(a.mean for a in pair[1]))
     carried = dict.fromkeys(script for script, _ in [*as_they_are[: CARRIED[0]], *at_best[: CARRIED[1]]])
+    if number == 2:
+        commonest = (
+            replace(base, mode="train"),
+            replace(base, bands=base.bands[::-1]),
+            replace(base, scaling=IMAGENET),
+        )
+        carried |= dict.fromkeys(script for script in commonest if script != base)
     for script in carried:
         for other in alternatives(script, base, given):
             # Many views cost many predictions.

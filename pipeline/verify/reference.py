@@ -132,7 +132,7 @@ def _compare_teacher(
     matched, strangers = match_files(folder, tiles)
     if strangers:
         report.notes.append(f"not compared, as named after no tile: {summarise(str(path) for path in strangers)}")
-    targets = [Target.of(tile, read_scores(path, member.classes, *image_size(tile.image))) for tile, path in matched]
+    targets = [Target(tile, read_scores(path, member.classes, *image_size(tile.image))) for tile, path in matched]
     model = load_teacher(member, key)
     # In the memory layout that scripts use: in half precision another one gives other numbers.
     runner = Runner(copy.deepcopy(model).to(device), key, member, config, stretch, device)
@@ -200,7 +200,7 @@ def _without_views(
         return found
     result, plain = [], []
     for target, configured in found:
-        fails = not configured.largest <= _allowed(target) and target.scores.values_CHW[0].size <= LARGEST_EXPLAINED_PX
+        fails = not configured.largest <= _allowed(target) and target.pixels <= LARGEST_EXPLAINED_PX
         alone = runner.difference(runner.base, target) if fails else configured
         if alone.largest < configured.largest and alone.largest <= _allowed(target):
             plain.append(target.tile.id)
@@ -223,7 +223,7 @@ def _causes(
     progress: Progress,
 ) -> list[Cause]:
     """What explains the differences of the failing tiles."""
-    small = [pair for pair in failing if pair[0].scores.values_CHW[0].size <= LARGEST_EXPLAINED_PX]
+    small = [pair for pair in failing if pair[0].pixels <= LARGEST_EXPLAINED_PX]
     if len(small) < len(failing):
         report.notes.append(
             f"no explanation is sought on tiles of more than {LARGEST_EXPLAINED_PX / 1e6:.1f} million px: compare smaller ones"

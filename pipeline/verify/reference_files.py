@@ -100,9 +100,7 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
     kind = _kind(values_CHW)
     if raw.dtype != np.float16:
         return Scores(path, values_CHW, kind, 0.0, _precision_of(values_CHW))
-    # softmax moves by at most half of the largest error of a logit; a probability by its own error.
-    largest = 1.0 if kind in ("probabilities", "values in 0..1") else float(np.abs(values_CHW).max()) / 2
-    return Scores(path, values_CHW, kind, FLOAT16_STEP * largest, None)
+    return Scores(path, values_CHW, kind, _rounding(values_CHW, kind), None)
 
 
 def _same(name: str) -> str:
@@ -113,20 +111,20 @@ def _same(name: str) -> str:
 def _array(path: Path) -> NDArray[Any]:
     """The one array of a `.npy` or `.npz` file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded as archive:
-            if len(archive.files) != 1:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            if len(loaded.files) != 1:
                 raise DataError(
-                    f"{path} holds {len(archive.files)} arrays ({summarise(archive.files)}): save one, with np.savez(file, scores)"
+                    f"{path} holds {len(loaded.files)} arrays ({summarise(loaded.files)}): save one, with np.savez(file, scores)"
                 )
-            array: NDArray[Any] = archive[archive.files[0]]
+            array: NDArray[Any] = loaded[loaded.files[0]]
             return array
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as err:
-        if "pickle" in str(err).lower() or "object arrays" in str(err).lower():
+        if "pickle" in str(err):  # so NumPy calls everything that is not its own
             raise DataError(
-                f"{path} holds Python objects, which could execute code and are not read: save one float array, with "
+                f"{path} is damaged, or holds Python objects, which could execute code and are not read: save one float array, with "
                 "np.save(file, scores)"
             ) from err
         raise DataError(f"cannot read {path} as a NumPy file: {err}") from err
@@ -172,6 +170,21 @@ def _shape_hint(shape: tuple[int, ...], wanted: tuple[int, int, int]) -> str:
     if shape[0] != channels:
         return ". Save every channel that the network predicts, those of teacher.drop_channels too"
     return ". Resize the scores to the tile's size, or crop what was padded, before they are saved"
+
+
+def _rounding(values_CHW: NDArray[np.float32], kind: Kind) -> float:
+    """
+    The most that storing in float16 moved a probability, to first order.
+
+    If logits move by δ, softmax moves by `p_c (δ_c - Σ p_j δ_j)`; each δ is at most `FLOAT16_STEP` times its logit.
+    """
+    if kind in ("probabilities", "values in 0..1"):
+        return FLOAT16_STEP
+    error_CHW = np.abs(values_CHW) * FLOAT16_STEP
+    probs_CHW = np.exp(values_CHW - values_CHW.max(axis=0))
+    probs_CHW /= probs_CHW.sum(axis=0)
+    mean_HW = (probs_CHW * error_CHW).sum(axis=0)
+    return float((probs_CHW * (error_CHW * (1 - 2 * probs_CHW) + mean_HW)).max())
 
 
 def _precision_of(values_CHW: NDArray[np.float32]) -> str | None:

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,25 +33,29 @@ SMALLEST_PROBABILITY = 1e-6  # below it channels are not told apart
 MIRRORED = [(0, False), (0, True)]
 
 
-@dataclass(frozen=True)
 class Target:
-    """A tile, what was saved of it, and the numbers of the pixels on which hypotheses are ranked."""
+    """A tile, what was saved of it, and the pixels, evenly spread, on which hypotheses are ranked."""
 
-    tile: Tile
-    scores: Scores
-    sample_N: Tensor = field(repr=False)
-
-    @classmethod
-    def of(cls, tile: Tile, scores: Scores) -> Target:
-        """The target with pixels evenly spread over the saved rows."""
-        count = scores.values_CHW[0].size
-        return cls(tile, scores, torch.linspace(0, count - 1, min(count, SAMPLED_PX)).round().long())
+    def __init__(self, tile: Tile, scores: Scores) -> None:
+        self.tile, self.scores = tile, scores
+        self.pixels = scores.values_CHW[0].size
+        self.sample_N = torch.linspace(0, self.pixels - 1, min(self.pixels, SAMPLED_PX)).round().long()
+        self._sampled: dict[str, Tensor] = {}
 
     def saved(self, activation: str) -> Tensor:
         """What was saved `(C, H, W)`, as a script with this `activation` saves it: probabilities, unless it takes a sigmoid."""
-        values_CHW = torch.from_numpy(self.scores.values_CHW)
-        as_they_are = self.scores.kind == "probabilities" or activation != "softmax"
-        return values_CHW if as_they_are else torch.softmax(values_CHW, dim=0)
+        return self._probs(torch.from_numpy(self.scores.values_CHW), activation)
+
+    def sampled(self, activation: str) -> Tensor:
+        """`saved` in the sampled pixels `(C, N)`."""
+        if activation not in self._sampled:
+            values_CN = torch.from_numpy(self.scores.values_CHW).flatten(1)[:, self.sample_N]
+            self._sampled[activation] = self._probs(values_CN, activation)
+        return self._sampled[activation]
+
+    def fits(self, frame: tuple[int, int], shown: int) -> bool:
+        """Whether scores of the size `frame`, turned as they are `shown`, have the size of those that were saved."""
+        return (frame[::-1] if shown >= 5 else frame) == self.scores.values_CHW.shape[1:]
 
     @property
     def activations(self) -> list[str]:
@@ -59,6 +63,10 @@ class Target:
         if self.scores.kind == "probabilities":
             return ["softmax", "softmax twice", "softmax of sigmoid", "normalised sigmoid"]
         return ["softmax", "sigmoid"] if self.scores.kind == "values in 0..1" else ["softmax"]
+
+    def _probs(self, values: Tensor, activation: str) -> Tensor:
+        as_they_are = self.scores.kind == "probabilities" or activation != "softmax"
+        return values if as_they_are else torch.softmax(values, dim=0)
 
 
 @dataclass(frozen=True)
@@ -123,23 +131,21 @@ class Runner:
     def attempts(self, script: Script, target: Target) -> list[Attempt]:
         """What becomes of a script's scores, as they are and with one more decision after the network's output, or two."""
         scores_Chw, frame = self.scores(script, target.tile)
-        found = []
+        found, at_size = [], {}
         for back in BACKS if script.size.resizes else BACKS[:1]:
-            found += [
-                _attempt(replace(script, back=back, shown=shown), scores_Chw, frame, target)
-                for shown in (1, *TURNS)
-                if _fits(shown, frame, target)
-            ]
+            at_size[back] = _resized_back(scores_Chw, frame, back)
+            turns = [shown for shown in (1, *TURNS) if target.fits(frame, shown)]
+            found += [_attempt(replace(script, back=back, shown=shown), at_size[back], target) for shown in turns]
         if not found:
             return []
-        upright = min(found, key=lambda attempt: (attempt.script.shown != 1, attempt.mean))
-        others = [replace(upright.script, activation=name) for name in target.activations[1:]]
-        found += [_attempt(other, scores_Chw, frame, target) for other in others]
-        best = min(found, key=lambda attempt: attempt.mean)
-        for start in {upright.script, best.script}:
-            order = _best_order([_sampled(start, scores_Chw, frame, target)])
+        upright = min(found, key=lambda attempt: (attempt.script.shown != 1, attempt.mean)).script
+        others = [replace(upright, activation=name) for name in target.activations[1:]]
+        found += [_attempt(other, at_size[other.back], target) for other in others]
+        best = min(found, key=lambda attempt: attempt.mean).script
+        for start in {upright, best}:
+            order = _best_order([(_sampled(start, at_size[start.back], target), target.sampled(start.activation))])
             if order is not None:
-                found.append(_attempt(replace(start, order=order), scores_Chw, frame, target))
+                found.append(_attempt(replace(start, order=order), at_size[start.back], target))
         return found
 
     def common_order(self, script: Script, targets: list[Target]) -> Script:
@@ -147,14 +153,16 @@ class Runner:
         pairs = []
         for target in targets:
             scores_Chw, frame = self.scores(script, target.tile)
-            if _fits(script.shown, frame, target):
-                pairs.append(_sampled(replace(script, order=None), scores_Chw, frame, target))
+            if target.fits(frame, script.shown):
+                tried_CN = _sampled(replace(script, order=None), _resized_back(scores_Chw, frame, script.back), target)
+                pairs.append((tried_CN, target.sampled(script.activation)))
         return replace(script, order=_best_order(pairs))
 
     def difference(self, script: Script, target: Target) -> Difference:
         """How far a script's scores differ from the saved ones, over all pixels."""
         scores_Chw, frame = self.scores(script, target.tile)
-        return difference(_saved_by(script, scores_Chw, frame), target.saved(script.activation))
+        scores_CHW = turned(_resized_back(scores_Chw, frame, script.back), script.shown)
+        return difference(_activated(script, scores_CHW), target.saved(script.activation))
 
     def scores(self, script: Script, tile: Tile) -> tuple[Tensor, tuple[int, int]]:
         """Logits `(C, h, w)`, or logs of averaged probabilities, float32, and the size `(H, W)` to which they are resized back."""
@@ -238,35 +246,26 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _fits(shown: int, frame: tuple[int, int], target: Target) -> bool:
-    """Whether scores of the size `frame`, turned, have the size of those that were saved."""
-    return (frame[::-1] if shown >= 5 else frame) == target.scores.values_CHW.shape[1:]
+def _activated(script: Script, scores: Tensor) -> Tensor:
+    """What a script makes of scores `(C, …)`: probabilities in the order in which it saves them."""
+    probs = _ACTIVATE[script.activation](scores)
+    return probs if script.order is None else probs[list(script.order)]
 
 
-def _saved_by(script: Script, scores_Chw: Tensor, frame: tuple[int, int]) -> Tensor:
-    """What a script saves `(C, H, W)`, or the probabilities of what it saves."""
-    probs_CHW = _ACTIVATE[script.activation](turned(_resized_back(scores_Chw, frame, script.back), script.shown))
-    return probs_CHW if script.order is None else probs_CHW[list(script.order)]
-
-
-def _attempt(script: Script, scores_Chw: Tensor, frame: tuple[int, int], target: Target) -> Attempt:
-    probs_CN, saved_CN = _sampled(script, scores_Chw, frame, target)
-    moved_CN = (probs_CN - saved_CN).abs()
+def _attempt(script: Script, scores_CHW: Tensor, target: Target) -> Attempt:
+    moved_CN = (_sampled(script, scores_CHW, target) - target.sampled(script.activation)).abs()
     if not torch.isfinite(moved_CN).all():
         return Attempt(script, 1.0, 1.0)
     return Attempt(script, moved_CN.max().item(), moved_CN.mean().item())
 
 
-def _sampled(script: Script, scores_Chw: Tensor, frame: tuple[int, int], target: Target) -> tuple[Tensor, Tensor]:
-    """What a script saves and what was saved, both `(C, N)`, in the sampled pixels."""
-    scores_CHW = _resized_back(scores_Chw, frame, script.back)
-    places_HW = torch.arange(frame[0] * frame[1]).view(frame)
-    sample_N = turned(places_HW, script.shown).reshape(-1)[target.sample_N]
-    probs_CN = _ACTIVATE[script.activation](scores_CHW.reshape(len(scores_CHW), -1)[:, sample_N])
-    if script.order is not None:
-        probs_CN = probs_CN[list(script.order)]
-    saved_CHW = target.saved(script.activation)
-    return probs_CN, saved_CHW.reshape(len(saved_CHW), -1)[:, target.sample_N]
+def _sampled(script: Script, scores_CHW: Tensor, target: Target) -> Tensor:
+    """What a script saves `(C, N)` in the sampled pixels; the scores are not turned yet."""
+    sample_N = target.sample_N
+    if script.shown != 1:
+        places_HW = torch.arange(scores_CHW[0].numel()).view(scores_CHW.shape[1:])
+        sample_N = turned(places_HW, script.shown).reshape(-1)[sample_N]
+    return _activated(script, scores_CHW.flatten(1)[:, sample_N])
 
 
 def _best_order(pairs: list[tuple[Tensor, Tensor]]) -> tuple[int, ...] | None:

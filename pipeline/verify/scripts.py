@@ -52,6 +52,34 @@ class Scaling:
     per_tile: Literal["channels", "all", "range"] | None = None
 
 
+def _linear(text: str, mean: Sequence[float], std: Sequence[float]) -> Scaling:
+    shown = [", ".join(f"{value:.10g}" for value in values) for values in (mean, std)]
+    return Scaling(text, tuple(mean), tuple(std), f"{{mean: [{shown[0]}], std: [{shown[1]}]}}")
+
+
+UNIT = Scaling("x / 255", key="unit")
+IMAGENET = Scaling("ImageNet's mean and deviation", IMAGENET_MEAN, IMAGENET_STD, "imagenet")
+_PAIRS = tuple(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+SCALINGS = (
+    UNIT,
+    IMAGENET,
+    _linear("nothing: it feeds 0..255", (0, 0, 0), (1 / 255,) * 3),
+    _linear("x / 127.5 - 1: it feeds -1..1", (0.5,) * 3, (0.5,) * 3),
+    _linear(
+        "ImageNet's mean and deviation without dividing by 255",
+        [m / 255 for m in IMAGENET_MEAN],
+        [s / 255 for s in IMAGENET_STD],
+    ),
+    _linear("ImageNet's mean alone, of 0..255", IMAGENET_MEAN, (1 / 255,) * 3),
+    _linear("ImageNet's mean and deviation, twice", [m + s * m for m, s in _PAIRS], [s * s for _, s in _PAIRS]),
+    _linear("x / 255, twice", (0, 0, 0), (255,) * 3),
+    Scaling("each tile's own mean and deviation, channel by channel", per_tile="channels"),
+    Scaling("each tile's own mean and deviation", per_tile="all"),
+    Scaling("each tile's own smallest and largest value", per_tile="range"),
+)
+"""The normalisations that scripts use."""
+
+
 @dataclass(frozen=True)
 class Size:
     """
@@ -99,7 +127,7 @@ class Script:
     decoder: Literal["kdpipe", "Pillow", "GDAL"] = "kdpipe"
     turn: int | str = 1
     bands: tuple[int, ...] = (1, 2, 3)
-    scaling: Scaling = Scaling("x / 255", key="unit")
+    scaling: Scaling = UNIT
     size: Size = Size()
     interpolation: str = INTERPOLATIONS[0]
     mode: Literal["eval", "train"] = "eval"
@@ -145,7 +173,7 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
             if interpolation != script.interpolation:
                 yield replace(script, interpolation=interpolation)
     if script.scaling == base.scaling:
-        for scaling in scalings():
+        for scaling in SCALINGS:
             if (scaling.mean, scaling.std) != (base.scaling.mean, base.scaling.std) or scaling.per_tile:
                 yield replace(script, scaling=scaling)
     if script.bands == base.bands:
@@ -173,26 +201,6 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
         for views in ("mirror", "flips", "d4"):
             for mean_of in ("logits", "probabilities"):
                 yield replace(script, views=(views, mean_of))
-
-
-def scalings() -> list[Scaling]:
-    """The normalisations that scripts use."""
-    imagenet = tuple(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
-    return [
-        Scaling("x / 255", key="unit"),
-        Scaling("ImageNet's mean and deviation", IMAGENET_MEAN, IMAGENET_STD, "imagenet"),
-        _linear("nothing: it feeds 0..255", (0, 0, 0), (1 / 255,) * 3),
-        _linear("x / 127.5 - 1: it feeds -1..1", (0.5,) * 3, (0.5,) * 3),
-        _linear(
-            "ImageNet's mean and deviation without dividing by 255", *_columns((m / 255, s / 255) for m, s in imagenet)
-        ),
-        _linear("ImageNet's mean alone, of 0..255", IMAGENET_MEAN, (1 / 255,) * 3),
-        _linear("ImageNet's mean and deviation, twice", *_columns((m + s * m, s * s) for m, s in imagenet)),
-        _linear("x / 255, twice", (0, 0, 0), (255,) * 3),
-        Scaling("each tile's own mean and deviation, channel by channel", per_tile="channels"),
-        Scaling("each tile's own mean and deviation", per_tile="all"),
-        Scaling("each tile's own smallest and largest value", per_tile="range"),
-    ]
 
 
 def sizes_like(size: Size, given: Given) -> list[Size]:
@@ -313,16 +321,6 @@ def _views_remedy(script: Script, given: Given) -> tuple[str, str]:
 
 def _own(script: Script) -> str:
     return "GDAL (rasterio)" if script.decoder == "Pillow" else "Pillow"
-
-
-def _linear(text: str, mean: Sequence[float], std: Sequence[float]) -> Scaling:
-    shown = [", ".join(f"{value:.10g}" for value in values) for values in (mean, std)]
-    return Scaling(text, tuple(mean), tuple(std), f"{{mean: [{shown[0]}], std: [{shown[1]}]}}")
-
-
-def _columns(pairs: Iterator[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    means, stds = zip(*pairs, strict=True)
-    return means, stds
 
 
 def _multiple(side: int, up: bool) -> int:

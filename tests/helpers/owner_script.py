@@ -7,6 +7,8 @@ import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
 
+IMAGENET_MEAN, IMAGENET_STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
 
 def network(weights):
     """The small U-Net of the tests with its weights, in eval mode."""

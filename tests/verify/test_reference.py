@@ -14,7 +14,7 @@ from kdpipe.pipeline.verify.gate import verify
 
 CPU = torch.device("cpu")
 SIZES = {"a": (64, 96), "b": (64, 64), "odd": (70, 90)}  # height, width
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+MEAN, STD = own.IMAGENET_MEAN, own.IMAGENET_STD
 
 
 def write_tiles(folder):
