@@ -134,13 +134,14 @@ def _reference_table(found: ReferenceReport) -> Table:
     """One row per tile that was compared with its owner's scores; fits 80 columns."""
     table = Table(title="The teacher against its owner's script", title_justify="left", padding=(0, 0, 0, 1))
     several = len({row.teacher for row in found.tiles}) > 1
-    columns = [*(["teacher"] if several else []), "tile", "scores", "max |Δp|", "mean |Δp|", "argmax", "allowed", ""]
+    columns = [*(["teacher"] if several else []), "tile", "scores", "max |Δp|", "mean |Δp|", "argmax", "allowed"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("teacher", "tile", "scores") else "right")
     for row in found.tiles:
+        fails = "" if row.max_abs.passes else " !"
         table.add_row(
-            *([row.teacher] if several else []), _end_of(row.tile), row.kind, f"{row.max_abs.value:.1e}", f"{row.mean_abs:.1e}",
-            percent_text(row.argmax_agreement, 2), f"{row.max_abs.tolerance:.1e}", "" if row.max_abs.passes else "!",
+            *([row.teacher] if several else []), _end_of(row.tile), row.kind, f"{row.max_abs.value:.1e}{fails}",
+            f"{row.mean_abs:.1e}", percent_text(row.argmax_agreement, 2), f"{row.max_abs.tolerance:.1e}",
         )  # fmt: skip
     return table
 
