@@ -171,6 +171,15 @@ def test_a_jpeg_that_pillow_does_not_understand_is_an_error(tmp_path, monkeypatc
         read_image(path)
 
 
+def test_a_jpeg_of_which_gdal_and_pillow_declare_other_bands_is_an_error(tmp_path):
+    path = saved(tmp_path / "a.jpg", photo(), "CMYK")
+    message = (
+        rf"cannot read .*a\.jpg.*declares \({H}, {W}, 4\) rows, columns and bands, and decoded it has \({H}, {W}, 3\)"
+    )
+    with rasterio.Env(GDAL_JPEG_TO_RGB="NO"), pytest.raises(DataError, match=message):
+        read_image(path)
+
+
 def test_a_jpeg_scene_must_be_a_local_file_of_a_size_to_decode_at_once(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.jpg", photo())
     message = r"/vsimem/.* is a JPEG, which is read from a local file only: download it"
