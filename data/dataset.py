@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdpipe.configs import Config
 from kdpipe.configs.errors import DataError
 from kdpipe.data.augment import change_colours, sample_plan
+from kdpipe.data.declared.tile import require_same_size
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
 from kdpipe.data.lru import Recent
 from kdpipe.data.rasters import Stretch, image_size, read_image_with_data, read_mask
@@ -250,10 +251,7 @@ def read_labels(
     classes = config.classes
     assert tile.mask is not None
     labels = read_mask(tile.mask, len(classes.names), classes.ignore_index)
-    if labels.shape != tuple(size):
-        raise DataError(
-            f"the mask {tile.mask} is {_by(labels)} px, but its image {tile.image} is {size[0]} x {size[1]}"
-        )
+    require_same_size(tile.image, size, tile.mask, (labels.shape[0], labels.shape[1]))
     if data_HW is not None:
         labels[~data_HW] = classes.ignore_index
     return labels

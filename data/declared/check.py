@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.agreement import Agreement
@@ -75,6 +76,7 @@ class Comparison:
         self._agreement = Agreement(bands, chosen, classes)
         self._places: dict[bool, list[tuple[Path, Place]]] = {False: [], True: []}
         self._images: dict[bool, list[Path]] = {False: [], True: []}
+        self._crs: dict[Any, Any] = {}  # each once: a million of them would take gigabytes
 
     def add(self, headers: Headers, *, is_val: bool) -> None:
         """Add a tile; files that could not be read are left out."""
@@ -86,7 +88,8 @@ class Comparison:
         self._agreement.add_image(tile.image, image)
         self._images[is_val].append(tile.image)
         if (place := place_of(image)) is not None:
-            self._places[is_val].append((tile.image, place))
+            crs = self._crs.setdefault(place.crs, place.crs)
+            self._places[is_val].append((tile.image, replace(place, crs=crs)))
 
     def findings(self) -> Findings:
         """What the tiles say against each other. Reads the training images that are of the size of a validation image, in part."""

@@ -70,6 +70,8 @@ def copies(train: Sequence[Path], val: Sequence[Path]) -> list[tuple[Path, Path]
 
     Sizes are compared first, then a sample of the bytes of files of equal size, then all bytes. Files that cannot be read are left out.
     """
+    if not train or not val:
+        return []
     by_size: dict[int, list[Path]] = {}
     for path in val:
         if (size := _size(path)) is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.data.declared.header import Declared
+from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.header import Declared, read_declared
 
 RECIPE = "docs/own-data.md has the ten lines that turn colours into indices"
 GRID_PX = 0.5  # corners that differ by more are not rounding: labels belong to other pixels
@@ -66,26 +67,18 @@ def pair_faults(image_path: Path, image: Declared, mask_path: Path, mask: Declar
     """How an image and its mask do not belong together, by their headers: another size, or another place on earth."""
     size, mask_size = (image.height, image.width), (mask.height, mask.width)
     if size != mask_size:
-        return [size_text(image_path, size, mask_path, mask_size) + orientation_hint(image)]
+        return [_size_text(image_path, size, mask_path, mask_size) + _orientation_hint(image)]
     if image.transform is None or mask.transform is None:
         return []
     found = _place_text(image, mask)
     return [f"the mask {mask_path} {found}, by their own headers: labels would belong to other pixels"] if found else []
 
 
-def size_text(image_path: Path, size: tuple[int, int], mask_path: Path, mask_size: tuple[int, int]) -> str:
-    """The text for a mask of another `(H, W)` than its image."""
-    return f"the mask {mask_path} is {mask_size[0]} x {mask_size[1]} px, but its image {image_path} is {size[0]} x {size[1]}"
-
-
-def orientation_hint(image: Declared) -> str:
-    """An addition to an error about an image's size: empty where it is upright."""
-    if image.orientation == 1:
-        return ""
-    return (
-        f". The image's EXIF orientation is {image.orientation}: viewers and annotation tools turn it, kdpipe reads the pixels as they "
-        "are stored. Store it upright (`mogrify -auto-orient FILE`)"
-    )
+def require_same_size(image_path: Path, size: tuple[int, int], mask_path: Path, mask_size: tuple[int, int]) -> None:
+    """Raise `DataError` for a mask of another `(H, W)` than its image; says so if the image's EXIF orientation may be the reason."""
+    if tuple(size) != tuple(mask_size):
+        hint = _orientation_hint(read_declared(image_path))
+        raise DataError(_size_text(image_path, size, mask_path, mask_size) + hint)
 
 
 def no_stretch_text(path: Path | str, dtypes: Sequence[str]) -> str:
@@ -101,6 +94,20 @@ def colours_text(colours: Sequence[str]) -> str:
     named = [colour for colour in colours if colour != "undefined"]
     rest = len(colours) - len(named)
     return ", ".join([*named, *([f"{rest} undefined"] if rest else [])])
+
+
+def _size_text(image_path: Path, size: tuple[int, int], mask_path: Path, mask_size: tuple[int, int]) -> str:
+    return f"the mask {mask_path} is {mask_size[0]} x {mask_size[1]} px, but its image {image_path} is {size[0]} x {size[1]}"
+
+
+def _orientation_hint(image: Declared) -> str:
+    """An addition to an error about an image's size: empty where it is upright."""
+    if image.orientation == 1:
+        return ""
+    return (
+        f". The image's EXIF orientation is {image.orientation}: viewers and annotation tools turn it, kdpipe reads the pixels as they "
+        "are stored. Store it upright (`mogrify -auto-orient FILE`)"
+    )
 
 
 def _is_coloured(image: Declared) -> bool:

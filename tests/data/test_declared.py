@@ -14,9 +14,11 @@ from helpers.files import write_tiff
 from PIL import Image
 from rasterio.enums import MaskFlags
 
+from kdpipe.configs import schema
 from kdpipe.data.declared.header import read_declared
 from kdpipe.data.rasters import read_bands, read_image
-from kdpipe.data.stretch import sampled_bands
+from kdpipe.data.stretch import resolve_stretch, sampled_bands
+from kdpipe.data.survey import list_root, survey_root
 
 NODATA_XML = "<PAMDataset>{}</PAMDataset>"
 BAND_XML = '<PAMRasterBand band="{}"><NoDataValue>{}</NoDataValue></PAMRasterBand>'
@@ -67,7 +69,10 @@ def test_nodata_beside_a_tile_is_read_and_nothing_is_written(tmp_path, rgb_3HW):
     (tmp_path / "a.tif.aux.xml").write_text(
         NODATA_XML.format("".join(BAND_XML.format(band, -9999) for band in (1, 2, 3)))
     )
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles/images").symlink_to(tmp_path)
+    root = list_root(str(tmp_path / "tiles"))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     with rasterio.open(path) as raster:
         hidden_HW = raster.read_masks(2) == 0
     assert hidden_HW.sum() == 5 * 40
@@ -75,7 +80,12 @@ def test_nodata_beside_a_tile_is_read_and_nothing_is_written(tmp_path, rgb_3HW):
     assert np.array_equal(read_bands(path, [2])[1][0], hidden_HW)
     assert [band.min() for band in sampled_bands(path, [1, 2, 3], 10_000)] == [band[5:].min() for band in values]
     assert not read_image(path, stretch=[(0, 255)] * 3)[:5].any()
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    survey_root(root)
+    expected = [np.percentile(band[5:], [2, 98]) for band in values]
+    np.testing.assert_allclose(root.ranges, expected)
+    data = schema.Data(train=["t"], stretch={"percentiles": [2, 98]})
+    np.testing.assert_allclose(resolve_stretch(data, root.tiles), expected)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
 
 
 def test_opening_a_tile_lists_no_folder(tmp_path, rgb_3HW):

@@ -13,6 +13,7 @@ from rasterio.warp import transform
 
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.check import Comparison, Findings, read_headers, refuse, tile_faults
+from kdpipe.data.declared.tile import require_same_size
 from kdpipe.data.rasters import read_mask_values
 from kdpipe.data.tiles import Tile
 
@@ -245,3 +246,23 @@ def test_an_error_names_the_first_faults_and_counts_the_rest():
     with pytest.raises(DataError, match="^a; b; c; and 2 more$"):
         refuse(Findings(list("abcde")))
     refuse(Findings([], ["note"]))
+
+
+def test_a_mask_that_is_first_touched_is_refused_with_the_same_words(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.fromarray(noise(20, 30).transpose(1, 2, 0)).save(tmp_path / "i.png", exif=exif)
+    mask = write_tiff(tmp_path / "m.tif", noise(30, 20, 1))
+    (fault,) = faults(tmp_path / "i.png", mask)
+    assert "EXIF orientation is 8" in fault
+    with pytest.raises(DataError) as refused:
+        require_same_size(tmp_path / "i.png", (20, 30), mask, (30, 20))
+    assert str(refused.value) == fault
+
+
+def test_places_share_their_crs(tmp_path):
+    paths = [write_tiff(tmp_path / f"{i}.tif", noise(4, 4), **UTM) for i in range(3)]
+    comparison = Comparison((1, 2, 3), False, 2)
+    for headers in read_headers([Tile(path.stem, path, None) for path in paths]):
+        comparison.add(headers, is_val=False)
+    assert len({id(place.crs) for _, place in comparison._places[False]}) == 1
