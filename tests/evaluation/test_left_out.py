@@ -1,10 +1,11 @@
 """Tiles, pixels and classes that do not count, named in the result; and what cannot be scored, refused by name."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.files import write_image
+from helpers.files import write_image, write_tiff
 from helpers.scored_tiles import random_tile, stub, write_tile
 from PIL import Image
 from rich.console import Console
@@ -97,6 +98,24 @@ def test_what_cannot_be_scored_is_refused_by_name(make_config, tmp_path, labels_
     model = stub(make_config(data__val=[]), probability=probability)
     with pytest.raises(error, match=message):
         evaluate(model, [f"{tmp_path}/{root}" for root in roots])
+
+
+def test_files_that_cannot_be_right_are_refused_before_anything_is_predicted(make_config, tmp_path):
+    for i in range(3):
+        write_tile(tmp_path / "A", f"t{i}", *random_tile(i))
+    predicted = []
+    model = stub(make_config())
+    model = replace(model, predict=lambda image: predicted.append(1) or stub(make_config()).predict(image))
+    assert evaluate(model, [str(tmp_path / "A")]).together.tiles == len(predicted) == 3
+    predicted.clear()
+    labels = random_tile(2)[1]
+    (tmp_path / "A/masks/t2.png").unlink()
+    write_tiff(tmp_path / "A/masks/t2.tif", labels[None].astype(np.uint8), compress="jpeg")
+    with pytest.raises(
+        DataError, match=r"the mask .*t2\.tif is compressed as JPEG with loss, which alters class indices"
+    ):
+        evaluate(model, [str(tmp_path / "A")])
+    assert predicted == []
 
 
 def test_an_image_that_is_cut_off_is_an_error_that_names_it(make_config, tmp_path):
