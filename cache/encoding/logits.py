@@ -106,16 +106,16 @@ def error_bound(bits: int, num_classes: int, num_student_classes: int, temperatu
     """
     depth, steps, T = DEPTH[bits], total(bits), temperature
     share = np.linspace(0, 1, 10_001)[1:-1]  # fine enough for the maximum to 1e-8
-    spread = 2 * math.log(num_classes / 2)
+    spread = np.full_like(share, 2 * math.log(num_classes / 2))
     if T == 1:
-        spread = spread + np.log(share / (1 - share))
+        spread += np.log(share / (1 - share))
         deep = (num_classes - 1) * math.exp(-depth)
     elif T > 1:
-        spread = spread + (T - 1) * math.log(num_student_classes - 1) - T * np.log(share * (1 - share))
-        spread = spread + 2 * np.log(share**T + (1 - share) ** T)
+        spread += (T - 1) * math.log(num_student_classes - 1) - T * np.log(share * (1 - share))
+        spread += 2 * np.log(share**T + (1 - share) ** T)
         deep = num_student_classes * ((num_classes - 1) * math.exp(-depth) / num_student_classes) ** (1 / T)
     else:
-        spread = spread + 2 * (1 - T) * math.log(num_student_classes) - T * np.log(share * (1 - share))
+        spread += 2 * (1 - T) * math.log(num_student_classes) - T * np.log(share * (1 - share))
         deep = num_student_classes * (num_classes - 1) * math.exp(-depth) / T
     largest = float((share * (1 - share) * np.sqrt(2 * np.maximum(spread, 0))).max())
     rounding = math.sqrt(depth) / steps * largest / T + depth / (4 * steps**2 * T)

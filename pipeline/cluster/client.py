@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -18,13 +19,15 @@ from concurrent.futures import CancelledError
 from concurrent.futures import Future as Awaited
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from ipaddress import ip_address
 from itertools import groupby
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, Security
 
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import TileRecord
@@ -78,6 +81,7 @@ class Cluster:
         self._progress, self._device_name, self._address, self._local = progress, device, address, local
         self._open = ExitStack()
         self._client: Client | None = None
+        self._security: Security | None = None  # None takes dask's own configuration
         self._device = torch.device("cpu")
         self._started = self._fast_bf16 = False
 
@@ -106,7 +110,12 @@ class Cluster:
             cluster = self._open.enter_context(
                 local_cluster(self._local, max(1, cores // self._local), self._device_name)
             )
-            self._address = cluster.scheduler_address
+            self._address, self._security = cluster.scheduler_address, cluster.security
+        elif is_open_to_others(self._address or ""):
+            self._progress.say(
+                f"warning: {self._address} has no TLS: whoever reaches the scheduler or a worker over the network can run code there, "
+                "with your rights; see docs/cluster.md, Who can reach a cluster"
+            )
         facts = self._connect(stop)
         self._device = torch.device(agreed_device(facts, library_versions()))
         first = next(iter(facts.values()))
@@ -305,7 +314,7 @@ class Cluster:
 
     def _new_client(self) -> Client:
         try:
-            return Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False)
+            return Client(self._address, timeout=CONNECT_SECONDS, set_as_default=False, security=self._security)
         except ValueError as err:
             raise ConfigError(
                 f"--scheduler {self._address}: expected an address as `dask scheduler` prints it, such as tcp://host:8786 ({err})"
@@ -339,6 +348,19 @@ def _from_scheduler(client: Client, call: Callable[[], Result]) -> Result:
         if isinstance(err, OSError | TimeoutError) or client.status != "running":
             raise _SchedulerLost(f"{type(err).__name__}: {err}".splitlines()[0][:120]) from err
         raise
+
+
+def is_open_to_others(address: str) -> bool:
+    """Whether a scheduler's address is one of the network, without TLS; a name is asked for its IP addresses."""
+    protocol, _, place = address.rpartition("://")
+    host = urlsplit(f"//{place}").hostname
+    if protocol in ("tls", "wss") or not host:
+        return False
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:  # connecting says why
+        return False
+    return not all(ip_address(str(ip)).is_loopback for ip in found)
 
 
 def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import dask
 import torch
-from distributed import Nanny, Scheduler, SpecCluster
+from distributed import Nanny, Scheduler, Security, SpecCluster
 
 from kdpipe.configs.errors import ConfigError
 
@@ -19,13 +19,20 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
     """
     A scheduler in this process and `count` worker processes, which end with the context; each GPU serves one of them.
 
+    Whoever reaches a scheduler or a worker can run code as its user. So all of them listen on the loopback interface alone, which
+    other users of the machine reach too, and talk by TLS with certificates that live as long as the cluster.
+
     Raises `ConfigError` where there are fewer GPUs than workers that would compute on them.
     """
+    security = Security.temporary()
+    everywhere = {
+        "host": "127.0.0.1", "protocol": "tls", "security": security, "dashboard": False, "dashboard_address": "127.0.0.1:0",
+    }  # fmt: skip
     options = {
+        **everywhere,
         "nthreads": threads,
         "memory_limit": 0,
         "preload": ["kdpipe.pipeline.cluster.worker"],
-        "dashboard": False,
         "silence_logs": logging.ERROR,
     }
     env: list[dict[str, str]] = [{} for _ in range(count)]
@@ -38,16 +45,13 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
             )
         env = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
     workers = {i: {"cls": Nanny, "options": {**options, "env": env[i]}} for i in range(count)}
-    scheduler = {
-        "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
-    }
+    scheduler = {"cls": Scheduler, "options": {**everywhere, "port": 0}}
     # In place of dask's own variables, which limit each worker to one thread and make it return freed memory at once. On a CPU the
     # threads of all workers outnumber the cores, and OpenMP's threads wait actively by default: two workers of two threads on two cores
     # took 3.0 s of CPU time for a tile, and 1.1 s with this, as with one thread each.
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_WAIT_POLICY": "passive"}}),
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+        SpecCluster(workers=workers, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
     ):
         cluster.wait_for_workers(count)
         yield cluster

@@ -19,7 +19,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CacheLocked, CheckpointError, ClusterUnreachable, ConfigError, DataError, ShutOut
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.cluster import client as module
-from kdpipe.pipeline.cluster.client import Cluster, agreed_device
+from kdpipe.pipeline.cluster.client import Cluster, agreed_device, is_open_to_others
 from kdpipe.pipeline.cluster.worker import Facts
 from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
@@ -206,3 +206,15 @@ def test_without_dask_distributed_the_command_says_how_to_install_it(config, mon
     monkeypatch.delitem(sys.modules, "kdpipe.pipeline.cluster.worker")
     with pytest.raises(ConfigError, match=r"need dask.distributed; install .*pip install '\.\[cluster\]'"):
         precompute_on_cluster(config, None, Lines(), repair=False, workers=2, scheduler=None)
+
+
+@pytest.mark.parametrize(
+    ("address", "open_to_others"),
+    [
+        ("tcp://127.0.0.1:8786", False), ("tcp://localhost:8786", False), ("tcp://[::1]:8786", False), ("127.0.0.1:8786", False),
+        ("tcp://192.0.2.7:8786", True), ("192.0.2.7:8786", True), ("tcp://[2001:db8::7]:8786", True), ("ws://192.0.2.7:8786", True),
+        ("tls://192.0.2.7:8786", False), ("wss://192.0.2.7:8786", False), ("tcp://0.0.0.0:8786", True), ("nonsense", False),
+    ],
+)  # fmt: skip
+def test_a_cluster_in_the_network_without_tls_is_warned_of(address, open_to_others):
+    assert is_open_to_others(address) == open_to_others

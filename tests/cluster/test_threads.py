@@ -1,7 +1,8 @@
 """Threads of torch on workers: their number decides a prediction's last bits, so workers of this machine take that of one process."""
 
 import os
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -31,6 +32,27 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+@contextmanager
+def listeners():
+    """A set of `(process id, address)` of all sockets on which this process or one below it listens at any time in the block."""
+    found, ended, this = set(), threading.Event(), psutil.Process()
+
+    def look():
+        while not ended.wait(0.1):
+            for process in [this, *this.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    sockets = process.net_connections(kind="inet")
+                    found.update((process.pid, s.laddr.ip) for s in sockets if s.status == psutil.CONN_LISTEN)
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watching.join()
+
+
 @pytest.fixture(scope="module")
 def fpn_file(tmp_path_factory):
     """Weights of a network with group norms, whose sums depend on the number of threads."""
@@ -49,7 +71,7 @@ def two_images(tmp_path_factory):
 
 
 def test_workers_of_this_machine_make_the_bytes_of_one_process_of_several_threads_and_end(
-    make_config, two_images, fpn_file, tmp_path, capfd
+    make_config, two_images, fpn_file, tmp_path, capfd, monkeypatch
 ):
     def config(name):
         return make_config(
@@ -65,12 +87,20 @@ def test_workers_of_this_machine_make_the_bytes_of_one_process_of_several_thread
     share = max(1, len(os.sched_getaffinity(0)) // 2)  # of the cores, for each worker
     whole = of_one_process(share + 1)
     before = psutil.Process().children(recursive=True)
-    with threads(share + 1):
+    addresses, client = [], module.Client
+    monkeypatch.setattr(
+        module, "Client", lambda address, **options: addresses.append(address) or client(address, **options)
+    )
+    with threads(share + 1), listeners() as found:
         done = run_command(*command(config("workers.zarr"), tmp_path, "--workers", "2"))
     assert (done.returncode, done.stderr) == (0, "")
     assert capfd.readouterr().err == "", "of the workers"
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
+    # A scheduler here, and two workers with a nanny each: nobody reaches them from elsewhere, nor without this run's certificate.
+    assert len({process for process, _ in found}) >= 3
+    assert {ip for _, ip in found} == {"127.0.0.1"}
+    assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
     assert "starting 2 workers" in done.stdout
     assert "2 tiles, " in done.stdout
     assert tree(tmp_path / "workers.zarr") == whole
