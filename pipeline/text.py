@@ -1,6 +1,12 @@
-"""Sizes, shares and times as text, written one way everywhere."""
+"""Sizes, shares, times and names from files as text, written one way everywhere."""
 
+import unicodedata
 from pathlib import Path
+
+# Characters that a terminal obeys instead of showing: controls (Cc) and marks that turn the direction of writing (in Cf), and halves of
+# characters, which cannot be encoded (Cs).
+_OBEYED = {"Cc", "Cf", "Cs"}
+_KEPT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}\N{SOFT HYPHEN}"
 
 
 def size_text(size_bytes: float) -> str:
@@ -61,3 +67,30 @@ def step_time_text(seconds_per_step: float) -> str:
 def stage_one_time_text(seconds: float) -> str:
     """The time that a cache took to compute, over all runs that computed it: `stage one: 3 min 05 s`."""
     return f"stage one: {duration_text(seconds)}"
+
+
+def printable(text: str) -> str:
+    r"""
+    A text with names from files, such as classes, tiles or keys of a checkpoint, that a terminal shows and never obeys.
+
+    Control characters and the like become escapes: `\x1b`. Newlines and tabs stay.
+    """
+    return (
+        text
+        if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()
+        else "".join(map(_shown, text))
+    )
+
+
+def _shown(character: str) -> str:
+    if character in _KEPT or unicodedata.category(character) not in _OBEYED:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def csv_cell(value: object) -> object:
+    """A value for a cell of a CSV file; a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    value = printable(value)
+    return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\n")) else value

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from kdpipe.pipeline.progress import Advance
-from kdpipe.pipeline.text import duration_text, size_text
+from kdpipe.pipeline.text import duration_text, printable, size_text
 
 PLAIN_EVERY_SECONDS = 10.0  # a log file wants few lines
 
@@ -23,13 +24,13 @@ class Terminal:
     """Prints results as they are, and progress as bars on a terminal or as a line every ten seconds in a file."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        self.console = _Console(markup=False, emoji=False, highlight=False)
 
     def show(self, *parts: RenderableType, wrap_tables: bool = False) -> None:
         """Print tables and texts. Lines of texts stay whole, as some are for pasting; `wrap_tables` breaks cells that are too wide."""
         for part in parts:
             whole = isinstance(part, str) or not wrap_tables
-            self.console.print(part, highlight=False, markup=False, soft_wrap=whole)
+            self.console.print(part, soft_wrap=whole)
 
     def say(self, line: str) -> None:
         self.show(line)
@@ -43,11 +44,11 @@ class Terminal:
                 self.say(f"{title}: {rate.count}/{total} {rate.text()} in {duration_text(rate.elapsed())}")
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with RichProgress(*columns, console=self.console) as progress:
@@ -70,6 +71,15 @@ class Terminal:
                 self.say(f"{title}: {rate.count}/{rate.total} {rate.text()}, {duration_text(rate.left())} left")
 
         return advance
+
+
+class _Console(Console):
+    """A console for which names from files are text alone: no markup, and nothing that a terminal obeys."""
+
+    def render_str(
+        self, text: str, **options: Any
+    ) -> Text:  # of all texts that are printed, and of all cells of tables
+        return super().render_str(printable(text), **options)
 
 
 class _Rate:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kdpipe.pipeline.commands import completion
+from kdpipe.pipeline.text import printable
 
 if TYPE_CHECKING:
     from kdpipe.configs import Config
@@ -55,7 +56,7 @@ def _imported(name: str) -> Any:
 
 def complain(message: str) -> None:
     """Print one paragraph to standard error."""
-    click.echo(f"kdpipe: {message}", err=True)
+    click.echo(f"kdpipe: {printable(message)}", err=True)
 
 
 def _writable(context: click.Context, option: click.Parameter, path: str | None) -> str | None:

@@ -26,6 +26,7 @@ from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import ConfigError, IncompleteCache, extra_text
+from kdpipe.pipeline.text import csv_cell
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -307,7 +308,7 @@ def write_table(statistics: CacheStatistics, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
 
 
 def require_table_format(path: Path) -> None:
