@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
+from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline.progress import Advance, Progress
 from kdpipe.pipeline.verify.script_runs import Attempt, Difference, Runner, Target
 from kdpipe.pipeline.verify.scripts import IMAGENET, SCALINGS, Given, Script, alternatives, sizes_like
@@ -104,7 +106,7 @@ def _search(
             return False
         try:
             tried[script] = runner.attempts(script, target)
-        except (RuntimeError, ValueError):  # does not run here, for lack of memory or of a kernel: it is no explanation
+        except (KdpipeError, RuntimeError, ValueError):  # it does not run here, for lack of memory, say: no explanation
             tried[script] = []
         near = [a for a in tried[script] if _explains(a, before, EXACT * allowed)]
         nearest = sorted(near, key=lambda a: len(a.script.changes(runner.base)))[:2]
@@ -148,8 +150,10 @@ def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], num
     if number == 1:
         yield from alternatives(base, base, given)
         return
+    commonest = {"bands": base.bands[::-1], "scaling": IMAGENET, "mode": "train"}
     if number == 2:
-        orders = {script.bands: None for script in tried if script.bands != base.bands}
+        yield from (replace(base, **dict(pair)) for pair in combinations(commonest.items(), 2))  # type: ignore[arg-type]
+        orders = dict.fromkeys(script.bands for script in tried if script.bands != base.bands)
         for scaling in SCALINGS:
             if scaling != base.scaling:
                 yield from (replace(base, scaling=scaling, bands=bands) for bands in orders)
@@ -159,12 +163,8 @@ def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], num
     at_best = sorted(ranked, key=lambda pair: min(a.mean for a in pair[1]))
     carried = dict.fromkeys(script for script, _ in [*as_they_are[: CARRIED[0]], *at_best[: CARRIED[1]]])
     if number == 2:
-        commonest = (
-            replace(base, mode="train"),
-            replace(base, bands=base.bands[::-1]),
-            replace(base, scaling=IMAGENET),
-        )
-        carried |= dict.fromkeys(script for script in commonest if script != base)
+        carried |= dict.fromkeys(replace(base, **{name: value}) for name, value in commonest.items())  # type: ignore[arg-type]
+        carried.pop(base, None)
     for script in carried:
         for other in alternatives(script, base, given):
             # Many views cost many predictions.

@@ -25,6 +25,7 @@ from kdpipe.data.rasters import Stretch, read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.models.views import STRIDE, TTA_VIEWS, averaged_logits
 from kdpipe.pipeline.teacher.frozen import computing_in
+from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.verify.reference_files import Scores
 from kdpipe.pipeline.verify.scripts import BACKS, EXIF, TURNS, Given, Scaling, Script, Size, configured
 
@@ -103,7 +104,8 @@ class Runner:
         self, model: nn.Module, key: str, teacher: Teacher, config: Config, stretch: Stretch, device: torch.device
     ) -> None:
         self.base = configured(teacher, config.data.bands)
-        self._model, self._key, self._teacher = model, key, teacher
+        self._models: dict[tuple[tuple[str, Any], ...], nn.Module] = {(): model}
+        self._key, self._teacher = key, teacher
         self._stretch, self._device = stretch, device
         self._pixels: dict[tuple[str, str, tuple[int, ...]], NDArray[np.uint8]] = {}
 
@@ -174,7 +176,7 @@ class Runner:
         values_hwB = pixels_HWB if target == frame else _resized(pixels_HWB, *target, script.interpolation)
         unit_Bhw = torch.from_numpy(np.ascontiguousarray(values_hwB)).permute(2, 0, 1).float() / 255
         inputs_1Bhw, black_1B11 = _normalised(unit_Bhw[None], script.scaling)
-        model = self._model
+        model = self._model(script)
         if script.mode == "train":
             model = copy.deepcopy(model)  # batch norms in train mode change their running means
             for module in model.modules():
@@ -182,6 +184,14 @@ class Runner:
                     module.train()
         with torch.inference_mode(), _precision(script.precision, self._device):
             return self._averaged(model, inputs_1Bhw.to(self._device), script, black_1B11)[0].float().cpu(), frame
+
+    def _model(self, script: Script) -> nn.Module:
+        """The network with the script's options."""
+        if script.options not in self._models:
+            options = {**self._teacher.options, **dict(script.options)}
+            teacher = self._teacher.model_copy(update={"options": options})
+            self._models[script.options] = load_teacher(teacher, self._key).to(self._device)
+        return self._models[script.options]
 
     def _averaged(self, model: nn.Module, inputs_1Bhw: Tensor, script: Script, black_1B11: Tensor) -> Tensor:
         def predict(view_1Bhw: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
-from typing import Literal
+from typing import Any, Literal
 
 from kdpipe.configs.schema import MeanStd, Teacher
 from kdpipe.pipeline.models.normalize import IMAGENET_MEAN, IMAGENET_STD, mean_std
+from kdpipe.pipeline.models.options import untraced_options
 from kdpipe.pipeline.models.views import STRIDE
 
 # What EXIF's orientations do to a stored image, and `turned` in script_runs.py does to any.
@@ -30,6 +31,12 @@ EXIF = "EXIF"  # in the place of a turn: each tile by its own orientation
 SQUARES_PX = (224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 FACTORS = (0.5, 0.75, 1.25, 1.5, 2.0)
 MOST_ENLARGED = 3  # times a side: nobody resizes further
+# Of options that leave no trace in the weights; those that the network is built with anyway change nothing.
+UNTRACED_VALUES: dict[str, tuple[Any, ...]] = {
+    "decoder_interpolation": ("nearest", "bilinear", "bicubic"),
+    "encoder_output_stride": (8, 16, 32),
+    "decoder_atrous_rates": ((6, 12, 18), (12, 24, 36)),
+}
 INTERPOLATIONS = (
     "OpenCV's linear", "Pillow's bilinear", "torch's bilinear", "torch's antialiased bilinear", "Pillow's bicubic",
     "OpenCV's cubic", "OpenCV's area", "OpenCV's nearest",
@@ -130,6 +137,7 @@ class Script:
     scaling: Scaling = UNIT
     size: Size = Size()
     interpolation: str = INTERPOLATIONS[0]
+    options: tuple[tuple[str, Any], ...] = ()
     mode: Literal["eval", "train"] = "eval"
     precision: str = "fp32"
     views: tuple[str, str] = ("one", "logits")
@@ -186,6 +194,11 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
         turns: list[int | str] = [turn for turn in TURNS if turn != given.orientation]
         for turn in ([EXIF] if given.orientation != 1 else []) + turns:
             yield replace(script, turn=turn)
+    if script.options == base.options:
+        for name in untraced_options(given.teacher.architecture):
+            for value in UNTRACED_VALUES.get(name, ()):
+                if given.teacher.options.get(name) != value:
+                    yield replace(script, options=((name, value),))
     if script.mode == base.mode:
         yield replace(script, mode="train")
     if script.precision == base.precision:
@@ -269,6 +282,11 @@ def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str,
         return f"pads images with {ways.get(size.way, 'mirrored pixels')} {where}", (
             "pad in it as kdpipe does, with np.pad(..., mode='reflect') on the right and below, or cut tiles to multiples of 32 px"
         )
+    if name == "options":
+        changed = ", ".join(f"{option}: {_yaml(value)}" for option, value in script.options)
+        options = {**given.teacher.options, **dict(script.options)}
+        both = ", ".join(f"{option}: {_yaml(value)}" for option, value in options.items())
+        return f"builds its network with {changed}", f"set {key}.options: {{{both}}}"
     if name == "mode":
         return "runs the network in train mode, where batch norms and dropout differ", "call model.eval() in it"
     if name == "precision":
@@ -317,6 +335,10 @@ def _views_remedy(script: Script, given: Given) -> tuple[str, str]:
     if mean_of == "probabilities":
         return said, f"average logits in it, as {given.key}.tta: {views} does"
     return said, f"set {given.key}.tta: {views}"
+
+
+def _yaml(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _own(script: Script) -> str:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from helpers import owner_script as own
 from helpers.configs import ENCODER
@@ -179,6 +180,15 @@ def test_numbers_of_half_precision_are_named_where_another_machine_rounds_otherw
     assert "set teacher.precision: bf16" in report.findings[0].message
     report = compared(config, tmp_path, scores + noise / 2)
     assert "as arithmetic in lower precision leaves it" in report.findings[0].message
+
+
+def test_an_option_that_leaves_no_trace_in_the_weights_is_named(config_of, net, teacher_file, tmp_path):
+    path, config = config_of(png)
+    other = smp.Unet(ENCODER, encoder_weights=None, classes=8, decoder_interpolation="bilinear")
+    other.load_state_dict(torch.load(teacher_file, weights_only=True))
+    report = compared(config, tmp_path, right(other.eval(), path))
+    assert report.reference.causes[0].remedies == ["set teacher.options: {decoder_interpolation: bilinear}"]
+    assert report.reference.causes[0].complete
 
 
 def test_other_weights_are_not_explained(config_of, teacher_file, tmp_path, monkeypatch):
