@@ -92,12 +92,15 @@ def _set_up(
         )
     tiles = list_tiles(config.data, "train", labelled_only=config.distill.mode == "none")
     val_tiles = _validation_tiles(config)
+    resumed = (folder / layout.LAST).stat().st_mtime if resume else None
     if not is_further_process(config):
-        _check_inputs(config, tiles, val_tiles, progress, folder / layout.LAST if resume else None)
+        _check_headers(config, tiles, val_tiles, progress, resumed)
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
     targets = open_targets(config, tiles, stretch, device)
     if targets.note:
         progress.say(targets.note)
+    if not is_further_process(config):  # after the cache: where both tell of another configuration, it names the key
+        check_labels(config, tiles, val_tiles, progress, since=resumed)
     if online and config.train.workers:
         progress.say("online: the teacher predicts in the main process, so train.workers is 0")
 
@@ -143,18 +146,16 @@ def _resumes(folder: Path, progress: Progress, *, resume: bool, overwrite: bool)
     return resume
 
 
-def _check_inputs(
-    config: Config, tiles: list[Tile], val_tiles: list[Tile], progress: Progress, resumed: Path | None
+def _check_headers(
+    config: Config, tiles: list[Tile], val_tiles: list[Tile], progress: Progress, resumed: float | None
 ) -> None:
-    """Check headers and labels, after an earlier check (of stage one, or before the `resumed` checkpoint) of what has changed since."""
-    since = resumed.stat().st_mtime if resumed else None
+    """Check headers, after an earlier check (of stage one, or before the checkpoint of time `resumed`) of what has changed since."""
     precomputed = None
     if config.distill.mode == "cached":
         storage = open_storage(config.cache.path)
         manifest = storage.info(MANIFEST_NAME)
         precomputed = manifest.modified if manifest else None
-    check_headers(config, tiles, val_tiles, progress, since=since or precomputed, val_since=since)
-    check_labels(config, tiles, val_tiles, progress, since=since)
+    check_headers(config, tiles, val_tiles, progress, since=resumed or precomputed, val_since=resumed)
 
 
 def _validation_tiles(config: Config) -> list[Tile]:
