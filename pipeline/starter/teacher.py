@@ -43,8 +43,14 @@ def teacher_keys(teacher: Inspection | None, names: list[str] | None, train: Seq
             f"{teacher.path} is {network}, which kdpipe trains as a student; a teacher is a network of segmentation-models-pytorch"
         )
     asked = "Asked: it was not recognised in the file;" if teacher else "Asked:"
+    own = teacher.student.options if teacher and teacher.student else {}
+    unseen = ""
+    if teacher and not teacher.student and teacher.untraced_options:
+        unseen = (
+            f" They do not show {', '.join(teacher.untraced_options)}: give `options` unless smp's defaults were used."
+        )
     keys = [
-        Key("architecture", network.architecture, "Measured: recognised from the names and shapes of its tensors.")
+        Key("architecture", network.architecture, f"Measured: recognised from the names and shapes of its tensors.{unseen}")
         if network and network.architecture else
         Key("architecture", FILL_IN, f"{asked} one of segmentation-models-pytorch's, such as unet."),
         Key("encoder", network.encoder, "Measured: likewise.") if network and network.encoder else
@@ -53,6 +59,7 @@ def teacher_keys(teacher: Inspection | None, names: list[str] | None, train: Seq
         Key("checkpoint", FILL_IN, "Asked: the file of its weights (.pth, .ckpt, .safetensors)."),
         _channels(teacher, names, given),
         _normalize(teacher, given),
+        *([Key("options", own, OWN_RUN)] if own else []),
     ]  # fmt: skip
     sizes = (size for root in train for size in root.sizes_HW)
     height, width = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))

@@ -14,6 +14,7 @@ from helpers.first_config import TEACHER_CLASSES, filled, init, small, write_mas
 from kdpipe.configs import Config, load_config
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.data import survey
+from kdpipe.pipeline.inspection.checkpoint import StudentRun
 from kdpipe.pipeline.starter.write import run_name
 from kdpipe.pipeline.starter.yaml import as_plain
 
@@ -123,6 +124,24 @@ def test_an_unknown_network_is_asked_and_a_mere_student_is_refused(tmp_path, mon
         found.teacher, network=replace(network, architecture="ftunetformer")))  # fmt: skip
     with pytest.raises(CheckpointError, match="which kdpipe trains as a student; a teacher is"):
         init(tmp_path / "tiles", teacher="odd.pth", overwrite=True)
+
+
+def test_options_that_weights_do_not_show_are_asked_of_a_file_and_known_of_a_student(
+    tmp_path, monkeypatch, teacher_file
+):
+    found = init(small(tmp_path / "tiles"), teacher=teacher_file)
+    text = " ".join(Path("mine.yaml").read_text().replace("#", "").split())
+    assert (
+        "They do not show decoder_use_norm, decoder_interpolation: give `options` unless smp's defaults were used."
+        in text
+    )
+    options = {"decoder_interpolation": "bilinear"}
+    run = StudentRun("a/b", "cached", 1, None, None, list("abcdefgh"), "unit", options)
+    monkeypatch.setattr(
+        "kdpipe.pipeline.starter.write.inspect_checkpoint", lambda path: replace(found.teacher, student=run)
+    )
+    found = init(tmp_path / "tiles", teacher=teacher_file, overwrite=True)
+    assert as_plain(found.draft.keys)["teacher"]["options"] == options
 
 
 @pytest.mark.parametrize(
