@@ -150,6 +150,11 @@ def load_trained(path: str | Path) -> Trained:
         )
     recorded = content["kdpipe"]
     config = parse_config(yaml.safe_load(recorded["config"]), origin=f"the configuration in {path}")
+    if ":" in config.student.encoder:  # timm would load code's settings from a hub (tu-hf-hub:…) or a folder (tu-local-dir:…)
+        raise CheckpointError(
+            f"{path} names the encoder {config.student.encoder!r}, which timm would fetch from elsewhere: a checkpoint may only name "
+            "encoders that are installed"
+        )
     student = build_student(
         config.student.architecture,
         len(config.classes.names),
