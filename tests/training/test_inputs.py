@@ -131,6 +131,18 @@ def test_only_files_that_have_changed_are_opened_again_beside_a_sample(own, monk
     assert opened == [tiles[4], tiles[1], tiles[3], *val]
 
 
+def test_a_complete_cache_opens_no_header_and_a_continued_one_those_of_missing_tiles(cached, monkeypatch):
+    opened = []
+    real = inputs.read_headers
+    monkeypatch.setattr(inputs, "read_headers", lambda tiles, advance: opened.extend(tiles) or real(tiles, advance))
+    assert precompute(cached, CPU).computed == 0
+    assert opened == []
+    tiles = list_tiles(cached.data, "train")
+    shutil.rmtree(Path(cached.cache.path) / "tiles" / tiles[2].id)
+    assert precompute(cached, CPU).computed == 1
+    assert opened == [tiles[2]]
+
+
 def test_an_unreadable_image_is_left_to_stage_one_and_stops_training(own, small_student):
     image = list_tiles(own.data, "train")[1].image
     image.write_text("no image")
