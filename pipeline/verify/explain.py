@@ -17,6 +17,10 @@ from kdpipe.pipeline.verify.script_runs import Attempt, Difference, Runner, Targ
 from kdpipe.pipeline.verify.scripts import IMAGENET, SCALINGS, Given, Script, alternatives, sizes_like
 
 ROUNDS, CARRIED = 3, (2, 1)  # scripts carried into a round: as they are, and with one more decision about their output
+LARGEST_OF_THREE_PX = (
+    2**18
+)  # of larger tiles at most two decisions are changed at once: a third round predicts them a hundred times more
+MOST_IN_VAIN = 2  # tiles that are searched in vain before the others are given up
 EXACT = 0.1  # of the tolerance: what is nearer ends the search
 FALL = 1 / 3  # a script explains a difference only if it leaves at most this part of it
 SURELY = (
@@ -47,42 +51,54 @@ def explain(
 
     `allowed` returns the tolerance of a tile's largest difference.
     """
-    left = list(failing)
+    left = sorted(failing, key=lambda pair: pair[0].pixels)
     found: list[Explanation] = []
     partial: list[Explanation] = []
-    while left:
-        left.sort(key=lambda pair: pair[0].pixels)
+    in_vain = 0
+    while left and in_vain < MOST_IN_VAIN:
         target, before = left[0]
         given = runner.given(target)
-        # After a search in vain, others only look for what one change explains.
         hints = [explanation.script for explanation in found]
-        best = _search(runner, target, before, given, allowed(target), hints, progress, 1 if partial else rounds)
-        if best is None:
+        # After a search in vain, others only look for what one change explains.
+        best = _search(runner, target, before, given, allowed(target), hints, progress, 1 if in_vain else rounds)
+        explanation = None if best is None else _spread(runner, best.script, given, left, allowed)
+        if explanation is not None and explanation.complete:
+            found.append(explanation)
+            left = [pair for pair in left if pair[0].tile.id not in explanation.after]
+        else:
+            in_vain += 1
+            partial += [explanation] if explanation else []
             left = left[1:]
-            continue
-        script = best.script
-        others = [other for other, _ in left]
-        if script.order is not None and len(left) > 1:
-            together = runner.common_order(script, others)
-            if together.order is not None and _explains(runner.difference(together, target), before, allowed(target)):
-                script = together
-        alike = [replace(script, size=size) for size in sizes_like(script.size, given)]  # on this tile, not on others
-        results = [(s, {other.tile.id: runner.difference(s, other) for other in others}) for s in alike]
-        script, after = min(results, key=lambda result: sum(found.mean for found in result[1].values()))
-        explained = [pair for pair in left if _explains(after[pair[0].tile.id], pair[1], allowed(pair[0]))]
-        complete = any(pair[0] is target for pair in explained)
-        named = explained if complete else left
-        kept = {other.tile.id: after[other.tile.id] for other, _ in named}
-        (found if complete else partial).append(Explanation(script, given, kept, complete))
-        left = [pair for pair in left if pair not in named] if complete else left[1:]
-    explained_ids = {tile for explanation in found for tile in explanation.after}
-    rest = [
-        replace(
-            explanation, after={tile: after for tile, after in explanation.after.items() if tile not in explained_ids}
-        )
-        for explanation in partial[:1]
-    ]
-    return found + [explanation for explanation in rest if explanation.after]
+    explained = {tile for explanation in found for tile in explanation.after}
+    for explanation in partial[:1]:
+        after = {tile: result for tile, result in explanation.after.items() if tile not in explained}
+        found += [replace(explanation, after=after)] if after else []
+    return found
+
+
+def _spread(
+    runner: Runner,
+    script: Script,
+    given: Given,
+    left: Sequence[tuple[Target, Difference]],
+    allowed: Callable[[Target], float],
+) -> Explanation:
+    """The explanation by a script that was found on the first tile of `left`, with all tiles that it explains or brings much nearer."""
+    (target, before), targets = left[0], [target for target, _ in left]
+    if script.order is not None and len(left) > 1:
+        together = runner.common_order(script, targets)
+        if together.order is not None and _explains(runner.difference(together, target), before, allowed(target)):
+            script = together
+    alike = [replace(script, size=size) for size in sizes_like(script.size, given)]  # on this tile, not on others
+    results = [(other, [runner.difference(other, target) for target in targets]) for other in alike]
+    script, after = min(results, key=lambda result: sum(found.mean for found in result[1]))
+    pairs = list(zip(left, after, strict=True))
+    complete = _explains(after[0], before, allowed(target))
+    if complete:
+        pairs = [pair for pair in pairs if _explains(pair[1], pair[0][1], allowed(pair[0][0]))]
+    else:
+        pairs = pairs[:1] + [pair for pair in pairs[1:] if pair[1].mean <= FALL * pair[0][1].mean]
+    return Explanation(script, given, {tile.tile.id: result for (tile, _), result in pairs}, complete)
 
 
 def _explains(after: Difference | Attempt, before: Difference, allowed: float) -> bool:
@@ -99,6 +115,7 @@ def _search(
     What is one decision away from one of `hints`, which explain other tiles, is tried before other pairs.
     """
     tried: dict[Script, list[Attempt]] = {}
+    rounds = min(rounds, 2) if target.pixels > LARGEST_OF_THREE_PX else rounds
 
     def run(script: Script) -> bool:
         """Try a script; whether it explains the tile so well that the search may end."""

@@ -49,7 +49,7 @@ class Scaling:
     """
     How pixels of 0..255 become the network's input: `(x / 255 - mean) / std`, or by each tile's own statistics.
 
-    `text` completes "the script normalises by"; `key` is the value of `normalize`, None if kdpipe has none.
+    `text` completes "the script"; `key` is the value of `normalize`, None if kdpipe has none.
     """
 
     text: str
@@ -64,25 +64,27 @@ def _linear(text: str, mean: Sequence[float], std: Sequence[float]) -> Scaling:
     return Scaling(text, tuple(mean), tuple(std), f"{{mean: [{shown[0]}], std: [{shown[1]}]}}")
 
 
-UNIT = Scaling("x / 255", key="unit")
-IMAGENET = Scaling("ImageNet's mean and deviation", IMAGENET_MEAN, IMAGENET_STD, "imagenet")
+UNIT = Scaling("feeds x / 255", key="unit")
+IMAGENET = Scaling("normalises by ImageNet's mean and deviation", IMAGENET_MEAN, IMAGENET_STD, "imagenet")
 _PAIRS = tuple(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 SCALINGS = (
     UNIT,
     IMAGENET,
-    _linear("nothing: it feeds 0..255", (0, 0, 0), (1 / 255,) * 3),
-    _linear("x / 127.5 - 1: it feeds -1..1", (0.5,) * 3, (0.5,) * 3),
+    _linear("feeds 0..255 as they are", (0, 0, 0), (1 / 255,) * 3),
+    _linear("feeds -1..1 (x / 127.5 - 1)", (0.5,) * 3, (0.5,) * 3),
     _linear(
-        "ImageNet's mean and deviation without dividing by 255",
+        "normalises by ImageNet's mean and deviation without dividing by 255",
         [m / 255 for m in IMAGENET_MEAN],
         [s / 255 for s in IMAGENET_STD],
     ),
-    _linear("ImageNet's mean alone, of 0..255", IMAGENET_MEAN, (1 / 255,) * 3),
-    _linear("ImageNet's mean and deviation, twice", [m + s * m for m, s in _PAIRS], [s * s for _, s in _PAIRS]),
-    _linear("x / 255, twice", (0, 0, 0), (255,) * 3),
-    Scaling("each tile's own mean and deviation, channel by channel", per_tile="channels"),
-    Scaling("each tile's own mean and deviation", per_tile="all"),
-    Scaling("each tile's own smallest and largest value", per_tile="range"),
+    _linear("subtracts ImageNet's mean from 0..255", IMAGENET_MEAN, (1 / 255,) * 3),
+    _linear(
+        "normalises by ImageNet's mean and deviation twice", [m + s * m for m, s in _PAIRS], [s * s for _, s in _PAIRS]
+    ),
+    _linear("divides by 255 twice", (0, 0, 0), (255,) * 3),
+    Scaling("normalises each tile by its own mean and deviation, channel by channel", per_tile="channels"),
+    Scaling("normalises each tile by its own mean and deviation", per_tile="all"),
+    Scaling("scales each tile from its smallest to its largest value", per_tile="range"),
 )
 """The normalisations that scripts use."""
 
@@ -171,7 +173,7 @@ def configured(teacher: Teacher, bands: Sequence[int]) -> Script:
     """Kdpipe's own script: the configured normalisation and bands, one view of the whole tile, float32."""
     mean, std = mean_std(teacher.normalize)
     key = "{...}" if isinstance(teacher.normalize, MeanStd) else teacher.normalize
-    return Script(bands=tuple(bands), scaling=Scaling("the configured values", tuple(mean), tuple(std), key))
+    return Script(bands=tuple(bands), scaling=Scaling("normalises as configured", tuple(mean), tuple(std), key))
 
 
 def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]:
@@ -242,7 +244,7 @@ def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str,
     key, size = given.key, script.size
     if name == "scaling":
         value = script.scaling.key
-        return f"normalises by {script.scaling.text}", (
+        return script.scaling.text, (
             f"set {key}.normalize: {value}" if value else f"normalise by fixed values in it, as {key}.normalize says"
         )
     if name == "bands":

@@ -49,6 +49,12 @@ def png(folder):
     return folder / "t.png"
 
 
+def square(folder):
+    """The smallest that a search is tried on."""
+    picture(64, 64).save(folder / "t.png")
+    return folder / "t.png"
+
+
 def compared(config, tmp_path, scores, name="t.npy"):
     path = tmp_path / "scores" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +81,7 @@ def test_an_order_of_channels_and_a_normalisation_are_found_together(config_of, 
     path, config = config_of(png)
     report = compared(config, tmp_path, own.logits(net, own.pixels(path))[ORDER])
     assert len(report.reference.causes[0].remedies) == 2
-    assert "it feeds 0..255 and saves channels in another order" in report.findings[0].message
+    assert "feeds 0..255 as they are and saves channels in another order" in report.findings[0].message
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
@@ -171,7 +177,7 @@ def test_a_configured_precision_hides_no_fault_that_is_smaller_than_its_rounding
 
 
 def test_numbers_of_half_precision_are_named_where_another_machine_rounds_otherwise(config_of, net, tmp_path):
-    path, config = config_of(png)
+    path, config = config_of(square)
     scores = right(net, path)
     noise = np.random.default_rng(0).normal(0, 0.004, scores.shape).astype(np.float32)
     half = torch.from_numpy(scores + noise).bfloat16().float().numpy()
@@ -191,9 +197,28 @@ def test_an_option_that_leaves_no_trace_in_the_weights_is_named(config_of, net, 
     assert report.reference.causes[0].complete
 
 
-def test_other_weights_are_not_explained(config_of, teacher_file, tmp_path, monkeypatch):
+def test_what_comes_nearest_is_said_to_leave_a_difference(config_of, net, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ROUNDS", 1)
     path, config = config_of(png)
+    with Image.open(path) as image:
+        small = np.asarray(image.resize((256, 256), Image.Resampling.LANCZOS), dtype=np.float32)
+    scores = own.logits(net, small / 255)
+    back = np.stack(
+        [np.asarray(Image.fromarray(plane).resize((96, 64), Image.Resampling.BILINEAR)) for plane in scores]
+    )
+    report = compared(config, tmp_path, back)
+    (cause,) = report.reference.causes
+    assert not cause.complete
+    assert cause.script[0].startswith("resizes images to 256 x 256 px")
+    assert report.findings[0].message.startswith(
+        "what comes nearest, and does not explain all, is that the script resizes"
+    )
+    assert not report.passes
+
+
+def test_other_weights_are_not_explained(config_of, teacher_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "ROUNDS", 1)
+    path, config = config_of(square)
     other = own.network(teacher_file)
     with torch.no_grad():
         for parameter in other.parameters():
