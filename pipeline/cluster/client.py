@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -19,12 +18,10 @@ from concurrent.futures import CancelledError
 from concurrent.futures import Future as Awaited
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from ipaddress import ip_address
 from itertools import groupby
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 from distributed import Client, Future, KilledWorker, Security
@@ -37,6 +34,7 @@ from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, 
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.cluster.addresses import is_open_to_others
 from kdpipe.pipeline.cluster.local import local_cluster
 from kdpipe.pipeline.cluster.worker import (
     CONCURRENT,
@@ -348,19 +346,6 @@ def _from_scheduler(client: Client, call: Callable[[], Result]) -> Result:
         if isinstance(err, OSError | TimeoutError) or client.status != "running":
             raise _SchedulerLost(f"{type(err).__name__}: {err}".splitlines()[0][:120]) from err
         raise
-
-
-def is_open_to_others(address: str) -> bool:
-    """Whether a scheduler's address is one of the network, without TLS; a name is asked for its IP addresses."""
-    protocol, _, place = address.rpartition("://")
-    host = urlsplit(f"//{place}").hostname
-    if protocol in ("tls", "wss") or not host:
-        return False
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:  # connecting says why
-        return False
-    return not all(ip_address(str(ip)).is_loopback for ip in found)
 
 
 def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> str:

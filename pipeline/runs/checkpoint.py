@@ -150,7 +150,8 @@ def load_trained(path: str | Path) -> Trained:
         )
     recorded = content["kdpipe"]
     config = parse_config(yaml.safe_load(recorded["config"]), origin=f"the configuration in {path}")
-    if ":" in config.student.encoder:  # timm would load code's settings from a hub (tu-hf-hub:…) or a folder (tu-local-dir:…)
+    # timm would load settings, and with some of them code, from a hub (tu-hf-hub:…) or a folder (tu-local-dir:…).
+    if ":" in (config.student.encoder or ""):
         raise CheckpointError(
             f"{path} names the encoder {config.student.encoder!r}, which timm would fetch from elsewhere: a checkpoint may only name "
             "encoders that are installed"

@@ -46,7 +46,7 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(cache, tmp_path, 
 
 
 def test_a_cache_without_a_tile_is_begun_anew_with_another_recipe(tmp_path, images):
-    """As a run leaves it that was refused, or stopped, before its first tile."""
+    """A run that was refused or stopped before its first tile leaves such a cache."""
     fill(tmp_path / "c.zarr", images, tiles=[], finish=False)
     other = RECIPE.model_copy(update={"temperature": 1.0})
     fill(tmp_path / "c.zarr", images, tiles=["Other/c"], recipe=other, finish=False)
@@ -106,7 +106,7 @@ def test_the_lock_is_that_of_the_folder_by_whichever_path_and_outlives_the_file_
 
 
 def test_where_a_folder_cannot_be_locked_a_file_in_it_is(tmp_path, images, monkeypatch):
-    """As on NFS, which locks only what is open for writing."""
+    """NFS is such a file system: it locks only what is open for writing."""
     flock = fcntl.flock
 
     def of_nfs(descriptor, operation):
@@ -149,7 +149,7 @@ def test_only_partial_files_of_the_names_that_kdpipe_gives_are_deleted(tmp_path,
 
 @pytest.mark.parametrize("linked", ["tiles/Train/b", "tiles/Train", "tiles"])
 def test_nothing_is_written_or_deleted_through_a_link_in_the_cache(cache, tmp_path, images, linked):
-    """As `rdfind -makesymlinks`, `jdupes -l` or a tidy user leaves."""
+    """`rdfind -makesymlinks`, `jdupes -l` or a tidy user leave such links."""
     folder = tmp_path / "c.zarr"
     target = folder / "tiles/Train/a" if linked.endswith("b") else (folder / linked).rename(folder / "moved")
     shutil.rmtree(folder / linked, ignore_errors=True)

@@ -19,7 +19,8 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CacheLocked, CheckpointError, ClusterUnreachable, ConfigError, DataError, ShutOut
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.cluster import client as module
-from kdpipe.pipeline.cluster.client import Cluster, agreed_device, is_open_to_others
+from kdpipe.pipeline.cluster.addresses import is_open_to_others
+from kdpipe.pipeline.cluster.client import Cluster, agreed_device
 from kdpipe.pipeline.cluster.worker import Facts
 from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe

@@ -61,7 +61,7 @@ def test_a_tile_that_became_a_link_costs_no_other_tile_its_receipt(finished, tmp
 
 
 def test_a_cache_without_a_tile_takes_another_teacher(make, tmp_path, monkeypatch):
-    """As a run leaves it that found out with its first tile that the checkpoint was the wrong one."""
+    """A run that found out with its first tile that the checkpoint was the wrong one leaves such a cache."""
 
     def refused(*arguments):
         raise RuntimeError("by the test")
