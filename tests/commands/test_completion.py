@@ -132,14 +132,14 @@ def test_every_key_offered_is_one_of_the_configuration_and_every_choice_is_accep
     from kdpipe.configs import load_config
     from kdpipe.pipeline.commands.completion import _keys
 
-    config = load_config("demo").model_dump()
+    config = load_config("demo")
     keys = _keys()
     assert {"name", "data.bands", "data.stretch", "teacher.normalize", "class_map", "train.lr"} <= keys.keys()
     for key, choices in keys.items():
         value = config
         for part in key.split("."):
-            assert part in value, key
-            value = value[part]
+            assert hasattr(value, part), key
+            value = getattr(value, part)
         for choice in choices:
             extra = {"distill.teacher_view": ["cache.views=4"], "cache.bits": []}.get(key, [])
             load_config("demo", [f"{key}={choice}", *(extra if choice == "crop" else [])])
