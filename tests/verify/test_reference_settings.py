@@ -176,6 +176,7 @@ def test_a_configured_precision_hides_no_fault_that_is_smaller_than_its_rounding
     assert "pads images with the border's pixels" in report.findings[0].message
 
 
+@pytest.mark.slow
 def test_numbers_of_half_precision_are_named_where_another_machine_rounds_otherwise(config_of, net, tmp_path):
     path, config = config_of(square)
     scores = right(net, path)
