@@ -66,7 +66,7 @@ class TrainTiles:
 
     Args:
         tiles: from `list_tiles`.
-        config: `train`, `classes`, `data.bands` and `seed` are used.
+        config: `train`, `classes`, `data.bands`, `data.alpha` and `seed` are used.
         stretch: from `resolve_stretch`.
         targets: soft targets, read by window; None leaves `target` out of the samples.
         sizes: the tiles' `(H, W)`; None reads them from the files' headers as needed.
@@ -260,7 +260,7 @@ def read_labels(
 def _read_image(
     tile: Tile, config: Config, stretch: Stretch, size: tuple[int, int] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
-    image, data = read_image_with_data(tile.image, config.data.bands, stretch)
+    image, data = read_image_with_data(tile.image, config.data.bands, stretch, config.data.alpha)
     if size is not None and image.shape[:2] != tuple(size):
         raise DataError(
             f"{tile.image} is {_by(image)} px, but its header said {size[0]} x {size[1]} earlier in this run: the file has changed"

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.header import declared_by
 from kdpipe.data.declared.opening import opened
 from kdpipe.data.declared.tile import RECIPE, mask_faults, no_stretch_text
@@ -43,7 +44,9 @@ def image_size(path: Path) -> tuple[int, int]:
         return raster.height, raster.width
 
 
-def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> NDArray[np.uint8]:
+def read_image(
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None, alpha: Alpha = "opacity"
+) -> NDArray[np.uint8]:
     """
     The image as uint8 `(H, W, 3)`, values 0..255.
 
@@ -52,35 +55,38 @@ def read_image(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = 
         bands: three band numbers, counted from 1; others (alpha, infrared) are left out.
         stretch: a `(low, high)` for each band, in the file's own units: low becomes 0, high 255, linearly, clipped and
             rounded (half to even). The declared nodata becomes 0. None takes 8-bit values as they are and refuses all others.
+        alpha: `data.alpha`, whether a band that the file calls alpha hides pixels (`opacity`) or is an ordinary `band`.
 
     Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, lacks a band, needs a stretch and has
     none, or holds NaN or infinity other than its declared nodata.
     """
-    return read_image_with_data(path, bands, stretch)[0]
+    return read_image_with_data(path, bands, stretch, alpha)[0]
 
 
 def read_image_with_data(
-    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None, alpha: Alpha = "opacity"
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
     """
     The image as `read_image` returns it, and which pixels hold data, bool `(H, W)`; None if all do.
 
-    A pixel holds none where an alpha band or a mask of the file is 0, or where all `bands` are their declared nodata.
+    A pixel holds none where a band that is opacity or a mask of the file is 0, or where all `bands` are their declared nodata.
     """
     with opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
-            if not _may_lack_data(raster, bands):
+            if not _may_lack_data(raster, bands, alpha):
                 return np.ascontiguousarray(_pixels(path, raster, bands).transpose(1, 2, 0)), None
-        read = _read(path, raster, bands)
+        read = _read(path, raster, bands, alpha)
     image_HWB = _image(path, bands, read, stretch)
     return np.ascontiguousarray(image_HWB), _none_if_whole(read.data_HW)
 
 
-def read_data(path: Path, bands: Sequence[int] = (1, 2, 3)) -> NDArray[np.bool_] | None:
-    """The second of `read_image_with_data`; decodes no pixel of a file that declares neither nodata nor a mask nor alpha."""
+def read_data(path: Path, bands: Sequence[int] = (1, 2, 3), alpha: Alpha = "opacity") -> NDArray[np.bool_] | None:
+    """The second of `read_image_with_data`; decodes no pixel of a file that declares neither nodata nor a mask nor opacity."""
     with opened(path) as raster:
-        return _none_if_whole(_read(path, raster, bands).data_HW) if _may_lack_data(raster, bands) else None
+        if not _may_lack_data(raster, bands, alpha):
+            return None
+        return _none_if_whole(_read(path, raster, bands, alpha).data_HW)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Values:
     """
     Bands as a file stores them, `(B, H, W)` in its dtype, where each is its declared nodata, and which pixels are hidden.
 
-    `hidden_HW` is where an alpha band or a mask of the file is 0; None if it has neither.
+    `hidden_HW` is where a band that is opacity or a mask of the file is 0; None if it has neither.
     """
 
     values_BHW: NDArray[Any]
@@ -110,9 +116,11 @@ class Values:
 class Rows:
     """An open image, read by rows from the top down. The rows read last are kept, as the next call may need them again."""
 
-    def __init__(self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch) -> None:
+    def __init__(
+        self, path: Path | str, raster: DatasetReader, bands: Sequence[int], stretch: Stretch, alpha: Alpha
+    ) -> None:
         self.path, self.height, self.width = path, raster.height, raster.width
-        self._raster, self._bands, self._stretch = raster, list(bands), stretch
+        self._raster, self._bands, self._stretch, self._alpha = raster, list(bands), stretch, alpha
         self._top = 0
         self._kept_hW3 = np.empty((0, raster.width, 3), dtype=np.uint8)
         self._kept_data_hW = np.empty((0, raster.width), dtype=np.bool_)
@@ -141,16 +149,18 @@ class Rows:
         from rasterio.windows import Window
 
         window = Window(0, top, self.width, count)  # type: ignore[no-untyped-call, unused-ignore]
-        return _read(self.path, self._raster, self._bands, window)
+        return _read(self.path, self._raster, self._bands, self._alpha, window)
 
 
 @contextmanager
-def open_rows(path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None) -> Iterator[Rows]:
+def open_rows(
+    path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None, alpha: Alpha = "opacity"
+) -> Iterator[Rows]:
     """The image of `read_image`, to be read by rows; opening and reading raise `DataError` as there."""
     with opened(path) as raster:
         if stretch is None:
             require_8_bit(path, raster, bands)
-        yield Rows(path, raster, bands, stretch)
+        yield Rows(path, raster, bands, stretch, alpha)
 
 
 def _image(
@@ -211,15 +221,15 @@ def read_mask_values(path: Path) -> NDArray[Any]:
         return values_HW
 
 
-def read_bands(path: Path, bands: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_bands(path: Path, bands: Sequence[int], alpha: Alpha = "opacity") -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """
     The raw bands, `(B, H, W)` in the file's dtype, and where they hold no data, bool `(B, H, W)`.
 
-    A value is no data if it is the band's declared nodata, or if an alpha band or a mask of the file is 0 at its pixel. Raises
-    `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
+    A value is no data if it is the band's declared nodata, or if a band that is opacity or a mask of the file is 0 at its
+    pixel. Raises `DataError` if the file is missing, damaged or larger than `MAX_PIXELS`, or lacks a band.
     """
     with opened(path) as raster:
-        read = _read(path, raster, bands)
+        read = _read(path, raster, bands, alpha)
     return read.values_BHW, read.missing_BHW
 
 
@@ -233,7 +243,9 @@ def _pixels(
     return pixels
 
 
-def _read(path: Path | str, raster: DatasetReader, bands: Sequence[int], window: Window | None = None) -> Values:
+def _read(
+    path: Path | str, raster: DatasetReader, bands: Sequence[int], alpha: Alpha, window: Window | None = None
+) -> Values:
     """The bands of an open file, within `window` if given; raises `DataError` as `read_bands` does."""
     values_BHW = _pixels(path, raster, bands, window)
     if values_BHW.dtype.kind not in "iuf":
@@ -245,30 +257,31 @@ def _read(path: Path | str, raster: DatasetReader, bands: Sequence[int], window:
             continue
         with np.errstate(over="ignore"):  # a nodata beyond float32, such as -1.8e308, is -inf there
             nodata_BHW[i] = np.isnan(values_BHW[i]) if np.isnan(nodata) else values_BHW[i] == nodata
-    hidden = [~(mask_HW > 0) for mask_HW in _masks(raster, bands, window)]  # also where a float alpha is NaN
+    hidden = [~(mask_HW > 0) for mask_HW in _masks(raster, bands, alpha, window)]  # also where a float alpha is NaN
     return Values(values_BHW, nodata_BHW, np.logical_or.reduce(hidden) if hidden else None)
 
 
-def _masks(raster: DatasetReader, bands: Sequence[int], window: Window | None) -> Iterator[NDArray[Any]]:
-    """The alpha bands and the masks of an open file, each `(H, W)` and 0 where there is no data."""
+def _masks(raster: DatasetReader, bands: Sequence[int], alpha: Alpha, window: Window | None) -> Iterator[NDArray[Any]]:
+    """The bands that are opacity and the masks of an open file, each `(H, W)` and 0 where there is no data."""
     from rasterio.enums import MaskFlags
 
     # By its name alone: GDAL takes alpha for a mask only where it is the 2nd of 2 or the 4th of 4 bands, and no nodata is declared.
     for number, meaning in enumerate(raster.colorinterp, start=1):
-        if meaning.name == "alpha":
+        if meaning.name == "alpha" and alpha == "opacity":
             yield raster.read(number, window=window)
     flags = raster.mask_flag_enums[bands[0] - 1]
     if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
         yield raster.read_masks(bands[0], window=window)
 
 
-def _may_lack_data(raster: DatasetReader, bands: Sequence[int]) -> bool:
-    """Whether an open file declares nodata for one of `bands`, a mask or alpha."""
+def _may_lack_data(raster: DatasetReader, bands: Sequence[int], alpha: Alpha) -> bool:
+    """Whether an open file declares nodata for one of `bands`, a mask or opacity."""
     from rasterio.enums import MaskFlags
 
-    flags = raster.mask_flag_enums
-    is_whole = all(MaskFlags.all_valid in flags[band - 1] for band in bands if band <= raster.count)
-    return not is_whole or any(meaning.name == "alpha" for meaning in raster.colorinterp)
+    if alpha == "opacity" and any(meaning.name == "alpha" for meaning in raster.colorinterp):
+        return True
+    whole = {MaskFlags.all_valid, MaskFlags.alpha}  # GDAL's mask by alpha alone, which is no opacity here
+    return any(whole.isdisjoint(raster.mask_flag_enums[band - 1]) for band in bands if band <= raster.count)
 
 
 def _none_if_whole(data_HW: NDArray[np.bool_]) -> NDArray[np.bool_] | None:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema import Alpha
+from kdpipe.data.declared.header import called
 from kdpipe.data.declared.opening import GDAL_OPTIONS, MAX_PIXELS, explained
 from kdpipe.data.declared.scene import Bands, bands_of_scene
 from kdpipe.data.decoders import with_pixels_of_pillow
@@ -72,8 +74,8 @@ class Scene(Rows):
     `seen` describes the values read so far; `bands_note` is a line for the user if the bands are not simply those of the student.
     """
 
-    def __init__(self, path: str, raster: DatasetReader, bands: Bands, stretch: Stretch) -> None:
-        super().__init__(path, raster, bands.numbers, stretch)
+    def __init__(self, path: str, raster: DatasetReader, bands: Bands, stretch: Stretch, alpha: Alpha) -> None:
+        super().__init__(path, raster, bands.numbers, stretch, alpha)
         self.bands_note = bands.note
         self.seen = Seen(raster.dtypes[bands.numbers[0] - 1])
 
@@ -109,14 +111,18 @@ class Scene(Rows):
 
 @contextmanager
 def open_scene(
-    path: str, bands: Sequence[int], stretch: Stretch, trained_colours: Sequence[str] | None = None
+    path: str,
+    bands: Sequence[int],
+    stretch: Stretch,
+    trained_colours: Sequence[str] | None = None,
+    alpha: Alpha = "opacity",
 ) -> Iterator[Scene]:
     """
-    The open scene; `bands` and `stretch` are the student's (see `rasters.read_image`), `trained_colours` what its training images
+    The open scene; `bands`, `stretch` and `alpha` are the student's (see `rasters.read_image`), `trained_colours` what its training images
     called these bands (see `bands_of_scene`).
 
-    Raises `DataError` if rasterio cannot open it, it holds several images, lacks a band or calls it alpha, or needs a stretch and has
-    none.
+    Raises `DataError` if rasterio cannot open it, it holds several images, lacks a band or calls it alpha where that is opacity, or needs a
+    stretch and has none.
     """
     import rasterio
 
@@ -127,12 +133,13 @@ def open_scene(
             if raster.count == 0:
                 inside = ", ".join(raster.subdatasets[:3]) or "nothing"
                 raise DataError(f"{path} holds no bands but further images inside: name one of them ({inside})")
-            chosen = bands_of_scene(path, [colour.name for colour in raster.colorinterp], bands, trained_colours)
+            colours = called([colour.name for colour in raster.colorinterp], alpha)
+            chosen = bands_of_scene(path, colours, bands, trained_colours)
             if stretch is None:
                 require_8_bit(path, raster, chosen.numbers)
             if raster.driver == "JPEG":
                 _require_decodable(path, raster)
-            yield Scene(path, with_pixels_of_pillow(path, raster), chosen, stretch)
+            yield Scene(path, with_pixels_of_pillow(path, raster), chosen, stretch, alpha)
 
 
 def _require_decodable(path: str, raster: DatasetReader) -> None:

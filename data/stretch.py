@@ -34,7 +34,7 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
         return data.stretch.pairs(3)
     assert tiles, "percentiles of no tiles"
     per_tile = max(SAMPLE_VALUES // len(tiles), MIN_VALUES_PER_TILE)
-    samples = [sampled_bands(tile.image, data.bands, per_tile) for tile in tiles]
+    samples = [sampled_bands(tile.image, data.bands, per_tile, data.alpha) for tile in tiles]
     pairs: list[tuple[float, float]] = []
     for band, sample in zip(data.bands, zip(*samples, strict=True), strict=True):
         values = np.concatenate(sample)
@@ -51,13 +51,15 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
     return pairs
 
 
-def sampled_bands(path: Path, bands: Sequence[int], at_most: int) -> list[NDArray[np.float64]]:
+def sampled_bands(
+    path: Path, bands: Sequence[int], at_most: int, alpha: schema.Alpha = "opacity"
+) -> list[NDArray[np.float64]]:
     """
     Values of each band at the pixels of `sample_grid`, float64, without nodata and non-finite values.
 
     Raises `DataError` as `read_bands` does.
     """
-    values_BHW, nodata_BHW = read_bands(path, bands)
+    values_BHW, nodata_BHW = read_bands(path, bands, alpha)
     rows, columns = sample_grid(values_BHW.shape[1], values_BHW.shape[2], at_most)
     grid = np.ix_(np.arange(len(bands)), rows, columns)
     values, usable = values_BHW[grid].astype(np.float64), ~nodata_BHW[grid]

@@ -40,6 +40,9 @@ FILL_VALUES = (
 )  # which ArcGIS, GDAL's tools and NASA's products write where nothing was measured
 FILL_BELOW = -1e30  # near the lowest float32, which ArcGIS and GRASS write
 
+MOST_BETWEEN = 0.1  # of the values of an opacity; more are infrared or the like. Soft edges and shadows are fewer
+MAX_NOTED = 2**24  # pixels of an image whose alpha is looked at before a run, a tenth of a second
+
 Item = TypeVar("Item")
 
 
@@ -48,9 +51,11 @@ class Root:
     """
     A root of tiles and its survey.
 
-    `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. `values` counts pixels by mask
+    `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. Of these images' bands
+    called alpha, `alpha_values` were read, `alpha_between` of them lie between 0 and the largest. `values` counts pixels by mask
     value in the `masks_read` masks that were decoded. `ranges` are the `PERCENTILES` of each band over the `images_read` images, in
-    the files' own units; empty if all are 8-bit. `pixels_without_data` of these images' `pixels` are transparent, masked or nodata.
+    the files' own units; empty if all are 8-bit. `pixels_without_data` of these images' `pixels` are transparent, masked or nodata,
+    `hidden_by_alpha` the first alone; where `alpha_is_band`, none is transparent.
     `seen` are the headers of the opened images and masks. `problems` describe faults that a run would stop at, or that would spoil it.
     """
 
@@ -62,10 +67,13 @@ class Root:
     dtypes: Counter[str] = field(default_factory=Counter)
     rgb: Counter[tuple[int, int, int] | None] = field(default_factory=Counter)
     alpha: int = 0
+    alpha_values: int = 0
+    alpha_between: int = 0
     images_read: int = 0
     ranges: list[tuple[float, float]] = field(default_factory=list)
     pixels: int = 0
     pixels_without_data: int = 0
+    hidden_by_alpha: int = 0
     masks_read: int = 0
     values: Counter[int] = field(default_factory=Counter)
     mask_nodata: Counter[float | None] = field(default_factory=Counter)
@@ -75,6 +83,11 @@ class Root:
     def masks(self) -> int:
         """Number of tiles with a mask."""
         return sum(tile.mask is not None for tile in self.tiles)
+
+    @property
+    def alpha_is_band(self) -> bool:
+        """Whether the band called alpha is no opacity, by its values."""
+        return self.alpha_between > MOST_BETWEEN * self.alpha_values
 
     @property
     def headers(self) -> int:
@@ -145,6 +158,9 @@ def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
         if tile.id in with_labels:
             _tried(root, _count, root, tile)
             advance()
+    if root.alpha_is_band:
+        root.pixels_without_data -= root.hidden_by_alpha
+        root.hidden_by_alpha = 0
     if root.dtypes.keys() - {"uint8"}:
         joined = [np.concatenate(band) for band in samples]
         root.ranges = [_range(values) for values in joined if values.size]
@@ -188,7 +204,19 @@ def _look(root: Root, headers: Headers) -> None:
 def _read(root: Root, tile: Tile, image: Declared, samples: list[list[NDArray[Any]]]) -> None:
     if image.bands * image.height * image.width > MAX_VALUES:
         return
-    values_BHW, nodata_BHW = read_bands(tile.image, range(1, image.bands + 1))
+    values_BHW, nodata_BHW = read_bands(tile.image, range(1, image.bands + 1), "band")
+    colours = [i for i in range(image.bands) if i + 1 != image.alpha]
+    missing_HW = nodata_BHW[colours].all(axis=0)
+    root.pixels += image.height * image.width
+    root.pixels_without_data += int(np.count_nonzero(missing_HW))
+    if image.alpha is not None:
+        alpha_HW = values_BHW[image.alpha - 1]
+        root.alpha_values += alpha_HW.size
+        root.alpha_between += count_between(alpha_HW)
+        hidden_HW = ~(alpha_HW > 0)
+        nodata_BHW |= hidden_HW
+        root.hidden_by_alpha += int(np.count_nonzero(hidden_HW & ~missing_HW))
+        root.pixels_without_data += int(np.count_nonzero(hidden_HW & ~missing_HW))
     grid = np.ix_(*sample_grid(image.height, image.width, SAMPLE_VALUES))
     for i, (values_HW, nodata_HW) in enumerate(zip(values_BHW, nodata_BHW, strict=True)):
         if i == len(samples):
@@ -196,11 +224,40 @@ def _read(root: Root, tile: Tile, image: Declared, samples: list[list[NDArray[An
         values = values_HW[grid].astype(np.float64)
         samples[i].append(values[np.isfinite(values) & ~nodata_HW[grid]])
     root.images_read += 1
-    colours = [i for i in range(image.bands) if i + 1 != image.alpha]
-    root.pixels += image.height * image.width
-    root.pixels_without_data += int(np.count_nonzero(nodata_BHW[colours].all(axis=0)))
     texts = (undeclared_text(tile.image, i + 1, values_BHW[i][~nodata_BHW[i]]) for i in colours)
     root.problems += [text for text in texts if text is not None][:1]
+
+
+def count_between(alpha_HW: NDArray[Any]) -> int:
+    """How many values of a band called alpha lie between 0 and the largest: few of an opacity, most of infrared or another band."""
+    return int(np.count_nonzero((alpha_HW > 0) & (alpha_HW < np.fmax.reduce(alpha_HW, axis=None))))
+
+
+def alpha_notes(headers: Sequence[Headers]) -> list[str]:
+    """
+    At most one line: the band that these images call alpha is no opacity, by its values, and is about to be taken for it.
+
+    Images of more than `MAX_NOTED` pixels and such as cannot be read are not looked at.
+    """
+    total = between = 0
+    named: tuple[Path, int] | None = None
+    for header in headers:
+        path, image = header.tile.image, header.image
+        if image is None or image.alpha is None or image.height * image.width > MAX_NOTED:
+            continue
+        try:
+            ((alpha_HW,), _) = read_bands(path, [image.alpha], "band")
+        except DataError:  # said by whoever needs the image
+            continue
+        total, between = total + alpha_HW.size, between + count_between(alpha_HW)
+        named = named or (path, image.alpha)
+    if named is None or between <= MOST_BETWEEN * total:
+        return []
+    path, band = named
+    return [
+        f"{path} calls band {band} alpha, and {100 * between / total:.0f} % of its values lie between 0 and the largest, so it hardly is "
+        "opacity. If it is infrared or another band, set data.alpha: band; as it is, pixels where it is 0 count as no data"
+    ]
 
 
 def undeclared_text(path: Path, band: int, values: NDArray[Any]) -> str | None:

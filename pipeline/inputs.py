@@ -16,11 +16,12 @@ from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.declared.check import THREADS, Comparison, Findings, Headers, read_headers, refuse, tile_faults
 from kdpipe.data.rasters import read_mask
-from kdpipe.data.survey import evenly
+from kdpipe.data.survey import alpha_notes, evenly
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.progress import Advance, Progress, Silent
 
 SHOWN_FROM = 500  # tiles, whose headers take about a second
+FIRST = 3  # training images whose alpha is looked at
 MOST_AGAIN = 2000  # unchanged tiles, read again in two or three seconds: new validation tiles may lie on them
 
 
@@ -54,14 +55,19 @@ def check_headers(
     data = config.data
     comparison = Comparison(data.bands, "bands" in data.model_fields_set, len(config.classes.names))
     faults: list[str] = []
+    first: list[Headers] = []
     with _bar(progress, "headers", len(chosen), "tiles") as advance:
         read = read_headers([tile for tile, _ in chosen], lambda: advance(1))
-        for (_, is_val), headers in zip(chosen, read, strict=True):
+        for (_, is_val), as_declared in zip(chosen, read, strict=True):
+            if not is_val and len(first) < FIRST:
+                first.append(as_declared)
+            headers = as_declared.called(data.alpha)
             faults += _faults_of(headers, config, images_may_fail=images_may_fail and not is_val)
             comparison.add(headers, is_val=is_val)
     findings = comparison.findings()
     refuse(Findings(faults + findings.faults))
-    for note in findings.notes:
+    misread = [] if data.alpha == "band" else alpha_notes(first)
+    for note in [*findings.notes, *misread]:
         progress.say(f"note: {note}")
 
 

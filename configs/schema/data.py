@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from kdpipe.configs.schema.section import Section, refuse_repeats
+
+Alpha = Literal["opacity", "band"]
 
 
 class Classes(Section):
@@ -83,6 +87,9 @@ class Data(Section):
     """Whether tiles of `train` and `val` may lack a mask. If false, a missing mask is an error."""
     bands: tuple[int, int, int] = (1, 2, 3)
     """The three bands that the networks see, counted from 1."""
+    alpha: Alpha = "opacity"
+    """What a band that the files call alpha is: `opacity`, where 0 means no data, or an ordinary `band`, such as infrared in files that
+    GDAL calls so by default."""
     stretch: FixedRange | Percentiles | None = None
     """How values become 0..255. Null takes 8-bit images as they are and refuses all others."""
 

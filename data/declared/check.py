@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.agreement import Agreement
 from kdpipe.data.declared.header import Declared, read_declared
 from kdpipe.data.declared.leaks import Place, copies, leak_findings, overlapping, place_of
@@ -35,6 +36,10 @@ class Headers:
     mask: Declared | None
     image_error: str | None = None
     mask_error: str | None = None
+
+    def called(self, alpha: Alpha) -> Headers:
+        """The same headers; bands of the image have the names that `header.called` gives them."""
+        return self if self.image is None else replace(self, image=self.image.called(alpha))
 
 
 @dataclass

@@ -7,12 +7,14 @@ No pixel is decoded. Not covered: whether a header fits what is asked of the fil
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.opening import opened
 
 if TYPE_CHECKING:
@@ -77,11 +79,20 @@ class Declared:
         """Number of the band that is called alpha, counted from 1; None if there is none."""
         return self.colours.index("alpha") + 1 if "alpha" in self.colours else None
 
+    def called(self, alpha: Alpha) -> Declared:
+        """The same header, in which bands have the names that `called` gives them."""
+        return self if alpha == "opacity" else replace(self, colours=called(self.colours, alpha))
+
     @property
     def rgb(self) -> tuple[int, int, int] | None:
         """Numbers of the bands called red, green and blue, counted from 1; None unless all three are."""
         found = [self.colours.index(colour) + 1 for colour in ("red", "green", "blue") if colour in self.colours]
         return (found[0], found[1], found[2]) if len(found) == 3 else None
+
+
+def called(colours: Sequence[str], alpha: Alpha) -> tuple[str, ...]:
+    """The names of bands, of which `alpha` means nothing, `undefined`, where such a band is an ordinary one (`data.alpha: band`)."""
+    return tuple("undefined" if colour == "alpha" and alpha == "band" else colour for colour in colours)
 
 
 def read_declared(path: Path) -> Declared:

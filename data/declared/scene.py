@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdpipe.configs.errors import DataError
-from kdpipe.data.declared.header import NAMELESS, read_declared
+from kdpipe.configs.schema import Alpha
+from kdpipe.data.declared.header import NAMELESS, called, read_declared
 
 _RGB = ("red", "green", "blue")
 
@@ -20,13 +21,13 @@ class Bands:
     note: str | None = None
 
 
-def colours_of(path: Path, bands: Sequence[int]) -> list[str]:
+def colours_of(path: Path, bands: Sequence[int], alpha: Alpha = "opacity") -> list[str]:
     """
-    What an image calls `bands`, in GDAL's words (see `Declared.colours`).
+    What an image calls `bands`, in GDAL's words (see `Declared.colours` and `header.called`).
 
     Raises `DataError` as `read_declared` does, and for a band that the image lacks.
     """
-    colours = read_declared(path).colours
+    colours = called(read_declared(path).colours, alpha)
     if max(bands) > len(colours):
         raise DataError(f"{path} has {len(colours)} bands, and data.bands asks for {list(bands)}")
     return [colours[band - 1] for band in bands]
@@ -56,8 +57,8 @@ def bands_of_scene(
         band = bands[found.index("alpha")]
         raise DataError(
             f"{path} calls band {band} alpha, which is opacity and no colour, and the student was trained on bands {list(bands)}: write "
-            f"the scene with its bands in that order (`gdal_translate -b …`), or, if band {band} is a colour, call it so "
-            f"(`gdal_edit.py -colorinterp_{band} undefined`)"
+            f"the scene with its bands in that order (`gdal_translate -b …`), or, if band {band} is something else, such as infrared, call "
+            f"it so (`gdal_edit.py -colorinterp_{band} undefined`), or train with data.alpha: band"
         )
     expected = _RGB if trained_colours is None else trained_colours
     if all(is_ == of or is_ in NAMELESS or of in NAMELESS for is_, of in zip(found, expected, strict=True)):

@@ -31,8 +31,8 @@ def image_faults(path: Path, image: Declared, bands: Sequence[int], *, has_stret
     if image.alpha in bands:
         faults.append(
             f"data.bands {list(bands)} takes band {image.alpha} of {path}, which the file calls alpha: opacity is no colour. Choose "
-            f"among its other bands ({colours_text(image.colours)}), or correct the file if band {image.alpha} is something else "
-            f"(`gdal_edit.py -colorinterp_{image.alpha} undefined {path.name}`)"
+            f"among its other bands ({colours_text(image.colours)}), or, if band {image.alpha} is something else, such as infrared, set "
+            "data.alpha: band"
         )
     if _is_coloured(image) and 1 in bands:
         faults.append(

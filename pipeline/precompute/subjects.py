@@ -112,7 +112,7 @@ class WholeTile:
         return image_size(self.tile.image)
 
     def image(self) -> NDArray[np.uint8]:
-        return read_image(self.tile.image, self.config.data.bands, self.stretch)
+        return read_image(self.tile.image, self.config.data.bands, self.stretch, self.config.data.alpha)
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
         before = _file_state(self.tile.image)
@@ -125,13 +125,14 @@ class WholeTile:
     def open_rows(self) -> Iterator[tuple[Rows, ImageDigest]]:
         """A reader of the image's rows, and the digest of its file; raises `DataError` if the file changes within the context."""
         before = _file_state(self.tile.image)
-        with open_rows(self.tile.image, self.config.data.bands, self.stretch) as rows:
+        with open_rows(self.tile.image, self.config.data.bands, self.stretch, self.config.data.alpha) as rows:
             yield rows, digest_image(self.tile.image)
         _refuse_changed(self.tile.image, before)
 
     def labels(self) -> NDArray[np.integer[Any]]:
         """The mask's labels, as `read_labels` returns them."""
-        return read_labels(self.tile, self.config, self.size(), read_data(self.tile.image, self.config.data.bands))
+        data_HW = read_data(self.tile.image, self.config.data.bands, self.config.data.alpha)
+        return read_labels(self.tile, self.config, self.size(), data_HW)
 
 
 @dataclass(frozen=True, slots=True)

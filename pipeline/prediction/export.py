@@ -243,7 +243,7 @@ def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
         if len(paths) > VERIFIED_TILES
         else paths
     )
-    return [read_image(Path(path), data.bands, trained.stretch) for path in chosen]
+    return [read_image(Path(path), data.bands, trained.stretch, data.alpha) for path in chosen]
 
 
 @torch.inference_mode()

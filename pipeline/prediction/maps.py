@@ -113,7 +113,7 @@ def predict(
     counts, bands_notes = {}, {}
     for scene_path in targets:
         try:
-            with open_scene(scene_path, card.bands, card.stretch, card.colours) as scene:
+            with open_scene(scene_path, card.bands, card.stretch, card.colours, card.alpha) as scene:
                 counts[scene_path] = _num_windows(scene, window, overlap)
                 if scene.bands_note:
                     bands_notes[scene_path] = scene.bands_note
@@ -158,7 +158,7 @@ class _SceneMapper:
         counts = np.zeros(len(card.classes), np.int64)
         no_data = 0
         with ExitStack() as stack:
-            scene = stack.enter_context(open_scene(path, card.bands, card.stretch, card.colours))
+            scene = stack.enter_context(open_scene(path, card.bands, card.stretch, card.colours, card.alpha))
             # The map of classes is opened first, so that it is renamed last: if it exists, the others do.
             writers = {
                 kind: stack.enter_context(

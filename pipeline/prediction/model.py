@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
-from kdpipe.configs.schema import MeanStd
+from kdpipe.configs.schema import Alpha, MeanStd
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.models.normalize import mean_std, normalized
@@ -38,7 +38,7 @@ class Card(BaseModel):
 
     Input: float32 `(N, 3, H, W)`, `(x / 255 - mean) / std` of the image's `bands`; `stretch` maps each band linearly from its (low, high)
     to 0..255, rounded, unless it is None. Output: float32 logits `(N, len(classes), H, W)`. `sizes` describes the allowed H and W,
-    `colours` what the training images called `bands`; None if that is not recorded.
+    `colours` what the training images called `bands`; None if that is not recorded. `alpha` is `data.alpha`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +53,7 @@ class Card(BaseModel):
     ignore_index: int
     bands: tuple[int, int, int]
     colours: list[str] | None = None
+    alpha: Alpha = "opacity"
     stretch: list[tuple[float, float]] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -88,6 +89,7 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
             "ignore_index": config.classes.ignore_index,
             "bands": config.data.bands,
             "colours": trained.colours,
+            "alpha": config.data.alpha,
             "stretch": trained.stretch,
             "mean": mean,
             "std": std,

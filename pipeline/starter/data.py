@@ -61,6 +61,22 @@ def data_keys(
     return keys + _bands_and_stretch(used, given.bands, notes, problems)
 
 
+def _alpha(roots: Sequence[Root], notes: list[str]) -> list[Key]:
+    """The key `alpha`, unless its default is right."""
+    found = [root for root in roots if root.alpha_is_band]
+    if not found:
+        return []
+    between, values = sum(root.alpha_between for root in found), sum(root.alpha_values for root in found)
+    measured = f"{part_text(between, values)} of the values of the band called alpha lie between 0 and the largest"
+    others = [root.path for root in roots if root.alpha_values and not root.alpha_is_band]
+    notes.append(
+        f"the images call a band alpha that is no opacity, as {measured}: the config has data.alpha: band, so it hides no pixel and may "
+        "stand in data.bands" + (f". That holds for {', '.join(others)} too, where it may be opacity" if others else "")
+    )
+    why = f"Measured: {measured}. So it is no opacity but another band, such as infrared, and hides no pixel."
+    return [Key("alpha", "band", why)]
+
+
 def _bands_and_stretch(
     roots: Sequence[Root], bands: tuple[int, ...] | None, notes: list[str], problems: list[str]
 ) -> list[Key]:
@@ -76,7 +92,8 @@ def _bands_and_stretch(
             "folder of their own and leave it out, or convert them"
         )
     ranges = _ranges_text(roots)
-    keys = _bands(roots, bands, ranges)
+    alpha = _alpha(roots, notes)
+    keys = _bands(roots, bands, ranges, is_opacity=not alpha) + alpha
     if dtypes.keys() - {"uint8"}:
         why = (f"Measured: images hold {_counts_text(dtypes)}, and networks see 0..255. Guess: these percentiles, over all training "
                f"images, become 0 and 255. range: [low, high] fixes them instead.{ranges}")  # fmt: skip
@@ -84,7 +101,7 @@ def _bands_and_stretch(
     return keys
 
 
-def _bands(roots: Sequence[Root], bands: tuple[int, ...] | None, ranges: str) -> list[Key]:
+def _bands(roots: Sequence[Root], bands: tuple[int, ...] | None, ranges: str, *, is_opacity: bool) -> list[Key]:
     """The key `bands`, unless its default is right."""
     counts = sum((root.bands for root in roots), Counter())
     rgb: Counter[Any] = sum((root.rgb for root in roots), Counter())
@@ -95,8 +112,8 @@ def _bands(roots: Sequence[Root], bands: tuple[int, ...] | None, ranges: str) ->
         return [Key("bands", list(bands), "Given: the bands of red, green and blue, counted from 1.")]
     if least == most == 1:
         return [Key("bands", [1, 1, 1], "Measured: images have one band, which networks see as red, green and blue.")]
-    opaque = most - any(root.alpha for root in roots)
-    if least == 2 or (opaque > 3 and len(rgb) == 1 and None in rgb) or (len(rgb) > 1 and most > 3):
+    colours = most - (is_opacity and any(root.alpha for root in roots))
+    if least == 2 or (colours > 3 and len(rgb) == 1 and None in rgb) or (len(rgb) > 1 and most > 3):
         why = ("Asked: the bands that the teacher knows as red, green and blue, counted from 1, such as [3, 2, 1]. The images do not "
                f"name their bands, {_counts_text(counts)} in number.")  # fmt: skip
         return [Key("bands", FILL_IN, why + ranges)]

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.fill_in import FILL_IN
-from kdpipe.configs.schema import Data
+from kdpipe.configs.schema import Alpha, Data
 from kdpipe.data.declared.check import Comparison, Findings
 from kdpipe.data.declared.tile import image_faults
 from kdpipe.data.survey import Root
@@ -116,11 +116,12 @@ def compared(
     roots: Sequence[Root], roles: dict[str, str], given: Given, keys: Sequence[Key], labels: Labels
 ) -> Findings:
     """What the surveyed headers declare, against the drafted `data.bands` and against each other."""
-    bands = drafted_bands(keys)
+    bands, alpha = drafted_bands(keys), drafted_alpha(keys)
     comparison = Comparison(bands, given.bands is not None, labels.count)
     faults: list[str] = []
     for root in roots:
-        for headers in root.seen if roles[root.path] != "not used" else ():
+        for declared in root.seen if roles[root.path] != "not used" else ():
+            headers = declared.called(alpha)
             comparison.add(headers, is_val=roles[root.path] == "val")
             image = headers.image
             if image is not None and bands is not None and max(bands) <= image.bands:
@@ -134,6 +135,12 @@ def drafted_bands(keys: Sequence[Key]) -> list[int] | None:
     (data,) = (key.value for key in keys if key.name == "data")
     written = [key.value for key in data if key.name == "bands"]
     return None if written == [FILL_IN] else (written or [list(Data.model_fields["bands"].default)])[0]
+
+
+def drafted_alpha(keys: Sequence[Key]) -> Alpha:
+    """What a run of these keys takes a band called alpha for."""
+    (data,) = (key.value for key in keys if key.name == "data")
+    return "band" if any(key.name == "alpha" for key in data) else "opacity"
 
 
 def assign_roles(roots: Sequence[Root], val: Sequence[str] = ()) -> dict[str, str]:

@@ -73,7 +73,7 @@ def _sample(config: Config, tried: Sequence[Tile], stretch: Stretch) -> NDArray[
     images: list[NDArray[np.uint8]] = []
     for tile in tried:
         try:
-            images.append(read_image(tile.image, config.data.bands, stretch))
+            images.append(read_image(tile.image, config.data.bands, stretch, config.data.alpha))
         except DataError:  # stage one will name it
             continue
         if len(images) == SAMPLE:

@@ -42,12 +42,13 @@ class OnlineTargets:
     def __init__(self, teacher: FrozenTeacher, tiles: Sequence[Tile], config: Config, stretch: Stretch) -> None:
         self._teacher = teacher
         self._images = {tile.id: tile.image for tile in tiles}
-        self._bands, self._stretch = config.data.bands, stretch
+        self._data, self._stretch = config.data, stretch
         self.teacher_seconds = 0.0  # spent in the teacher so far
 
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
-        probs_CHW = self._ask(read_image(self._images[tile_id], self._bands, self._stretch), "tile")
+        image_HW3 = read_image(self._images[tile_id], self._data.bands, self._stretch, self._data.alpha)
+        probs_CHW = self._ask(image_HW3, "tile")
         top, left, height, width = window
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW

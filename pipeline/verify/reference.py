@@ -140,7 +140,7 @@ def _compare_teacher(
     found: list[tuple[Target, Difference]] = []
     with progress.bar(f"reference, {key}", len(targets), "tiles") as advance:
         for target in targets:
-            image_HW3 = read_image(target.tile.image, config.data.bands, stretch)
+            image_HW3 = read_image(target.tile.image, config.data.bands, stretch, config.data.alpha)
             size = sized("tile", 1, *image_HW3.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HW3.shape[:2]))
             with fits_in_memory(f"while {size} was compared with its reference", advice):

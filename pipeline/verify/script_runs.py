@@ -106,7 +106,7 @@ class Runner:
         self.base = configured(teacher, config.data.bands)
         self._models: dict[tuple[tuple[str, Any], ...], nn.Module] = {(): model}
         self._key, self._teacher = key, teacher
-        self._stretch, self._device = stretch, device
+        self._stretch, self._alpha, self._device = stretch, config.data.alpha, device
         self._pixels: dict[tuple[str, str, tuple[int, ...]], NDArray[np.uint8]] = {}
 
     def given(self, target: Target) -> Given:
@@ -225,8 +225,8 @@ class Runner:
     def _decoded(self, tile: Tile, script: Script) -> NDArray[np.uint8]:
         if script.decoder == "kdpipe":
             if sorted(script.bands) != sorted(self.base.bands):
-                return read_image(tile.image, script.bands, self._stretch)
-            own_HWB = read_image(tile.image, self.base.bands, self._stretch)
+                return read_image(tile.image, script.bands, self._stretch, self._alpha)
+            own_HWB = read_image(tile.image, self.base.bands, self._stretch, self._alpha)
             return own_HWB[..., [self.base.bands.index(band) for band in script.bands]]
         nothing = np.empty((0, 0, 3), dtype=np.uint8)
         if self._stretch is not None or tile.image.suffix.lower() in (".tif", ".tiff") or max(script.bands) > 3:

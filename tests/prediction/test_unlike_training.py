@@ -15,6 +15,7 @@ from rasterio.enums import ColorInterp
 
 from kdpipe.pipeline.prediction.maps import predict
 from kdpipe.pipeline.runs.checkpoint import load_trained
+from kdpipe.pipeline.training.run import train, with_mode
 
 RGB = ["red", "green", "blue"]
 
@@ -121,6 +122,59 @@ def test_alpha_is_never_an_input_band(tmp_path, trained):
         raster.colorinterp = [ColorInterp["undefined"], *(ColorInterp[colour] for colour in RGB)]
     found, *_ = drawn(tmp_path, path, colours=["undefined"] * 3)
     np.testing.assert_array_equal(found, read_raster(path)[0] % 3)
+
+
+def naip(path):
+    """A scene whose infrared band GDAL calls alpha by default, with zeros over water, and that band."""
+    pixels = noise(64, 80, bands=4) | 1
+    pixels[3, 20:30] = 0
+    with rasterio.open(write_scene(path, pixels)) as raster:
+        assert raster.colorinterp[3] == ColorInterp.alpha
+    return path, pixels
+
+
+@pytest.mark.parametrize("trained", [None, RGB, ["undefined", "red", "green"]])
+def test_infrared_called_alpha_hides_no_pixel_from_a_student_that_was_trained_on_it(tmp_path, trained):
+    path, pixels = naip(tmp_path / "scene.tif")
+    bands = (1, 2, 3) if trained in (None, RGB) else (4, 1, 2)
+    found, summary, lines = drawn(tmp_path, path, bands=bands, colours=trained, alpha="band")
+    np.testing.assert_array_equal(found, pixels[bands[0] - 1] % 3)
+    assert (summary.maps[0].no_data, lines) == (0, [])
+    found, summary, _ = drawn(tmp_path, path, colours=RGB)  # opacity
+    np.testing.assert_array_equal(found, np.where(pixels[3] == 0, 255, pixels[0] % 3))
+
+
+def test_the_refusal_of_alpha_names_the_key(tmp_path):
+    path, _ = naip(tmp_path / "scene.tif")
+    summary = drawn(tmp_path, path, bands=(4, 1, 2), colours=["undefined"] * 3)[1]
+    assert "or train with data.alpha: band" in summary.failed[str(path)]
+
+
+def test_the_key_goes_from_the_config_through_the_checkpoint_to_an_exported_file(make_config, landscape, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from kdpipe.pipeline.prediction.export import export_student
+    from kdpipe.pipeline.prediction.model import open_predictor
+
+    for split in ("Train", "Val"):
+        for mask in sorted((landscape / split / "masks").iterdir()):
+            labels = read_raster(mask)
+            values = noise(*labels.shape[1:], bands=4) | 1
+            values[3, :9] = 0
+            write_scene(tmp_path / "naip" / split / "images" / f"{mask.stem}.tif", values)
+            write_scene(tmp_path / "naip" / split / "masks" / f"{mask.stem}.tif", labels)
+    roots = {key: [str(tmp_path / "naip" / key.title())] for key in ("train", "val")}
+    config = make_config(data={**roots, "bands": [4, 1, 2], "alpha": "band"}, train__epochs=1, train__max_steps=1)
+    train(with_mode(config, "none"), torch.device("cpu"))
+    checkpoint = tmp_path / "model_weights/tests/tiny-none/last.ckpt"
+    exported = export_student(checkpoint, "onnx", tmp_path / "a.onnx")
+    path, pixels = naip(tmp_path / "scene.tif")
+    for file in (checkpoint, exported.file):
+        opened = open_predictor(file, "cpu")
+        assert (opened.card.alpha, opened.card.colours) == ("band", ["undefined", "red", "green"])
+        summary = predict(opened, [str(path)], tmp_path / "maps", overwrite=True)
+        assert (summary.failed, summary.maps[0].no_data) == ({}, 0)
+        expected = opened.logits(torch.from_numpy(pixels[[3, 0, 1]])[None])[0].argmax(dim=0).numpy()
+        np.testing.assert_array_equal(read_raster(summary.maps[0].files["classes"])[0], expected)
 
 
 def test_a_folder_of_such_scenes_is_one_line(tmp_path):

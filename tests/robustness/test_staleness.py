@@ -47,6 +47,7 @@ CHANGES = {
     "data.masks": ("edited masks", "nothing"),
     "data.allow_missing_masks": (False, "nothing"),
     "data.bands": ([3, 2, 1], "recipe"),
+    "data.alpha": ("band", "nothing"),
     "data.stretch.range": ([0, 200], "recipe"),
     "data.stretch.percentiles": ([2, 98], "recipe"),
     "teacher.architecture": ("fpn", "recipe"),

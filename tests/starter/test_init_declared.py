@@ -1,9 +1,11 @@
 """`kdpipe init` on files that declare, or fail to declare, what a run must know."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from affine import Affine
-from helpers.files import noise, write_tiff
+from helpers.files import noise, read_raster, write_tiff
 from helpers.first_config import init, small, write_mask
 from PIL import Image
 
@@ -35,7 +37,9 @@ def test_half_of_the_tiles_in_another_order_is_to_be_fixed(tmp_path):
 
 def test_one_order_of_colours_is_taken_from_the_files(tmp_path):
     for i in range(2):
-        tile(tmp_path / "t", str(i), noise(64, 64, 4, seed=i), colours=["alpha", "blue", "green", "red"])
+        values = noise(64, 64, 4, seed=i)
+        values[0] = np.where(values[0] < 25, 0, 255)
+        tile(tmp_path / "t", str(i), values, colours=["alpha", "blue", "green", "red"])
     found = init(tmp_path / "t")
     assert as_plain(found.draft.keys)["data"]["bands"] == [4, 3, 2]
     assert said(found)[0] == []
@@ -44,6 +48,70 @@ def test_one_order_of_colours_is_taken_from_the_files(tmp_path):
     problems, notes = said(init(tmp_path / "t", overwrite=True, bands=(2, 3, 4)))
     assert (problems, len(notes)) == ([], 2)  # and the transparent pixels
     assert "images call bands [4, 3, 2] red, green and blue" in " ".join(notes)
+
+
+def infrared_called_alpha(root, water=0.05, **profile):
+    """A tile of four bands, of which GDAL calls the fourth alpha; the infrared is 0 over water."""
+    values = noise(64, 64, 4) // 2 + 50
+    values[3, : int(64 * water)] = 0
+    return tile(root, "a", values, **profile)
+
+
+def test_infrared_that_the_files_call_alpha_is_a_band_in_the_config(tmp_path):
+    infrared_called_alpha(tmp_path / "t")
+    for bands in (None, (4, 1, 2)):
+        found = init(tmp_path / "t", overwrite=True, bands=bands)
+        assert as_plain(found.draft.keys)["data"]["alpha"] == "band"
+        problems, (note,) = said(found)
+        assert problems == []
+        assert "data.alpha: band, so it hides no pixel" in note
+        assert found.roots[0].pixels_without_data == 0
+    between = 100 * (read_raster(tmp_path / "t/images/a.tif")[3, 3:] < 177).sum() / 64**2
+    assert f"# Measured: {between:.1f} % of the values of the band called alpha lie between 0" in found.draft.text
+
+
+@pytest.mark.parametrize("edge", [0, 5])  # rows of 64 in which the opacity is soft: 0 % and 8 %
+def test_opacity_with_soft_edges_stays_opacity(tmp_path, edge):
+    values = noise(64, 64, 4)
+    values[3] = 255
+    values[3, :20] = 0
+    values[3, 20 : 20 + edge] = np.linspace(40, 200, edge)[:, None]
+    tile(tmp_path / "t", "a", values)
+    found = init(tmp_path / "t")
+    assert "alpha" not in as_plain(found.draft.keys)["data"]
+    assert found.roots[0].pixels_without_data == 20 * 64
+    (problem,) = said(init(tmp_path / "t", overwrite=True, bands=(4, 1, 2)))[0]
+    assert "set data.alpha: band" in problem
+
+
+def test_opacity_in_one_folder_and_infrared_in_another_is_said(tmp_path):
+    infrared_called_alpha(tmp_path / "all/A")
+    values = noise(64, 64, 4)
+    values[3] = 255
+    tile(tmp_path / "all/B", "b", values)
+    problems, (note,) = said(init(tmp_path / "all"))
+    assert problems == []
+    assert note.endswith(f"That holds for {tmp_path / 'all/B'} too, where it may be opacity")
+
+
+def test_bands_without_names_are_asked_for_among_all_four(tmp_path):
+    infrared_called_alpha(tmp_path / "t", colours=["undefined"] * 3 + ["alpha"])
+    found = init(tmp_path / "t")
+    assert as_plain(found.draft.keys)["data"]["alpha"] == "band"
+    assert "data.bands" in found.unfilled
+
+
+def test_init_finds_the_infrared_of_real_aerial_tiles(tmp_path):
+    scene = Path(__file__).resolve().parents[3] / "shared/data/ohio/scene_a"
+    if not scene.is_dir():
+        pytest.skip("the Ohio tiles are not here (../shared)")
+    for folder in ("images", "masks"):
+        (tmp_path / "t" / folder).mkdir(parents=True)
+        for path in sorted((scene / folder).iterdir())[:8]:
+            (tmp_path / "t" / folder / path.name).symlink_to(path)
+    found = init(tmp_path / "t")
+    assert as_plain(found.draft.keys)["data"]["alpha"] == "band"
+    assert (found.roots[0].pixels, found.roots[0].pixels_without_data) == (8 * 256 * 256, 0)
 
 
 def test_fill_values_that_no_header_declares_are_to_be_fixed(tmp_path):

@@ -179,3 +179,18 @@ def test_a_tile_with_an_alpha_band_among_its_inputs_is_refused_by_training(own, 
     with pytest.raises(DataError, match=r"data.bands \[1, 2, 3\] takes band 1 of .*tif, which the file calls alpha"):
         train(own, CPU)
     assert not Path("model_weights").exists()
+
+
+@pytest.mark.parametrize(("alpha", "values", "told"), [
+    ("opacity", noise(66, 79, 4), 1), ("band", noise(66, 79, 4), 0), ("opacity", noise(66, 79, 4) // 128 * 255, 0),
+])  # fmt: skip
+def test_a_run_says_once_that_what_it_takes_for_opacity_is_none(own, tmp_path, alpha, values, told):
+    root = tmp_path / "naip"
+    for name in "abcd":
+        path = write_tiff(root / f"images/{name}.tif", values)
+    data = own.data.model_copy(update={"train": [str(root)], "val": [], "alpha": alpha, "allow_missing_masks": True})
+    said = Told()
+    check_headers(own.model_copy(update={"data": data}), list_tiles(data, "train"), [], said)
+    share = 100 * ((values[3] > 0) & (values[3] < 255)).mean()
+    expected = f"note: {path.with_name('a.tif')} calls band 4 alpha, and {share:.0f} % of its values lie between 0"
+    assert [line.startswith(expected) and "set data.alpha: band" in line for line in said.lines] == [True] * told
