@@ -88,8 +88,7 @@ class Data(Section):
     bands: tuple[int, int, int] = (1, 2, 3)
     """The three bands that the networks see, counted from 1."""
     alpha: Alpha = "opacity"
-    """What a band that the files call alpha is: `opacity`, where 0 means no data, or an ordinary `band`, such as infrared in files that
-    GDAL calls so by default."""
+    """What a band that the files call alpha is: `opacity`, where 0 means no data, or an ordinary `band`, such as infrared."""
     stretch: FixedRange | Percentiles | None = None
     """How values become 0..255. Null takes 8-bit images as they are and refuses all others."""
 
