@@ -175,9 +175,9 @@ def test_files_that_are_no_checkpoint_of_a_student_are_refused(trained, teacher_
     with pytest.raises(CheckpointError, match=r"half\.ckpt is not a readable checkpoint"):
         student_model(tmp_path / "half.ckpt", CPU, tta=None, window=None)
     whole = torch.load(BEST, weights_only=True)
-    whole["kdpipe"]["config"] = whole["kdpipe"]["config"].replace("alpha:", "alfa:")
+    whole["kdpipe"]["config"] = whole["kdpipe"]["config"].replace("temperature:", "temperatur:")
     torch.save(whole, tmp_path / "foreign.ckpt")
-    with pytest.raises(ConfigError, match=r"the configuration in .*foreign\.ckpt: unknown key distill\.alfa"):
+    with pytest.raises(ConfigError, match=r"the configuration in .*foreign\.ckpt: unknown key distill\.temperatur"):
         student_model(tmp_path / "foreign.ckpt", CPU, tta=None, window=None)
 
 
