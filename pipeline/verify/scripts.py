@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from kdpipe.configs.schema import MeanStd, Teacher
 from kdpipe.pipeline.models.normalize import IMAGENET_MEAN, IMAGENET_STD, mean_std
-from kdpipe.pipeline.models.options import untraced_options
 from kdpipe.pipeline.models.views import STRIDE
 
 # What EXIF's orientations do to a stored image, and `turned` in script_runs.py does to any.
@@ -197,6 +196,11 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
         for turn in ([EXIF] if given.orientation != 1 else []) + turns:
             yield replace(script, turn=turn)
     if script.options == base.options:
+        # Slow to import, and `verify-cache --level quick` imports this file.
+        from kdpipe.pipeline.models.options import untraced_options
+            untraced_options,
+        )  # slow to import, and `verify-cache --level quick` imports this file
+
         for name in untraced_options(given.teacher.architecture):
             for value in UNTRACED_VALUES.get(name, ()):
                 if given.teacher.options.get(name) != value:
