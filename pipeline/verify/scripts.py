@@ -198,8 +198,6 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
     if script.options == base.options:
         # Slow to import, and `verify-cache --level quick` imports this file.
         from kdpipe.pipeline.models.options import untraced_options
-            untraced_options,
-        )  # slow to import, and `verify-cache --level quick` imports this file
 
         for name in untraced_options(given.teacher.architecture):
             for value in UNTRACED_VALUES.get(name, ()):
