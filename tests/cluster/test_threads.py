@@ -32,17 +32,24 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+def listening():
+    """`(process id, address, port)` of all sockets on which this process or one below it listens."""
+    found, this = set(), psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
+        with suppress(psutil.Error):
+            sockets = process.net_connections(kind="inet")
+            found.update((process.pid, *s.laddr) for s in sockets if s.status == psutil.CONN_LISTEN)
+    return found
+
+
 @contextmanager
 def listeners():
-    """A set of `(process id, address)` of all sockets on which this process or one below it listens at any time in the block."""
-    found, ended, this = set(), threading.Event(), psutil.Process()
+    """A set of all that is `listening` at any time in the block, and was not before it: servers of other tests."""
+    before, found, ended = listening(), set(), threading.Event()
 
     def look():
         while not ended.wait(0.1):
-            for process in [this, *this.children(recursive=True)]:
-                with suppress(psutil.Error):
-                    sockets = process.net_connections(kind="inet")
-                    found.update((process.pid, s.laddr.ip) for s in sockets if s.status == psutil.CONN_LISTEN)
+            found.update(listening() - before)
 
     watching = threading.Thread(target=look)
     watching.start()
@@ -98,8 +105,8 @@ def test_workers_of_this_machine_make_the_bytes_of_one_process_of_several_thread
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert [child for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
     # A scheduler here, and two workers with a nanny each: nobody reaches them from elsewhere, nor without this run's certificate.
-    assert len({process for process, _ in found}) >= 3
-    assert {ip for _, ip in found} == {"127.0.0.1"}
+    assert len({process for process, *_ in found}) >= 3
+    assert {ip for _, ip, _ in found} == {"127.0.0.1"}
     assert all(address.startswith("tls://127.0.0.1:") for address in addresses)
     assert "starting 2 workers" in done.stdout
     assert "2 tiles, " in done.stdout

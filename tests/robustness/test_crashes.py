@@ -214,7 +214,7 @@ def test_an_image_that_vanishes_is_named_and_the_next_run_goes_on(config_of, tmp
     with monkeypatch.context() as patch:
         # `list_tiles` is asked twice; the second answer is what counts
         plan = stage.make_plan(config_of(tmp_path / "c.zarr"), lambda recipe, *_: recipe)
-        patch.setattr(stage, "make_plan", lambda *arguments: plan)
+        patch.setattr(stage, "make_plan", lambda *arguments, **options: plan)
         if moment == "listing":
             image.rename(away)
         else:

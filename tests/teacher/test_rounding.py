@@ -139,10 +139,10 @@ def test_a_teacher_that_rounds_on_its_device_returns_what_the_codec_returns(make
 def test_values_that_cannot_be_stored_are_refused_after_they_left_the_device(
     make_config, monkeypatch, logit, map_share, error, text
 ):
-    config = make_config()
+    config = make_config(distill__temperature=1.0)
     teacher = open_teacher(config, complete_recipe(config, None, None), torch.device("cpu"))
     teacher._transfers = AtOnce()
-    teacher._class_map_TS *= map_share
+    teacher._softened._class_map_TS *= map_share
     logits = torch.zeros(1, 8, 64, 64)
     logits[0, 3, 5, 7] = logit
     monkeypatch.setattr(teacher, "_logits", lambda images, checked: logits)
