@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Alpha
+from kdpipe.data.declared.drivers import drivers_for
 from kdpipe.data.declared.header import called
 from kdpipe.data.declared.opening import GDAL_OPTIONS, MAX_PIXELS, explained
 from kdpipe.data.declared.scene import Bands, bands_of_scene
@@ -127,8 +128,9 @@ def open_scene(
     import rasterio
 
     with rasterio.Env(**_SCENE_OPTIONS):  # type: ignore[no-untyped-call]
+        drivers = drivers_for(path)
         with explained(path, "not a raster"):
-            raster = open_quietly(path)
+            raster = open_quietly(path, drivers=drivers)
         with raster:
             if raster.count == 0:
                 inside = ", ".join(raster.subdatasets[:3]) or "nothing"
@@ -193,11 +195,14 @@ def _in_folder(folder: Path) -> list[str]:
     return scenes
 
 
-def open_quietly(path: str | Path, mode: str = "r", **profile: Any) -> Any:
-    """An opened raster, without `rasterio.open`'s warning about a missing georeference."""
+def open_quietly(path: str | Path, mode: str = "r", drivers: Sequence[str] | None = None, **profile: Any) -> Any:
+    """An opened raster, without `rasterio.open`'s warning about a missing georeference; `drivers` are all that may read it."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
+    from rasterio.io import DatasetReader
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        if drivers is not None:  # `rasterio.open` takes one
+            return DatasetReader(path, driver=drivers)
         return rasterio.open(path, mode, **profile)

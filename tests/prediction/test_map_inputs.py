@@ -202,7 +202,7 @@ def test_a_container_of_images_is_refused(monkeypatch):
         def __exit__(self, *error):
             return None
 
-    monkeypatch.setattr(scenes, "open_quietly", lambda path: Empty())
+    monkeypatch.setattr(scenes, "open_quietly", lambda path, **options: Empty())
     message = r"a\.h5 holds no bands but further images inside.*HDF5:a\.h5://red"
     with pytest.raises(DataError, match=message), open_scene("a.h5", (1, 2, 3), None):
         pass
