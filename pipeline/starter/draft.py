@@ -88,7 +88,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, given: Given
             Key("path", f"caches/{given.name}.zarr", "Stage one stores the teacher's predictions here, and stage two reads them."),
         ]),
         Key("distill", [
-            Key("temperature", 1.0, "Guess. At the default, 2, the student lost a class on the tiles of configs/dubai."),
+            Key("temperature", 1.0, "Guess: the teacher's own probabilities. The default, 2, gained nothing on the Dubai tiles."),
         ]),
         Key("student", [
             Key("architecture", "linknet", "Guess: a small network to start with, 2.5 million parameters. Any of smp's, unetformer "
