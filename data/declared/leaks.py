@@ -127,11 +127,11 @@ class _Grid:
 
     def add(self, path: Path, place: Place) -> None:
         """Add a place."""
-        cells = self._touched(place)
-        if len(cells) > MOST_CELLS:
+        xs, ys = self._spans(place)
+        if len(xs) * len(ys) > MOST_CELLS:  # before any list of them: a mosaic of a country over tiles of 40 m has 10⁸
             self._large.append((path, place))
             return
-        for cell in cells:
+        for cell in self._touched(place):
             self._cells.setdefault(cell, []).append((path, place))
 
     def near(self, place: Place) -> list[tuple[Path, Place]]:
@@ -144,9 +144,14 @@ class _Grid:
         if number is None:
             number = len(self._crs)
             self._crs.append(place.crs)
+        xs, ys = self._spans(place)
+        return [(number, x, y) for x in xs for y in ys]
+
+    def _spans(self, place: Place) -> tuple[range, range]:
+        """The columns and rows of the grid that a place touches."""
         xs = range(math.floor(place.left / self._side), math.floor(place.right / self._side) + 1)
         ys = range(math.floor(place.bottom / self._side), math.floor(place.top / self._side) + 1)
-        return [(number, x, y) for x in xs for y in ys]
+        return xs, ys
 
 
 def _shared(place: Place, other: Place) -> float:
