@@ -50,21 +50,27 @@ def _folder_lock(storage: LocalStorage) -> Iterator[None]:
 
 @contextmanager
 def _locked_folder(storage: LocalStorage, name: Path) -> Iterator[None]:
-    """An exclusive lock of the cache's folder, which is created if there is none, and deleted at the end if it is empty."""
+    """An exclusive lock of the cache's folder, which is created if there is none, and then deleted at the end if it is empty."""
     folder = storage.folder
+    was_there = folder.is_dir()
     while True:
         with ExitStack() as descriptors:
             opened = _opened_folder(folder)
             descriptors.callback(os.close, opened)
             _lock_at_once(opened, descriptors, storage, name)
             # The folder may have been deleted and made anew since it was opened: then this lock excludes nobody.
-            if not folder.exists() or not os.path.samestat(folder.stat(), os.fstat(opened)):
+            try:
+                is_same = os.path.samestat(folder.stat(), os.fstat(opened))
+            except FileNotFoundError:
+                continue
+            if not is_same:
                 continue
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+                if not was_there:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
             return
 
 

@@ -57,6 +57,16 @@ def test_a_cache_without_a_tile_is_begun_anew_with_another_recipe(tmp_path, imag
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "new.zarr")
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_lock_leaves_no_folder_behind_but_the_users_own(tmp_path, is_there):
+    """An empty folder may have been made with the owner and the rights that the cache is to have."""
+    if is_there:
+        (tmp_path / "c.zarr").mkdir()
+    with writer_lock(open_storage(str(tmp_path / "c.zarr"))):
+        pass
+    assert (tmp_path / "c.zarr").exists() == is_there
+
+
 def test_a_folder_that_is_not_a_cache_is_left_alone(tmp_path, images):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
