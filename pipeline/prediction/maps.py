@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -34,7 +34,7 @@ from kdpipe.pipeline.prediction.notes import range_note, say_notes
 from kdpipe.pipeline.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.prediction.model import Predictor
+    from kdpipe.pipeline.prediction.model import Card, Predictor
 
 WINDOW_PX = 1024
 OVERLAP_PX = 128  # `windows.MARGIN` has the measured error
@@ -110,15 +110,7 @@ def predict(
         raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
     card = predictor.card
     summary = MapSummary(predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes))
-    counts, bands_notes = {}, {}
-    for scene_path in targets:
-        try:
-            with open_scene(scene_path, card.bands, card.stretch, card.colours, card.alpha) as scene:
-                counts[scene_path] = _num_windows(scene, window, overlap)
-                if scene.bands_note:
-                    bands_notes[scene_path] = scene.bands_note
-        except DataError as err:
-            summary.failed[scene_path] = str(err)
+    counts, bands_notes = _look_at(targets, card, window, overlap, summary)
     say_notes(bands_notes, "note", progress)
     range_notes = {}
     mapper = _SceneMapper(
@@ -143,6 +135,22 @@ def predict(
                 ) from err
     say_notes(range_notes, "warning", progress)
     return summary
+
+
+def _look_at(
+    scenes: Iterable[str], card: Card, window: int, overlap: int, summary: MapSummary
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The number of windows of each scene that opens, and the notes on their bands; the others are `failed` in `summary`."""
+    counts, bands_notes = {}, {}
+    for scene_path in scenes:
+        try:
+            with open_scene(scene_path, card.bands, card.stretch, card.colours, card.alpha) as scene:
+                counts[scene_path] = _num_windows(scene, window, overlap)
+                if scene.bands_note:
+                    bands_notes[scene_path] = scene.bands_note
+        except DataError as err:
+            summary.failed[scene_path] = str(err)
+    return counts, bands_notes
 
 
 class _SceneMapper:

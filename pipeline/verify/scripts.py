@@ -243,7 +243,7 @@ def reordered(classes: Sequence[str], order: Sequence[int]) -> list[str]:
 
 
 def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str, str]:
-    key, size = given.key, script.size
+    key = given.key
     if name == "scaling":
         value = script.scaling.key
         return script.scaling.text, (
@@ -267,25 +267,8 @@ def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str,
                 "read the pixels in it as they are stored, as kdpipe does, or store the images turned, and their masks with them",
             )
         return f"predicts images {TURNS[int(script.turn)]}", "undo that in its output"
-    if name == "size" and size.resizes:
-        if size.way == "factor":
-            return f"resizes images by a factor of {size.value:g}", f"set {key}.scales: [{size.value:g}]"
-        height, width = size.target(given.height, given.width)
-        return (
-            f"resizes images to {height} x {width} px ({script.interpolation})",
-            "predict images at their own size in it",
-        )
     if name == "size":
-        ways = {
-            "constant": "zeros",
-            "zeros": "black pixels",
-            "edge": "the border's pixels",
-            "symmetric": "mirrored pixels, the border's twice",
-        }
-        where = "on all sides" if size.centred else "on the right and below"
-        return f"pads images with {ways.get(size.way, 'mirrored pixels')} {where}", (
-            "pad in it as kdpipe does, with np.pad(..., mode='reflect') on the right and below, or cut tiles to multiples of 32 px"
-        )
+        return _size_remedy(script, given)
     if name == "options":
         changed = ", ".join(f"{option}: {_yaml(value)}" for option, value in script.options)
         options = {**given.teacher.options, **dict(script.options)}
@@ -311,6 +294,28 @@ def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str,
     dropped = [classes.index(given.teacher.classes[channel]) for channel in given.teacher.drop_channels]
     also = f" and {key}.drop_channels: {sorted(dropped)}" if dropped else ""
     return "saves channels in another order than the network's", f"set {key}.classes: [{', '.join(classes)}]{also}"
+
+
+def _size_remedy(script: Script, given: Given) -> tuple[str, str]:
+    size = script.size
+    if size.resizes:
+        if size.way == "factor":
+            return f"resizes images by a factor of {size.value:g}", f"set {given.key}.scales: [{size.value:g}]"
+        height, width = size.target(given.height, given.width)
+        return (
+            f"resizes images to {height} x {width} px ({script.interpolation})",
+            "predict images at their own size in it",
+        )
+    ways = {
+        "constant": "zeros",
+        "zeros": "black pixels",
+        "edge": "the border's pixels",
+        "symmetric": "mirrored pixels, the border's twice",
+    }
+    where = "on all sides" if size.centred else "on the right and below"
+    return f"pads images with {ways.get(size.way, 'mirrored pixels')} {where}", (
+        "pad in it as kdpipe does, with np.pad(..., mode='reflect') on the right and below, or cut tiles to multiples of 32 px"
+    )
 
 
 _ACTIVATIONS = {
