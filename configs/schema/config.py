@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.data import Classes, Data
 from kdpipe.configs.schema.section import Section
 from kdpipe.configs.schema.student import Distill, Student, Train
-from kdpipe.configs.schema.teacher import Cache, Teacher
+from kdpipe.configs.schema.teacher import Cache, MeanStd, Teacher
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +77,7 @@ class Config(Section):
         self._check_teachers()
         self._check_class_map()
         self._check_student()
+        self._check_bands()
         self._check_views()
         return self
 
@@ -129,6 +131,23 @@ class Config(Section):
                 f"student.num_classes is {student.num_classes}, but classes.names has {num_classes} names: leave it out. The "
                 f"student predicts classes.names; class_map maps the teacher's {len(self.teacher_classes)} classes to them"
             )
+
+    def _check_bands(self) -> None:
+        networks: dict[str, Teacher | Student] = {**self.members, "student": self.student}
+        for key, network in networks.items():
+            try:
+                numbers = self.data.numbers(network.bands)
+            except ValueError as err:
+                raise ValueError(f"{key}.bands {err}") from err
+            count, normalize = len(numbers), network.normalize
+            seen = f"it sees {count} band{'s' if count > 1 else ''}: {text_of(numbers, self.data.band_names)}"
+            if isinstance(normalize, MeanStd) and len(normalize.mean) != count:
+                raise ValueError(f"{key}.normalize has {len(normalize.mean)} means and deviations, and {seen}")
+            if normalize == "imagenet" and count != 3 and isinstance(network, Teacher):
+                raise ValueError(
+                    f"{key}.normalize: imagenet has the mean and deviation of red, green and blue, and {seen}. Give the values that it "
+                    "was trained with, as {mean: [...], std: [...]} of x / 255, or unit"
+                )
 
     def _check_views(self) -> None:
         views = self.cache.views

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from kdpipe.configs.schema.bands import COLOURS, Bands, Choice, Names, numbers_of
 from kdpipe.configs.schema.section import Section, refuse_repeats
 
 Alpha = Literal["opacity", "band"]
@@ -40,7 +42,7 @@ class FixedRange(Section):
     """A linear stretch of `low..high`, in the files' own units, to 0..255."""
 
     range: tuple[float, float] | list[tuple[float, float]]
-    """`[low, high]` for all bands, or three such pairs, one for each of `data.bands`."""
+    """`[low, high]` for all bands, or a list of such pairs, one for each of `data.bands`."""
 
     @model_validator(mode="after")
     def _check(self) -> FixedRange:
@@ -85,8 +87,12 @@ class Data(Section):
     """Name of the folder of masks in each root."""
     allow_missing_masks: bool = False
     """Whether tiles of `train` and `val` may lack a mask. If false, a missing mask is an error."""
-    bands: tuple[int, int, int] = (1, 2, 3)
-    """The three bands that the networks see, counted from 1."""
+    bands: Bands = (1, 2, 3)
+    """Bands to read, by their numbers in the files, counted from 1. A network sees all of them, in this order, or its own `bands`."""
+    band_names: Names = Field({}, exclude_if=lambda names: not names)
+    """Names for bands of the files, such as `{red: 1, green: 2, blue: 3, nir: 4}`, to choose bands by."""
+    visible: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
+    """The three bands that pictures show and training recolours; one is grey. Null: those named red, green and blue, or the first."""
     alpha: Alpha = "opacity"
     """What a band that the files call alpha is: `opacity`, where 0 means no data, or an ordinary `band`, such as infrared."""
     stretch: FixedRange | Percentiles | None = None
@@ -98,8 +104,37 @@ class Data(Section):
             refuse_repeats(getattr(self, key), f"data.{key}")
         if min(self.bands) < 1:
             raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
-        if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(3)) != 3:
+        for name in self.band_names:
+            if not name or name.isdecimal():
+                raise ValueError(f"band_names: {name!r} is no name, as numbers stand for themselves; choose a word")
+        refuse_repeats(list(self.band_names.values()), "data.band_names")
+        if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(len(self.bands))) != len(self.bands):
             raise ValueError(
-                f"stretch.range needs one pair, or one for each of the 3 bands, found {self.stretch.range}"
+                f"stretch.range needs one pair, or one for each of the {len(self.bands)} bands, found {self.stretch.range}"
             )
+        if self.visible is not None and len(self.visible) not in (1, 3):
+            raise ValueError(f"visible needs three bands, or one that is shown as grey, found {self.visible}")
+        try:
+            self.numbers(self.visible)
+        except ValueError as err:
+            raise ValueError(f"visible {err}") from err
         return self
+
+    def numbers(self, choice: Sequence[int | str] | None) -> tuple[int, ...]:
+        """The file's numbers of the bands of a `teacher.bands`, `student.bands` or `visible`, in its order; all of `bands` for None."""
+        return numbers_of(choice, self.bands, self.band_names)
+
+    def places(self, choice: Sequence[int | str] | None) -> tuple[int, ...]:
+        """Where the bands of `numbers(choice)` lie in an image that was read, counted from 0."""
+        if choice is None:  # one band may be read several times
+            return tuple(range(len(self.bands)))
+        return tuple(self.bands.index(number) for number in self.numbers(choice))
+
+    @property
+    def visible_places(self) -> tuple[int, ...]:
+        """Where the three visible bands lie in an image that was read, as red, green and blue, or the one that is shown as grey."""
+        if self.visible is not None:
+            return self.places(self.visible)
+        if all(self.band_names.get(colour) in self.bands for colour in COLOURS):
+            return self.places(COLOURS)
+        return (0, 1, 2) if len(self.bands) >= 3 else (0,)

@@ -20,7 +20,7 @@ SET_BY_TEACHER = {
     "weights": "teacher.checkpoint",
     "classes": "teacher.classes",
     "num_classes": "teacher.classes",
-    "in_channels": "data.bands",
+    "in_channels": "teacher.bands",
     "activation": None,
     "aux_params": None,
 }
@@ -28,6 +28,7 @@ SET_BY_STUDENT = SET_BY_TEACHER | {
     "encoder_name": "student.encoder",
     "encoder": "student.encoder",
     "encoder_weights": "student.encoder_weights",
+    "in_channels": "student.bands",
     "weights": "student.checkpoint",
     "classes": "classes.names",
     "num_classes": "classes.names",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kdpipe.configs.schema.bands import Choice
 from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, refuse_own
 from kdpipe.configs.schema.section import Section
 from kdpipe.configs.schema.teacher import Normalize, Precision, TeacherView
@@ -43,8 +44,10 @@ class Student(Section):
     """Start from a `checkpoint` with other classes, except for its head (`ftunetformer`, `unetformer`)."""
     num_classes: int | Literal["from classes"] = "from classes"
     """Leave it out. It follows from `classes.names`, and any other number is refused."""
+    bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
+    """Bands that it sees, in its order, as in `teacher`. They need not be the teacher's."""
     normalize: Normalize = "imagenet"
-    """Input normalisation, as in `teacher`."""
+    """Input normalisation, as in `teacher`. With another number of bands than three, `imagenet` repeats its values in turn."""
     options: Options = Field({}, exclude_if=lambda options: not options)
     """Further arguments of the architecture's constructor, as in `teacher`."""
 
@@ -92,7 +95,7 @@ class Train(Section):
     mosaic: float = Field(0.25, ge=0, le=1)
     """Probability that a crop is a mosaic of four tiles."""
     photometric: float = Field(0.25, ge=0, le=1)
-    """Probability that the colours of a crop are changed."""
+    """Probability that the colours of a crop are changed, those of `data.visible`. Other bands stay as they are."""
     accumulate: int = Field(1, ge=1)
     """Batches per optimizer step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None

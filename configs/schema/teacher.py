@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kdpipe.configs.schema.bands import Choice
 from kdpipe.configs.schema.options import SET_BY_TEACHER, Options, refuse_own
 from kdpipe.configs.schema.section import Section, refuse_repeats
 
@@ -18,17 +19,18 @@ MAX_VIEWS = 10_000  # per tile: four digits name them, and more would cost more 
 class MeanStd(Section):
     """Normalisation of x / 255, per channel."""
 
-    mean: tuple[float, float, float]
-    """Mean of each channel of x / 255."""
-    std: tuple[float, float, float]
-    """Standard deviation of each channel of x / 255."""
+    mean: tuple[float, ...] = Field(min_length=1)
+    """Mean of x / 255, for each band that the network sees."""
+    std: tuple[float, ...] = Field(min_length=1)
+    """Standard deviation of x / 255, for each band that the network sees."""
 
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(std) <= 0:
-            raise ValueError(f"std must be positive, found {list(std)}")
-        return std
+    @model_validator(mode="after")
+    def _check(self) -> MeanStd:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, found {list(self.std)}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std need as many values, found {list(self.mean)} and {list(self.std)}")
+        return self
 
 
 Normalize = Literal["unit", "imagenet"] | MeanStd
@@ -45,8 +47,10 @@ class Teacher(Section):
     """File of weights: `.pth`, `.ckpt` or `.safetensors`."""
     classes: list[str] = Field(min_length=2)
     """One name for each output channel, in the checkpoint's order."""
+    bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
+    """Bands that it sees, in its order, among `data.bands`: by their numbers in the files, or by `data.band_names`. Null takes them all."""
     normalize: Normalize = "unit"
-    """Input normalisation: `unit` (x / 255), `imagenet` (ImageNet's mean and deviation), or a mean and a deviation."""
+    """Input normalisation: `unit` (x / 255), `imagenet` (ImageNet's mean and deviation), or a mean and a deviation for each band."""
     precision: Precision = "auto"
     """Computing precision. `auto` is bf16 if the device is fast at it and the targets of three tiles survive it, else fp32."""
     tta: Literal["none", "flips", "d4"] = "none"

@@ -64,7 +64,7 @@ def _type(kind: Any, constraints: list[Any] = []) -> str:  # noqa: B006, only re
         return " or ".join(_type(part, constraints) for part in inner)
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
-    if origin is list:
+    if origin is list or inner[1:] == (...,):
         least = next((f", {c.min_length} or more" for c in constraints if isinstance(c, MinLen)), "")
         return f"list of {_plural(_type(inner[0]))}{least}"
     if origin is tuple:

@@ -35,7 +35,7 @@ def test_a_configuration_without_options_is_written_as_before():
         ("teacher", "encoder_name", "set teacher.encoder instead"),
         ("teacher", "encoder_weights", "set teacher.checkpoint instead"),
         ("teacher", "classes", "set teacher.classes instead"),
-        ("teacher", "in_channels", "set data.bands instead"),
+        ("teacher", "in_channels", "set teacher.bands instead"),
         ("teacher", "activation", "leave it out: kdpipe needs one logit for each class and pixel, and nothing else"),
         ("teacher", "aux_params", "leave it out"),
         ("student", "encoder", "set student.encoder instead"),
