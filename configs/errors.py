@@ -15,7 +15,8 @@ Every error that a user can meet. The command line prints its message as one par
         ├── StaleCache                  made from another teacher, class map, temperature, image, …
         ├── UnknownFormat               a version of the format that this program cannot read or write
         ├── CorruptCache                bytes that differ from those written
-        ├── CacheLocked                 another process is writing it
+        ├── CacheLocked                 another process is writing it, or a run's folder
+        ├── NoLocks                     on a file system without locks
         ├── ShutOut                     a worker whose run no longer owns the cache
         ├── CacheUnreachable            a server that does not answer, or refuses
         └── DiskFull                    no room on the disk
@@ -95,7 +96,11 @@ class CorruptCache(CacheError):
 
 
 class CacheLocked(CacheError):
-    """Another process is writing the cache; the message names it."""
+    """Another process is writing the cache, or the folder of a run; the message names it."""
+
+
+class NoLocks(CacheError):
+    """The file system has no locks, without which two processes could write at once."""
 
 
 class ShutOut(CacheError):

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import CacheUnreachable, ConfigError
+from kdpipe.configs.os_errors import explained
 
 MOST_BYTES = 4096  # of a file that is kdpipe's
 
@@ -29,8 +30,14 @@ def open_beside(path: Path, is_ours: Callable[[str], bool], *, create: bool = Fa
     """
     The file, open for reading and writing at its start; None if there is none, unless it is to be created, empty.
 
-    Raises `ConfigError` if it is a link or anything but a file, or if it has content that is not kdpipe's, as `is_ours` says.
+    Raises `ConfigError` if it is a link or anything but a file, or if it has content that is not kdpipe's, as `is_ours` says;
+    `CacheUnreachable` where the system refuses, `DiskFull` where there is no room.
     """
+    with explained("opening", path, CacheUnreachable):
+        return _opened(path, is_ours, create=create)
+
+
+def _opened(path: Path, is_ours: Callable[[str], bool], *, create: bool) -> TextIO | None:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)  # a FIFO would block
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -55,8 +62,7 @@ def open_beside(path: Path, is_ours: Callable[[str], bool], *, create: bool = Fa
 def foreign(path: Path) -> ConfigError:
     """The error for a file beside the cache that is not kdpipe's."""
     return ConfigError(
-        f"{path} is not kdpipe's, and kdpipe keeps a file of that name beside the cache; nothing was changed: move it, or choose "
-        "another cache.path"
+        f"{path} is not kdpipe's, and kdpipe keeps a file of that name there; nothing was changed: move it, or choose another path"
     )
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from kdpipe.cache.storage.base import FULL, Storage
+from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.beside import beside, open_beside, unlink_same
 from kdpipe.cache.storage.fence import shut_out_workers
 from kdpipe.cache.storage.local import IN_FOLDER, LocalStorage, make_folders
 from kdpipe.cache.storage.remote import RemoteStorage
-from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, ConfigError, DiskFull
+from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, ConfigError, NoLocks
+from kdpipe.configs.os_errors import NO_LOCKS, explained, told
 
 _held: set[bytes] = set()  # the object locks of this process
 
@@ -33,31 +34,35 @@ def writer_lock(storage: Storage) -> Iterator[None]:
     cache names the writer, and is only created if there is none. It outlives a killed writer, and the next one on the same host
     takes it over. Two writers that take over the same dead lock at the same moment may both believe that they hold it.
     Workers of an earlier holder are shut out (see `fence`). Raises `ConfigError` for a file beside the cache that is not kdpipe's,
-    and `CacheError` on a file system without locks.
+    and `NoLocks` on a file system without them.
     """
-    lock = _folder_lock(storage) if isinstance(storage, LocalStorage) else _object_lock(storage.url)
+    lock = folder_lock(storage.folder) if isinstance(storage, LocalStorage) else _object_lock(storage.url)
     with lock:
         shut_out_workers(storage)
         yield
 
 
 @contextmanager
-def _folder_lock(storage: LocalStorage) -> Iterator[None]:
-    name = beside(storage.folder, ".lock")
-    with _locked_folder(storage, name), _named_holder(name):
+def folder_lock(folder: Path) -> Iterator[None]:
+    """
+    Hold a folder on a local or mounted disk for writing, be it of a cache or of a run; see `writer_lock`.
+
+    A folder that is missing is created with those above it; at the end, those that are empty are deleted again.
+    """
+    name = beside(folder, ".lock")
+    with _locked_folder(folder, name), _named_holder(name):
         yield
 
 
 @contextmanager
-def _locked_folder(storage: LocalStorage, name: Path) -> Iterator[None]:
-    """An exclusive lock of the cache's folder, which is created if there is none, and then deleted at the end if it is empty."""
-    folder = storage.folder
-    was_there = folder.is_dir()
+def _locked_folder(folder: Path, name: Path) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     while True:
         with ExitStack() as descriptors:
-            opened = _opened_folder(folder)
+            with explained("making the folder", folder, CacheUnreachable):
+                opened = _opened_folder(folder)
             descriptors.callback(os.close, opened)
-            _lock_at_once(opened, descriptors, storage, name)
+            _lock_at_once(opened, descriptors, folder, name)
             # The folder may have been deleted and made anew since it was opened: then this lock excludes nobody.
             try:
                 is_same = os.path.samestat(folder.stat(), os.fstat(opened))
@@ -68,9 +73,9 @@ def _locked_folder(storage: LocalStorage, name: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if not was_there:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
             return
 
 
@@ -79,17 +84,10 @@ def _opened_folder(folder: Path) -> int:
         try:
             return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            try:
-                make_folders(folder)
-            except OSError as err:
-                if err.errno in FULL:
-                    raise DiskFull(
-                        f"no room for the folder {folder}; make room and run the same command again"
-                    ) from err
-                raise
+            make_folders(folder)
 
 
-def _lock_at_once(opened: int, descriptors: ExitStack, storage: LocalStorage, name: Path) -> None:
+def _lock_at_once(opened: int, descriptors: ExitStack, folder: Path, name: Path) -> None:
     """Lock the open folder; `descriptors` closes what else is opened for it."""
     import fcntl
 
@@ -106,21 +104,21 @@ def _lock_at_once(opened: int, descriptors: ExitStack, storage: LocalStorage, na
             fcntl.flock(inside, at_once)
     except BlockingIOError as err:
         raise CacheLocked(
-            f"{storage.url} is being written by {_describe(_written_holder(name))}; wait until it is done, or stop it"
+            f"{folder} is being written by {_describe(_written_holder(name))}; wait until it is done, or stop it"
         ) from err
     except OSError as err:
-        if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        raise CacheError(
-            f"the file system of {storage.url} has no locks ({err.strerror}), without which two runs could write the cache at once: "
-            "mount it with locks, or choose another cache.path"
+        if err.errno not in NO_LOCKS:
+            raise told(err, "locking", folder, CacheUnreachable) from err
+        raise NoLocks(
+            f"the file system of {folder} has no locks ({err.strerror}), without which two runs could write there at once: "
+            "mount it with locks, or choose another path"
         ) from err
 
 
 def _written_holder(name: Path) -> str:
     try:
         file = open_beside(name, _names_a_holder)
-    except (ConfigError, OSError):
+    except (ConfigError, CacheError):
         return ""
     if file is None:
         return ""
@@ -130,25 +128,24 @@ def _written_holder(name: Path) -> str:
 
 @contextmanager
 def _named_holder(path: Path) -> Iterator[None]:
-    """The file beside the cache names this process during the block."""
-    file = open_beside(path, _names_a_holder, create=True)
+    """The file beside the cache names this process during the block, where the folder above the cache may be written."""
+    try:
+        file = open_beside(path, _names_a_holder, create=True)
+    except CacheUnreachable:  # in a container, the cache may be all that may be written; the lock is the folder's
+        yield
+        return
     assert file is not None
     try:
-        try:
+        with explained("writing", path, CacheUnreachable):
             if os.fstat(file.fileno()).st_size:  # the name of a killed writer
                 file.truncate(0)
             file.write(_this_process())
             file.flush()
-        except OSError as err:
-            if err.errno in FULL:
-                raise DiskFull(
-                    f"no room for {path}, which says who writes the cache; make room and run the same command again"
-                ) from err
-            raise
         yield
     finally:
         try:
-            unlink_same(path, file)
+            with explained("deleting", path, CacheUnreachable):
+                unlink_same(path, file)
         finally:
             with contextlib.suppress(OSError):  # closing flushes again, to a disk that may still be full
                 file.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import nn
 
 from kdpipe.cache.manifest import MANIFEST_NAME
 from kdpipe.cache.storage.base import open_storage
-from kdpipe.configs.errors import ConfigError, DataError
+from kdpipe.cache.storage.lock import folder_lock
+from kdpipe.configs.errors import ConfigError, DataError, NoLocks
 from kdpipe.configs.schema import Config, DistillMode
 from kdpipe.data.dataset import ValTiles
 from kdpipe.data.declared.scene import colours_of
@@ -50,12 +52,12 @@ def train(
     Train a student as configured; checkpoints, logs and the resolved config are written as it goes.
 
     `resume` continues from the last checkpoint if there is one; without it, an existing run is refused unless `overwrite`.
-    Raises `CacheError` (before the first step) if the cache cannot be used, and `TrainingDiverged` if the loss diverges. Once `stop` is
-    set, saves a checkpoint and raises `Interrupted`.
+    Raises `CacheLocked` while another process trains a run of this name, `CacheError` (before the first step) if the cache cannot be
+    used, and `TrainingDiverged` if the loss diverges. Once `stop` is set, saves a checkpoint and raises `Interrupted`.
     """
     advice = training_advice(config, computed_precision(config, device))
     told = Silent() if progress is None or is_further_process(config) else progress
-    with fits_in_memory("while training", advice, workers=config.train.workers):
+    with _only_writer(config, told), fits_in_memory("while training", advice, workers=config.train.workers):
         loop = _set_up(config, device, told, stop or threading.Event(), resume=resume, overwrite=overwrite)
         try:
             summary = loop.run()
@@ -77,6 +79,18 @@ def with_mode(config: Config, mode: DistillMode | None) -> Config:
         return config
     distill = config.distill.model_copy(update={"mode": mode})
     return config.model_copy(update={"distill": distill, "name": f"{config.name}-{mode}"})
+
+
+@contextmanager
+def _only_writer(config: Config, progress: Progress) -> Iterator[None]:
+    """Hold the run's folder, which the first process of a run does for all of them; without locks, warn and go on."""
+    with ExitStack() as held:
+        try:
+            if not is_further_process(config):
+                held.enter_context(folder_lock(layout.weights_folder(config)))
+        except NoLocks as err:
+            progress.say(f"warning: {err}; until then, start no second run of this name")
+        yield
 
 
 def _set_up(

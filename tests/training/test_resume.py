@@ -1,6 +1,11 @@
 """`--resume`: to the bit the weights of an uninterrupted run, however it ended; and never another run, cache or configuration."""
 
+import errno
+import fcntl
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import arguments, run_command
-from helpers.doubles import StopAfter
+from helpers.doubles import Lines, StopAfter
+from helpers.files import tree
 from helpers.runs import assert_same_weights, checkpoint, weights
 from lightning.fabric import Fabric
 
-from kdpipe.configs.errors import ConfigError, Interrupted, StaleCache
+from kdpipe.configs.errors import ConfigError, IncompleteCache, Interrupted, StaleCache
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Silent
 from kdpipe.pipeline.runs.checkpoint import changed_keys
@@ -101,12 +107,20 @@ def wait_for(file, seconds=120):
 
 
 def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(cached, make_config, tmp_path):
-    """A process of its own, whose worker reads ahead, is killed; the command goes on here without a worker."""
+    """A process of its own, whose worker reads ahead, is killed; the command goes on here without a worker. Until then, it may not."""
     options = {"student__encoder": "tu-mobilenetv3_small_050", "train__checkpoint_every_steps": 1, "train__epochs": 3}
     train(make_config(name="whole", **options), CPU)
     process = started(make_config(train__workers=1, **options), tmp_path)
     last = Path("model_weights/tests/tiny/last.ckpt")
     wait_for(last)
+    process.send_signal(signal.SIGSTOP)
+    before = tree(last.parent)
+    for options in (["--resume"], ["--overwrite"], ["--overwrite", "--set", "seed=9"]):
+        refused = run_command("train-student", "-c", "config.yaml", *options)
+        assert refused.returncode == 3
+        said = " ".join(refused.stderr.split())
+        assert f"model_weights/tests/tiny is being written by process {process.pid} on {socket.gethostname()}" in said
+    assert tree(last.parent) == before
     process.kill()
     process.wait()
     process.stderr.close()
@@ -117,6 +131,36 @@ def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(cached, mak
     assert "Learning curves, against steps" in done.stdout
     assert "\x1b" not in done.stdout, "no colours in a file"
     assert_same_weights(weights(), weights("whole"))
+    assert not last.parent.with_name("tiny.lock").exists()
+
+
+def test_a_file_of_the_name_of_a_runs_lock_is_refused_and_stays(cached, small_student):
+    theirs = Path("model_weights/tests/tiny.lock")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("my own")
+    with pytest.raises(ConfigError, match=r"tiny\.lock is not kdpipe's.* nothing was changed: move it"):
+        train(cached, CPU)
+    assert theirs.read_text() == "my own"
+    assert list(theirs.parent.iterdir()) == [theirs]
+
+
+def test_without_locks_a_run_warns_and_goes_on(cached, small_student, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    lines = Lines()
+    assert train(cached, CPU, progress=lines).steps == 6
+    assert re.search(r"warning: the file system of .*/tiny has no locks .* start no second run", lines.said[0])
+
+
+def test_a_refused_run_leaves_nothing_behind(make_config, tmp_path):
+    config = make_config()
+    before = tree(tmp_path)
+    with pytest.raises(IncompleteCache):
+        train(config, CPU)
+    assert tree(tmp_path) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(cached, make_config, tmp_path):
