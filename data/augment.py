@@ -93,9 +93,11 @@ def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int
     return int(np.count_nonzero(counts)) >= 2 and bool(counts.max() <= max_class_share * counts.sum())
 
 
-def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+def change_colours(image_HWC: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     """
     The image, uint8 `(H, W, 3)`, with random brightness, contrast and tint, and perhaps blur or noise, seeded by `seed`.
+
+    A grey image, uint8 `(H, W, 1)`, gets no tint.
 
     The transforms are built on each call (1 ms), because albumentations keeps its generators in them and threads would share them.
     """
@@ -104,10 +106,11 @@ def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     import albumentations
 
     # Ranges below albumentations' defaults (0.2; 20, 30, 20; 0.2-0.44), because colour identifies land cover.
+    tint = albumentations.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=15, val_shift_limit=8, p=1)
     change = albumentations.Compose(
         [
             albumentations.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.15, p=1),
-            albumentations.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=15, val_shift_limit=8, p=1),
+            *([tint] if image_HWC.shape[-1] == 3 else []),
             albumentations.OneOf(
                 [
                     albumentations.GaussianBlur(blur_limit=(3, 5), p=1),
@@ -119,7 +122,7 @@ def change_colours(image_HW3: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
         ]
     )
     change.set_random_seed(seed)
-    image: NDArray[np.uint8] = change(image=image_HW3)["image"]
+    image: NDArray[np.uint8] = change(image=image_HWC)["image"]
     return image
 
 

@@ -42,7 +42,7 @@ class TargetSource(Protocol):
 class TrainSample(TypedDict):
     """A crop; h and w are `train.crop`."""
 
-    image: NDArray[np.uint8]  # (3, h, w)
+    image: NDArray[np.uint8]  # (B, h, w), all of `data.bands`
     mask: NDArray[np.int64]  # (h, w), ignore_index outside and in tiles without mask
     inside: NDArray[np.bool_]  # (h, w), False over padding and where the image holds no data
     target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 outside
@@ -52,7 +52,7 @@ class TrainSample(TypedDict):
 class ValSample(TypedDict):
     """A whole tile of H x W px."""
 
-    image: NDArray[np.uint8]  # (3, H, W)
+    image: NDArray[np.uint8]  # (B, H, W)
     mask: NDArray[np.int64]  # (H, W), ignore_index in tiles without mask and where the image holds no data
     tile: int
 
@@ -66,7 +66,7 @@ class TrainTiles:
 
     Args:
         tiles: from `list_tiles`.
-        config: `train`, `classes`, `data.bands`, `data.alpha` and `seed` are used.
+        config: `train`, `classes`, `seed` and the keys of `data` that say how images are read are used.
         stretch: from `resolve_stretch`.
         targets: soft targets, read by window; None leaves `target` out of the samples.
         sizes: the tiles' `(H, W)`; None reads them from the files' headers as needed.
@@ -117,7 +117,7 @@ class TrainTiles:
     def render(self, plan: Plan) -> TrainSample:
         """The sample made by `plan`."""
         crop, ignore_index = plan.crop, self._config.classes.ignore_index
-        image = np.zeros((crop, crop, 3), dtype=np.uint8)
+        image = np.zeros((crop, crop, len(self._config.data.bands)), dtype=np.uint8)
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
         inside = np.zeros((crop, crop), dtype=np.bool_)
         target: NDArray[np.float32] | None = None
@@ -147,7 +147,7 @@ class TrainTiles:
                 target[:, ~inside] = 0
         image = orient(image, plan)
         if plan.photometric_seed is not None:
-            image = change_colours(image, plan.photometric_seed)
+            image = with_changed_colours(image, self._config.data.visible_places, plan.photometric_seed)
         sample = TrainSample(
             image=np.ascontiguousarray(image.transpose(2, 0, 1)),
             mask=orient(mask, plan).astype(np.int64),
@@ -231,6 +231,15 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
         group[start : start + batch_size] for group in by_size.values() for start in range(0, len(group), batch_size)
     ]
     return sorted(batches)
+
+
+def with_changed_colours(image_HWB: NDArray[np.uint8], visible: Sequence[int], seed: int) -> NDArray[np.uint8]:
+    """The image with `change_colours` of its visible bands, those at the places `visible`; the others are unchanged."""
+    if tuple(visible) == tuple(range(image_HWB.shape[-1])):
+        return change_colours(image_HWB, seed)
+    changed_HWB = image_HWB.copy()
+    changed_HWB[..., list(visible)] = change_colours(np.ascontiguousarray(image_HWB[..., list(visible)]), seed)
+    return changed_HWB
 
 
 def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:

@@ -22,14 +22,14 @@ from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.header import declared_by
 from kdpipe.data.declared.opening import opened
-from kdpipe.data.declared.tile import RECIPE, mask_faults, no_stretch_text
+from kdpipe.data.declared.tile import RECIPE, lacks_bands_text, mask_faults, no_stretch_text
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
     from rasterio.windows import Window
 
 Stretch = Sequence[tuple[float, float]] | None
-"""A `(low, high)` for each of the three bands, in the files' own units; None takes 8-bit values as they are."""
+"""A `(low, high)` for each band that is read, in the files' own units; None takes 8-bit values as they are."""
 
 _SHOWN_VALUES = 5
 
@@ -48,11 +48,11 @@ def read_image(
     path: Path, bands: Sequence[int] = (1, 2, 3), stretch: Stretch = None, alpha: Alpha = "opacity"
 ) -> NDArray[np.uint8]:
     """
-    The image as uint8 `(H, W, 3)`, values 0..255.
+    The image as uint8 `(H, W, B)`, values 0..255.
 
     Args:
         path: an image file of 8-bit, 16-bit, 32-bit or float bands.
-        bands: three band numbers, counted from 1; others (alpha, infrared) are left out.
+        bands: the numbers of the bands to read, counted from 1, in this order; others are left out.
         stretch: a `(low, high)` for each band, in the file's own units: low becomes 0, high 255, linearly, clipped and
             rounded (half to even). The declared nodata becomes 0. None takes 8-bit values as they are and refuses all others.
         alpha: `data.alpha`, whether a band that the file calls alpha hides pixels (`opacity`) or is an ordinary `band`.
@@ -122,24 +122,24 @@ class Rows:
         self.path, self.height, self.width = path, raster.height, raster.width
         self._raster, self._bands, self._stretch, self._alpha = raster, list(bands), stretch, alpha
         self._top = 0
-        self._kept_hW3 = np.empty((0, raster.width, 3), dtype=np.uint8)
+        self._kept_hWB = np.empty((0, raster.width, len(bands)), dtype=np.uint8)
         self._kept_data_hW = np.empty((0, raster.width), dtype=np.bool_)
 
     def read(self, top: int, bottom: int) -> NDArray[np.uint8]:
-        """Rows `top .. bottom` of the image, uint8 `(bottom - top, W, 3)`; raises `DataError` as `read_image` does."""
+        """Rows `top .. bottom` of the image, uint8 `(bottom - top, W, B)`; raises `DataError` as `read_image` does."""
         return self.read_with_data(top, bottom)[0]
 
     def read_with_data(self, top: int, bottom: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The rows as `read` returns them, and which pixels hold data (see `read_image_with_data`), bool `(bottom - top, W)`."""
-        end = self._top + len(self._kept_hW3)
+        end = self._top + len(self._kept_hWB)
         kept = slice(top - self._top, None) if self._top <= top <= end else slice(0, 0)
-        image_hW3, data_hW = self._kept_hW3[kept], self._kept_data_hW[kept]
-        first = top + len(image_hW3)
+        image_hWB, data_hW = self._kept_hWB[kept], self._kept_data_hW[kept]
+        first = top + len(image_hWB)
         if first < bottom:
-            read_hW3, read_data_hW = self._rows(first, bottom - first)
-            image_hW3, data_hW = np.concatenate([image_hW3, read_hW3]), np.concatenate([data_hW, read_data_hW])
-        self._top, self._kept_hW3, self._kept_data_hW = top, image_hW3, data_hW
-        return image_hW3[: bottom - top], data_hW[: bottom - top]
+            read_hWB, read_data_hW = self._rows(first, bottom - first)
+            image_hWB, data_hW = np.concatenate([image_hWB, read_hWB]), np.concatenate([data_hW, read_data_hW])
+        self._top, self._kept_hWB, self._kept_data_hW = top, image_hWB, data_hW
+        return image_hWB[: bottom - top], data_hW[: bottom - top]
 
     def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         read = self._values(top, count)
@@ -238,7 +238,7 @@ def _pixels(
 ) -> NDArray[Any]:
     missing = [band for band in bands if band > raster.count]
     if missing:
-        raise DataError(f"{path} has {raster.count} bands, and data.bands asks for {list(bands)}")
+        raise DataError(lacks_bands_text(path, raster.count, bands))
     pixels: NDArray[Any] = raster.read(list(bands), window=window)
     return pixels
 

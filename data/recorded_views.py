@@ -30,12 +30,12 @@ class ViewTargets(Protocol):
     """A source of the soft targets of recorded views: the cache, or a teacher."""
 
     def read_view(
-        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+        self, view_id: str, image_BHW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """
         The soft target of a view, float32 `(C, H, W)`, and the exact target's entropy minus this one's, in nats.
 
-        `image_3HW` are the view's pixels; entropies are means over the pixels `inside_HW`.
+        `image_BHW` are the view's pixels; entropies are means over the pixels `inside_HW`.
         """
         ...
 
@@ -157,7 +157,7 @@ class RecordedView:
         return self.views.plan_of(self)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """The image, uint8 `(3, H, W)` with H and W `train.crop`; raises as reading a sample does."""
+        """The image, uint8 `(B, H, W)` with H and W `train.crop`; raises as reading a sample does."""
         return self.views.render(self.plan())["image"]
 
     def labels(self) -> NDArray[np.int64]:

@@ -102,12 +102,12 @@ class Scene(Rows):
         return read
 
     def _rows(self, top: int, count: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        image_hW3, data_hW = super()._rows(top, count)
+        image_hWB, data_hW = super()._rows(top, count)
         seen, data_hW1 = self.seen, data_hW[..., None]
-        seen.values += int(np.count_nonzero(data_hW)) * image_hW3.shape[-1]
-        seen.dark += int(np.count_nonzero((image_hW3 < TENTH) & data_hW1))
-        seen.bright += int(np.count_nonzero((image_hW3 > 255 - TENTH) & data_hW1))
-        return image_hW3, data_hW
+        seen.values += int(np.count_nonzero(data_hW)) * image_hWB.shape[-1]
+        seen.dark += int(np.count_nonzero((image_hWB < TENTH) & data_hW1))
+        seen.bright += int(np.count_nonzero((image_hWB > 255 - TENTH) & data_hW1))
+        return image_hWB, data_hW
 
 
 @contextmanager

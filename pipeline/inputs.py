@@ -65,7 +65,7 @@ def check_headers(
             faults += _faults_of(headers, config, images_may_fail=images_may_fail and not is_val)
             comparison.add(headers, is_val=is_val)
     findings = comparison.findings()
-    refuse(Findings(faults + findings.faults))
+    refuse(Findings(findings.faults + faults))  # what is wrong with all comes first: it decides what to do about each
     misread = [] if data.alpha == "band" else alpha_notes(first)
     for note in [*findings.notes, *misread]:
         progress.say(f"note: {note}")

@@ -36,6 +36,7 @@ class Agreement:
     _orders: Counter[tuple[str, ...]] = field(default_factory=Counter)
     _named: Counter[_Triple] = field(default_factory=Counter)
     _scales: Counter[tuple[tuple[float, float], ...]] = field(default_factory=Counter)
+    _types: Counter[str] = field(default_factory=Counter)
     _turned: Counter[int] = field(default_factory=Counter)
     _examples: dict[object, Path] = field(default_factory=dict)
     _tables: set[tuple[tuple[int, int, int, int], ...]] = field(default_factory=set)
@@ -51,6 +52,7 @@ class Agreement:
             self._count(self._orders, order, path)
         if image.rgb is not None:
             self._count(self._named, image.rgb, path)
+        self._count(self._types, image.dtype, path)
         scales = tuple((image.scales[band - 1], image.offsets[band - 1]) for band in bands)
         self._count(self._scales, scales[:1] if len(set(scales)) == 1 else scales, path)
         if image.orientation != 1:
@@ -78,6 +80,11 @@ class Agreement:
     def faults(self) -> list[str]:
         """What is certainly wrong."""
         found = [self._contradiction] if self._contradiction else []
+        if "uint8" in self._types and len(self._types) > 1:
+            found.append(
+                f"images hold values of different ranges: {self._list(self._types, str)}; data.stretch is one for all images, so convert "
+                "them to one type and unit, or leave those of one type out"
+            )
         if len(self._orders) > 1:
             orders = self._list(self._orders, ", ".join)
             found.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.header import NAMELESS, called, read_declared
+from kdpipe.data.declared.tile import lacks_bands_text
 
 _RGB = ("red", "green", "blue")
 
@@ -29,7 +30,7 @@ def colours_of(path: Path, bands: Sequence[int], alpha: Alpha = "opacity") -> li
     """
     colours = called(read_declared(path).colours, alpha)
     if max(bands) > len(colours):
-        raise DataError(f"{path} has {len(colours)} bands, and data.bands asks for {list(bands)}")
+        raise DataError(lacks_bands_text(path, len(colours), bands))
     return [colours[band - 1] for band in bands]
 
 

@@ -26,7 +26,7 @@ _UPSIDE_DOWN = [2, 3, 0, 1]  # the corners in the order of an image that is writ
 def image_faults(path: Path, image: Declared, bands: Sequence[int], *, has_stretch: bool) -> list[str]:
     """What makes `bands` of an image unusable, by its header: a band that is missing, alpha, a palette, or not 8-bit without a stretch."""
     if max(bands) > image.bands:
-        return [f"{path} has {image.bands} bands, and data.bands asks for {list(bands)}"]
+        return [lacks_bands_text(path, image.bands, bands)]
     faults = []
     if image.alpha in bands:
         faults.append(
@@ -79,6 +79,14 @@ def require_same_size(image_path: Path, size: tuple[int, int], mask_path: Path, 
     if tuple(size) != tuple(mask_size):
         hint = _orientation_hint(read_declared(image_path))
         raise DataError(_size_text(image_path, size, mask_path, mask_size) + hint)
+
+
+def lacks_bands_text(path: Path | str, count: int, bands: Sequence[int]) -> str:
+    """The text for an image of `count` bands, which lacks one of `data.bands`."""
+    return (
+        f"{path} has {count} band{'s' if count > 1 else ''}, and data.bands asks for {list(bands)}: leave the image out, or set "
+        "data.bands to bands that all images have"
+    )
 
 
 def no_stretch_text(path: Path | str, dtypes: Sequence[str]) -> str:

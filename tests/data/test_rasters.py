@@ -48,7 +48,7 @@ def test_bands_come_in_the_requested_order_and_may_repeat(tmp_path):
 
 def test_missing_band_is_named_with_what_the_file_has(tmp_path):
     path = save(tmp_path / "grey.png", RGB[..., 0])
-    with pytest.raises(DataError, match=r"grey\.png has 1 bands, and data\.bands asks for \[1, 2, 3\]"):
+    with pytest.raises(DataError, match=r"grey\.png has 1 band, and data\.bands asks for \[1, 2, 3\]"):
         read_image(path)
 
 
