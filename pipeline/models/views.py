@@ -40,8 +40,14 @@ def averaged_logits(
 
 
 def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Tensor:
-    """Logits `(N, C, H, W)`, float32, of images of any size: mirrored on the right and below to a multiple of 32 px, then cropped."""
+    """
+    Logits `(N, C, H, W)`, float32, of images of any size: mirrored on the right and below to a multiple of 32 px, then cropped.
+
+    A network that prepares its images itself (its attribute `prepares_images` is true) is given them as they are.
+    """
     height, width = inputs_NCHW.shape[-2:]
+    if getattr(model, "prepares_images", False):
+        return model(inputs_NCHW).float()
     padded = inputs_NCHW
     for dim, size in ((-2, height), (-1, width)):
         target = -(-size // STRIDE) * STRIDE

@@ -1,0 +1,1 @@
+"""Networks that kdpipe did not write: a module of the user's own, a transformers folder, an exported file."""

@@ -1,0 +1,137 @@
+"""Tiny real networks that kdpipe did not write: transformers built from a configuration, exported files, a module of one's own."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+OWN_MODULE = """\
+import torch
+from torch import nn
+
+
+class Pooled(nn.Module):
+    def __init__(self, width, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+        return {"out": self.head(torch.relu(self.stem(x))), "aux": x}
+
+
+def build(width=8, classes=8):
+    return Pooled(width, classes)
+"""
+
+
+def names(count):
+    return {"id2label": {i: f"c{i}" for i in range(count)}, "label2id": {f"c{i}": i for i in range(count)}}
+
+
+def save_transformers(kind: str, folder: Path, classes: int = 8) -> Path:
+    """Write a tiny network of transformers with random weights, and its image processor, as `save_pretrained` does."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    tf.logging.disable_progress_bar()
+    named = names(classes)
+    square, side = {"size": {"height": 64, "width": 64}}, {"size": {"shortest_edge": 64, "longest_edge": 128}}
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = tf.SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, image_size=64, out_features=stages
+    )
+    masks = {"backbone_config": swin, "num_queries": 5, **named}
+    if kind == "segformer":
+        config = tf.SegformerConfig(
+            hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16, **named
+        )
+        model, processor = tf.SegformerForSemanticSegmentation(config), tf.SegformerImageProcessor(**square)
+    elif kind == "upernet":
+        convnext = tf.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, out_features=stages)
+        config = tf.UperNetConfig(
+            backbone_config=convnext,
+            hidden_size=16,
+            pool_scales=[1, 2],
+            auxiliary_in_channels=16,
+            auxiliary_channels=16,
+            **named,
+        )
+        model, processor = tf.UperNetForSemanticSegmentation(config), tf.SegformerImageProcessor(**square)
+    elif kind == "dpt":
+        config = tf.DPTConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64,
+            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, is_hybrid=False,
+            reassemble_factors=[4, 2, 1, 0.5], use_auxiliary_head=False, **named,
+        )  # fmt: skip
+        model, processor = tf.DPTForSemanticSegmentation(config), tf.DPTImageProcessor(**square)
+    elif kind == "beit":
+        config = tf.BeitConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64,
+            out_indices=[1, 2, 3, 4], use_relative_position_bias=True, pool_scales=[1, 2], use_auxiliary_head=False, **named,
+        )  # fmt: skip
+        model, processor = tf.BeitForSemanticSegmentation(config), tf.BeitImageProcessor(do_center_crop=False, **square)
+    elif kind == "mask2former":
+        config = tf.Mask2FormerConfig(
+            feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
+            decoder_layers=2, num_attention_heads=2, dim_feedforward=16, **masks,
+        )  # fmt: skip
+        model, processor = tf.Mask2FormerForUniversalSegmentation(config), tf.Mask2FormerImageProcessor(**side)
+    else:
+        assert kind == "oneformer"
+        return _save_oneformer(folder, masks, side, classes)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _save_oneformer(folder: Path, masks: dict, side: dict, classes: int) -> Path:
+    import transformers as tf
+
+    folder.mkdir(parents=True)
+    words = ["<|startoftext|>", "<|endoftext|>", "the</w>", "task</w>", "is</w>", "semantic</w>"]
+    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    vocabulary = {word: i for i, word in enumerate(words + letters)}
+    aside = folder.with_name(f"{folder.name}-tokenizer")
+    aside.mkdir()
+    (aside / "vocab.json").write_text(json.dumps(vocabulary))
+    (aside / "merges.txt").write_text("#version: 0.2\n")
+    (aside / "classes.json").write_text(json.dumps({str(i): {"name": f"c{i}", "isthing": 0} for i in range(classes)}))
+    tokenizer = tf.CLIPTokenizer(str(aside / "vocab.json"), str(aside / "merges.txt"), model_max_length=77)
+    config = tf.OneFormerConfig(
+        conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2,
+        num_attention_heads=2, dim_feedforward=16, text_encoder_width=32, text_encoder_num_layers=1,
+        text_encoder_vocab_size=len(vocabulary), is_training=False, **masks,
+    )  # fmt: skip
+    images = tf.OneFormerImageProcessor(
+        repo_path=str(aside), class_info_file="classes.json", num_labels=classes, num_text=0, **side
+    )
+    tf.OneFormerForUniversalSegmentation(config).save_pretrained(folder)
+    tf.OneFormerProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def export(model: torch.nn.Module, path: Path, size: int | None = None, bands: int = 3) -> Path:
+    """Export a network to `.onnx` or `.pt2`: for any number of images and multiples of 32 px, or for one image of `size` px."""
+    shape = (2, bands, 64, 96) if size is None else (1, bands, size, size)
+    if path.suffix == ".onnx":
+        any_size = {0: "n", 2: "h", 3: "w"}
+        axes = {"image": any_size, "logits": any_size} if size is None else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch advises against the exporter that needs no further package
+            torch.onnx.export(
+                model,
+                (torch.zeros(shape),),
+                path,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamo=False,
+                dynamic_axes=axes,
+            )
+        return path
+    dim = torch.export.Dim
+    varying = {0: dim("n"), 2: 32 * dim("h", min=1, max=64), 3: 32 * dim("w", min=1, max=64)}
+    program = torch.export.export(model, (torch.zeros(shape),), dynamic_shapes=None if size else (varying,))
+    torch.export.save(program, path)
+    return path
