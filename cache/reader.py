@@ -137,7 +137,7 @@ class SoftTargetCache:
             stored = shard.read(
                 (start, left, top + height - start, width), self._ranges_reader(record), self._checksums[tile_id]
             )
-        except (ValueError, RuntimeError, OSError, CorruptCache) as err:
+        except (ValueError, RuntimeError, FileNotFoundError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         try:
             return codec.units(stored, recipe, (start, left))[:, top - start :]
@@ -171,7 +171,7 @@ class SoftTargetCache:
         if shard is None:
             try:
                 shard = self._open_shard(record)
-            except (ValueError, OSError, CorruptCache) as err:  # CorruptCache: a link leads out of the cache
+            except (ValueError, FileNotFoundError) as err:
                 raise self._unusable(record.id, str(err)) from err
         self._shards[record.id] = shard
         if len(self._shards) > MAX_OPEN_TILES:
@@ -259,9 +259,9 @@ def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
     }[name]
     try:
         data = storage.read(f"{tile.tile_path(record.id)}/{name}")
-    except (FileNotFoundError, NotADirectoryError) as err:
+    except FileNotFoundError as err:
         raise ValueError(f"its {what} ({name}) is missing") from err
-    except OSError as err:
+    except CorruptCache as err:
         raise ValueError(f"its {what} ({name}) cannot be read ({err})") from err
     if tile.sha256(data) != digest:
         raise ValueError(f"its {what} ({name}) is not what was written")
@@ -291,12 +291,12 @@ def read_manifest(storage: Storage) -> Manifest:
     """The manifest of a finished cache; `IncompleteCache` if there is none, `CorruptCache` if it was changed."""
     try:
         data = storage.read(MANIFEST_NAME)
-    except (FileNotFoundError, NotADirectoryError) as err:
+    except FileNotFoundError as err:
         state = "is not finished" if storage.children("") else "does not exist"
         raise IncompleteCache(
             f"the cache {storage.url} {state}; run `kdpipe precompute-teacher` with the same configuration"
         ) from err
-    except OSError as err:
+    except CorruptCache as err:
         raise CorruptCache(
             f"{storage.url}/{MANIFEST_NAME} cannot be read ({err}); restore it, or delete it and run "
             "`kdpipe precompute-teacher` again: finished tiles are kept"
@@ -315,10 +315,10 @@ def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | Non
     advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"
     try:
         data = storage.read(tile.METADATA_NAME)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
-    except IsADirectoryError as err:
-        raise CorruptCache(f"{origin} is a folder, not the metadata of a cache; {advice}") from err
+    except CorruptCache as err:
+        raise CorruptCache(f"{origin} is not the metadata of a cache ({err}); {advice}") from err
     try:
         content = json.loads(data)["attributes"][tile.ATTRIBUTE]
         (refuse_to_write if to_write else is_newer_minor)(content["format_version"], origin)
@@ -331,7 +331,6 @@ def read_receipt(storage: Storage, tile_id: str, recipe_digest: str) -> TileReco
     """A finished tile's record from its receipt; None if that is missing, damaged, or of another tile or recipe."""
     try:
         metadata = storage.read(f"{tile.tile_path(tile_id)}/{tile.METADATA_NAME}")
-    # CorruptCache: a link leads out of the cache.
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, CorruptCache):
+    except (FileNotFoundError, CorruptCache):
         return None
     return tile.parse_receipt(metadata, tile_id, recipe_digest) if tile.is_sealed(metadata) else None

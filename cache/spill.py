@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdpipe.cache.storage.base import FULL, Storage
+from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.configs.errors import CacheError, DiskFull
 from kdpipe.configs.files import PARTIAL_SUFFIX
+from kdpipe.configs.os_errors import FULL
 
 
 class Spill:

@@ -87,7 +87,7 @@ def whole_manifest(storage: Storage) -> Manifest | None:
     """
     try:
         manifest = parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
-    except (FileNotFoundError, IsADirectoryError, CorruptCache):
+    except (FileNotFoundError, CorruptCache):
         return None
     refuse_to_write(manifest.format_version, f"{storage.url}/{MANIFEST_NAME}")
     return manifest
@@ -126,7 +126,7 @@ def restore_root(storage: Storage, recipe: CacheRecipe, tile_ids: list[str]) -> 
         if storage.read(tile.METADATA_NAME) == wanted:
             return False
         there = read_recipe(storage)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, CorruptCache):
+    except (FileNotFoundError, CorruptCache):
         there = None
     if there is not None and there != recipe and tiles_vouch_for(there):
         return False

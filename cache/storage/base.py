@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.configs.outputs import output_path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no room on the disk, or in the user's quota
 LOCAL_SCHEMES = ("file://", "local://")  # not left to fsspec: it does not sync, and its writes can be half done
 
 
@@ -30,7 +28,7 @@ class Storage(Protocol):
     url: str
 
     def read(self, name: str) -> bytes:
-        """The content of a file; `FileNotFoundError` if there is none."""
+        """The content of a file; `FileNotFoundError` if there is none, `CorruptCache` if something else is in its place."""
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end."""
@@ -61,7 +59,8 @@ def open_storage(path: str) -> Storage:
     """
     The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`).
 
-    Raises `ConfigError` for a URL that the installed fsspec cannot open, and for a folder within a Python package.
+    Raises `ConfigError` for a URL that the installed fsspec cannot open, for a folder within a Python package, and for a path at which
+    no cache can be (see `local.require_place`).
     """
     # Imported here: both modules import this one.
     if "://" in path and not path.startswith(LOCAL_SCHEMES):
@@ -72,8 +71,10 @@ def open_storage(path: str) -> Storage:
         except (ValueError, ImportError) as err:  # an unknown protocol, or one whose package is not installed
             hint = f"; {extra_text('s3')}" if path.startswith("s3") and isinstance(err, ImportError) else ""
             raise ConfigError(f"cache.path: {path} cannot be opened: {err}{hint}") from err
-    from kdpipe.cache.storage.local import LocalStorage
+    from kdpipe.cache.storage.local import LocalStorage, require_place
 
     for scheme in LOCAL_SCHEMES:
         path = path.removeprefix(scheme)
-    return LocalStorage(output_path(path, key="cache.path"))
+    folder = output_path(path, key="cache.path")
+    require_place(folder)
+    return LocalStorage(folder)

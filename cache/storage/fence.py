@@ -19,7 +19,8 @@ from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.beside import beside, open_beside, unlink_same
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.remote import RemoteStorage
-from kdpipe.configs.errors import CacheLocked, ShutOut
+from kdpipe.configs.errors import CacheLocked, CacheUnreachable, ShutOut
+from kdpipe.configs.os_errors import explained
 
 SUFFIX = ".workers"
 PATIENCE_SECONDS = 60.0  # for workers that are storing a tile, which takes a fraction of a second
@@ -35,9 +36,10 @@ def open_fence(storage: Storage) -> Iterator[str]:
     """
     token = uuid.uuid4().hex
     if isinstance(storage, LocalStorage):
-        file = open_beside(beside(storage.folder, SUFFIX), _is_a_token, create=True)
+        path = beside(storage.folder, SUFFIX)
+        file = open_beside(path, _is_a_token, create=True)
         assert file is not None
-        with file:
+        with explained("writing", path, CacheUnreachable), file:
             file.truncate(0)
             file.write(token)
     else:
@@ -64,7 +66,7 @@ def shut_out_workers(storage: Storage) -> None:
     file = open_beside(path, _is_a_token)
     if file is None:
         return
-    with file:
+    with explained("shutting out the workers by", path, CacheUnreachable), file:
         file.truncate(0)  # first, so that workers that arrive during the wait are turned away
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -101,8 +103,10 @@ def within_fence(storage: Storage, token: str) -> Iterator[None]:
     if file is None:
         raise _shut_out(storage)
     with file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        _require(file.read(), token, storage)
+        with explained("locking", file.name, CacheUnreachable):
+            fcntl.flock(file, fcntl.LOCK_SH)
+            found = file.read()
+        _require(found, token, storage)
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import stat
@@ -14,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from kdpipe.cache.storage.base import FULL, FileInfo
-from kdpipe.configs.errors import CacheUnreachable, CorruptCache, DiskFull
-from kdpipe.configs.files import PARTIAL_SUFFIX, sync_folder, write_atomically
+from kdpipe.cache.storage.base import FileInfo
+from kdpipe.configs.errors import CacheUnreachable, ConfigError, CorruptCache
+from kdpipe.configs.files import PARTIAL_SUFFIX, open_file, sync_folder, write_atomically
+from kdpipe.configs.os_errors import OF_THE_PATH, explained, said, told
 
 IN_FOLDER = (
     f".lock{PARTIAL_SUFFIX}"  # the file that is locked where a folder cannot be (see `lock`); readers ignore its name
@@ -24,9 +24,28 @@ IN_FOLDER = (
 
 
 WAITS_SECONDS = (0.05, 0.5)  # before a second and a third attempt to read
-OF_THE_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
 
 Result = TypeVar("Result")
+
+
+def require_place(folder: Path) -> None:
+    """Raise `ConfigError` where no cache can be: at a file or a path that the system refuses, and in the root or the home folder itself."""
+    home = os.path.realpath(os.path.expanduser("~"))  # noqa: PTH111  `Path.home` raises where there is none
+    if folder in (Path(folder.anchor), Path(home)):
+        what = "your home folder" if folder != Path(folder.anchor) else "the root of the file system"
+        raise ConfigError(
+            f"cache.path: {folder} is {what}: name a folder of its own in it, such as {folder / 'cache.zarr'}"
+        )
+    try:
+        found = _patiently(lambda: os.stat(folder), folder)  # noqa: PTH116  as below
+    except FileNotFoundError:
+        return
+    except OSError as err:
+        raise told(err, "cache.path: looking for", folder, ConfigError) from err
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(
+            f"cache.path: {folder} is a file, and a cache is a folder: choose another path; the file was not touched"
+        )
 
 
 class LocalStorage:
@@ -39,7 +58,12 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         path = self._path(name)
-        return _patiently(path.read_bytes, path)
+
+        def read() -> bytes:
+            with open_file(path, buffered=False) as file:
+                return file.read()
+
+        return _content(read, path)
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         # Unlike `read`, this follows links out of the cache: the check takes a tenth of a crop's time, and the caller compares
@@ -47,40 +71,32 @@ class LocalStorage:
         path = f"{self.url}/{name}"
 
         def read() -> list[bytes]:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123  a Path takes as long as the reading
+            with open_file(path, buffered=False) as file:
                 size = os.fstat(file.fileno()).st_size
                 return [
                     os.pread(file.fileno(), length, start if start >= 0 else max(0, size + start))
                     for start, length in spans
                 ]
 
-        return _patiently(read, path)
+        return _content(read, path)
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """
         Make `name` hold exactly `data`, or all its pieces, atomically and durably; one piece at a time is in memory.
 
         A folder in the place of a file, or a file in the place of a folder, is damage and is deleted.
-        Raises `DiskFull` and leaves no partial file where the disk is full.
+        Raises `DiskFull` and leaves no partial file where the disk is full, and `CacheUnreachable` where the system refuses.
         """
-        path = self._own_path(name)
         # At the top of the cache, so that one listing finds what killed runs left; unique among machines that share the disk.
         partial = self.folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-        try:
+        with explained("writing", self.folder / name, CacheUnreachable):
+            path = self._own_path(name)
             with _making_room:
                 self._make_way(path)
                 make_folders(path.parent)
-            with write_atomically(path, partial) as file:
-                for piece in [data] if isinstance(data, bytes) else data:
-                    file.write(piece)
-        except OSError as err:
-            if err.errno not in FULL:
-                raise
-            size = f"{len(data)} bytes" if isinstance(data, bytes) else "all bytes"
-            raise DiskFull(
-                f"no room for {size} of {path} (free: {self.free_bytes()} bytes); "
-                "make room and run the same command again: what is finished is kept"
-            ) from err
+        with write_atomically(path, partial, CacheUnreachable) as file:
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
 
     def info(self, name: str) -> FileInfo | None:
         path = f"{self.url}/{name}"
@@ -95,7 +111,7 @@ class LocalStorage:
 
     def last_write(self) -> float | None:
         """The time of the topmost folder, which changes at every write because `write` puts its partial file there."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             return self.folder.stat().st_mtime
         return None
 
@@ -107,16 +123,19 @@ class LocalStorage:
             return []
 
     def remove(self, name: str) -> None:
-        path = self._own_path(name)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        if path.parent.is_dir():
-            sync_folder(path.parent)
+        with explained("deleting", self.folder / name, CacheUnreachable):
+            path = self._own_path(name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    path.unlink()
+            if path.parent.is_dir():
+                sync_folder(path.parent)
 
     def free_bytes(self) -> int | None:
-        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+        with explained("looking at the disk of", self.folder, CacheUnreachable):
+            return shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
 
     def _path(self, name: str) -> Path:
         """The path of a file to read, write or list; `CorruptCache` if it, or a link on the way, leads out of the cache."""
@@ -151,6 +170,18 @@ class LocalStorage:
                 break
             if folder.is_file():
                 folder.unlink()
+
+
+def _content(read: Callable[[], Result], path: Path | str) -> Result:
+    """What `read` returns; `FileNotFoundError` if nothing is at the path, and `CorruptCache` if something is that is no file."""
+    try:
+        return _patiently(read, path)
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as err:  # a file in the place of a folder above it
+        raise FileNotFoundError(err.errno, err.strerror, str(path)) from err
+    except OSError as err:
+        raise CorruptCache(f"{path} cannot be read: {said(err)}") from err
 
 
 def _patiently(look: Callable[[], Result], path: Path | str) -> Result:

@@ -132,7 +132,7 @@ def test_a_disk_that_fills_while_the_shard_is_written_is_reported(storage, monke
     with closing(Spill(storage)) as spill:
         shard = spilled(noise(3, 600, 300), spill)
         monkeypatch.setattr(os, "fsync", no_room)
-        with pytest.raises(DiskFull, match=r"no room for all bytes of .*0\.0\.0 .*what is finished is kept"):
+        with pytest.raises(DiskFull, match=r"no room for .*0\.0\.0: .*what is finished is kept"):
             store_tile(storage, "T/a", (shard, None), IMAGE, RECIPE)
     assert tree(storage.folder) == {"tiles/T/a/other": b""}
 

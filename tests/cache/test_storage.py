@@ -1,7 +1,6 @@
 """A local write is durable and whole, from any number of threads; a disk that fails while it is read is not damage."""
 
 import errno
-import io
 import os
 import threading
 import time
@@ -65,7 +64,7 @@ def test_threads_delete_a_file_in_the_place_of_a_folder_once(tmp_path, monkeypat
 @pytest.fixture
 def failing_disk(monkeypatch):
     """A function `fail(end, code, times)`: the next `times` reads of files whose path ends so fail with that error."""
-    left, opened = {}, io.open
+    left, opened = {}, os.open
 
     def opening(path, *args, **kwargs):
         for (end, code), times in left.items():
@@ -74,7 +73,7 @@ def failing_disk(monkeypatch):
                 raise OSError(code, os.strerror(code), str(path))
         return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(io, "open", opening)
+    monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(local, "WAITS_SECONDS", (0.0, 0.0))
     return lambda end, code, times: left.update({(end, code): times})
 
