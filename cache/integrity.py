@@ -133,7 +133,7 @@ def _is_intact(storage: Storage, manifest: Manifest, group: str) -> bool:
     """Whether a group's metadata matches the manifest's digest."""
     try:
         return tile.sha256(storage.read(_group_file(group))) == manifest.groups.get(group)
-    except (OSError, CorruptCache):  # CorruptCache: a link leads out of the cache
+    except (FileNotFoundError, CorruptCache):
         return False
 
 
@@ -173,7 +173,7 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
     try:
         metadata = read_intact(storage, record, tile.METADATA_NAME)
         file = read_intact(storage, record, tile.SHARD_NAME)
-    except (ValueError, CorruptCache) as err:  # CorruptCache: a link leads out of the cache
+    except ValueError as err:
         return [Finding("damaged-tile", record.id, str(err))]
     receipt = tile.parse_receipt(metadata, record.id, recipe.digest())
     if receipt != record:
