@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.models.options import options_of, untraced_options
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 
@@ -38,20 +39,22 @@ class Network:
     """
     A recognised network; fields that were not recognised are None.
 
-    `attention` is `scse`, or None without it. `options` are those that its tensors need beside an architecture's defaults.
+    `attention` is `scse`, or None without it; `in_channels` is the number of bands that it sees. `options` are those that its tensors need beside an architecture's defaults.
     """
 
     architecture: str | None
     encoder: str | None
     attention: str | None
     channels: int | None
+    in_channels: int = COLOURS
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """`unet with efficientnet-b4 and scSE attention, 9 channels`."""
+        """`unet with efficientnet-b4 and scSE attention, 4 bands, 9 channels`; three bands go without saying."""
         encoder = f" with {self.encoder}" if self.encoder else ""
         attention = " and scSE attention" if self.attention else ""
-        channels = f", {self.channels} channels" if self.channels is not None else ""
+        channels = f", {self.in_channels} bands" if self.in_channels != COLOURS else ""
+        channels += f", {self.channels} channels" if self.channels is not None else ""
         if self.architecture is None:
             unknown = " whose decoder is not recognised" if self.encoder else " that is not recognised"
             return f"a network{encoder}{unknown}{channels}"
@@ -72,17 +75,24 @@ def recognise(
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attention = attention_of(state)
     if FORMER_HEAD in shapes:
-        return _former_of(shapes, likely_encoder, likely_options)
+        return _former_of(shapes, bands_of(state), likely_encoder, likely_options)
     heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
     channels = heads[-1][0] if heads else None
     encoder_shapes = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
-    encoder = _encoder_of(encoder_shapes, likely_encoder) if encoder_shapes else None
+    bands = bands_of(state)
+    encoder = _encoder_of(encoder_shapes, bands, likely_encoder) if encoder_shapes else None
     if encoder and channels:
         for options in _candidates(likely_options):
-            architecture = _architecture_of(shapes, encoder, channels, attention, options)
+            architecture = _architecture_of(shapes, encoder, bands, channels, attention, options)
             if architecture is not None:
-                return Network(architecture, encoder, attention, channels, _shown(options, architecture))
-    return Network(None, encoder, attention, channels)
+                return Network(architecture, encoder, attention, channels, bands, _shown(options, architecture))
+    return Network(None, encoder, attention, channels, bands)
+
+
+def bands_of(state: Mapping[str, Tensor]) -> int:
+    """The number of bands that a network of convolutions sees: the input channels of the first."""
+    weights = (tensor.shape[1] for name, tensor in state.items() if name.endswith("weight") and tensor.ndim == 4)
+    return next(weights, COLOURS)
 
 
 def attention_of(state: Mapping[str, Any]) -> str | None:
@@ -99,18 +109,18 @@ def _shown(options: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in untraced_options(architecture)}
 
 
-def _former_of(shapes: Shapes, likely: str | None, likely_options: Mapping[str, Any] | None) -> Network:
+def _former_of(shapes: Shapes, bands: int, likely: str | None, likely_options: Mapping[str, Any] | None) -> Network:
     channels = shapes[FORMER_HEAD][0]
     for options in _candidates(likely_options):
-        if _shapes_of(partial(FTUNetFormer, channels, **options)) == shapes:
-            return Network("ftunetformer", None, None, channels, options)
+        if _shapes_of(partial(FTUNetFormer, channels, in_channels=bands, **options)) == shapes:
+            return Network("ftunetformer", None, None, channels, bands, options)
         for encoder in [likely, "resnet18"] if likely else ["resnet18"]:
-            if _shapes_of(partial(UNetFormer, channels, encoder=encoder, **options)) == shapes:
-                return Network("unetformer", encoder, None, channels, options)
-    return Network(None, None, None, channels)
+            if _shapes_of(partial(UNetFormer, channels, in_channels=bands, encoder=encoder, **options)) == shapes:
+                return Network("unetformer", encoder, None, channels, bands, options)
+    return Network(None, None, None, channels, bands)
 
 
-def _encoder_of(shapes: Shapes, likely: str | None) -> str | None:
+def _encoder_of(shapes: Shapes, bands: int, likely: str | None) -> str | None:
     names: list[str] = smp.encoders.get_encoder_names()  # type: ignore[no-untyped-call]
     names.sort(key=lambda name: not name.startswith(USUAL))
     transformer = MIX_TRANSFORMER in shapes  # a second each to build
@@ -118,20 +128,22 @@ def _encoder_of(shapes: Shapes, likely: str | None) -> str | None:
     if all(name.startswith("model.") for name in shapes):
         names = []  # one of timm's hundreds, which tensors alone do not tell apart
     for name in [likely, *names] if likely else names:
-        if _shapes_of(partial(smp.encoders.get_encoder, name, weights=None)) == shapes:
+        if _shapes_of(partial(smp.encoders.get_encoder, name, in_channels=bands, weights=None)) == shapes:
             return name
     return None
 
 
 def _architecture_of(
-    shapes: Shapes, encoder: str, channels: int, attention: str | None, likely_options: Mapping[str, Any]
+    shapes: Shapes, encoder: str, bands: int, channels: int, attention: str | None, likely_options: Mapping[str, Any]
 ) -> str | None:
     names: list[str] = sorted(smp.MODEL_ARCHITECTURES_MAPPING, key=lambda name: name != "unet")
     for name in names:
         if not likely_options.keys() <= set(options_of(name)):
             continue
         options = ({"decoder_attention_type": attention} if attention else {}) | dict(likely_options)
-        build = partial(smp.create_model, name, encoder, encoder_weights=None, classes=channels, **options)
+        build = partial(
+            smp.create_model, name, encoder, encoder_weights=None, in_channels=bands, classes=channels, **options
+        )
         if _shapes_of(build) == shapes:
             return name.lower()
     return None

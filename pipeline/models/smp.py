@@ -23,12 +23,14 @@ def create_smp_model(
     num_classes: int,
     *,
     key: str,
+    in_channels: int = 3,
     encoder_weights: str | None = None,
     attention: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """
-    `smp.create_model`, with random weights unless `encoder_weights` names some; errors name `key`, the section of the configuration.
+    `smp.create_model` for images of `in_channels` bands, with random weights unless `encoder_weights` names some, which smp adapts to the
+    number of bands. Errors name `key`, the section of the configuration.
 
     `options` are further arguments of the architecture's constructor. `attention` is the decoder's (`scse`), for architectures that
     have one, unless `options` names it. Raises `ConfigError` for an unknown architecture, encoder or option, with the nearest known one,
@@ -47,7 +49,7 @@ def create_smp_model(
         )
     given = dict(options or {})
     check_options(architecture, given, key=key)
-    arguments: dict[str, Any] = {"encoder_weights": encoder_weights, "classes": num_classes}
+    arguments: dict[str, Any] = {"encoder_weights": encoder_weights, "classes": num_classes, "in_channels": in_channels}
     if attention is not None:
         arguments["decoder_attention_type"] = attention
     try:
@@ -61,16 +63,16 @@ def create_smp_model(
             f"{key}: segmentation-models-pytorch cannot build {architecture} with {encoder}{options_text(given)}: {err}"
         ) from err
     if given:
-        _check_logits(model, num_classes, f"{key}.options: {architecture} with {encoder}{options_text(given)}")
+        _check_logits(model, in_channels, num_classes, f"{key}.options: {architecture} with {encoder}{options_text(given)}")
     return model
 
 
-def _check_logits(model: nn.Module, num_classes: int, what: str) -> None:
+def _check_logits(model: nn.Module, in_channels: int, num_classes: int, what: str) -> None:
     """Raise `ConfigError` unless the network gives logits of its image's size."""
     training, expected = model.training, (1, num_classes, TRIAL_PX, TRIAL_PX)
     try:
         with torch.inference_mode():
-            found = tuple(model.eval()(torch.zeros(1, 3, TRIAL_PX, TRIAL_PX)).shape)
+            found = tuple(model.eval()(torch.zeros(1, in_channels, TRIAL_PX, TRIAL_PX)).shape)
     except AssertionError:  # an encoder of timm that takes one size of image only
         return
     except Exception as err:  # a decoder checks its interpolation, for one, only when it runs

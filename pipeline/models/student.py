@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.normalize import COLOURS, adapted_text
 from kdpipe.pipeline.models.options import FORMERS, check_options
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
@@ -34,6 +35,7 @@ def build_student(
     architecture: str,
     num_classes: int,
     *,
+    in_channels: int = 3,
     encoder: str | None = None,
     encoder_weights: str | None = None,
     checkpoint: str | None = None,
@@ -42,11 +44,12 @@ def build_student(
     say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """
-    A network from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
+    A network from normalised images `(N, in_channels, H, W)` to logits `(N, num_classes, H, W)`.
 
     Args:
         architecture: `ftunetformer`, `unetformer` or any of smp's.
         num_classes: number of student classes.
+        in_channels: number of bands that it sees.
         encoder: smp's or timm's; required except for `ftunetformer`, which has its own.
         encoder_weights: a local file, or a name that smp or timm knows.
         checkpoint: a local file of the whole student's weights, kdpipe's own checkpoints included.
@@ -57,7 +60,7 @@ def build_student(
     Raises `ConfigError` for unknown names and options, and `CheckpointError` for weights that do not fit.
     """
     if architecture in FORMERS:
-        former = _build_former(architecture, num_classes, encoder, options or {})
+        former = _build_former(architecture, num_classes, in_channels, encoder, options or {})
         if encoder_weights is not None:
             _load_encoder_weights(former, encoder_weights, say)
         if checkpoint is not None:
@@ -74,6 +77,7 @@ def build_student(
             encoder,
             num_classes,
             key="student",
+            in_channels=in_channels,
             encoder_weights=None if local else encoder_weights,
             options=options,
         )
@@ -81,6 +85,8 @@ def build_student(
         raise CheckpointError(
             f"student.encoder_weights: cannot download {encoder_weights!r} for {encoder}: {err}; give a local file instead"
         ) from err
+    if encoder_weights is not None and not local and in_channels != COLOURS:
+        say(adapted_text(f"student.encoder_weights {encoder_weights}", in_channels))
     if encoder_weights is not None and local:
         part = model.encoder
         assert isinstance(part, nn.Module)
@@ -116,7 +122,7 @@ def encoder_parameters(model: nn.Module) -> set[int]:
 
 
 def _build_former(
-    architecture: str, num_classes: int, encoder: str | None, options: Mapping[str, Any]
+    architecture: str, num_classes: int, in_channels: int, encoder: str | None, options: Mapping[str, Any]
 ) -> FTUNetFormer | UNetFormer:
     """FTUNetFormer or UNetFormer with random weights."""
     if architecture == "ftunetformer" and encoder is not None:
@@ -126,8 +132,8 @@ def _build_former(
     check_options(architecture, options, key="student")
     try:
         if encoder is None:
-            return FTUNetFormer(num_classes, **options)
-        return UNetFormer(num_classes, encoder=encoder, **options)
+            return FTUNetFormer(num_classes, in_channels=in_channels, **options)
+        return UNetFormer(num_classes, in_channels=in_channels, encoder=encoder, **options)
     except ConfigError:
         raise
     except Exception as err:

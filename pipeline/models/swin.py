@@ -35,10 +35,11 @@ class SwinEncoder(nn.Module):
         num_heads: Sequence[int] = (4, 8, 16, 32),
         window: int = 7,
         drop_path: float = 0.3,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.channels = [embed_dim * 2**i for i in range(len(depths))]
-        self.patch_embed = _PatchEmbed(embed_dim)
+        self.patch_embed = _PatchEmbed(in_channels, embed_dim)
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList()
         for i, (depth, heads, channels) in enumerate(zip(depths, num_heads, self.channels, strict=True)):
@@ -48,7 +49,7 @@ class SwinEncoder(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images_NCHW: Tensor) -> list[Tensor]:
-        """The four feature maps of normalised images `(N, 3, H, W)`, finest first."""
+        """The four feature maps of normalised images `(N, in_channels, H, W)`, finest first."""
         x_NHWC = self.patch_embed(images_NCHW)
         features = []
         for i, stage in enumerate(self.layers):
@@ -105,9 +106,9 @@ def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class _PatchEmbed(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, channels, PATCH_PX, PATCH_PX)
+        self.proj = nn.Conv2d(in_channels, channels, PATCH_PX, PATCH_PX)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class _Published(nn.Module):
 
 
 class FTUNetFormer(_Published):
-    """A Swin encoder and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`."""
+    """A Swin encoder and the UNetFormer decoder, from normalised images `(N, in_channels, H, W)` to logits `(N, num_classes, H, W)`."""
 
     heads = ("decoder.segmentation_head.2.0.weight",)
 
@@ -51,6 +51,7 @@ class FTUNetFormer(_Published):
         self,
         num_classes: int,
         *,
+        in_channels: int = 3,
         width: int = 256,
         heads: int = 16,
         embed_dim: int = 128,
@@ -59,7 +60,7 @@ class FTUNetFormer(_Published):
         drop_path: float = 0.3,
     ) -> None:
         super().__init__()
-        self.backbone = SwinEncoder(embed_dim, depths, encoder_heads, drop_path=drop_path)
+        self.backbone = SwinEncoder(embed_dim, depths, encoder_heads, drop_path=drop_path, in_channels=in_channels)
         self.decoder = Decoder(self.backbone.channels, num_classes, width, heads, transformer=True, dropout=0.2)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ class FTUNetFormer(_Published):
 
 class UNetFormer(_Published):
     """
-    A convolutional encoder from timm and the UNetFormer decoder, from normalised images `(N, 3, H, W)` to logits `(N, num_classes, H, W)`.
+    A convolutional encoder from timm and the UNetFormer decoder, from normalised images `(N, in_channels, H, W)` to logits `(N,
+    num_classes, H, W)`.
 
     In training mode it also returns the logits of the auxiliary head (see `distillation_loss`). `encoder` is any of timm's with
     feature maps at strides 4, 8, 16 and 32.
@@ -78,9 +80,11 @@ class UNetFormer(_Published):
 
     heads = ("decoder.segmentation_head.2.0.weight", "decoder.aux_head.conv_out.0.weight")
 
-    def __init__(self, num_classes: int, *, encoder: str = "resnet18", width: int = 64, heads: int = 8) -> None:
+    def __init__(
+        self, num_classes: int, *, encoder: str = "resnet18", in_channels: int = 3, width: int = 64, heads: int = 8
+    ) -> None:
         super().__init__()
-        self.backbone = _timm_encoder(encoder)
+        self.backbone = _timm_encoder(encoder, in_channels)
         channels = self.backbone.feature_info.channels()  # type: ignore[operator, union-attr]
         self.decoder = Decoder(channels, num_classes, width, heads, transformer=False, dropout=0.1, auxiliary=True)
 
@@ -315,7 +319,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _timm_encoder(name: str) -> nn.Module:
+def _timm_encoder(name: str, in_channels: int) -> nn.Module:
     every: nn.Module = timm.create_model(name, features_only=True)
     strides = every.feature_info.reduction()  # type: ignore[operator, union-attr]
     wanted = [strides.index(stride) for stride in (4, 8, 16, 32) if stride in strides]
@@ -323,5 +327,5 @@ def _timm_encoder(name: str) -> nn.Module:
         raise ConfigError(
             f"student.encoder: {name} has feature maps at strides {strides}, and 4, 8, 16 and 32 are needed"
         )
-    chosen: nn.Module = timm.create_model(name, features_only=True, out_indices=wanted)
+    chosen: nn.Module = timm.create_model(name, features_only=True, out_indices=wanted, in_chans=in_channels)
     return chosen

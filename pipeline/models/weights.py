@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, summarise
+from kdpipe.pipeline.models.normalize import adapted_to_bands, other_bands_text
 
 CLASSES_HINT = "The student predicts classes.names; class_map maps the teacher's classes to them"
 NESTS = ("state_dict", "model")  # keys under which trainers save the weights
@@ -150,7 +151,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> No
     }
     found = [f"{len(names)} {problem}: {summarise(names, 3)}" for problem, names in problems.items() if names]
     if found:
-        reason = model.explain_misfit(state) if isinstance(model, Explains) else ""
+        reason = (isinstance(model, Explains) and model.explain_misfit(state)) or other_bands_text(own, state)
         raise CheckpointError(
             f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}"
             + (f". {reason}" if reason else "")
@@ -207,8 +208,9 @@ def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str)
     state = {name: value for name, value in state.items() if name.split(".")[0] in parts}
     initial = [name for name in own if name not in state and re.match(r"norm\d\.", name)]
     computed = [name for name in own if name not in state and name.endswith("relative_position_index")]
+    notes: list[str] = []
+    state = adapted_to_bands(encoder, state, origin, notes.append)
     load_strictly(encoder, {**state, **{name: own[name] for name in initial + computed}}, origin=origin)
-    notes = []
     if ignored:
         notes.append(f"{origin}: {len(ignored)} tensors outside the encoder were ignored: {summarise(ignored, 3)}")
     if initial:
