@@ -1,7 +1,7 @@
 """
 The frozen teacher's predictions: logits, soft targets, and what a cache stores of them.
 
-Shapes: N images, C_t classes of the teacher, C_s of the student, H W pixels.
+Shapes: N images, C_t classes of the teacher, C_s of the student, B bands that are read, H W pixels.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]
 
 def open_teacher(config: Config, recipe: CacheRecipe, device: torch.device) -> FrozenTeacher:
     """The configured teacher, or the mean of several, on `device`; raises what `load_teacher` raises."""
-    models = [load_teacher(member, key) for key, member in config.members.items()]
-    return FrozenTeacher(models, recipe, Softening(config.distill.temperature, config.class_map_matrix()), device)
+    places = [config.data.places(member.bands) for member in config.members.values()]
+    models = [
+        load_teacher(member, key, in_channels=len(seen))
+        for (key, member), seen in zip(config.members.items(), places, strict=True)
+    ]
+    softening = Softening(config.distill.temperature, config.class_map_matrix())
+    return FrozenTeacher(models, recipe, softening, device, places)
 
 
 class FrozenTeacher:
@@ -52,7 +57,8 @@ class FrozenTeacher:
     A teacher that predicts soft targets (see `soft_targets.SoftTargets`).
 
     `recipe` holds, for each of `models`, its normalisation, precision, test-time augmentation and window, and which of its channels
-    stands for which class; `softening` holds T and M. z is the weighted mean of the models' logits over the kept channels: dropped
+    stands for which class; `places` holds where the bands that it sees lie in the images (None: it sees all of them, in their order).
+    `softening` holds T and M. z is the weighted mean of the models' logits over the kept channels: dropped
     channels take no part in the softmax. The logits of different networks are on different scales; up to a constant, which softmax
     ignores, their mean is the logarithm of the geometric mean of the networks' probabilities.
 
@@ -61,11 +67,13 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device
-    ) -> None:
+        self, models: Sequence[nn.Module], recipe: CacheRecipe, softening: Softening, device: torch.device,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
         self._models = [model.to(device).to(memory_format=torch.channels_last) for model in models]
         self._optimised: set[int] = set()  # numbers of the models that their first image has optimised
         self._recipe = recipe
+        self._places = places
         self._device = device
         self._softened = SoftTargets(softening, device)
         self._mapped = SoftTargets(replace(softening, temperature=1.0), device)
@@ -96,13 +104,13 @@ class FrozenTeacher:
         """
         Logits, float32 `(N, C_t, H, W)`, averaged over views and teachers in the image's own frame.
 
-        `images_NHWC` is uint8 `(N, H, W, 3)` of any size; channels are in the order of the class map's rows. Raises `KdpipeError`
+        `images_NHWC` is uint8 `(N, H, W, B)` of any size; channels are in the order of the class map's rows. Raises `KdpipeError`
         if a logit is not finite.
         """
         return self._logits(images_NHWC, checked=True)
 
     def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Soft targets, float32 `(N, C_s, H, W)`, which sum to one over axis 1, of uint8 images `(N, H, W, 3)`."""
+        """Soft targets, float32 `(N, C_s, H, W)`, which sum to one over axis 1, of uint8 images `(N, H, W, B)`."""
         return self.targets_of(self.logits(images_NHWC))
 
     @torch.inference_mode()
@@ -140,7 +148,7 @@ class FrozenTeacher:
         """
         `cached_values` of one image in bands of rows `(C, h, W)` from the top, each as soon as it is final.
 
-        `rows(top, bottom)` returns rows of the image, uint8 `(bottom - top, W, 3)`, and is called from the top down.
+        `rows(top, bottom)` returns rows of the image, uint8 `(bottom - top, W, B)`, and is called from the top down.
         """
 
         def rows_1ChW(top: int, bottom: int) -> Tensor:
@@ -163,7 +171,7 @@ class FrozenTeacher:
         """
         For each image a function that returns what a cache stores of it, to be called once, in any thread.
 
-        `images` are uint8 `(N, H, W, 3)`, or what `send` made of them. A CUDA device rounds its predictions itself; this method returns
+        `images` are uint8 `(N, H, W, B)`, or what `send` made of them. A CUDA device rounds its predictions itself; this method returns
         before they are in main memory, and the functions wait for them. Elsewhere the functions encode.
         """
         if self._transfers is None:
@@ -208,13 +216,14 @@ class FrozenTeacher:
         return total_NTHW
 
     def _network(self, number: int, *, checked: bool) -> Callable[[Tensor], Tensor]:
-        """One network, as a function from uint8 images `(N, 3, H, W)` to logits in the order of the class map's rows."""
+        """One network, as a function from uint8 images `(N, B, H, W)` to logits in the order of the class map's rows."""
         record = self._recipe.teachers[number]
         normalize = MeanStd(mean=tuple(record.normalize_mean), std=tuple(record.normalize_std))
         channels = self._channels[number]
+        places = None if self._places is None else self._places[number]
 
         def predict(images_NCHW: Tensor) -> Tensor:
-            inputs_NCHW = normalized(images_NCHW.to(self._device), normalize)
+            inputs_NCHW = normalized(images_NCHW.to(self._device), normalize, places)
             if number not in self._optimised:
                 self._models[number] = _optimised(self._models[number], inputs_NCHW, record.precision)
                 self._optimised.add(number)

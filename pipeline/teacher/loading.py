@@ -32,9 +32,9 @@ KNOWN_ORDERS = {
 WITH_ATTENTION = ("unet", "unetplusplus")  # smp's architectures whose decoder may have scSE attention
 
 
-def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
+def load_teacher(teacher: Teacher, key: str = "teacher", *, in_channels: int = 3) -> nn.Module:
     """
-    The teacher's network with its weights, frozen, in eval mode, float32, on the CPU.
+    The teacher's network with its weights for images of `in_channels` bands, frozen, in eval mode, float32, on the CPU.
 
     The weights may lie under `state_dict` or `model`, under a trainer's prefix, in any floating-point type. scSE attention in the
     decoder is recognised from the tensors; other options are `teacher.options`. Errors name `key`, the section of the configuration.
@@ -55,6 +55,7 @@ def load_teacher(teacher: Teacher, key: str = "teacher") -> nn.Module:
         teacher.encoder,
         len(teacher.classes),
         key=key,
+        in_channels=in_channels,
         attention=attention,
         options=teacher.options,
     )
