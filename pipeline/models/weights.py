@@ -10,8 +10,6 @@ from __future__ import annotations
 import pickle
 import re
 import textwrap
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +17,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, summarise
+from kdpipe.pipeline.models.container import UNREADABLE, load_pickled, names_in_archive, readable
 from kdpipe.pipeline.models.normalize import adapted_to_bands, other_bands_text
 
 CLASSES_HINT = "The student predicts classes.names; class_map maps the teacher's classes to them"
 NESTS = ("state_dict", "model")  # keys under which trainers save the weights
 PREFIXES = ("net.", "model.", "module.", "student.", "teacher.", "_orig_mod.")  # of trainers, distillers, compile
 BACKBONE = "backbone."  # of the encoder's tensors in published weights
-UNREADABLE = "is not a readable checkpoint: damaged, or not a file that torch.save wrote"
 TORCHSCRIPT_TO_WEIGHTS = """\
 import torch
 model = torch.jit.load({path!r}, map_location="cpu")
@@ -56,27 +53,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"no checkpoint at {file.absolute()}; relative paths start at the current folder")
     if file.suffix == ".safetensors":
-        try:
+        with readable(file, "is not a readable safetensors file"):
             return dict(safetensors.torch.load_file(file))
-        except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {_first_line(err)}") from err
-    if _is_torchscript(file):
-        raise CheckpointError(
-            f"{file} is a TorchScript archive: a compiled program with its weights, not a file of weights. "
-            "If you trust where it came from, save its weights alone where it can do no harm, and name that file:\n\n"
-            + _snippet(TORCHSCRIPT_TO_WEIGHTS, file)
-        )
-    try:
-        with warnings.catch_warnings():
-            # torch warns of pickles from other versions, and raises for those it cannot read.
-            warnings.simplefilter("ignore")
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(_unsafe_text(file, err)) from err
-    except KeyError as err:  # torch's for bytes that are not a pickle; its text is just the number of a byte
-        raise CheckpointError(f"{file} {UNREADABLE}") from err
-    except (RuntimeError, EOFError, OSError, ValueError) as err:
-        raise CheckpointError(f"{file} {UNREADABLE}: {_first_line(err)}") from err
+    with readable(file):
+        # Only the archives of torch.jit have this record.
+        if any(name.endswith("/constants.pkl") for name in names_in_archive(file)):
+            raise CheckpointError(
+                f"{file} is a TorchScript archive: a compiled program with its weights, not a file of weights. "
+                "If you trust where it came from, save its weights alone where it can do no harm, and name that file:\n\n"
+                + _snippet(TORCHSCRIPT_TO_WEIGHTS, file)
+            )
+        try:
+            content = load_pickled(file)
+        except pickle.UnpicklingError as err:
+            raise CheckpointError(_unsafe_text(file, err)) from err
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} should hold a mapping of names to tensors, found {type(content).__name__}")
     return dict(content)
@@ -117,7 +107,8 @@ def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_tensors(state: Mapping[str, Any], origin: str) -> None:
     """Raise `CheckpointError` where `state` is not a bare state dict of tensors, naming the key that may hold them."""
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    is_named = all(isinstance(name, str) for name in state)
+    if not state or not is_named or not all(isinstance(value, Tensor) for value in state.values()):
         nested = [key for key, value in state.items() if isinstance(value, Mapping)]
         raise CheckpointError(
             f"{origin} should be a bare state dict of tensors, found the keys {summarise(map(str, state))}"
@@ -222,24 +213,17 @@ def _stage_before(match: re.Match[str]) -> str:
     return f"layers.{int(match[1]) - 1}.downsample."
 
 
-def _is_torchscript(file: Path) -> bool:
-    """Whether a file is a TorchScript archive: only those of torch's zip files have `constants.pkl`."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _unsafe_text(file: Path, err: Exception) -> str:
     """The message for a refused pickle: what it holds beside weights, and how to extract them."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError, IndexError, AttributeError):
-        # torch lists the globals of its zip files only; for an older file its error names the first.
-        named = re.findall(r"GLOBAL ([\w.]+)", str(err))
+    except Exception:  # the pickle is damaged
+        named = set()
+    # torch lists only the globals of its zip files that it refuses itself; the error names the first.
+    named = named or re.findall(r"GLOBAL ([\w.]+)", str(err))
     if not named:
         return f"{file} {UNREADABLE}"
-    named = sorted(set(named), key=lambda name: (name.startswith(("torch.", "collections.")), name))
+    named = sorted({name[:100] for name in named}, key=lambda name: (name.startswith(("torch.", "collections.")), name))
     what = (
         "is a whole pickled model (nn.Module)"
         if any(name.startswith("torch.nn.modules.") for name in named)
@@ -255,7 +239,3 @@ def _unsafe_text(file: Path, err: Exception) -> str:
 def _snippet(template: str, file: Path) -> str:
     lines = template.format(path=str(file), target=str(file.with_name(f"{file.stem}_weights.pth")))
     return textwrap.indent(lines.rstrip(), "    ")
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0].rstrip(".")
