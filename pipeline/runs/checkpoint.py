@@ -159,6 +159,7 @@ def load_trained(path: str | Path) -> Trained:
     student = build_student(
         config.student.architecture,
         len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
         encoder=config.student.encoder,
         options=config.student.options,
     )

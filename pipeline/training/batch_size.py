@@ -24,7 +24,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.pipeline.distributed import open_fabric
 from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.memory import is_out_of_memory
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.training.optimizer import make_optimizer
@@ -152,13 +152,14 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     student = build_student(
         config.student.architecture,
         len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
         encoder=config.student.encoder,
         options=config.student.options,
     ).to(memory_format=torch.channels_last)
     fabric = open_fabric(config, device)
     model, optimizer = fabric.setup(student, make_optimizer(student, config.train))
     classes, crop = len(config.classes.names), config.train.crop
-    images = torch.zeros(size, 3, crop, crop, dtype=torch.uint8, device=device)
+    images = torch.zeros(size, len(config.data.bands), crop, crop, dtype=torch.uint8, device=device)
     mask = torch.zeros(size, crop, crop, dtype=torch.int64, device=device)
     inside = torch.ones(size, crop, crop, dtype=torch.bool, device=device)
     distills = config.distill.mode != "none"
@@ -166,7 +167,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     model.train()
     for _ in range(steps):
         start = time.perf_counter()
-        output = model(normalized(images, config.student.normalize))
+        output = model(student_inputs(images, config))
         logits, auxiliary = output if isinstance(output, tuple) else (output, None)
         terms = distillation_loss(
             logits, mask, inside, targets, alpha=config.distill.alpha, temperature=config.distill.temperature,

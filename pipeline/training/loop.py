@@ -28,7 +28,7 @@ from kdpipe.pipeline.distributed import Alone, any_rank, computed_precision
 from kdpipe.pipeline.evaluation.confusion import Scores
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position
@@ -208,7 +208,7 @@ class Loop:
         torch.manual_seed(config.seed * 1_000_003 + self.position.batches + learner.fabric.global_rank * 7_368_787)
         learner.student.train()
         with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice), unsynced:
-            output = learner.model(normalized(batch["image"], config.student.normalize))
+            output = learner.model(student_inputs(batch["image"], config))
             logits, auxiliary = output if isinstance(output, tuple) else (output, None)
             target = unpacked(batch["target"], batch["inside"]) if "target" in batch else None
             terms = distillation_loss(

@@ -187,6 +187,7 @@ def _build_learner(config: Config, fabric: Fabric, device: torch.device, progres
     student: Any = build_student(
         config.student.architecture,
         len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
         encoder=config.student.encoder,
         encoder_weights=config.student.encoder_weights,
         checkpoint=config.student.checkpoint,

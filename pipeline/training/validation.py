@@ -12,7 +12,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.pipeline.distributed import computed_precision, sums_over_ranks
 from kdpipe.pipeline.evaluation.confusion import Scores, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized, validation_advice
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import padded_logits
 
 
@@ -29,7 +29,7 @@ def validate(model: nn.Module, loader: Any, config: Config, device: torch.device
     advice = validation_advice(config, computed_precision(config, device))
     for batch in loader:
         with fits_in_memory(f"while validating {batch_size_text(batch, 'tile')}", advice):
-            logits = padded_logits(model, normalized(batch["image"], config.student.normalize))
+            logits = padded_logits(model, student_inputs(batch["image"], config))
         counts.update(logits.argmax(dim=1), batch["mask"])
     confusion: Any = counts.confmat  # not compute(), which would warn about a rank without a tile
     (whole,) = sums_over_ranks(confusion)

@@ -184,6 +184,7 @@ def _check_parity(
     student = build_student(
         config.student.architecture,
         len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
         encoder=config.student.encoder,
         checkpoint=checkpoint or config.student.checkpoint,
         replace_head=config.student.replace_head,

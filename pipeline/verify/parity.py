@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.losses import soft_loss
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import padded_logits
 
 # The most that a probability moves when the same weights run on another device, batch or library version. float32: a
@@ -138,7 +138,7 @@ def _student_effect(
     top, left, height, width = middle_window(*live_CHW.shape[1:])
     window = (slice(top, top + height), slice(left, left + width))
     image = torch.from_numpy(np.ascontiguousarray(image_HWC[window])).to(device).permute(2, 0, 1)[None]
-    inputs = normalized(image, config.student.normalize)
+    inputs = student_inputs(image, config)
     temperature = config.distill.temperature
     losses, gradients = [], []
     for target_CHW, correction in ((cached_CHW, lost), (live_CHW, 0.0)):
