@@ -117,10 +117,11 @@ def open_scene(
     stretch: Stretch,
     trained_colours: Sequence[str] | None = None,
     alpha: Alpha = "opacity",
+    trained_count: int | None = None,
 ) -> Iterator[Scene]:
     """
     The open scene; `bands`, `stretch` and `alpha` are the student's (see `rasters.read_image`), `trained_colours` what its training images
-    called these bands (see `bands_of_scene`).
+    called these bands, `trained_count` how many they had (see `bands_of_scene`).
 
     Raises `DataError` if rasterio cannot open it, it holds several images, lacks a band or calls it alpha where that is opacity, or needs a
     stretch and has none.
@@ -136,7 +137,7 @@ def open_scene(
                 inside = ", ".join(raster.subdatasets[:3]) or "nothing"
                 raise DataError(f"{path} holds no bands but further images inside: name one of them ({inside})")
             colours = called([colour.name for colour in raster.colorinterp], alpha)
-            chosen = bands_of_scene(path, colours, bands, trained_colours)
+            chosen = bands_of_scene(path, colours, bands, trained_colours, trained_count)
             if stretch is None:
                 require_8_bit(path, raster, chosen.numbers)
             if raster.driver == "JPEG":

@@ -9,7 +9,6 @@ from pathlib import Path
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.header import NAMELESS, called, read_declared
-from kdpipe.data.declared.tile import lacks_bands_text
 
 _RGB = ("red", "green", "blue")
 
@@ -22,27 +21,24 @@ class Bands:
     note: str | None = None
 
 
-def colours_of(path: Path, bands: Sequence[int], alpha: Alpha = "opacity") -> list[str]:
-    """
-    What an image calls `bands`, in GDAL's words (see `Declared.colours` and `header.called`).
-
-    Raises `DataError` as `read_declared` does, and for a band that the image lacks.
-    """
-    colours = called(read_declared(path).colours, alpha)
-    if max(bands) > len(colours):
-        raise DataError(lacks_bands_text(path, len(colours), bands))
-    return [colours[band - 1] for band in bands]
+def colours_of(path: Path, alpha: Alpha = "opacity") -> list[str]:
+    """What an image calls its bands, all of them, in GDAL's words (see `Declared.colours` and `header.called`)."""
+    return list(called(read_declared(path).colours, alpha))
 
 
 def bands_of_scene(
-    path: str, colours: Sequence[str], bands: Sequence[int], trained_colours: Sequence[str] | None
+    path: str,
+    colours: Sequence[str],
+    bands: Sequence[int],
+    trained_colours: Sequence[str] | None,
+    trained_count: int | None = None,
 ) -> Bands:
     """
     The bands of a scene that a student needs who was trained on the numbers `bands`.
 
-    `colours` are what the scene calls its bands, `trained_colours` what the training images called `bands` (None: not recorded). Where
-    both name the same colours, each once, they decide, else the numbers do. Raises `DataError` if a band is missing, or if the scene
-    calls it alpha.
+    `colours` are what the scene calls its bands, `trained_colours` what the training images called `bands`, and `trained_count` how many
+    bands these had that are not alpha (None: not recorded). Where both name the same colours, each once, they decide, else the numbers
+    do. Raises `DataError` if a band is missing, or if the scene calls it alpha.
     """
     by_colour = _by_colour(colours, trained_colours)
     if by_colour is not None:
@@ -52,7 +48,11 @@ def bands_of_scene(
         )
         return Bands(by_colour, note if by_colour != tuple(bands) else None)
     if max(bands) > len(colours):
-        raise DataError(f"{path} has {len(colours)} bands, and the student was trained on bands {list(bands)}")
+        of = f" of images with {trained_count}" if trained_count is not None else ""
+        raise DataError(
+            f"{path} has {len(colours)} band{'s' if len(colours) > 1 else ''}, and the student was trained on bands {list(bands)}{of}: map "
+            "scenes that have these bands in the same places (`gdal_translate -b …`, `gdalbuildvrt -separate`)"
+        )
     found = [colours[band - 1] for band in bands]
     if "alpha" in found:
         band = bands[found.index("alpha")]
@@ -63,7 +63,7 @@ def bands_of_scene(
         )
     expected = _RGB if trained_colours is None else trained_colours
     if all(is_ == of or is_ in NAMELESS or of in NAMELESS for is_, of in zip(found, expected, strict=True)):
-        return Bands(tuple(bands))
+        return Bands(tuple(bands), _count_note(bands, count_of(colours), trained_count))
     said = (
         "does not say what its training called them"
         if trained_colours is None
@@ -73,6 +73,20 @@ def bands_of_scene(
         tuple(bands),
         f"its bands {_text(bands)} are called {', '.join(found)}, and the student {said}: they are taken by their numbers, which is "
         "wrong if they are in another order than in training",
+    )
+
+
+def count_of(colours: Sequence[str]) -> int:
+    """The number of bands that are not alpha, by what they are called."""
+    return sum(colour != "alpha" for colour in colours)
+
+
+def _count_note(bands: Sequence[int], count: int, trained_count: int | None) -> str | None:
+    if trained_count is None or count == trained_count:
+        return None
+    return (
+        f"it has {count} band{'s' if count > 1 else ''} and the training images had {trained_count}: bands {_text(bands)} are taken by their "
+        "numbers, which is wrong if they are in another order than in training"
     )
 
 

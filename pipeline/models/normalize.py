@@ -89,11 +89,11 @@ def adapted_text(origin: str, num_bands: int) -> str:
 def other_bands_text(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
     """A sentence where weights `state` do not fit tensors `own` as they are for another number of bands; empty otherwise."""
     first = next((name for name, value in own.items() if name.endswith("weight") and value.ndim == 4), "")
-    shape, own_shape = getattr(state.get(first), "shape", ()), own[first].shape if first else ()
-    if len(shape) != 4 or shape[1] == own_shape[1] or shape[::2] != own_shape[::2]:
+    found, ours = list(getattr(state.get(first), "shape", ())), list(own[first].shape) if first else []
+    if len(found) != 4 or found[1] == ours[1] or found[::2] != ours[::2]:
         return ""
     return (
-        f"It is for images of {shape[1]} bands, and the network sees {own_shape[1]}: set the bands of teacher or student, or data.bands, to "
+        f"It is for images of {found[1]} bands, and the network sees {ours[1]}: set the bands of teacher or student, or data.bands, to "
         "as many, in the order that it was trained on"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
 from kdpipe.configs.files import write_atomically
 from kdpipe.configs.schema import Config
+from kdpipe.data.declared.scene import count_of
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
@@ -124,7 +125,8 @@ class Trained:
     """
     A trained student in eval mode, float32, on the CPU, with its configuration and the stretch that its images need.
 
-    `colours` are what the training images called `data.bands`; None in a checkpoint of an earlier version.
+    `colours` are what the training images called `data.bands`, and `image_bands` how many bands they had that are not alpha; None in a
+    checkpoint of an earlier version.
     """
 
     student: nn.Module
@@ -132,6 +134,19 @@ class Trained:
     stretch: list[tuple[float, float]] | None
     position: Position
     colours: list[str] | None = None
+    image_bands: int | None = None
+
+    def alone(self) -> Trained:
+        """The same student where images are read for it alone: `data.bands` are just those that it sees, in its order."""
+        data, student = self.config.data, self.config.student
+        places = data.places(student.bands)
+        if places == data.places(None):
+            return self
+        own = data.model_copy(update={"bands": data.numbers(student.bands), "visible": None})
+        config = self.config.model_copy(update={"data": own, "student": student.model_copy(update={"bands": None})})
+        stretch = self.stretch and [self.stretch[place] for place in places]
+        colours = self.colours and [self.colours[place] for place in places]
+        return replace(self, config=config, stretch=stretch, colours=colours)
 
 
 def load_trained(path: str | Path) -> Trained:
@@ -165,13 +180,14 @@ def load_trained(path: str | Path) -> Trained:
     )
     state = {name.removeprefix(STUDENT_PREFIX): value for name, value in content["state_dict"].items()}
     load_strictly(student, state, origin=str(path))
-    stretch = recorded["stretch"]
+    stretch, called = recorded["stretch"], recorded.get("image_colours")
     return Trained(
         student=student.eval().requires_grad_(False),
         config=config,
         stretch=[(low, high) for low, high in stretch] if stretch else None,
         position=Position(**content["position"]),
-        colours=recorded.get("colours"),
+        colours=[called[band - 1] for band in config.data.bands] if called else recorded.get("colours"),
+        image_bands=count_of(called) if called else None,
     )
 
 

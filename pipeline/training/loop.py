@@ -138,7 +138,7 @@ class Loop:
         config: with numbers for `train.batch_size` and `train.accumulate`.
         folder: for checkpoints and `run.json`.
         stretch: of 16-bit images, recorded with the weights.
-        colours: what the training images call `data.bands`, recorded with the weights.
+        colours: what the training images call their bands, recorded with the weights.
         stop: once set, the run saves a checkpoint after the current step and raises `Interrupted`.
         started: `time.perf_counter()` when the run's set-up began.
     """
@@ -159,7 +159,7 @@ class Loop:
             "mode": config.distill.mode,
             "fingerprint": targets.fingerprint,
             "stretch": [list(pair) for pair in stretch] if stretch else None,
-            "colours": colours,
+            "image_colours": colours,
             "libraries": library_versions(),
         }
         self._accumulated: list[LossTerms] = []

@@ -140,7 +140,7 @@ def _set_up(
     # A copy of the source, so that a live teacher's time for pictures is not counted as training time.
     shown = training_samples(config, tiles, stretch, copy(targets.source))
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
-    colours = colours_of(tiles[0].image, config.data.bands, config.data.alpha)  # all tiles agree
+    colours = colours_of(tiles[0].image, config.data.alpha)  # all tiles agree on those that are read
     return Loop(
         config, device, folder, learner, batches, targets, stretch, colours, pictures, position, progress, stop, started
     )

@@ -247,9 +247,12 @@ def test_pixels_without_data_say_nothing_about_a_scenes_range(tmp_path):
 def test_a_student_records_the_colours_of_its_training_images(trained, tmp_path):
     assert load_trained(trained).colours == RGB
     content = torch.load(trained, weights_only=True)
-    del content["kdpipe"]["colours"]
+    assert content["kdpipe"].pop("image_colours") == RGB
     torch.save(content, tmp_path / "earlier.ckpt")
     assert load_trained(tmp_path / "earlier.ckpt").colours is None
+    content["kdpipe"]["colours"] = ["blue", "green", "red"]  # of `data.bands` alone
+    torch.save(content, tmp_path / "earlier.ckpt")
+    assert load_trained(tmp_path / "earlier.ckpt").colours == ["blue", "green", "red"]
 
 
 def test_the_command_says_it_once_and_draws_the_same_map(trained, tmp_path):
