@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,24 @@ def write_file(path: str | Path, content: str | bytes) -> None:
             return
     with write_atomically(place) as file:
         file.write(data)
+
+
+def try_to_write(place: Path, named: str | Path, doing: str) -> None:
+    """
+    Make the folders above `place`, and raise the `KdpipeError` that writing it would end in, if any; a file that is there stays as it is.
+
+    `doing` and `named`, the path as the user wrote it, are for the message.
+    """
+    with explained(doing, named):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not place.is_file():
+            require_no_fifo(named)
+            return
+        if place.exists() and not os.access(place, os.W_OK):  # it could be replaced, and is protected
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
+        trial = place.with_name(f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        trial.touch()
+        trial.unlink()
 
 
 def make_folder(folder: Path) -> Path:

@@ -24,7 +24,10 @@ _OF_THE_PATH = {
     errno.ENOENT: ("it does not exist", "correct the path"),
     errno.ENOTDIR: ("a folder on its way is a file", "correct the path"),
     errno.EISDIR: ("it is a folder, not a file", "name a file"),
-    errno.EEXIST: ("something else is there", "move it, or choose another path"),
+    errno.EEXIST: (
+        "something else is there, such as a file in the place of a folder",
+        "move it, or choose another path",
+    ),
     errno.ENOTEMPTY: ("the folder is not empty", "move what is in it, or choose another path"),
     errno.ELOOP: ("it is a link that leads back to itself, or a link where none is followed", "delete the link"),
     errno.ENAMETOOLONG: ("the name is too long for the file system", "choose a shorter one"),

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdpipe.configs.errors import ConfigError, DataError
+from kdpipe.configs.files import write_file
 from kdpipe.data.landscape.brushes import Bools, corners, displaced, fractal_noise, highest, polygons
 from kdpipe.data.landscape.ground import (
     BARELAND,
@@ -201,7 +202,7 @@ def _files(split: str, tile: int) -> list[str]:
 
 def _mark(out_dir: Path, files: list[str], seed: int, *, complete: bool) -> None:
     record = {"format": FORMAT_VERSION, "seed": seed, "complete": complete, "files": files}
-    (out_dir / MARKER).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_file(out_dir / MARKER, json.dumps(record, indent=1) + "\n")
 
 
 def _make_room(out_dir: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from kdpipe.configs.files import write_file
 from kdpipe.pipeline.progress import Advance
 from kdpipe.pipeline.text import duration_text, printable, size_text
 
@@ -113,4 +113,4 @@ class _Rate:
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Write a result to the file that `--json` names, if it names one."""
     if path is not None:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(content, indent=1) + "\n")

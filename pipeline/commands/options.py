@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,16 +62,10 @@ def _writable(context: click.Context, option: click.Parameter, path: str | None)
     """The path, if a file can be written there: refused before hours of work, not after them."""
     if path is None or context.resilient_parsing:  # a shell that completes must neither be refused nor make folders
         return path
-    from kdpipe.configs.errors import ConfigError
+    from kdpipe.configs.files import try_to_write
     from kdpipe.configs.outputs import output_path
 
-    file = output_path(path, option.opts[0])
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ConfigError(f"{option.opts[0]} {path}: its folder cannot be made: {err.strerror}") from err
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"{option.opts[0]} {path}: there is no permission to write it")
+    try_to_write(output_path(path, option.opts[0]), path, f"{option.opts[0]}: writing")
     return path
 
 

@@ -10,6 +10,7 @@ Shapes: C classes, H W a tile's pixels.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from kdpipe.cache.recipe import LogitsRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import ConfigError, IncompleteCache, extra_text
+from kdpipe.configs.files import write_file
 from kdpipe.pipeline.text import csv_cell
 
 if TYPE_CHECKING:
@@ -303,12 +305,15 @@ def write_table(statistics: CacheStatistics, path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        table = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+        write_file(path, table.getvalue())
         return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+    write_file(path, text.getvalue())
 
 
 def require_table_format(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.configs.files import write_file
 from kdpipe.pipeline.inspection.statistics import CacheStatistics, TileStatistics
 from kdpipe.pipeline.pictures import colours, entropy, paint_classes
 from kdpipe.pipeline.reports.html.charts import pixels_text
@@ -47,7 +49,7 @@ def draw_confusion(result: Evaluation, path: Path) -> None:
     for ax in axes[len(panels) :]:
         ax.remove()
     figure.suptitle(f"{result.model}\nlabels against predictions, percent of a row and pixels", fontsize=9)
-    figure.savefig(path, format="png", bbox_inches="tight")  # however long the names are
+    _save(figure, path, bbox_inches="tight")  # however long the names are
 
 
 def draw_statistics(statistics: CacheStatistics, cache: SoftTargetCache, path: Path) -> None:
@@ -77,7 +79,7 @@ def draw_statistics(statistics: CacheStatistics, cache: SoftTargetCache, path: P
         for name, colour in zip(statistics.classes, _colours(len(statistics.classes)), strict=True)
     ]
     below.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def draw_comparison(comparison: Comparison, folder: Path) -> None:
@@ -85,10 +87,16 @@ def draw_comparison(comparison: Comparison, folder: Path) -> None:
     for name, against in ((STEPS_PLOT, "steps"), (SECONDS_PLOT, "seconds")):
         figure = _figure(7.5, 4.5)
         _draw_curves(figure.add_subplot(), comparison, against)
-        figure.savefig(folder / name, format="png")
+        _save(figure, folder / name)
     figure = _figure(7.5, 4)
     _draw_differences(figure.add_subplot(), comparison)
-    figure.savefig(folder / CLASSES_PLOT, format="png")
+    _save(figure, folder / CLASSES_PLOT)
+
+
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", **options)
+    write_file(path, picture.getvalue())
 
 
 def _figure(width_inches: float, height_inches: float) -> Figure:

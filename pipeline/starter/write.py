@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.files import make_folder, write_file
 from kdpipe.configs.load import unfilled_in
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.survey import Root, find_roots, list_root, survey_root, survey_steps
@@ -74,11 +75,8 @@ def write_first_config(
             survey_root(root, advance)
     draft = draft_config(roots, inspection, given)
     unfilled = unfilled_in(draft.text, out)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(draft.text, encoding="utf-8")
-    except OSError as err:
-        raise ConfigError(f"--out {out} cannot be written: {err.strerror}") from err
+    make_folder(file.parent)
+    write_file(file, draft.text)
     return FirstConfig(out, roots, inspection, draft, unfilled)
 
 

@@ -70,8 +70,8 @@ def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path)
         (["x.ckpt", "--window", "3"], "3 is not in the range"),
         (["x.ckpt", "--boundary-width", "0"], "0 is not in the range"),
         (["--teacher", "-c", "demo"], "demo_output/teacher.pth"),
-        (["x.ckpt", "--json", "file/scores.json"], "--json file/scores.json: its folder cannot be made: "),
-        (["x.ckpt", "--png", "locked.png"], "--png locked.png: there is no permission to write it"),
+        (["x.ckpt", "--json", "file/scores.json"], "--json: writing file/scores.json failed, as something else is there"),
+        (["x.ckpt", "--png", "locked.png"], "--png: writing locked.png failed, as there is no permission"),
     ],
 )
 def test_mistakes_end_with_exit_code_2(arguments, message, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.files import make_folder, write_file
 from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference, one_seed_text
 from kdpipe.pipeline.evaluation.evaluate import student_model
 from kdpipe.pipeline.progress import Progress, Silent
@@ -25,9 +26,8 @@ def write_comparison(
     comparison: Comparison, folder: Path, tiles: Sequence[TilePictures] = (), notes: Sequence[str] = ()
 ) -> Path:
     """Write the page into `folder`, with `tiles` to browse and `notes` on what is missing; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / PAGE
-    file.write_text(_page(comparison, tiles, notes), encoding="utf-8")
+    file = make_folder(folder) / PAGE
+    write_file(file, _page(comparison, tiles, notes))
     return file
 
 

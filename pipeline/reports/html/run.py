@@ -13,6 +13,7 @@ import torch
 from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.configs import Config, dump_config
 from kdpipe.configs.errors import CacheError, CheckpointError
+from kdpipe.configs.files import write_file
 from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.evaluation.compare import one_seed_text
 from kdpipe.pipeline.evaluation.evaluate import Evaluation, RootScores, evaluate, student_model
@@ -145,7 +146,7 @@ def write_report(reports: Sequence[RunReport], path: Path) -> None:
         parts += [heading(2, report.run.name, anchor) if len(reports) > 1 else "", _section(report)]
     parts.append(VIEWER if any(report.tiles for report in reports) else "")
     content = page(f"kdpipe: {names}", f"<main>{''.join(parts)}</main>", script=any(report.tiles for report in reports))
-    path.write_text(content, encoding="utf-8")
+    write_file(path, content)
 
 
 def class_map(config: Config) -> str:

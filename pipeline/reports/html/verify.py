@@ -10,6 +10,7 @@ import numpy as np
 
 from kdpipe.cache.integrity import Finding
 from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.configs.files import write_file
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
@@ -103,7 +104,7 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
         parts.append(_teacher_classes_table(report))
     parts += [heading(2, "Class map"), class_map(config), VIEWER if tiles else ""]
     content = page(f"kdpipe: {report.cache}", f"<main>{''.join(parts)}</main>", script=bool(tiles))
-    path.write_text(content, encoding="utf-8")
+    write_file(path, content)
 
 
 def _findings(findings: Sequence[Finding]) -> str:
