@@ -131,22 +131,16 @@ def require_no_fifo(path: str | Path) -> None:
 
 
 def _is_own(path: str | Path) -> bool:
-    """Whether a path is a descriptor of this process, as in `-c <(generate)` and `--json /dev/stdout`."""
-    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/self/fd/"))
+    """Whether a path is a descriptor of this process, as in `--json /dev/stdout`."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/self/fd/"))
 
 
 def open_file(path: str | Path, *, buffered: bool = True) -> BinaryIO:
-    """
-    A file, open for reading. Raises `NotAFile` at once for a FIFO, a socket or a device, which could block or never end.
-
-    A descriptor of this process (`/dev/stdin`, `/dev/fd/63`) is opened whatever it is.
-    """
+    """A file, open for reading. Raises `NotAFile` at once for a FIFO, a socket or a device, which could block or never end."""
 
     def at_once(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    if _is_own(path):
-        return open(path, "rb")  # noqa: PTH123  a descriptor
     file: BinaryIO = open(path, "rb", buffering=-1 if buffered else 0, opener=at_once)  # noqa: SIM115
     mode = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(mode):

@@ -123,6 +123,12 @@ def special(path: str | os.PathLike[str]) -> str | None:
         return None
 
 
+def special_text(path: str | os.PathLike[str]) -> str:
+    """For an error that says that there is no file: ` (it is a FIFO)`, and nothing where nothing is there."""
+    found = special(path)
+    return f" (it is {found})" if found else ""
+
+
 def kind_of(mode: int) -> str | None:
     """The name of what `st_mode` describes, if it is neither a file nor a folder."""
     if stat.S_ISFIFO(mode):

@@ -121,7 +121,7 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
+        names = sorted(e.name for e in entries if not e.name.startswith(".") and not _is_folder(e))
     for name in names:
         stem, extension = os.path.splitext(name)  # noqa: PTH122 - for a million names, a Path each would cost ten times as much
         if extension.lower() not in EXTENSIONS:
@@ -136,6 +136,13 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
             raise DataError(f"two files with one stem in {folder}: {other} and {name}{why}; a stem must name one tile")
         files[stem] = path
     return files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself, say: as a dead one, it fails when it is read
+        return False
 
 
 def _root_names(data: schema.Data) -> dict[Path, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.files import open_file
 
 _IMAGES = ["PNG", "JPEG", "GTiff"]  # any of them under any of their names, as for tiles
 _BY_ENDING = {
@@ -50,7 +51,8 @@ def drivers_for(path: str) -> list[str] | None:
 
 def _check_vrt(path: Path, home: Path, nested: int) -> None:
     try:
-        root = ElementTree.fromstring(path.read_bytes())
+        with open_file(path) as file:
+            root = ElementTree.fromstring(file.read())
     except (OSError, ValueError, ElementTree.ParseError) as err:
         raise DataError(f"cannot read {path}, which is damaged or not a VRT: {err}") from err
     for element in root.iter():
@@ -72,7 +74,7 @@ def _check_vrt(path: Path, home: Path, nested: int) -> None:
                 )
             _check_vrt(source, home, nested - 1)
         elif source.is_file():
-            with source.open("rb") as file:
+            with open_file(source) as file:
                 if file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
                     raise DataError(
                         f"the VRT {path} names {name!r}, which is no image but a text that would name others"

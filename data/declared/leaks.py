@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.configs.files import open_file
 from kdpipe.data.declared.header import Declared
 
 SAMPLE_BYTES = 4096  # of a file, from its middle, where pixels are
@@ -171,7 +172,7 @@ def _size(path: Path) -> int | None:
 
 def _sample(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(max(0, size // 2 - SAMPLE_BYTES // 2))
             return file.read(SAMPLE_BYTES)
     except OSError:

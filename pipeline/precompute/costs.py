@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from kdpipe.cache.storage.beside import beside, open_beside
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import KdpipeError
+from kdpipe.configs.files import open_file
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.precompute.plan import Summary
 
@@ -40,9 +41,11 @@ def costs_file(cache_path: str) -> Path | None:
 def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
     """The recorded costs of a cache of this recipe; None if there are none, or they cannot be read."""
     file = costs_file(cache_path)
-    with suppress(OSError, ValidationError):
-        found = StageOneCosts.model_validate_json(file.read_bytes()) if file else None
-        return found if found and found.recipe_sha256 == recipe_sha256 else None
+    if file is None:
+        return None
+    with suppress(OSError, ValidationError), open_file(file) as opened:
+        found = StageOneCosts.model_validate_json(opened.read())
+        return found if found.recipe_sha256 == recipe_sha256 else None
     return None
 
 
@@ -64,7 +67,7 @@ def record_costs(cache_path: str, recipe_sha256: str, summary: Summary) -> None:
         pixels=summary.pixels + (before.pixels if before else 0),
         bytes=summary.bytes_written + (before.bytes if before else 0),
     )
-    with suppress(OSError, ConfigError):
+    with suppress(OSError, KdpipeError):
         opened = open_beside(file, _is_a_record, create=True)
         assert opened is not None
         with opened:

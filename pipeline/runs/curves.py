@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
+from kdpipe.configs.files import open_file
 from kdpipe.pipeline.runs.layout import METRICS
 
 Curve = dict[int, float]  # a figure by step, in the order of steps
@@ -45,7 +47,7 @@ def _number(version: Path) -> int:
 def _version(file: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with open_file(file) as opened, io.TextIOWrapper(opened, encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 for name, text in row.items():
                     if text and name not in ("step", "epoch"):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdpipe.configs.errors import DataError
-from kdpipe.configs.files import write_atomically
+from kdpipe.configs.files import open_file, write_atomically
 from kdpipe.pipeline.runs.layout import CONFIG, RUN
 
 UNVALIDATED = "has no validation yet: let it train on, or give it data.val"
@@ -74,7 +74,8 @@ def read_run(path: str | Path) -> Run:
     """
     file = Path(path) / RUN if Path(path).is_dir() else Path(path)
     try:
-        run = Run.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        with open_file(file) as opened:
+            run = Run.model_validate(json.loads(opened.read().decode()))
     except OSError as err:
         if (file.parent / CONFIG).is_file():
             raise DataError(f"{file.parent} {UNVALIDATED}") from err
