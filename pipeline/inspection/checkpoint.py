@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from kdpipe.configs.errors import CheckpointError
 from kdpipe.configs.files import file_sha256
 from kdpipe.pipeline.models.options import untraced_options
 from kdpipe.pipeline.models.recognise import Network, recognise
-from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint, unwrapped
-from kdpipe.pipeline.runs.checkpoint import FORMAT
+from kdpipe.pipeline.models.unwrap import unwrapped
+from kdpipe.pipeline.models.weights import check_tensors, read_checkpoint
+from kdpipe.pipeline.runs.checkpoint import Header, config_in, header_of, is_of_a_student
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Inspection:
     """
     A checkpoint file: size in bytes, sha256, network, and how its weights lie in it.
 
-    The weights lie under the key `nest`, and all their names begin with `prefix`; `dtypes` counts tensors. `parameters` counts
-    floating-point numbers, buffers such as a batch norm's statistics included. `student` is None if the file is not a checkpoint of
-    `kdpipe train-student`. `untraced_options` are those that change what the network computes and leave no trace in its tensors.
+    The weights lie under the key `nest`, and all their names begin with `prefix`; `notes` say what lies beside them. `dtypes` counts
+    tensors. `parameters` counts floating-point numbers, buffers such as a batch norm's statistics included. `student` is None if the
+    file is not a checkpoint of `kdpipe train-student`. `untraced_options` are those that change what the network computes and leave no
+    trace in its tensors.
     """
 
     path: str
@@ -51,6 +54,7 @@ class Inspection:
     network: Network
     nest: str | None
     prefix: str
+    notes: list[str]
     tensors: int
     parameters: int
     dtypes: dict[str, int]
@@ -66,24 +70,13 @@ def inspect_checkpoint(path: str) -> Inspection:
     Raises `CheckpointError` where it cannot be read without executing code, or holds no tensors.
     """
     content = read_checkpoint(path)
-    weights = unwrapped(content)
+    weights = unwrapped(content, path)
     check_tensors(weights.state, origin=path)
     state: dict[str, Tensor] = weights.state
-    student, encoder, options = None, None, {}
-    if content.get("format") == FORMAT and "kdpipe" in content:
-        recorded, position = content["kdpipe"], content["position"]
-        config = yaml.safe_load(recorded["config"])
-        encoder, options = config["student"]["encoder"], config["student"].get("options", {})
-        student = StudentRun(
-            f"{config['group']}/{config['name']}",
-            recorded["mode"],
-            position["steps"],
-            position["best_miou"],
-            recorded["fingerprint"],
-            config["classes"]["names"],
-            config["student"]["normalize"],
-            options,
-        )
+    student, encoder = None, None
+    if is_of_a_student(content):
+        student, encoder = _run_of(header_of(content, path), path)
+    options = student.options if student else {}
     network = recognise(state, likely_encoder=encoder, likely_options=options)
     return Inspection(
         path=path,
@@ -92,6 +85,7 @@ def inspect_checkpoint(path: str) -> Inspection:
         network=network,
         nest=weights.nest,
         prefix=weights.prefix,
+        notes=weights.notes(path, "teacher"),
         tensors=len(state),
         parameters=sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point()),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())),
@@ -99,3 +93,45 @@ def inspect_checkpoint(path: str) -> Inspection:
         student=student,
         untraced_options=untraced_options(network.architecture),
     )
+
+
+class _Classes(BaseModel):
+    names: list[str]
+
+
+class _Student(BaseModel):
+    encoder: str | None = None
+    normalize: Any = None
+    options: dict[str, Any] = {}
+
+
+class _Config(BaseModel):
+    """The keys of a recorded configuration that are shown, also where others are not valid today."""
+
+    name: str
+    group: str
+    classes: _Classes
+    student: _Student
+
+
+def _run_of(header: Header, path: str) -> tuple[StudentRun, str | None]:
+    """The run in a student's checkpoint, and its encoder if that is one of an installed package."""
+    try:
+        config = _Config.model_validate(config_in(header, path))
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"the configuration in {path} is not one of kdpipe: {key}: {first['msg']}") from err
+    student, encoder = config.student, config.student.encoder
+    run = StudentRun(
+        f"{config.group}/{config.name}",
+        header.kdpipe.mode,
+        header.position.steps,
+        header.position.best_miou,
+        header.kdpipe.fingerprint,
+        config.classes.names,
+        student.normalize,
+        student.options,
+    )
+    # timm would fetch `tu-hf-hub:…` from a hub.
+    return run, None if encoder is None or ":" in encoder else encoder

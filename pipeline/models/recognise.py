@@ -30,6 +30,7 @@ MIX_TRANSFORMER = "patch_embed1.proj.weight"  # in the names of the Mix Transfor
 ENCODER, HEAD = "encoder.", "segmentation_head."
 # Families tried first: building all of smp's encoders takes about ten seconds.
 USUAL = ("efficientnet", "resnet", "mobilenet_v2")
+MOST_CHANNELS = 2**20  # of a tensor's axis. smp counts the bands of a candidate one by one
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,10 +75,11 @@ def recognise(
     """
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attention = attention_of(state)
-    if FORMER_HEAD in shapes:
+    if max((size for shape in shapes.values() for size in shape), default=0) > MOST_CHANNELS:
+        return Network(None, None, attention, None, COLOURS)
+    if len(shapes.get(FORMER_HEAD, ())) == 4:
         return _former_of(shapes, bands_of(state), likely_encoder, likely_options)
-    heads = [shape for name, shape in shapes.items() if name.startswith(HEAD) and len(shape) == 4]
-    channels = heads[-1][0] if heads else None
+    channels = channels_of(state)
     encoder_shapes = {name.removeprefix(ENCODER): shape for name, shape in shapes.items() if name.startswith(ENCODER)}
     bands = bands_of(state)
     encoder = _encoder_of(encoder_shapes, bands, likely_encoder) if encoder_shapes else None
@@ -87,6 +89,12 @@ def recognise(
             if architecture is not None:
                 return Network(architecture, encoder, attention, channels, bands, _shown(options, architecture))
     return Network(None, encoder, attention, channels, bands)
+
+
+def channels_of(state: Mapping[str, Tensor]) -> int | None:
+    """The number of channels that one of smp's networks predicts, None for any other."""
+    heads = [tensor.shape for name, tensor in state.items() if name.startswith(HEAD) and tensor.ndim == 4]
+    return heads[-1][0] if heads else None
 
 
 def bands_of(state: Mapping[str, Tensor]) -> int:

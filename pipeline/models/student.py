@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.schema.options import options_text
-from kdpipe.pipeline.models.normalize import COLOURS, adapted_text
+from kdpipe.pipeline.models.normalize import COLOURS, adapted_text, adapted_to_bands
 from kdpipe.pipeline.models.options import FORMERS, check_options
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
+from kdpipe.pipeline.models.unwrap import bare_state, unwrapped
 from kdpipe.pipeline.models.weights import CLASSES_HINT, load_encoder, load_strictly, read_checkpoint
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -64,7 +65,7 @@ def build_student(
         if encoder_weights is not None:
             _load_encoder_weights(former, encoder_weights, say)
         if checkpoint is not None:
-            load_student_weights(former, checkpoint, replace_head=replace_head)
+            load_student_weights(former, checkpoint, replace_head=replace_head, say=say)
         return former
     if replace_head:
         raise ConfigError(f"student.replace_head is for {' and '.join(FORMERS)}, not for {architecture}")
@@ -90,20 +91,29 @@ def build_student(
     if encoder_weights is not None and local:
         part = model.encoder
         assert isinstance(part, nn.Module)
-        load_strictly(part, read_checkpoint(encoder_weights), origin=f"student.encoder_weights {encoder_weights}")
+        state = bare_state(read_checkpoint(encoder_weights))
+        origin = f"student.encoder_weights {encoder_weights}"
+        _say_all(load_strictly(part, adapted_to_bands(part, state, origin, say), origin=origin), say)
     if checkpoint is not None:
-        load_student_weights(model, checkpoint)
+        load_student_weights(model, checkpoint, say=say)
     return model
 
 
-def load_student_weights(model: nn.Module, path: str | Path, *, replace_head: bool = False) -> None:
-    """Load a student's weights from a bare state dict or from a checkpoint of `kdpipe train-student`, strictly."""
+def load_student_weights(
+    model: nn.Module, path: str | Path, *, replace_head: bool = False, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """
+    Load a student's weights from a trainer's file or from a checkpoint of `kdpipe train-student`, strictly.
+
+    `say` is called with a sentence on each thing in the file that was not taken.
+    """
     content = read_checkpoint(path)
+    weights = unwrapped(content, str(path))
+    _say_all(weights.notes(str(path)), say)
     if isinstance(model, FTUNetFormer | UNetFormer):
         model.load_published_state_dict(content, replace_head=replace_head, origin=str(path))
         return
-    state = content.get("state_dict", content)
-    state = {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}
+    state = weights.state
     head = "segmentation_head.0.weight"  # of every smp architecture
     found, own = state.get(head), model.state_dict().get(head)
     if isinstance(found, Tensor) and own is not None and found.ndim and len(found) != len(own):
@@ -111,7 +121,7 @@ def load_student_weights(model: nn.Module, path: str | Path, *, replace_head: bo
             f"{path} predicts {len(found)} classes and the model {len(own)}; give student.checkpoint the weights of a "
             f"student of these classes, or leave it out. {CLASSES_HINT}"
         )
-    load_strictly(model, state, origin=str(path))
+    _say_all(load_strictly(model, state, origin=str(path)), say)
 
 
 def encoder_parameters(model: nn.Module) -> set[int]:
@@ -156,7 +166,11 @@ def _load_encoder_weights(model: FTUNetFormer | UNetFormer, weights: str, say: C
             content = timm.create_model(weights, pretrained=True).state_dict()
         except (OSError, RuntimeError) as err:
             raise CheckpointError(f"{origin}: not a file, and timm cannot fetch it: {err}") from err
-    for note in load_encoder(model.backbone, content, origin=origin):
+    _say_all(load_encoder(model.backbone, content, origin=origin), say)
+
+
+def _say_all(notes: list[str], say: Callable[[str], None]) -> None:
+    for note in notes:
         say(note)
 
 

@@ -11,7 +11,6 @@ import pickle
 import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 from kdpipe.configs.errors import CheckpointError, summarise
 from kdpipe.pipeline.models.container import UNREADABLE, load_pickled, names_in_archive, readable
 from kdpipe.pipeline.models.normalize import adapted_to_bands, other_bands_text
+from kdpipe.pipeline.models.unwrap import bare_state
 
 CLASSES_HINT = "The student predicts classes.names; class_map maps the teacher's classes to them"
-NESTS = ("state_dict", "model")  # keys under which trainers save the weights
-PREFIXES = ("net.", "model.", "module.", "student.", "teacher.", "_orig_mod.")  # of trainers, distillers, compile
+COUNTER = "num_batches_tracked"  # the last part of a counter's name
 BACKBONE = "backbone."  # of the encoder's tensors in published weights
 TORCHSCRIPT_TO_WEIGHTS = """\
 import torch
@@ -34,11 +33,15 @@ torch.save(model.state_dict(), {target!r})
 """
 PICKLE_TO_WEIGHTS = """\
 import torch
+def kept(value):
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if not isinstance(value, dict):
+        return value if type(value) in (torch.Tensor, torch.nn.Parameter, int, float, str) else None
+    parts = {{name: kept(each) for name, each in value.items() if isinstance(name, str)}}
+    return {{name: each for name, each in parts.items() if each is not None}}
 content = torch.load({path!r}, map_location="cpu", weights_only=False)  # executes code in the file
-if isinstance(content, dict):
-    content = content.get("state_dict", content.get("model", content))
-state = content.state_dict() if isinstance(content, torch.nn.Module) else content
-torch.save(dict(state), {target!r})
+torch.save(kept(content), {target!r})
 """
 
 
@@ -81,30 +84,6 @@ class Explains(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The tensors of a checkpoint under their own names, and the key and prefix they were saved under."""
-
-    state: dict[str, Any]
-    nest: str | None
-    prefix: str
-
-
-def unwrapped(content: Mapping[str, Any]) -> Weights:
-    """The content of `state_dict` or `model` where there is one, without prefixes that all names share."""
-    nest = next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
-    state, prefix = dict(content if nest is None else content[nest]), ""
-    while found := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), None):
-        state = {name.removeprefix(found): value for name, value in state.items()}
-        prefix += found
-    return Weights(state, nest, prefix)
-
-
-def bare_state(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint, without nesting and without prefixes that all names share."""
-    return unwrapped(content).state
-
-
 def check_tensors(state: Mapping[str, Any], origin: str) -> None:
     """Raise `CheckpointError` where `state` is not a bare state dict of tensors, naming the key that may hold them."""
     is_named = all(isinstance(name, str) for name in state)
@@ -116,14 +95,22 @@ def check_tensors(state: Mapping[str, Any], origin: str) -> None:
         )
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+class Misfit(CheckpointError):
+    """Weights of another network than the one they are loaded into."""
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> list[str]:
     """
     Load `state` into `model`; every name and shape must fit. Floating-point values of any width become the model's type.
 
-    Raises `CheckpointError` that names what is missing, unexpected, of another shape or not floating-point.
+    Returns a sentence if the file lacks the counters of batch norms, which no prediction uses: they stay as they are. Raises `Misfit`
+    that names what is missing, unexpected, of another shape or not floating-point, and `CheckpointError` for numbers that are not
+    finite.
     """
     check_tensors(state, origin)
     own = model.state_dict()
+    counters = _unused_counters(model) if not any(name.endswith(COUNTER) for name in state) else {}
+    state = {**counters, **state}
     shared = [name for name in own if name in state]
     problems = {
         "missing": [name for name in own if name not in state],
@@ -143,11 +130,40 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> No
     found = [f"{len(names)} {problem}: {summarise(names, 3)}" for problem, names in problems.items() if names]
     if found:
         reason = (isinstance(model, Explains) and model.explain_misfit(state)) or other_bands_text(own, state)
-        raise CheckpointError(
+        raise Misfit(
             f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}"
             + (f". {reason}" if reason else "")
         )
+    _refuse_not_finite(own, state, origin)
     model.load_state_dict(dict(state), strict=True)
+    if not counters:
+        return []
+    return [f"{origin} lacks the {len(counters)} counters {COUNTER} of batch norms, which no prediction uses"]
+
+
+def _unused_counters(model: nn.Module) -> dict[str, Tensor]:
+    """The counters of batch norms that do not use them, as a momentum says how fast their statistics follow."""
+    return {
+        f"{name}.{COUNTER}": module.num_batches_tracked
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.num_batches_tracked is not None
+        and module.momentum is not None
+    }
+
+
+def _refuse_not_finite(own: Mapping[str, Tensor], state: Mapping[str, Any], origin: str) -> None:
+    """Raise `CheckpointError` for numbers that are NaN or infinite in the model's type, where its own are finite."""
+    found = []
+    for name, value in state.items():
+        finite = torch.isfinite(value.to(own[name].dtype))
+        if not finite.all() and torch.isfinite(own[name]).all():
+            found.append(f"{name} ({int((~finite).sum())} of {value.numel()})")
+    if found:
+        raise CheckpointError(
+            f"{origin} holds numbers that are NaN or infinite, with which a network predicts nothing, in {len(found)} of {len(own)} "
+            f"tensors: {summarise(found, 3)}. Its training diverged: take an earlier checkpoint of it"
+        )
 
 
 def load_published(
