@@ -64,6 +64,8 @@ class TeacherRecord(Record):
     window: int | None
     # Further arguments of the architecture's constructor. Left out where there are none, so that older digests do not change.
     options: Annotated[dict[str, JsonValue], Field(exclude_if=lambda options: not options)] = {}
+    # Which of a file's weights, where the configuration says it. Left out otherwise, for the same reason.
+    weights: Annotated[Literal["raw", "ema"] | None, Field(exclude_if=lambda weights: weights is None)] = None
 
 
 class ViewsRecord(Record):
@@ -224,7 +226,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {"teachers": len(teachers)}
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
-        flat |= {f"{key}.options": {}} | {f"{key}.{name}": value for name, value in teacher.items()}
+        flat |= {f"{key}.options": {}, f"{key}.weights": None} | {f"{key}.{name}": value for name, value in teacher.items()}
     flat["decoder"] = None  # left out of older recipes, as is the next field
     if fields["kind"] == "soft":
         flat["temperature_applied"] = None

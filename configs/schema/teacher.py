@@ -45,8 +45,10 @@ class Teacher(Section):
     """An encoder of smp, such as `efficientnet-b4`, or of timm, as `tu-NAME`."""
     checkpoint: str
     """File of weights: `.pth`, `.ckpt` or `.safetensors`."""
+    weights: Literal["raw", "ema"] | None = Field(None, exclude_if=lambda weights: weights is None)
+    """The weights of a file that holds `raw` and averaged ones (`ema`). Null takes the raw ones, or the only ones."""
     classes: list[str] = Field(min_length=2)
-    """One name for each output channel, in the checkpoint's order."""
+    """One name for each output channel, in the checkpoint's order. A sigmoid's one channel has two: first that of 1 - σ."""
     bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
     """Bands that it sees, in its order, among `data.bands`: by their numbers in the files, or by `data.band_names`. Null takes them all."""
     normalize: Normalize = "unit"

@@ -110,6 +110,7 @@ def _teacher_fields(key: str, teacher: Teacher) -> dict[str, Any]:
         "scales": teacher.scales,
         "window": teacher.window,
         "options": teacher.options,
+        "weights": teacher.weights,
     }
     if teacher.precision != "auto":
         fields["precision"] = teacher.precision

@@ -127,7 +127,7 @@ def precompute(
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
         # Before anything is written: a cache begun for a teacher that is refused would refuse the right one as stale.
-        teacher = open_teacher(config, plan.recipe, device) if plan.missing and workers is None else None
+        teacher = open_teacher(config, plan.recipe, device, progress.say) if plan.missing and not workers else None
         writer.begin()
         if plan.finished:
             progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")

@@ -41,11 +41,13 @@ Images = NDArray[np.uint8] | PendingCopy  # what `FrozenTeacher.send` returns
 Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]
 
 
-def open_teacher(config: Config, recipe: CacheRecipe, device: torch.device) -> FrozenTeacher:
-    """The configured teacher, or the mean of several, on `device`; raises what `load_teacher` raises."""
+def open_teacher(
+    config: Config, recipe: CacheRecipe, device: torch.device, say: Callable[[str], None] = lambda line: None
+) -> FrozenTeacher:
+    """The configured teacher, or the mean of several, on `device`; says and raises what `load_teacher` does."""
     places = [config.data.places(member.bands) for member in config.members.values()]
     models = [
-        load_teacher(member, key, in_channels=len(seen))
+        load_teacher(member, key, say, in_channels=len(seen))
         for (key, member), seen in zip(config.members.items(), places, strict=True)
     ]
     softening = Softening(config.distill.temperature, config.class_map_matrix())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.configs.schema import Teacher
 from kdpipe.configs.schema.options import options_text
-from kdpipe.pipeline.models.weights import bare_state, check_tensors, load_strictly, read_checkpoint
+from kdpipe.pipeline.models.unwrap import unwrapped
+from kdpipe.pipeline.models.weights import Misfit, check_tensors, load_strictly, read_checkpoint
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.models.recognise import Network
@@ -29,48 +32,72 @@ KNOWN_ORDERS = {
         "biodiversity/ftunetformer_kd_openearthmap",
     ),
 }
+SIGMOID = "its one channel z is a sigmoid's: classes needs two names, first that of 1 - σ(z), then that of σ(z)"
 WITH_ATTENTION = ("unet", "unetplusplus")  # smp's architectures whose decoder may have scSE attention
 
 
-def load_teacher(teacher: Teacher, key: str = "teacher", *, in_channels: int = 3) -> nn.Module:
+class TwoClasses(nn.Module):
+    """
+    A network of one channel z, trained with a sigmoid, as logits 0 and z `(N, 2, H, W)`.
+
+    Their softmax is exactly 1 - σ(z) and σ(z).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        z_N1HW: Tensor = self.network(images_NCHW)
+        return torch.cat([torch.zeros_like(z_N1HW), z_N1HW], dim=1)
+
+
+def load_teacher(
+    teacher: Teacher, key: str = "teacher", say: Callable[[str], None] = lambda line: None, *, in_channels: int = 3
+) -> nn.Module:
     """
     The teacher's network with its weights for images of `in_channels` bands, frozen, in eval mode, float32, on the CPU.
 
-    The weights may lie under `state_dict` or `model`, under a trainer's prefix, in any floating-point type. scSE attention in the
-    decoder is recognised from the tensors; other options are `teacher.options`. Errors name `key`, the section of the configuration.
-    Raises `ConfigError` for options that the architecture lacks, and `CheckpointError` where any tensor does not fit, with what the file
-    holds and the lines of the configuration that fit it.
+    The weights may lie under any key and a trainer's prefix, in any floating-point type; `say` is called with a sentence on each thing
+    in the file that was not taken. scSE attention in the decoder is recognised from the tensors; other options are `teacher.options`. A
+    network of one channel becomes `TwoClasses`. Errors name `key`, the section of the configuration. Raises `ConfigError` for options
+    that the architecture lacks, and `CheckpointError` where any tensor does not fit, with what the file holds and the lines of the
+    configuration that fit it.
     """
     # These import timm, which takes longer than a run with nothing to do.
     from kdpipe.pipeline.models.options import check_options
-    from kdpipe.pipeline.models.recognise import attention_of, recognise
+    from kdpipe.pipeline.models.recognise import attention_of, channels_of, recognise
     from kdpipe.pipeline.models.smp import create_smp_model
 
     check_options(teacher.architecture, teacher.options, key=key)
-    state = bare_state(read_checkpoint(teacher.checkpoint))
+    weights = unwrapped(read_checkpoint(teacher.checkpoint), teacher.checkpoint, teacher.weights, key)
+    state = weights.state
     check_tensors(state, origin=teacher.checkpoint)
+    is_sigmoid = len(teacher.classes) == 2 and channels_of(state) == 1
     attention = attention_of(state) if teacher.architecture.lower() in WITH_ATTENTION else None
     model = create_smp_model(
         teacher.architecture,
         teacher.encoder,
-        len(teacher.classes),
+        1 if is_sigmoid else len(teacher.classes),
         key=key,
         in_channels=in_channels,
         attention=attention,
         options=teacher.options,
     )
     try:
-        load_strictly(model, state, origin=teacher.checkpoint)
-    except CheckpointError as err:
+        notes = load_strictly(model, state, origin=teacher.checkpoint)
+    except Misfit as err:
         found = recognise(state, likely_encoder=teacher.encoder, likely_options=teacher.options)
         raise CheckpointError(_misfit_text(teacher, key, found, str(err))) from err
-    return model.eval().requires_grad_(False)
+    for note in weights.notes(teacher.checkpoint, key) + notes:
+        say(note)
+    return (TwoClasses(model) if is_sigmoid else model).eval().requires_grad_(False)
 
 
 def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str:
     """The message for a misfit: what the file holds, what the configuration says, and the lines that fit the file."""
     lines, hint = {}, ""
-    if found.architecture is not None and found.architecture != teacher.architecture.lower():
+    if found.architecture is not None and found.architecture != str(teacher.architecture).lower():
         lines["architecture"] = found.architecture
     if found.encoder is not None and found.encoder != teacher.encoder:
         lines["encoder"] = found.encoder
@@ -82,8 +109,12 @@ def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str
         order, shipped = KNOWN_ORDERS.get(found.channels, ({"classes": "[...]"}, None))
         lines |= order
         hint = (
-            f"\n\nclasses needs one name for each of the file's {found.channels} channels, in the file's own order"
-            + (f"; this one is that of the shipped {shipped}, whose class_map fits it" if shipped else "")
+            f"\n\n{SIGMOID}"
+            if found.channels == 1
+            else (
+                f"\n\nclasses needs one name for each of the file's {found.channels} channels, in the file's own order"
+                + (f"; this one is that of the shipped {shipped}, whose class_map fits it" if shipped else "")
+            )
         )
     text = (
         f"{teacher.checkpoint} holds {found}, but {key} says {teacher.architecture} with {teacher.encoder}"
