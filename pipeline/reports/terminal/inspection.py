@@ -36,7 +36,8 @@ def checkpoint_table(found: Inspection) -> Table:
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
         "options": _options_text(found),
-        "channels": "not recognised" if network.channels is None else str(network.channels),
+        "channels": "not recognised" if network.channels is None else str(network.channels)
+        + (" (a sigmoid's, which stands for two classes: 1 - σ and σ)" if network.channels == 1 else ""),
         "weights": f"{found.tensors} tensors, {found.parameters / 1e6:.2f} M numbers, "
         + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
         "nested under": (found.nest or "nothing: a bare state dict")
@@ -44,6 +45,8 @@ def checkpoint_table(found: Inspection) -> Table:
     }
     if found.other_keys:
         rows["other keys"] = summarise(found.other_keys, 8)
+    if found.notes:
+        rows["note"] = "\n".join(found.notes)
     if run is not None:
         best = "" if run.best_miou is None else f", best validation mIoU {percent_text(run.best_miou)}"
         rows["run"] = f"{run.name}, mode {run.mode}, after step {run.steps}{best}"
