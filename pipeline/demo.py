@@ -29,7 +29,7 @@ from kdpipe.pipeline.evaluation.confusion import count_pairs, scores
 from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model, teacher_model
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.smp import create_smp_model
-from kdpipe.pipeline.pictures import Panel, contact_sheet, paint_classes, paint_soft_target
+from kdpipe.pipeline.pictures import Panel, contact_sheet, paint_classes, paint_soft_target, visible
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.runs.layout import LAST
 from kdpipe.pipeline.text import duration_text
@@ -136,8 +136,9 @@ def draw_demo(config: Config, taught: Path, alone: Path, picture: Path) -> None:
     rows = []
     for tile in list_tiles(config.data, "val")[:SHOWN_TILES]:
         assert tile.mask is not None
-        image_HWC, labels_HW = read_image(tile.image), read_mask(tile.mask, num_classes, ignore_index)
-        panels = [Panel(image_HWC, tile.id), Panel(paint_classes(labels_HW, num_classes))]
+        image_HWC = read_image(tile.image, config.data.bands, None, config.data.alpha)
+        labels_HW = read_mask(tile.mask, num_classes, ignore_index)
+        panels = [Panel(visible(image_HWC, config.data.visible_places), tile.id), Panel(paint_classes(labels_HW, num_classes))]
         for number, model in enumerate(models.values()):
             probs_CHW = model.predict(image_HWC)
             predicted_HW = probs_CHW.argmax(axis=0)

@@ -1,7 +1,7 @@
 """
 Class maps, soft targets, entropy and errors as RGB pixels, and sheets of them: the one palette, used everywhere.
 
-Shapes: H W pixels, C classes, 3 colour channels (uint8).
+Shapes: H W pixels, B bands, C classes, 3 colour channels (uint8).
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ PALETTE = np.array(
 UNLABELLED = (255, 255, 255)
 RIGHT, WRONG, UNJUDGED = (38, 50, 56), (255, 99, 110), (150, 150, 150)  # dark, light, between: no hue needed
 MARGIN, LINE, FONT_PX = 8, 20, 14  # px between panels, of a line of text, and of its letters
+
+
+def visible(image_HWB: NDArray[np.uint8], places: Sequence[int]) -> NDArray[np.uint8]:
+    """An image as it is shown, uint8 `(H, W, 3)`: its bands at three `places` as red, green and blue, or one as grey."""
+    return image_HWB[..., list(places) if len(places) == 3 else [places[0]] * 3]
 
 
 def colours(num_classes: int) -> NDArray[np.float32]:

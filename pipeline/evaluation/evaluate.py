@@ -31,7 +31,7 @@ from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibratio
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.inputs import check_headers
 from kdpipe.pipeline.memory import fits_in_memory, sized
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import STRIDE, averaged_logits
 from kdpipe.pipeline.models.windows import blended_logits
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
@@ -43,7 +43,7 @@ BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
 MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""From an image, uint8 `(H, W, 3)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
+"""From an image, uint8 `(H, W, B)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,17 @@ class Evaluation:
         return {**asdict(self), "roots": roots, "together": together}
 
 
-def student_model(checkpoint: str | Path, device: torch.device, *, tta: str | None, window: int | None) -> Model:
+def student_model(
+    checkpoint: str | Path, device: torch.device, *, tta: str | None, window: int | None, alone: bool = False
+) -> Model:
     """
     The student of a checkpoint of `train-student`, in float32; no TTA and whole tiles where `tta` and `window` are None.
 
-    Logits are averaged over views in the image's own frame, as for a teacher, and softmax comes last. Raises
-    `CheckpointError` where the file is no such checkpoint.
+    Logits are averaged over views in the image's own frame, as for a teacher, and softmax comes last. With `alone`, images are read for
+    the student alone, and may lack the bands that only its teacher saw. Raises `CheckpointError` where the file is no such checkpoint.
     """
     trained = load_trained(checkpoint)
+    trained = trained.alone() if alone else trained
     config = trained.config
     network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
     return Model(
@@ -233,7 +236,7 @@ def _student_predict(student: nn.Module, network: Network, config: Config, devic
     student = student.to(device).to(memory_format=torch.channels_last)
 
     def logits(images_NCHW: Tensor) -> Tensor:
-        inputs_NCHW = normalized(images_NCHW.to(device), config.student.normalize)
+        inputs_NCHW = student_inputs(images_NCHW.to(device), config)
         # fp32 means fp32: with TF32, the last digit of a score would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return averaged_logits(student, inputs_NCHW, tta=network.tta, scales=network.scales)

@@ -56,7 +56,7 @@ SIZES: dict[Format, str] = {
 # Exported kernels add in another order, which measures 3e-7 to 3e-5. Stored probabilities are rounded by up to 0.002.
 MAX_DIFFERENCE = 1e-3
 VERIFIED_TILES = 4  # evenly spread over all tiles
-EXAMPLE = (2, 3, 97, 130)  # shape of a traced input: different sides, none a multiple of the stride
+EXAMPLE_PX = (97, 130)  # height and width of a traced input: none a multiple of the stride
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class AnySize(nn.Module):
         self.eval()  # otherwise torch.onnx.export would return the student to training mode
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits `(N, C, H, W)` of normalised images `(N, 3, H, W)`."""
+        """Logits `(N, C, H, W)` of normalised images `(N, B, H, W)`."""
         height, width = images_NCHW.shape[-2:]
         padded = images_NCHW
         for dim, size in ((-2, height), (-1, width)):
@@ -117,7 +117,7 @@ def export_student(
     progress = progress or Silent()
     if format_ == "onnx":
         _require_onnx()
-    trained = load_trained(checkpoint)
+    trained = load_trained(checkpoint).alone()
     file = output_path(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), "--out")
     if file.exists() and not overwrite:
         raise ConfigError(f"{file} exists already: choose another --out, or add --overwrite to replace it")
@@ -148,7 +148,7 @@ def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
     axes = {0: "n", 2: "height", 3: "width"}
     torch.onnx.export(
         AnySize(student),
-        (torch.randn(EXAMPLE),),
+        (_example(card, *EXAMPLE_PX),),
         str(file),
         dynamo=False,
         opset_version=OPSET,
@@ -165,7 +165,7 @@ def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
 
 def _write_torchscript(student: nn.Module, file: Path, card: Card) -> None:
     trace: Any = torch.jit.trace
-    graph = trace(AnySize(student), torch.randn(EXAMPLE), check_trace=False)
+    graph = trace(AnySize(student), _example(card, *EXAMPLE_PX), check_trace=False)
     torch.jit.save(graph, file, _extra_files={CARD_FILE: card.model_dump_json()})
 
 
@@ -175,10 +175,15 @@ def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
         for dim, name in ((2, "rows"), (3, "columns"))
     }
     shapes = ({0: torch.export.Dim("n"), **sides},)
-    example = torch.randn(2, 3, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
+    example = _example(card, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
     program = torch.export.export(student, (example,), dynamic_shapes=shapes)
     with file.open("wb") as stream:  # with a path, torch insists on its own suffix
         torch.export.save(program, stream, extra_files={CARD_FILE: card.model_dump_json()})
+
+
+def _example(card: Card, height: int, width: int) -> Tensor:
+    """An input to trace with, `(2, B, height, width)`."""
+    return torch.randn(2, len(card.bands), height, width)
 
 
 def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
@@ -229,7 +234,7 @@ def _require_onnx() -> None:
 
 
 def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
-    """A few tiles, uint8 `(H, W, 3)`, evenly spread over all."""
+    """A few tiles, uint8 `(H, W, B)`, evenly spread over all."""
     data = trained.config.data
     folders = tiles or [str(Path(root) / data.images) for root in data.val]
     if not folders:

@@ -1,7 +1,7 @@
 """
 Maps of scenes of any size, from overlapping windows whose logits are blended.
 
-Memory does not grow with the height of a scene: a strip of one row of windows is held, 3 bytes per pixel, and its logits, 4 bytes
+Memory does not grow with the height of a scene: a strip of one row of windows is held, a byte per pixel and band, and its logits, 4 bytes
 per pixel and class. Classes are the argmax of the blended logits, probabilities their softmax.
 
 Shapes: N windows, C classes, B bands, H W pixels of a scene, h w of a strip or a window.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -144,13 +144,18 @@ def _look_at(
     counts, bands_notes = {}, {}
     for scene_path in scenes:
         try:
-            with open_scene(scene_path, card.bands, card.stretch, card.colours, card.alpha) as scene:
+            with _open(scene_path, card) as scene:
                 counts[scene_path] = _num_windows(scene, window, overlap)
                 if scene.bands_note:
                     bands_notes[scene_path] = scene.bands_note
         except DataError as err:
             summary.failed[scene_path] = str(err)
     return counts, bands_notes
+
+
+def _open(path: str, card: Card) -> AbstractContextManager[Scene]:
+    """The scene as the student of the card sees it; see `open_scene`."""
+    return open_scene(path, card.bands, card.stretch, card.colours, card.alpha, card.image_bands)
 
 
 class _SceneMapper:
@@ -166,7 +171,7 @@ class _SceneMapper:
         counts = np.zeros(len(card.classes), np.int64)
         no_data = 0
         with ExitStack() as stack:
-            scene = stack.enter_context(open_scene(path, card.bands, card.stretch, card.colours, card.alpha))
+            scene = stack.enter_context(_open(path, card))
             # The map of classes is opened first, so that it is renamed last: if it exists, the others do.
             writers = {
                 kind: stack.enter_context(

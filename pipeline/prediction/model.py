@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
@@ -36,9 +36,10 @@ class Card(BaseModel):
     """
     Description of a network, its input and its output.
 
-    Input: float32 `(N, 3, H, W)`, `(x / 255 - mean) / std` of the image's `bands`; `stretch` maps each band linearly from its (low, high)
-    to 0..255, rounded, unless it is None. Output: float32 logits `(N, len(classes), H, W)`. `sizes` describes the allowed H and W,
-    `colours` what the training images called `bands`; None if that is not recorded. `alpha` is `data.alpha`.
+    Input: float32 `(N, len(bands), H, W)`, `(x / 255 - mean) / std` of the image's `bands`, numbers from 1 of which `band_names` names
+    some; `stretch` maps each band linearly from its (low, high) to 0..255, rounded, unless it is None. Output: float32 logits `(N,
+    len(classes), H, W)`. `sizes` describes the allowed H and W, `colours` what the training images called `bands`, `image_bands` how many
+    bands they had; None if that is not recorded. `alpha` is `data.alpha`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,19 +52,21 @@ class Card(BaseModel):
     classes: list[str]
     palette: list[tuple[int, int, int]]
     ignore_index: int
-    bands: tuple[int, int, int]
+    bands: tuple[int, ...] = Field(min_length=1)
+    band_names: dict[str, int] = Field({}, exclude_if=lambda names: not names)
     colours: list[str] | None = None
+    image_bands: int | None = Field(None, exclude_if=lambda count: count is None)
     alpha: Alpha = "opacity"
     stretch: list[tuple[float, float]] | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     sizes: str
     kdpipe: str
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """`logits` maps uint8 images `(N, 3, H, W)` to float32 logits `(N, C, H, W)`, both in main memory; it computes on `device`."""
+    """`logits` maps uint8 images `(N, B, H, W)` of the card's bands to float32 logits `(N, C, H, W)`, both in main memory; it computes on `device`."""
 
     origin: str
     card: Card
@@ -73,9 +76,10 @@ class Predictor:
 
 
 def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
-    """The card of a student from `load_trained`."""
-    config = trained.config
-    mean, std = mean_std(config.student.normalize)
+    """The card of a student from `load_trained`, whose images are read for it alone."""
+    trained = trained.alone()
+    config, bands = trained.config, trained.config.data.bands
+    mean, std = mean_std(config.student.normalize, len(bands))
     encoder = f" with {config.student.encoder}" if config.student.encoder else ""
     palette = colours(len(config.classes.names)).astype(int).tolist()
     return Card.model_validate(
@@ -87,8 +91,10 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
             "classes": config.classes.names,
             "palette": palette,
             "ignore_index": config.classes.ignore_index,
-            "bands": config.data.bands,
+            "bands": bands,
+            "band_names": {name: number for name, number in config.data.band_names.items() if number in bands},
             "colours": trained.colours,
+            "image_bands": trained.image_bands,
             "alpha": config.data.alpha,
             "stretch": trained.stretch,
             "mean": mean,
@@ -135,7 +141,7 @@ def require_onnxruntime() -> Any:
 
 
 def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
-    trained = load_trained(path)
+    trained = load_trained(path).alone()
     device = resolve_device(name)
     student = trained.student.to(device).to(memory_format=torch.channels_last)
     normalize = trained.config.student.normalize

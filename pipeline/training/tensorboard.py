@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, ValTiles
-from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import padded_logits
-from kdpipe.pipeline.pictures import UNLABELLED, legend, paint_classes, paint_entropy, paint_errors, paint_soft_target
+from kdpipe.pipeline.pictures import (
+    UNLABELLED,
+    legend,
+    paint_classes,
+    paint_entropy,
+    paint_errors,
+    paint_soft_target,
+    visible,
+)
 
 TRAIN_SHOWN, VAL_SHOWN = 3, 2  # samples
 SIDE_PX = 256  # largest side of a picture: five samples then take 0.5 MB each time, and 0.8 MB once (PNG, Dubai tiles)
@@ -28,7 +36,7 @@ PICTURES_A_RUN = 10
 
 @dataclass(frozen=True)
 class Sample:
-    """A crop to show: image `(3, H, W)`, mask `(H, W)`, inside `(H, W)`, and the soft target `(C, H, W)` if there is one."""
+    """A crop to show: image `(B, H, W)`, mask `(H, W)`, inside `(H, W)`, and the soft target `(C, H, W)` if there is one."""
 
     name: str
     image: NDArray[np.uint8]
@@ -42,7 +50,7 @@ class BoardPictures:
     Pictures of up to five samples: image, label, soft target and its entropy, the student's classes, its softened output, its errors.
 
     Args:
-        config: `classes`, `distill.temperature`, `student.normalize` and `train.crop` are used.
+        config: `classes`, `data.visible`, `distill.temperature`, `student.normalize` and `train.crop` are used.
         dataset: the first epoch's samples of its first, middle and last tile are shown as the student sees them.
         val_tiles: the middle of the first and last tile is shown, without a soft target.
         total_steps: steps of the run; pictures are written at the first call in each tenth of them and after the last step.
@@ -73,7 +81,7 @@ class BoardPictures:
             for sample in self._samples:
                 _add(writer, sample, self._given(sample), step)
         for sample in self._samples:
-            inputs = normalized(torch.from_numpy(sample.image)[None].to(device), self._config.student.normalize)
+            inputs = student_inputs(torch.from_numpy(sample.image)[None].to(device), self._config)
             _add(writer, sample, self._predicted(sample, padded_logits(model, inputs)[0].float()), step)
 
     def _read(self) -> list[Sample]:
@@ -93,7 +101,7 @@ class BoardPictures:
         return samples
 
     def _given(self, sample: Sample) -> dict[str, NDArray[np.uint8]]:
-        pictures = {"1 image": sample.image.transpose(1, 2, 0)}
+        pictures = {"1 image": visible(sample.image.transpose(1, 2, 0), self._config.data.visible_places)}
         if (sample.mask != self._config.classes.ignore_index).any():
             pictures["2 label"] = paint_classes(sample.mask, len(self._config.classes.names))
         if sample.target is not None:

@@ -31,7 +31,7 @@ def evaluate_model(
     if teachers_config is not None:
         roots, model = paths, teacher_model(teachers_config, where, tta=tta, window=window)
     else:
-        roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window)
+        roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window, alone=True)
     result = evaluate(model, roots, boundary_width_px=boundary_width, progress=terminal)
     write_json(json_path, result.as_dict())
     if png_path is not None:

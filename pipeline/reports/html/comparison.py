@@ -11,6 +11,7 @@ from kdpipe.configs.errors import DataError
 from kdpipe.configs.files import make_folder, write_file
 from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference, one_seed_text
 from kdpipe.pipeline.evaluation.evaluate import student_model
+from kdpipe.pipeline.pictures import visible
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.reports.html.charts import Interval, Points, interval_chart, line_chart
 from kdpipe.pipeline.reports.html.page import heading, page, paragraph, table
@@ -68,7 +69,7 @@ def comparison_tiles(
             }
             drawn.append(
                 draw_tile(
-                    first[i].id, "validation tile", first[i].image(), len(config.classes.names),
+                    first[i].id, "validation tile", visible(first[i].image(), config.data.visible_places), len(config.classes.names),
                     labels_HW=first[i].labels(), predictions=predictions,
                 )
             )  # fmt: skip

@@ -35,6 +35,7 @@ from kdpipe.pipeline.pictures import (
     paint_classes,
     paint_errors,
     paint_soft_target,
+    visible,
 )
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, subject_noun, subjects
 from kdpipe.pipeline.reports.html.page import data_url
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Targets = Callable[[Subject, NDArray[np.uint8]], NDArray[np.float32]]
-"""From a subject and its image, uint8 `(H, W, 3)`, to its soft target, float32 `(C, H, W)`."""
+"""From a subject and its image, uint8 `(H, W, B)`, to its soft target, float32 `(C, H, W)`."""
 
 SHOWN_PX = 512  # longest side of a layer: four tiles of six layers take about 1 MB
 QUALITY = 80  # of WebP with loss, 0..100
@@ -107,7 +108,8 @@ def draw_tile(
     largest_difference: float = 1.0,
 ) -> TilePictures:
     """
-    The layers of a tile called `tile`, one of a `group` such as "validation tile"; layers without their data are left out.
+    The layers of a tile called `tile`, one of a `group` such as "validation tile"; layers without their data are left out. The image is
+    as `pictures.visible` shows it.
 
     Labels are class indices, and any other value is no label. `target_CHW` is the teacher's soft target. `predictions` are
     class indices `(H, W)` by the student's name, "" for an only one. `live_CHW` is the soft target predicted anew: its
@@ -152,7 +154,7 @@ def draw_subject(
     """The layers of a subject, predicted by `models` under their names ("" for an only one); `live` goes to `draw_tile`."""
     image_HWC = subject.image()
     return draw_tile(
-        subject.id, group, image_HWC, len(config.classes.names),
+        subject.id, group, visible(image_HWC, config.data.visible_places), len(config.classes.names),
         labels_HW=subject.labels() if subject.mask is not None else None,
         target_CHW=targets(subject, image_HWC) if targets is not None else None,
         predictions={name: model.predict(image_HWC).argmax(axis=0) for name, model in models.items()},
