@@ -7,6 +7,11 @@ Outside of a distributed run there is one process, of rank 0.
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import threading
+import time
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +66,47 @@ def is_further_process(config: Config) -> bool:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return config.train.devices > 1 and vars(rank_zero_only)["rank"] != 0
+
+
+def launch(fabric: Fabric) -> None:
+    """
+    Start the other processes of a run and wait until they have joined it.
+
+    The wait is one of another thread, because it is deaf to signals, and the others may import libraries for a long time.
+    """
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    chosen = "OMP_NUM_THREADS" in os.environ
+
+    def wait() -> None:
+        try:
+            fabric.launch()
+        except BaseException as err:
+            ended.put(err)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=wait, daemon=True).start()
+    if (err := ended.get()) is not None:
+        raise err
+    # What a thread sets for itself alone: its device, and the number of threads that its operators use, which Lightning chooses.
+    if fabric.device.type == "cuda":
+        torch.cuda.set_device(fabric.device)
+    if not chosen:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def end_ranks(fabric: Fabric, seconds: float) -> None:
+    """Wait so long for the processes that `launch` started, and kill those that are left; nothing in these processes themselves."""
+    started = getattr(fabric.strategy.launcher, "procs", [])
+    processes = list(started)
+    started.clear()  # Lightning watches its list, and would kill this process for the death of another
+    until = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class Alone(nn.Module):

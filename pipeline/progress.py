@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Protocol
 
+from kdpipe.configs.errors import Interrupted
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 Advance = Callable[..., None]  # advance(steps=1, **figures): figures such as loss=0.3 are shown beside the bar
 
 
@@ -37,21 +40,69 @@ def stop_on_signal() -> Iterator[threading.Event]:
     """
     An event that Ctrl-C or SIGTERM sets, so that work can end at a safe point; a second Ctrl-C ends it at once.
 
-    The event is never set outside the main thread, where signals cannot be handled.
+    A second SIGTERM means nothing new: `timeout`, SLURM and others send it to a process and again to its group. The event is never set
+    outside the main thread, where signals cannot be handled.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
+        again = stop.is_set()
         stop.set()
+        ends_at_once = number == signal.SIGINT if again else bool(_hurried)
+        if ends_at_once:
+            raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def at_once(stop: threading.Event, so_far: str) -> Iterator[None]:
+    """
+    A block that a signal to `stop_on_signal` ends wherever it is, because there is nothing to save.
+
+    Raises `Interrupted` with the text `so_far` then, or at the start if `stop` is set already.
+    """
+    if not _is_main_thread():
+        yield
+        return
+    try:
+        _hurried.append(so_far)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        yield
+    except KeyboardInterrupt as err:
+        if not stop.is_set():
+            raise
+        raise Interrupted(so_far) from err
+    finally:
+        _hurried.pop()
+
+
+@contextmanager
+def out_of_reach() -> Iterator[None]:
+    """
+    Processes that this thread starts in the block, or threads that it starts there, never receive Ctrl-C or SIGTERM.
+
+    Both are sent to all processes of a job, and the main process needs its helpers until it has reached a safe point. They inherit the
+    blocked signals, so that there is no moment in which they would die of one; this process must end them itself, by SIGKILL if need be.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_hurried: list[str] = []  # the blocks of `at_once` that are open
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

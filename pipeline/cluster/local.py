@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from contextlib import contextmanager
 import dask
 import torch
 from distributed import Nanny, Scheduler, Security, SpecCluster
+from distributed.utils import LoopRunner
+from tornado.ioloop import IOLoop
 
 from kdpipe.configs.errors import ConfigError
+from kdpipe.pipeline.progress import out_of_reach
 
 
 @contextmanager
@@ -49,9 +53,33 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
     # In place of dask's own variables, which limit each worker to one thread and make it return freed memory at once. On a CPU the
     # threads of all workers outnumber the cores, and OpenMP's threads wait actively by default: two workers of two threads on two cores
     # took 3.0 s of CPU time for a tile, and 1.1 s with this, as with one thread each.
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_WAIT_POLICY": "passive"}}),
-        SpecCluster(workers=workers, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
-    ):
+    environment = dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_WAIT_POLICY": "passive"}})
+    # Ctrl-C and SIGTERM are for this process, which stops its workers once it has reached a safe point.
+    with environment, _loop_out_of_reach() as loop, _no_process_left(), SpecCluster(
+        workers=workers, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, loop=loop
+    ) as cluster:  # fmt: skip
         cluster.wait_for_workers(count)
         yield cluster
+
+
+@contextmanager
+def _loop_out_of_reach() -> Iterator[IOLoop]:
+    """An event loop in a thread from which the workers' processes are started, so that neither Ctrl-C nor SIGTERM reaches them."""
+    runner = LoopRunner()
+    with out_of_reach():
+        runner.start()
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
+
+
+@contextmanager
+def _no_process_left() -> Iterator[None]:
+    """Kill the processes that were started in the block and are still there, such as those that a stop found importing libraries."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()

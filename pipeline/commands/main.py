@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
+from types import FrameType
 
 import click
 
 from kdpipe.pipeline.commands.completion import completion
 from kdpipe.pipeline.commands.maps import export, predict
-from kdpipe.pipeline.commands.options import EXIT_USAGE, complain
+from kdpipe.pipeline.commands.options import EXIT_FINDINGS, EXIT_USAGE, complain
 from kdpipe.pipeline.commands.results import compare, evaluate, report
 from kdpipe.pipeline.commands.setup import demo, init, inspect, sample_data, suggest_map
 from kdpipe.pipeline.commands.stages import precompute_teacher, train_student, verify_cache
@@ -52,26 +56,52 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run `kdpipe`. A user's mistake ends in one paragraph and its exit code, any other error in a traceback."""
+    """
+    Run `kdpipe`. A user's mistake ends in one paragraph and its exit code, any other error in a traceback.
+
+    SIGTERM ends a command as Ctrl-C does, and its exit code is the same.
+    """
+    answer_sigterm(_interrupt)
     ask_for_huge_pages()
     keep_freed_memory()
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        complain("aborted")
+    except (KeyboardInterrupt, click.exceptions.Abort) as err:  # click turns the first into the second
+        is_end_of_input = isinstance(err.__cause__, EOFError)
+        complain("aborted" if is_end_of_input else "stopped at once; finished tiles and saved checkpoints are kept")
         sys.exit(EXIT_STOPPED)
     except click.ClickException as err:
         err.show()
         sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        complain("stopped at once; finished tiles and saved checkpoints are kept")
-        sys.exit(EXIT_STOPPED)
     except Exception as err:
         from kdpipe.configs.errors import KdpipeError  # imports pydantic, which --help does without
+        from kdpipe.configs.os_errors import told
 
-        if not isinstance(err, KdpipeError):
+        if isinstance(err, BrokenPipeError) and err.filename is None:  # as in `kdpipe inspect … | head`
+            _leave_pipe()
+        # What the system says of a path that no code below had in mind.
+        found = told(err, "working with") if isinstance(err, OSError) and err.errno is not None else err
+        if not isinstance(found, KdpipeError):
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        complain(str(err))
-        sys.exit(err.exit_code)
+        complain(str(found))
+        sys.exit(found.exit_code)
+    finally:
+        answer_sigterm(signal.SIG_IGN)
+
+
+def answer_sigterm(answer: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Say what SIGTERM does, as `signal.signal` takes it, where a command does not answer it itself."""
+    signal.signal(signal.SIGTERM, answer)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    answer_sigterm(signal.SIG_IGN)  # `timeout` and others send it twice
+    raise KeyboardInterrupt
+
+
+def _leave_pipe() -> None:
+    """End, as nobody reads the output any more; the rest of it goes nowhere, or Python would complain of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(EXIT_FINDINGS)

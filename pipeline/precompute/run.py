@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -47,7 +47,7 @@ from kdpipe.pipeline.precompute.costs import record_costs, teacher_seconds
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.plan import Plan, Summary, complete_summary, complete_text, initial_summary, make_plan
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, predictions_per_sample, subjects
-from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_teacher
 from kdpipe.pipeline.text import size_text
@@ -95,6 +95,16 @@ def precompute(
     `Interrupted` once `stop` is set; finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
+    with ExitStack() as set_up:
+        set_up.enter_context(at_once(stop, "stopped before a tile was computed; run the same command again"))
+        return _precompute(config, device, progress, stop, set_up.close, repair=repair, workers=workers)
+
+
+def _precompute(
+    config: Config, device: torch.device, progress: Progress, stop: threading.Event, begin: Callable[[], None], *, repair: bool,
+    workers: Workers | None,
+) -> Summary:  # fmt: skip
+    """See `precompute`; `begin` is called before anything is written."""
     start = time.perf_counter()
     if repair:
         _restore_root(config, progress)
@@ -128,6 +138,7 @@ def precompute(
         summary.kept = len(plan.finished)
         # Before anything is written: a cache begun for a teacher that is refused would refuse the right one as stale.
         teacher = open_teacher(config, plan.recipe, device, progress.say) if plan.missing and not workers else None
+        begin()
         writer.begin()
         if plan.finished:
             progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")

@@ -7,10 +7,10 @@ bus, and are unpacked on the device.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epo
 from kdpipe.data.rasters import Stretch, read_image
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.memory import fits_in_memory, sized
+from kdpipe.pipeline.progress import out_of_reach
 
 if TYPE_CHECKING:  # a worker imports this module at its start, and needs no network libraries
     from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 
 
 PACKED_LEVELS = 2**16 - 1  # the integer of a probability of one
+END_SECONDS = 3.0  # for all workers to end by themselves: they finish a batch, or still import libraries
 ONLINE_ADVICE = (
     "distill.mode: cached (--kd cached), which has no teacher in memory",
     "teacher.window: 512, for tiles that are larger",
@@ -180,18 +182,40 @@ def unpacked(packed_NCHW: Tensor, inside_NHW: Tensor) -> Tensor:
     return probs_NCHW.masked_fill(~inside_NHW[:, None], 0)
 
 
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the worker processes of a loader, which keeps them between its epochs, within `END_SECONDS`."""
+    iterator = cast(Any, loader)._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
+
+
 def _worker_options(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {"num_workers": 0}
     # Not fork: zarr's event loop does not survive it, and a forked worker would hang at its first read.
-    return {
-        "num_workers": workers,
-        "multiprocessing_context": "spawn",
-        "persistent_workers": True,
-        "worker_init_fn": _ignore_interrupts,
-    }
+    return {"num_workers": workers, "multiprocessing_context": _WorkerContext(), "persistent_workers": True}
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but the main process needs its workers until it has reached a safe point."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Worker(SpawnProcess):
+    """A worker that no signal of the user or of a job reaches, and that SIGKILL ends where others are sent SIGTERM."""
+
+    end_by: ClassVar[float | None] = None  # once workers are being ended
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        _Worker.end_by = None
+        with out_of_reach():
+            started: Any = cast(Any, SpawnProcess)._Popen(process_obj)
+        started.terminate = started.kill
+        return started
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end. The loader gives each worker 5 s in turn; together they get `END_SECONDS`, or a long import takes minutes."""
+        if timeout is not None:
+            _Worker.end_by = _Worker.end_by or time.monotonic() + END_SECONDS
+            timeout = min(timeout, max(0.0, _Worker.end_by - time.monotonic()))
+        super().join(timeout)
+
+
+class _WorkerContext(SpawnContext):
+    Process = _Worker

@@ -11,13 +11,14 @@ import math
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from kdpipe.configs import dump_config
@@ -29,18 +30,20 @@ from kdpipe.pipeline.evaluation.confusion import Scores
 from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.normalize import student_inputs
-from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.progress import Progress, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position
 from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.training.divergence import growth_hint, refuse_divergence
-from kdpipe.pipeline.training.loaders import OnlineTargets, unpacked
+from kdpipe.pipeline.training.loaders import OnlineTargets, end_workers, unpacked
+from kdpipe.pipeline.training.logs import Logs
 from kdpipe.pipeline.training.targets import Targets
 from kdpipe.pipeline.training.tensorboard import BoardPictures
 from kdpipe.pipeline.training.validation import batch_size_text, validate
 from kdpipe.pipeline.training.worth import Worth, worth_of_run
 from kdpipe.pipeline.versions import library_versions
 
+NOTHING_DONE = "stopped before a step was made; run the same command again"
 WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
 
 
@@ -100,34 +103,10 @@ class Batches:
     per_epoch: int
     total_steps: int
 
-
-class Logs:
-    """`metrics.csv` and TensorBoard's files of one start of a run, in a new folder `version_N`."""
-
-    def __init__(self, config: Config) -> None:
-        name = f"{config.group}/{config.name}"
-        self._csv = CSVLogger(layout.LOGS_DIR, name=name)
-        self._tensorboard = TensorBoardLogger(layout.LOGS_DIR, name=name, version=self._csv.version)
-        self.folder = self._csv.log_dir
-
-    @property
-    def tensorboard(self) -> Any:
-        """TensorBoard's `SummaryWriter`."""
-        return self._tensorboard.experiment
-
-    def log(self, figures: dict[str, Any], step: int) -> None:
-        """Log figures after `step` steps."""
-        for logger in (self._csv, self._tensorboard):
-            logger.log_metrics(figures, step=step)
-
-    def save(self) -> None:
-        """Write `metrics.csv` up to now; called with each checkpoint, so that the log of a resumed run has no gap."""
-        self._csv.save()
-
-    def close(self) -> None:
-        """Write everything that is logged; TensorBoard's thread would otherwise write later, even after an error."""
-        for logger in (self._csv, self._tensorboard):
-            logger.finalize("success")
+    def end_workers(self) -> None:
+        """End the processes that load batches."""
+        for batches in filter(None, (self.train, self.val)):
+            end_workers(batches._dataloader)
 
 
 class Loop:
@@ -182,7 +161,7 @@ class Loop:
         with self._progress.bar(title, total, "steps", self.position.steps) as advance:
             self._catch_up()
             clock = time.perf_counter()
-            for batch in self.batches.train if self.position.steps < total else ():
+            for batch in self._batches_as_they_come() if self.position.steps < total else ():
                 terms = self._train_batch(batch)
                 if terms is None:
                     continue
@@ -197,6 +176,35 @@ class Loop:
         if hint := growth_hint(self.summary.losses, self.config, self._precision):
             self._progress.say(hint)
         return self._summarised()
+
+    def _batches_as_they_come(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of this rank. Waiting for one, such as the first, for which workers must start, is a point to stop at."""
+        batches = iter(self.batches.train)
+        while True:
+            try:
+                # Half of a step cannot be saved, and other ranks would wait for this one in vain.
+                with nullcontext() if self._accumulated else self._stops_at_once(self._stopped_text()):
+                    batch = next(batches, None)
+            except Interrupted:
+                if self.summary.losses:
+                    self._save_all()
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _stops_at_once(self, so_far: str) -> AbstractContextManager[None]:
+        """A block that a signal may end, where this process decides alone: in a run on several devices before its first step."""
+        alone = self.config.train.devices == 1 or not self.summary.losses
+        return at_once(self._stop, so_far) if alone and self.learner.fabric.is_global_zero else nullcontext()
+
+    def _stopped_text(self) -> str:
+        if not self.summary.losses:
+            return NOTHING_DONE
+        return (
+            f"stopped after step {self.position.steps} of {self.batches.total_steps}; the run is saved in {self.folder}. Run the same "
+            "command with --resume to go on"
+        )
 
     def _train_batch(self, batch: dict[str, Tensor]) -> LossTerms | None:
         """Train on one batch; returns the mean loss terms of the optimizer step that it completes, None if it completes none."""
@@ -264,16 +272,12 @@ class Loop:
         if self._is_validation_due():
             if self.batches.val is not None:
                 # A tile that cannot be read, or too little memory, must not cost the epoch.
-                self._save(layout.LAST)
-                self.logs.save()
+                self._save_all()
             self._validate()
         if steps >= total or into_epoch == 0 or stopping or steps % train.checkpoint_every_steps == 0:
-            self._save(layout.LAST)
-            self.logs.save()
+            self._save_all()
         if stopping and steps < total:
-            raise Interrupted(
-                f"stopped after step {steps} of {total}; the run is saved in {self.folder}. Run the same command with --resume to go on"
-            )
+            raise Interrupted(self._stopped_text())
 
     def _is_validation_due(self) -> bool:
         epochs, into_epoch = divmod(self.position.batches, self.batches.per_epoch)
@@ -293,7 +297,12 @@ class Loop:
         learner = self.learner
         model = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
         if self.batches.val is not None:
-            self._note(validate(model, self.batches.val, self.config, self.device))
+            # The run is saved, so a stop need not wait for the scores: a resumed run validates first.
+            with self._stops_at_once(self._stopped_text()):
+                found = validate(model, self.batches.val, self.config, self.device, self._stop)
+            if found is None:
+                raise Interrupted(self._stopped_text())
+            self._note(found)
         # After the scores, because the CSV logger warns if TensorBoard's file is in the folder before its own.
         if learner.fabric.is_global_zero:
             self._pictures.show(self.logs.tensorboard, model, self.device, self.position.steps)
@@ -338,6 +347,10 @@ class Loop:
                 self.folder / name, learner.student, learner.optimizer, learner.scheduler, precision, self.position, self._record
             )  # fmt: skip
         learner.fabric.barrier()  # no rank looks for a checkpoint that the first one is still writing
+
+    def _save_all(self) -> None:
+        self._save(layout.LAST)
+        self.logs.save()
 
     def _write_run(self) -> None:
         self._take_times()

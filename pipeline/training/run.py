@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from kdpipe.data.declared.scene import colours_of
 from kdpipe.data.rasters import Stretch, image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
-from kdpipe.pipeline.distributed import computed_precision, is_further_process, open_fabric
+from kdpipe.pipeline.distributed import computed_precision, end_ranks, is_further_process, launch, open_fabric
 from kdpipe.pipeline.inputs import check_headers, check_labels
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.student import build_student
-from kdpipe.pipeline.progress import Progress, Silent
+from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position
 from kdpipe.pipeline.training.batch_size import resolve_batch_size
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in, train_loader, val_loader
-from kdpipe.pipeline.training.loop import Batches, Learner, Loop, Summary
+from kdpipe.pipeline.training.loop import NOTHING_DONE, Batches, Learner, Loop, Summary
 from kdpipe.pipeline.training.optimizer import make_optimizer
 from kdpipe.pipeline.training.targets import Targets, open_targets, training_samples
 from kdpipe.pipeline.training.tensorboard import BoardPictures
+
+LEAVING_SECONDS = 3.0  # for the other processes of a run to end by themselves, as they do where all were stopped
 
 
 def train(
@@ -58,13 +60,19 @@ def train(
     advice = training_advice(config, computed_precision(config, device))
     told = Silent() if progress is None or is_further_process(config) else progress
     with _only_writer(config, told), fits_in_memory("while training", advice, workers=config.train.workers):
-        loop = _set_up(config, device, told, stop or threading.Event(), resume=resume, overwrite=overwrite)
+        stop = stop or threading.Event()
+        # The first process ends the others.
+        with nullcontext() if is_further_process(config) else at_once(stop, NOTHING_DONE):
+            loop = _set_up(config, device, told, stop, resume=resume, overwrite=overwrite)
         try:
             summary = loop.run()
         except BaseException:
             with suppress(Exception):  # the error that ended the run says more than logs that cannot be closed
                 loop.logs.close()
+            end_ranks(loop.learner.fabric, LEAVING_SECONDS)
             raise
+        finally:
+            loop.batches.end_workers()
         loop.logs.close()
         return summary
 
@@ -119,11 +127,23 @@ def _set_up(
         progress.say("online: the teacher predicts in the main process, so train.workers is 0")
 
     fabric = open_fabric(config, device, ranks)
-    if ranks > 1:
-        # Lightning starts the other processes here. Each runs the command from the top to this line, so no checkpoint may be
-        # written before it: `_resumes` would take it for an earlier run's.
-        fabric.launch()
-        device = fabric.device
+    try:
+        if ranks > 1:
+            # Lightning starts the other processes here. Each runs the command from the top to this line, so no checkpoint may be
+            # written before it: `_resumes` would take it for an earlier run's.
+            launch(fabric)
+        return _loop_on(fabric, config, tiles, val_tiles, stretch, targets, progress, stop, started, folder, resume)
+    except BaseException:
+        end_ranks(fabric, 0)
+        raise
+
+
+def _loop_on(
+    fabric: Fabric, config: Config, tiles: list[Tile], val_tiles: list[Tile], stretch: Stretch, targets: Targets, progress: Progress,
+    stop: threading.Event, started: float, folder: Path, resume: bool,
+) -> Loop:  # fmt: skip
+    """The loop on what the first part of the set-up has checked and opened, with the student where it was saved, if it resumes."""
+    device = fabric.device
     recorded = checkpoint.recorded_config(folder / layout.LAST) if resume else None
     config = resolve_batch_size(config, device, progress, recorded)
     learner = _build_learner(config, fabric, device, progress)

@@ -25,6 +25,7 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
         # Each would change the whole process, which other tests share.
         patch.setattr(cli, "keep_freed_memory", lambda: False)
         patch.setattr(cli, "ask_for_huge_pages", lambda: None)
+        patch.setattr(cli, "answer_sigterm", lambda answer: None)
         for name in ("freeze", "disable"):
             patch.setattr(gc, name, lambda: None)
         if cwd is not None:

@@ -113,7 +113,7 @@ def test_only_the_first_process_writes_and_prints(two_ranks):
         (events,) = version.glob("events.out.tfevents.*")
         board = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
         pictures = [tag for tag in board.Tags()["images"] if tag.endswith("/5 student")]
-        assert len(pictures) == 5
+        assert len(pictures) == (0 if version.name == "version_0" else 5), "the first was stopped before it was validated"
         assert all(len({image.step for image in board.Images(tag)}) == len(board.Images(tag)) for tag in pictures)
     assert not [line for line in two_ranks["said"][1][0].splitlines() if line.strip()]
 
