@@ -23,7 +23,7 @@ class Distill(Section):
     """Source of the soft targets: the cache, the live teacher (for comparison), or none."""
     teacher_view: TeacherView = "tile"
     """The teacher sees the whole clean `tile`, or the same augmented `crop` as the student."""
-    temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(2.0, ge=0.01, le=100)  # beyond, float32 overflows, or loses the loss in its rounding
     """Temperature T of both softmaxes, the teacher's and the student's."""
     alpha: float = Field(0.7, ge=0, le=1)
     """Weight of the soft targets in the loss; the labels have the rest."""

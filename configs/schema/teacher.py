@@ -65,7 +65,7 @@ class Teacher(Section):
     """Images of one size per batch. Null is 1 on a CPU and more on a GPU. Not part of the fingerprint; last bits may differ."""
     drop_channels: list[Annotated[int, Field(ge=0)]] = Field([])
     """Channels to drop before the softmax, counted from 0, such as OpenEarthMap's unknown."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=1e-6, le=1e6)  # whose sums and shares are finite numbers above zero
     """Weight of its logits among several `teachers`."""
     options: Options = Field({}, exclude_if=lambda options: not options)
     """Further arguments of the architecture's constructor, such as `{encoder_output_stride: 8}`. A checkpoint does not show all."""

@@ -88,13 +88,20 @@ def several(**second):
             r"teachers\.1 must predict the same classes .* 'Sea'",
         ),
         (several(drop_channels=[0]), r"teachers\.1 must predict the same classes as the first teacher, in any order"),
-        (several(weight=0), r"teachers\.1\.weight: .* greater than 0, found 0"),
+        (several(weight=0), r"teachers\.1\.weight: .* greater than or equal to 0.000001, found 0"),
+        (several(weight=1e308), r"teachers\.1\.weight: .* less than or equal to 1000000, found 1e\+308"),
         (several(tat="d4"), r"unknown key teachers\.1\.tat; did you mean teachers\.1\.tta\?"),
     ],
 )
 def test_mistakes_in_several_teachers_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({**several(), **change}, "test")
+
+
+@pytest.mark.parametrize(("temperature", "bound"), [(1e-320, "0.01"), (1e-38, "0.01"), (0, "0.01"), (1e20, "100")])
+def test_temperatures_that_float32_cannot_divide_by_are_refused(temperature, bound):
+    with pytest.raises(ConfigError, match=rf"distill\.temperature: .* or equal to {bound}, found"):
+        load_config("demo", [f"distill.temperature={temperature!r}"])
 
 
 def test_a_single_teacher_has_no_weight():

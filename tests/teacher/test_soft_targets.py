@@ -6,6 +6,7 @@ import torch
 
 from kdpipe.cache import Softening
 from kdpipe.cache.encoding import logits as cached_logits
+from kdpipe.pipeline.losses import soft_loss
 from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 
 CPU = torch.device("cpu")
@@ -82,3 +83,16 @@ def test_a_cache_of_logits_computes_the_same_in_numpy(temperature):
     read = cached_logits.soft_targets(cached_logits.encode(logits[:, :, None], 16), 16, softening)[:, :, 0]
     bound = cached_logits.error_bound(16, 4, 3, temperature)
     assert np.abs(read - computed(logits, TO_THREE, temperature)).max() <= bound < 2e-3
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_the_limits_of_the_temperature_give_finite_targets_and_gradients(temperature):
+    student_NSHW = torch.tensor([[-300.0, 0.0, 300.0]]).T[None, :, :, None].requires_grad_()
+    softening = Softening(temperature, np.asarray([[0.7, 0.3, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32))
+    targets_NSHW = SoftTargets(softening, CPU)(torch.tensor([[300.0, 0.0, -300.0]]).T[None, :, :, None])
+    inside_NHW = torch.ones(1, 1, 1, dtype=torch.bool)
+    loss = temperature**2 * soft_loss(student_NSHW, targets_NSHW, inside_NHW, temperature)
+    loss.backward()
+    assert torch.isfinite(targets_NSHW).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student_NSHW.grad).all()
