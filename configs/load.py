@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kdpipe.configs.errors import ConfigError, UnfilledConfig
+from kdpipe.configs.files import open_file
 from kdpipe.configs.fill_in import FILL_IN, Unfilled, places_text, unfilled_places, with_open_rows_even
+from kdpipe.configs.os_errors import explained, special_text
 from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
 MAX_CONFIG_BYTES = 2**20  # a thousand times the size of a long config; PyYAML takes seconds to parse it
 MAX_NODES = 100_000
 MAX_SHOWN_ERRORS = 10
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHIPPED_DIR = Path(__file__).resolve().parent
 
 
@@ -58,23 +62,30 @@ def unfilled_in(text: str, origin: str) -> dict[str, list[int]]:
 
 
 def _raw_config(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as err:
-        raise ConfigError(f"cannot read the config {path}: {err.strerror}") from err
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(
-            f"{path} has more than {MAX_CONFIG_BYTES} bytes, far more than any config: is this the right file?"
-        )
-    try:
-        raw = _parse_yaml(data.decode())
-    except ValueError as err:
-        raise ConfigError(f"{path} is not readable YAML: {err}") from err
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} should hold a mapping of sections, found {type(raw).__name__}")
+    with explained("reading the config", path, ConfigError), open_file(path) as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    raw = parse_mapping(data, str(path))
     for override in overrides:
         _apply_override(raw, override)
+    return raw
+
+
+def parse_mapping(text: bytes | str, origin: str) -> dict[str, Any]:
+    """
+    The plain values of a config's text, not yet checked and none of it executed; bytes are UTF-8.
+
+    Raises `ConfigError` that names `origin` where the text is no YAML, is too large for a config, or is no mapping.
+    """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"{origin} has more than {MAX_CONFIG_BYTES} bytes, far more than any config: is this the right file?"
+        )
+    try:
+        raw = _parse_yaml(text.decode() if isinstance(text, bytes) else text)
+    except ValueError as err:
+        raise ConfigError(f"{origin} is not readable YAML: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin} should hold a mapping of sections, found {type(raw).__name__}")
     return raw
 
 
@@ -109,15 +120,18 @@ def dump_config(config: Config) -> str:
 def find_config(source: str | Path) -> Path:
     """The path of the file that `-c SOURCE` means: a file, or a shipped config by name, with or without `.yaml`."""
     path = Path(source)
-    if path.is_file():
-        return path
+    with explained("looking for the config", path, ConfigError):
+        if path.is_file():
+            return path
     shipped = SHIPPED_DIR / path.with_name(path.name.removesuffix(".yaml") + ".yaml") if path.name else path
     if not path.is_absolute() and ".." not in path.parts and shipped.is_file():
         return shipped
     names = shipped_configs()
     near = difflib.get_close_matches(str(source), names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(names)}"
-    raise ConfigError(f"no config at {path.absolute()}, and no shipped config is called {source}; {hint}")
+    raise ConfigError(
+        f"no config at {path.absolute()}{special_text(path)}, and no shipped config is called {source}; {hint}"
+    )
 
 
 def shipped_configs() -> list[str]:
@@ -143,7 +157,8 @@ class _Loader(yaml.SafeLoader):
     Safe YAML that records the lines of `FILL_IN`.
 
     It refuses a repeated key, which YAML forbids and PyYAML accepts; NUL characters, which no path or name may contain; and
-    aliases that expand to more than a config can hold ("billion laughs").
+    aliases that expand to more than a config can hold ("billion laughs"). A character beyond 16 bits may be written as two escapes, as
+    JSON does.
     """
 
     def get_single_node(self) -> Any:
@@ -157,7 +172,15 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"a NUL character{node.start_mark}")
         if isinstance(node, yaml.ScalarNode) and node.value == FILL_IN:
             return Unfilled(node.start_mark.line + 1)
-        return super().construct_scalar(node)
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and SURROGATE.search(value):
+            try:
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError as err:
+                raise yaml.YAMLError(
+                    f"half of a character (an escape \\ud800 to \\udfff without its pair){node.start_mark}"
+                ) from err
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()

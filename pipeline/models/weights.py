@@ -234,7 +234,7 @@ def _unsafe_text(file: Path, err: Exception) -> str:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # the pickle is damaged
-        named = set()
+        named = []
     # torch lists only the globals of its zip files that it refuses itself; the error names the first.
     named = named or re.findall(r"GLOBAL ([\w.]+)", str(err))
     if not named:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
 from kdpipe.configs.files import write_atomically
+from kdpipe.configs.load import parse_mapping
 from kdpipe.configs.schema import Config
 from kdpipe.data.declared.scene import count_of
+from kdpipe.pipeline.models.container import readable
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
 
 FORMAT = 1
+MAX_MISSING = 2**24  # numbers beyond twice those stored, of a network that is built only to say what does not fit
 # Keys that may differ when a run is resumed: they change how long it trains or where its data lie, not what is computed.
 RESUMABLE_KEYS = (
     "train.epochs",
@@ -43,14 +48,77 @@ class Position:
     `record.Validation` reads it.
     """
 
-    batches: int = 0
-    steps: int = 0
+    batches: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[int, Field(ge=0)] = 0
     best_miou: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
     wall_seconds: float = 0.0
     seconds_per_step: float | None = None
     history: tuple[dict[str, Any], ...] = ()
+
+
+def _increasing(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError(f"a stretch needs low < high, found {ends[0]:g}, {ends[1]:g}")
+    return ends
+
+
+Ends = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_increasing)]
+"""The values of a band that become 0 and 255."""
+
+
+class Record(BaseModel):
+    """What a checkpoint says of the run that saved it: `config` is its whole configuration, in YAML."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: str
+    mode: str
+    fingerprint: str | None
+    stretch: list[Ends] | None
+    image_colours: list[str] | None = None
+    colours: list[str] | None = None  # of `data.bands` alone, in a checkpoint of an earlier version
+
+
+class Header(BaseModel):
+    """A student's checkpoint without the state of its optimizer, whose form torch decides."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    format: Literal[1]
+    kdpipe: Record
+    position: Position
+    state_dict: dict[str, Tensor]
+
+    @property
+    def student(self) -> dict[str, Tensor]:
+        """The student's tensors by their names in the network."""
+        return {name.removeprefix(STUDENT_PREFIX): value for name, value in self.state_dict.items()}
+
+
+def is_of_a_student(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a checkpoint is one that `save` wrote, damaged or not."""
+    found = content.get("format")
+    return isinstance(found, int) and found == FORMAT and "kdpipe" in content
+
+
+def header_of(content: Mapping[str, Any], path: str | Path) -> Header:
+    """The validated content of a student's checkpoint; raises `CheckpointError` that names what is missing or of another kind."""
+    try:
+        return TypeAdapter(Header).validate_python(content)
+    except (ValidationError, RecursionError) as err:
+        errors = err.errors(include_url=False) if isinstance(err, ValidationError) else []
+        found = summarise([f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors], 3)
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint of `kdpipe train-student` ({found or 'nested too deeply'}): it is damaged, or was changed "
+            "after it was saved. Take another one of the run, or train it again"
+        ) from err
+
+
+def config_in(header: Header, path: str | Path) -> dict[str, Any]:
+    """The resolved configuration in a checkpoint, as plain values; raises `ConfigError` where it is not readable YAML."""
+    return parse_mapping(header.kdpipe.config, f"the configuration in {path}")
 
 
 def save(
@@ -79,8 +147,7 @@ def save(
 
 def recorded_config(path: Path) -> dict[str, Any]:
     """The resolved configuration in a checkpoint, as plain values; `CheckpointError` where the file is not a whole checkpoint."""
-    config: dict[str, Any] = yaml.safe_load(_content(path)["kdpipe"]["config"])
-    return config
+    return config_in(header_of(_content(path), path), path)
 
 
 def restore(
@@ -98,26 +165,23 @@ def restore(
     fingerprint, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
     """
     content = _content(path)
-    recorded = content["kdpipe"]
-    changed = changed_keys(yaml.safe_load(recorded["config"]), yaml.safe_load(dump_config(config)))
+    header = header_of(content, path)
+    changed = changed_keys(config_in(header, path), yaml.safe_load(dump_config(config)))
     if changed:
         raise ConfigError(
             f"{path} was trained with another configuration, which --resume cannot go on with: {summarise(changed)}; "
             "set it back, or start a new run under another name"
         )
-    if recorded["fingerprint"] != fingerprint:
+    if header.kdpipe.fingerprint != fingerprint:
         raise StaleCache(
-            f"{path} was trained from the cache with fingerprint {recorded['fingerprint']}, the cache now has {fingerprint}; "
+            f"{path} was trained from the cache with fingerprint {header.kdpipe.fingerprint}, the cache now has {fingerprint}; "
             "restore that cache, or start a new run under another name"
         )
-    state: dict[str, Tensor] = content["state_dict"]
-    load_strictly(
-        student, {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}, origin=str(path)
-    )
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    position = content["position"]
-    return Position(**{**position, "history": tuple(position["history"])}), content["precision"]
+    load_strictly(student, header.student, origin=str(path))
+    with readable(path, "cannot be resumed from, as the state of its optimizer is damaged"):
+        optimizer.load_state_dict(content["optimizer"])
+        scheduler.load_state_dict(content["scheduler"])
+        return header.position, dict(content["precision"])
 
 
 @dataclass(frozen=True)
@@ -158,44 +222,72 @@ def load_trained(path: str | Path) -> Trained:
     if Path(path).is_dir():
         raise CheckpointError(f"{path} is a folder, and a checkpoint is a file in it, such as {Path(path) / BEST}")
     content = read_checkpoint(path)
-    if content.get("format") != FORMAT or "kdpipe" not in content:
+    if not is_of_a_student(content):
         raise CheckpointError(
-            f"{path} is not a checkpoint of `kdpipe train-student` (format {content.get('format')!r}), and does not say what "
+            f"{path} is not a checkpoint of `kdpipe train-student` (format {reprlib.repr(content.get('format'))}), and does not say what "
             "network, classes and normalisation its weights are for"
         )
-    recorded = content["kdpipe"]
-    config = parse_config(yaml.safe_load(recorded["config"]), origin=f"the configuration in {path}")
+    header = header_of(content, path)
+    recorded = header.kdpipe
+    config = parse_config(config_in(header, path), origin=f"the configuration in {path}")
     # timm would load settings, and with some of them code, from a hub (tu-hf-hub:…) or a folder (tu-local-dir:…).
     if ":" in (config.student.encoder or ""):
         raise CheckpointError(
             f"{path} names the encoder {config.student.encoder!r}, which timm would fetch from elsewhere: a checkpoint may only name "
             "encoders that are installed"
         )
-    student = build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
-        encoder=config.student.encoder,
-        options=config.student.options,
-    )
-    state = {name.removeprefix(STUDENT_PREFIX): value for name, value in content["state_dict"].items()}
-    load_strictly(student, state, origin=str(path))
-    stretch, called = recorded["stretch"], recorded.get("image_colours")
+    stretch, called, bands = recorded.stretch, recorded.image_colours, config.data.bands
+    if (stretch is not None and len(stretch) != len(bands)) or (called is not None and len(called) < max(bands)):
+        raise CheckpointError(
+            f"{path} does not fit its own configuration: its stretch or its bands are not those of {list(bands)}"
+        )
+    student = _built(config, header.student, path)
+    load_strictly(student, header.student, origin=str(path))
+    if called is not None and len(called) < max(config.data.bands):
+        raise CheckpointError(
+            f"{path} names {len(called)} bands of its images, and its data.bands are {list(config.data.bands)}"
+        )
     return Trained(
         student=student.eval().requires_grad_(False),
         config=config,
-        stretch=[(low, high) for low, high in stretch] if stretch else None,
-        position=Position(**content["position"]),
-        colours=[called[band - 1] for band in config.data.bands] if called else recorded.get("colours"),
+        stretch=stretch,
+        position=header.position,
+        colours=[called[band - 1] for band in bands] if called else recorded.colours,
         image_bands=count_of(called) if called else None,
     )
 
 
+def _built(config: Config, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """The student that a configuration describes; raises `CheckpointError` where it is far larger than the weights beside it."""
+
+    def build() -> nn.Module:
+        return build_student(
+            config.student.architecture,
+            len(config.classes.names),
+            in_channels=len(config.data.places(config.student.bands)),
+            encoder=config.student.encoder,
+            options=config.student.options,
+        )
+
+    with readable(Path(path), "describes a network that cannot be built"):
+        try:
+            with torch.device("meta"):  # holds no values
+                declared = sum(tensor.numel() for tensor in build().state_dict().values())
+        except RuntimeError:  # the Mix Transformers compute with values during construction
+            declared = 0
+        stored = sum(tensor.numel() for tensor in state.values())
+        if declared > 2 * stored + MAX_MISSING:
+            raise CheckpointError(
+                f"{path} does not fit its own configuration, which describes a network of {declared} numbers, and {stored} are stored"
+            )
+        return build()
+
+
 def _content(path: Path) -> dict[str, Any]:
     content = read_checkpoint(path)
-    if content.get("format") != FORMAT:
+    if not is_of_a_student(content):
         raise CheckpointError(
-            f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {content.get('format')!r})"
+            f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {reprlib.repr(content.get('format'))})"
         )
     return content
 
