@@ -73,8 +73,12 @@ def printable(text: str) -> str:
     r"""
     A text with names from files, such as classes, tiles or keys of a checkpoint, that a terminal shows and never obeys.
 
-    Control characters and the like become escapes: `\x1b`. Newlines and tabs stay.
+    Control characters and the like become escapes: `\x1b`. Newlines and tabs stay. Passwords and keys in URLs are left out.
     """
+    if "://" in text:
+        from kdpipe.configs.urls import hide_secrets  # its package imports pydantic, which --help does without
+
+        text = hide_secrets(text)
     return (
         text
         if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()

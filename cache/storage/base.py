@@ -7,8 +7,7 @@ from typing import NamedTuple, Protocol
 
 from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.configs.outputs import output_path
-
-LOCAL_SCHEMES = ("file://", "local://")  # not left to fsspec: it does not sync, and its writes can be half done
+from kdpipe.configs.urls import is_url, local_folder, refuse_address
 
 
 class FileInfo(NamedTuple):
@@ -59,11 +58,15 @@ def open_storage(path: str) -> Storage:
     """
     The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`).
 
-    Raises `ConfigError` for a URL that the installed fsspec cannot open, for a folder within a Python package, and for a path at which
-    no cache can be (see `local.require_place`).
+    Raises `ConfigError` for a URL or path at which no cache can be (see `urls.refuse_address` and `local.require_place`), for a URL that
+    the installed fsspec cannot open, and for a folder within a Python package.
     """
     # Imported here: both modules import this one.
-    if "://" in path and not path.startswith(LOCAL_SCHEMES):
+    try:
+        refuse_address(path)
+    except ValueError as err:
+        raise ConfigError(f"cache.path: {err}") from err
+    if is_url(path):
         from kdpipe.cache.storage.remote import RemoteStorage
 
         try:
@@ -73,8 +76,6 @@ def open_storage(path: str) -> Storage:
             raise ConfigError(f"cache.path: {path} cannot be opened: {err}{hint}") from err
     from kdpipe.cache.storage.local import LocalStorage, require_place
 
-    for scheme in LOCAL_SCHEMES:
-        path = path.removeprefix(scheme)
-    folder = output_path(path, key="cache.path")
+    folder = output_path(local_folder(path), key="cache.path")
     require_place(folder)
     return LocalStorage(folder)

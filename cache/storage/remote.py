@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from kdpipe.cache.storage.base import FileInfo
 from kdpipe.configs.errors import CacheUnreachable
+from kdpipe.configs.urls import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,13 @@ class RemoteStorage:
             "use_listings_cache": False,
             **(_s3_options() if protocol in S3 else {}),
         }
-        self._fs, self._root = url_to_fs(self.url, **options)  # type: ignore[no-untyped-call]
+        try:
+            self._fs, self._root = url_to_fs(self.url, **options)  # type: ignore[no-untyped-call]
+        except (ValueError, ImportError, *BUGS):
+            raise
+        except Exception as err:  # file systems that connect at once
+            self._root = ""
+            raise self._unreachable("opening", "", err, _why_refused(err) or "there is no connection") from err
         if protocol in S3:
             self._fs.retries = 1
         self._has_folders = protocol not in OBJECT_STORES
@@ -252,4 +259,4 @@ def _server_code(err: BaseException) -> str | None:
 
 
 def _text(err: Exception) -> str:
-    return f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
+    return hide_secrets(f"{type(err).__name__}: {err}") if str(err) else type(err).__name__

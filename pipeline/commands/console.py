@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from kdpipe.configs.files import write_file
+from kdpipe.configs.urls import hide_secrets
 from kdpipe.pipeline.progress import Advance
 from kdpipe.pipeline.text import duration_text, printable, size_text
 
@@ -113,4 +114,4 @@ class _Rate:
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Write a result to the file that `--json` names, if it names one."""
     if path is not None:
-        write_file(path, json.dumps(content, indent=1) + "\n")
+        write_file(path, hide_secrets(json.dumps(content, indent=1)) + "\n")

@@ -34,6 +34,12 @@ def run(action: str, /, *arguments: Any, **options: Any) -> Any:
 def load(source: str, overrides: tuple[str, ...]) -> Config:
     """The configuration that `-c` and `--set` name."""
     config: Config = _imported("kdpipe.configs").load_config(source, overrides)
+    if config.cache.path.startswith("memory://"):
+        from kdpipe.configs.errors import ConfigError
+
+        raise ConfigError(
+            f"cache.path: {config.cache.path} ends with the process that writes it: name a folder, or a URL such as s3://…"
+        )
     return config
 
 

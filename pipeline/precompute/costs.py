@@ -15,6 +15,7 @@ from kdpipe.cache.storage.beside import beside, open_beside
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.configs.files import open_file
 from kdpipe.configs.schema import Config
+from kdpipe.configs.urls import is_url, local_folder
 from kdpipe.pipeline.precompute.plan import Summary
 
 SUFFIX = ".costs.json"
@@ -35,7 +36,7 @@ class StageOneCosts(BaseModel):
 
 def costs_file(cache_path: str) -> Path | None:
     """The file of a cache's costs; None for a remote cache."""
-    return None if "://" in cache_path else beside(Path(cache_path), SUFFIX)
+    return None if is_url(cache_path) else beside(local_folder(cache_path), SUFFIX)
 
 
 def read_costs(cache_path: str, recipe_sha256: str) -> StageOneCosts | None:
