@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -286,15 +286,19 @@ def _compute(
                     loading.append(readers.submit(load, ahead.popleft()))
                 loaded, images = loading.popleft().result()
                 summary.failed |= loaded.failed
-                if loaded.scene is not None and (
-                    record := _store_scene(teacher, loaded.scene, writer, advice, summary, stop)
-                ):
+                record, predicted = None, None
+                # A prediction may take long, and costs only itself.
+                with suppress(Interrupted), at_once(stop, stopped_text(summary)):
+                    if loaded.scene is not None:
+                        record = _store_scene(teacher, loaded.scene, writer, advice, summary, stop)
+                    elif images is not None and loaded.images_NHWC is not None:
+                        size, side = sized("tile", *loaded.images_NHWC.shape[:3]), max(loaded.images_NHWC.shape[1:3])
+                        with fits_in_memory(f"while the teacher predicted {size}", advice(side)):
+                            predicted = teacher.encoded(images)
+                if record is not None:
                     yield record
-                if images is None or loaded.images_NHWC is None:
+                if predicted is None or loaded.images_NHWC is None:
                     continue
-                size = sized("tile", *loaded.images_NHWC.shape[:3])
-                with fits_in_memory(f"while the teacher predicted {size}", advice(max(loaded.images_NHWC.shape[1:3]))):
-                    predicted = teacher.encoded(images)
                 pixels = loaded.images_NHWC[0, ..., 0].size
                 for tile, encoded in zip(loaded.tiles, predicted, strict=True):
                     if tile.id in missing and tile.id in loaded.digests:
