@@ -64,6 +64,8 @@ class TeacherRecord(Record):
     window: int | None
     # Further arguments of the architecture's constructor. Left out where there are none, so that older digests do not change.
     options: Annotated[dict[str, JsonValue], Field(exclude_if=lambda options: not options)] = {}
+    # The bands that it sees; left out where all teachers see the same, which are the recipe's.
+    bands: Annotated[list[int] | None, Field(exclude_if=lambda bands: bands is None)] = None
     # Which of a file's weights, where the configuration says it. Left out otherwise, for the same reason.
     weights: Annotated[Literal["raw", "ema"] | None, Field(exclude_if=lambda weights: weights is None)] = None
 
@@ -77,6 +79,8 @@ class ViewsRecord(Record):
     mosaic: float
     photometric: float
     ignore_index: int
+    # The bands whose colours are changed, as red, green and blue or as grey; left out where they are the recipe's.
+    visible: Annotated[list[int] | None, Field(exclude_if=lambda bands: bands is None)] = None
 
 
 def _is_none(value: object) -> bool:
@@ -226,12 +230,13 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {"teachers": len(teachers)}
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
-        flat |= {f"{key}.options": {}, f"{key}.weights": None} | {f"{key}.{name}": value for name, value in teacher.items()}
+        flat |= {f"{key}.options": {}, f"{key}.weights": None, f"{key}.bands": None} | {f"{key}.{name}": value for name, value in teacher.items()}
     flat["decoder"] = None  # left out of older recipes, as is the next field
     if fields["kind"] == "soft":
         flat["temperature_applied"] = None
     views = fields.get("views")
     flat["teacher_view"] = "tile" if views is None else "crop"
+    flat |= {} if views is None else {"views.visible": None}
     flat |= {f"views.{name}": value for name, value in (views or {}).items()}
     return flat | {name: value for name, value in fields.items() if name not in ("teachers", "views")}
 

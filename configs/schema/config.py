@@ -59,6 +59,18 @@ class Config(Section):
         """The first teacher's classes without those dropped: the rows of the class map, in their order."""
         return next(iter(self.members.values())).kept_classes
 
+    @property
+    def teachers_places(self) -> tuple[int, ...]:
+        """
+        Where the bands that teachers see lie in an image that was read, counted from 0.
+
+        In the order of the network where all teachers see the same, else by their numbers in the files.
+        """
+        seen = {self.data.places(member.bands) for member in self.members.values()}
+        if len(seen) == 1:
+            return seen.pop()
+        return tuple(sorted(set().union(*seen), key=lambda place: (self.data.bands[place], place)))
+
     def class_map_matrix(self) -> NDArray[np.float32]:
         """
         The class map, float32 `(C_t, C_s)`: rows in the order of `teacher_classes`, columns of `classes.names`.

@@ -39,9 +39,11 @@ def expected_fields(
         "key_row_px": KEY_ROW_PX,
     }
     fields = {
-        "teachers": [_teacher_fields(key, member) for key, member in config.members.items()],
-        "bands": list(config.data.bands),
-        "stretch": [list(pair) for pair in stretch] if stretch else None,
+        "teachers": [
+            _teacher_fields(key, member, len(config.data.places(member.bands))) for key, member in config.members.items()
+        ],
+        "bands": [config.data.bands[place] for place in config.teachers_places],
+        "stretch": [list(stretch[place]) for place in config.teachers_places] if stretch else None,
         **(mapped if config.cache.kind == "soft" else {}),
         "kind": config.cache.kind,
         "bits": config.cache.bits,
@@ -51,6 +53,9 @@ def expected_fields(
     }
     if recorded is not None and recorded.decoder is None and not any(is_jpeg(tile.image) for tile in tiles):
         del fields["decoder"]
+    differ = len({config.data.places(member.bands) for member in config.members.values()}) > 1
+    for teacher, member in zip(fields["teachers"], config.members.values(), strict=True):
+        teacher["bands"] = list(config.data.numbers(member.bands)) if differ else None
     commutes = config.distill.temperature == 1 or is_one_to_one(config.class_map_matrix())
     if isinstance(recorded, Recipe) and recorded.temperature_applied is None and commutes:
         fields.pop("temperature_applied", None)
@@ -92,12 +97,12 @@ def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -
         )
 
 
-def _teacher_fields(key: str, teacher: Teacher) -> dict[str, Any]:
+def _teacher_fields(key: str, teacher: Teacher, num_bands: int) -> dict[str, Any]:
     if teacher.options:  # only then, because it imports torch and smp
         from kdpipe.pipeline.models.options import check_options
 
         check_options(teacher.architecture, teacher.options, key=key)
-    mean, std = mean_std(teacher.normalize)
+    mean, std = mean_std(teacher.normalize, num_bands)
     fields: dict[str, Any] = {
         "architecture": teacher.architecture.lower(),
         "encoder": teacher.encoder,
@@ -127,7 +132,8 @@ def _views_fields(config: Config) -> dict[str, Any] | None:
     """
     if config.distill.teacher_view == "tile":
         return None
-    train = config.train
+    train, data = config.train, config.data
+    visible, seen = ([data.bands[place] for place in places] for places in (data.visible_places, config.teachers_places))
     return {
         "crop": train.crop,
         "scales": train.scales,
@@ -135,4 +141,5 @@ def _views_fields(config: Config) -> dict[str, Any] | None:
         "mosaic": train.mosaic,
         "photometric": train.photometric,
         "ignore_index": config.classes.ignore_index,
+        "visible": None if visible == seen or not train.photometric else visible,
     }

@@ -53,7 +53,7 @@ class Subject(Protocol):
         ...
 
     def image(self) -> NDArray[np.uint8]:
-        """The pixels, uint8 `(H, W, 3)`; raises `DataError` for an unreadable image."""
+        """The pixels, uint8 `(H, W, B)`; raises `DataError` for an unreadable image."""
         ...
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
@@ -71,7 +71,7 @@ def subjects(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> list[Su
         return [WholeTile(tile, config, stretch) for tile in tiles]
     states: dict[Path, _FileState] = {}
     views = RecordedViews(tiles, config, stretch).all_views()
-    return [ViewOfTile(view, view.id, config.train.crop, states) for view in views]
+    return [ViewOfTile(view, view.id, config.train.crop, states, config.teachers_places) for view in views]
 
 
 def subject_noun(config: Config) -> str:
@@ -116,10 +116,10 @@ class WholeTile:
 
     def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
         before = _file_state(self.tile.image)
-        image_HW3 = self.image()
+        image_HWB = self.image()
         digest = digest_image(self.tile.image)
         _refuse_changed(self.tile.image, before)
-        return image_HW3, digest
+        return image_HWB, digest
 
     @contextmanager
     def open_rows(self) -> Iterator[tuple[Rows, ImageDigest]]:
@@ -143,10 +143,11 @@ class ViewOfTile:
     id: str
     crop: int
     states: dict[Path, _FileState] = field(repr=False, compare=False)
+    teachers_places: tuple[int, ...]
 
     @property
-    def source(self) -> RecordedView:
-        return self.view
+    def source(self) -> SeenByTeachers:
+        return SeenByTeachers(self.view, self.teachers_places)
 
     @property
     def files(self) -> list[Path]:
@@ -171,14 +172,39 @@ class ViewOfTile:
         """The view, and the digest of its pixels and of the sizes of its files."""
         # Decoded tiles are kept: a file that changed since the first view would not be read again.
         before = {file: self.states.setdefault(file, _file_state(file)) for file in self.view.files}
-        pixels_3HW = self.view.pixels()
-        digest = digest_crop(self.view, pixels_3HW)
+        pixels_BHW = self.view.pixels()
+        digest = digest_crop(self.view, seen_by_teachers(pixels_BHW, self.teachers_places))
         for file, state in before.items():
             _refuse_changed(file, state)
-        return np.ascontiguousarray(pixels_3HW.transpose(1, 2, 0)), digest
+        return np.ascontiguousarray(pixels_BHW.transpose(1, 2, 0)), digest
 
     def labels(self) -> NDArray[np.integer[Any]]:
         return self.view.labels()
+
+
+@dataclass(frozen=True, slots=True)
+class SeenByTeachers:
+    """A recorded view with the bands alone that determine its soft target."""
+
+    view: RecordedView
+    places: tuple[int, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide its pixels, the image of its own tile first."""
+        return self.view.files
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """The bands, uint8 `(B, H, W)`."""
+        return seen_by_teachers(self.view.pixels(), self.places)
+
+    def __str__(self) -> str:
+        return str(self.view)
+
+
+def seen_by_teachers(image_BHW: NDArray[np.uint8], places: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The bands of an image at `places`, which are the `teachers_places` of a configuration; the image itself if these are all."""
+    return image_BHW if places == tuple(range(len(image_BHW))) else image_BHW[list(places)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +246,7 @@ class RemoteSubjects:
             return WholeTile(reference, self._config, self._stretch)
         assert self._views is not None
         view = RecordedView(self._views, reference.tile, reference.number)
-        return ViewOfTile(view, reference.id, self._config.train.crop, self._states)
+        return ViewOfTile(view, reference.id, self._config.train.crop, self._states, self._config.teachers_places)
 
 
 def absolute_tile(tile: Tile) -> Tile:

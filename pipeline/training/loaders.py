@@ -49,8 +49,8 @@ class OnlineTargets:
 
     def read(self, tile_id: str, window: tuple[int, int, int, int]) -> NDArray[np.float32]:
         """Soft targets, float32 `(C, h, w)`, of the window `(top, left, height, width)` of a tile."""
-        image_HW3 = read_image(self._images[tile_id], self._data.bands, self._stretch, self._data.alpha)
-        probs_CHW = self._ask(image_HW3, "tile")
+        image_HWB = read_image(self._images[tile_id], self._data.bands, self._stretch, self._data.alpha)
+        probs_CHW = self._ask(image_HWB, "tile")
         top, left, height, width = window
         cropped_CHW: NDArray[np.float32] = probs_CHW[:, top : top + height, left : left + width]
         return cropped_CHW
@@ -60,16 +60,16 @@ class OnlineTargets:
         return 0.0
 
     def read_view(
-        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+        self, view_id: str, image_BHW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """The soft target of a recorded view, float32 `(C, H, W)`, and 0: nothing was rounded."""
-        return self._ask(np.ascontiguousarray(image_3HW.transpose(1, 2, 0)), "crop"), 0.0
+        return self._ask(np.ascontiguousarray(image_BHW.transpose(1, 2, 0)), "crop"), 0.0
 
-    def _ask(self, image_HW3: NDArray[np.uint8], noun: str) -> NDArray[np.float32]:
-        size = sized(noun, 1, *image_HW3.shape[:2])
+    def _ask(self, image_HWB: NDArray[np.uint8], noun: str) -> NDArray[np.float32]:
+        size = sized(noun, 1, *image_HWB.shape[:2])
         with fits_in_memory(f"while the teacher predicted {size} beside the student", ONLINE_ADVICE):
             start = time.perf_counter()
-            probs_CHW: NDArray[np.float32] = self._teacher.soft_targets(image_HW3[None])[0]
+            probs_CHW: NDArray[np.float32] = self._teacher.soft_targets(image_HWB[None])[0]
             self.teacher_seconds += time.perf_counter() - start
         return probs_CHW
 

@@ -26,7 +26,7 @@ from kdpipe.pipeline.precompute.expected_recipe import (
     expected_fields,
     refuse_unexpected,
 )
-from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.precompute.subjects import seen_by_teachers, subjects
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.training.loaders import OnlineTargets
@@ -61,7 +61,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
         teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)
-    source = cache if config.distill.teacher_view == "tile" else CachedViews(cache)
+    source = cache if config.distill.teacher_view == "tile" else CachedViews(cache, config.teachers_places)
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
     if costs:  # a repaired tile is paid for twice and stored once
@@ -90,18 +90,18 @@ def training_samples(
 class CachedViews:
     """The soft targets of recorded views in a cache, each for exactly the crop that the teacher saw."""
 
-    def __init__(self, cache: SoftTargetCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: SoftTargetCache, teachers_places: tuple[int, ...]) -> None:
+        self._cache, self._teachers_places = cache, teachers_places
 
     def read_view(
-        self, view_id: str, image_3HW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
+        self, view_id: str, image_BHW: NDArray[np.uint8], inside_HW: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], float]:
         """
         The soft target of a view, float32 `(C, H, W)`, and the entropy that it lost to rounding, mean over the pixels inside.
 
         Raises `StaleCache` where the crop differs in any bit from the one that the teacher predicted.
         """
-        if digest_pixels(image_3HW) != self._cache.image_sha256(view_id):
+        if digest_pixels(seen_by_teachers(image_BHW, self._teachers_places)) != self._cache.image_sha256(view_id):
             note = library_note(self._cache.manifest.libraries)
             raise StaleCache(
                 f"the crop that view {view_id} shows now is not the one that the teacher predicted: an image or a mask has changed, or "
