@@ -28,7 +28,7 @@ SCSE = ".attention1.attention.cSE."  # in the names of a decoder's tensors with 
 FORMER_HEAD = "decoder.segmentation_head.2.0.weight"  # of FTUNetFormer and UNetFormer
 MIX_TRANSFORMER = "patch_embed1.proj.weight"  # in the names of the Mix Transformers' tensors
 ENCODER, HEAD = "encoder.", "segmentation_head."
-# Families tried first: building all of smp's encoders takes about ten seconds.
+# Families tried first: building all of smp's encoders takes about ten seconds, one of each family three.
 USUAL = ("efficientnet", "resnet", "mobilenet_v2")
 MOST_CHANNELS = 2**20  # of a tensor's axis. smp counts the bands of a candidate one by one
 
@@ -70,7 +70,7 @@ def recognise(
     """
     The network whose every tensor has the name and shape of one in `state`, without prefixes.
 
-    `likely_encoder` and `likely_options` of the architecture's constructor are tried first. Takes up to about ten seconds for an
+    `likely_encoder` and `likely_options` of the architecture's constructor are tried first. Takes up to about five seconds for an
     unusual encoder, as each candidate is built (on the meta device).
     """
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -135,9 +135,17 @@ def _encoder_of(shapes: Shapes, bands: int, likely: str | None) -> str | None:
     names = [name for name in names if name.startswith("mit_") == transformer]
     if all(name.startswith("model.") for name in shapes):
         names = []  # one of timm's hundreds, which tensors alone do not tell apart
+    # By the class of an encoder, the name of its first tensor, which is the same for all depths.
+    first: dict[Any, str] = {}
     for name in [likely, *names] if likely else names:
-        if _shapes_of(partial(smp.encoders.get_encoder, name, in_channels=bands, weights=None)) == shapes:
+        family = smp.encoders.encoders.get(name, {}).get("encoder")
+        if first.get(family, next(iter(shapes))) not in shapes:
+            continue
+        found = _shapes_of(partial(smp.encoders.get_encoder, name, in_channels=bands, weights=None))
+        if found == shapes:
             return name
+        if found and family is not None:
+            first[family] = next(iter(found))
     return None
 
 
