@@ -5,7 +5,7 @@ A cache is stale if its recipe, an image or a view is no longer what the configu
 
 - `differences`, here: the fields in which two recipes differ;
 - `writer.refuse_stale`: stage one, before it writes;
-- `images.is_unchanged`: whether a tile's image is the one that it was computed from;
+- `known_images`: whether a tile's image is the one that it was computed from;
 - `pipeline/precompute/expected_recipe.py`: the recipe that a configuration asks for, and `refuse_unexpected` for readers;
 - `pipeline/training/targets.py`: training, which also refuses tiles and recorded views that have changed;
 - `pipeline/runs/checkpoint.py`: `--resume`, by the cache's fingerprint.
@@ -47,12 +47,22 @@ class Record(BaseModel):
         return self
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class TeacherRecord(Record):
     """A teacher's weights and how it predicts; fields have the names of configuration keys where there is one."""
 
-    checkpoint_sha256: Sha256
-    architecture: str
-    encoder: str
+    # The network: an architecture and its weights; a callable of the user's own, the file that defines it (with the version of its
+    # package) and its weights; or whole files. Fields of the other kinds are left out.
+    checkpoint_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
+    architecture: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    encoder: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    model: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    source_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
+    source_version: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    files_sha256: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
     classes: list[str]
     drop_channels: list[int]
     weight: float
@@ -70,6 +80,9 @@ class TeacherRecord(Record):
     weights: Annotated[Literal["raw", "ema"] | None, Field(exclude_if=lambda weights: weights is None)] = None
 
 
+LEFT_OUT = [name for name, field in TeacherRecord.model_fields.items() if not field.is_required()]
+
+
 class ViewsRecord(Record):
     """How recorded views are drawn from the tiles; fields have the names of configuration keys."""
 
@@ -81,10 +94,6 @@ class ViewsRecord(Record):
     ignore_index: int
     # The bands whose colours are changed, as red, green and blue or as grey; left out where they are the recipe's.
     visible: Annotated[list[int] | None, Field(exclude_if=lambda bands: bands is None)] = None
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class _Recipe(Record):
@@ -190,7 +199,7 @@ def differences(recipe: CacheRecipe, expected: Mapping[str, Any]) -> list[str]:
     A field that only a newer kdpipe knows counts as a difference, because it determines the values in some way.
     A teacher's fields are named `teacher.tta`, or `teachers.1.tta` where there are several.
     """
-    found, wanted = _flat(recipe.model_dump()), _flat(expected)
+    found, wanted = _flat(recipe.model_dump(), filled=True), _flat(expected)
     known = {*Recipe.model_fields, *TeacherRecord.model_fields, *ViewsRecord.model_fields, "teacher_view"}
     unknown = [
         f"{field}: the cache has {_short(value)}, and this kdpipe does not know that field: install the one that wrote the cache"
@@ -220,17 +229,19 @@ _OLDER = {
 """What a field says where an older recipe lacks it and needs it."""
 
 
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(fields: Mapping[str, Any], *, filled: bool = False) -> dict[str, Any]:
     """
     A recipe's fields and, by dotted names beside them, those of its teachers and views.
 
-    `teachers` becomes the number of teachers, and `teacher_view` what they saw.
+    `teachers` becomes the number of teachers, and `teacher_view` what they saw. With `filled`, fields of a teacher that a recipe
+    leaves out are None.
     """
     teachers = fields["teachers"]
     flat: dict[str, Any] = {"teachers": len(teachers)}
     for i, teacher in enumerate(teachers):
         key = "teacher" if len(teachers) == 1 else f"teachers.{i}"
-        flat |= {f"{key}.options": {}, f"{key}.weights": None, f"{key}.bands": None} | {f"{key}.{name}": value for name, value in teacher.items()}
+        left_out: dict[str, Any] = dict.fromkeys(LEFT_OUT) | {"options": {}} if filled else {}
+        flat |= {f"{key}.{name}": value for name, value in (left_out | teacher).items()}
     flat["decoder"] = None  # left out of older recipes, as is the next field
     if fields["kind"] == "soft":
         flat["temperature_applied"] = None

@@ -95,6 +95,8 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
     rng = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     teacher = config.members["teacher"]
+    assert teacher.architecture is not None
+    assert teacher.encoder is not None
     model = create_smp_model(
         teacher.architecture, teacher.encoder, len(teacher.classes), key="teacher", options=teacher.options
     )
@@ -112,7 +114,7 @@ def train_teacher(config: Config, root: Path, progress: Progress) -> None:
             schedule.step()
             advance(1, loss=loss.item())
     torch.save(
-        {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}, teacher.checkpoint
+        {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}, teacher.origin
     )
 
 
@@ -138,7 +140,10 @@ def draw_demo(config: Config, taught: Path, alone: Path, picture: Path) -> None:
         assert tile.mask is not None
         image_HWC = read_image(tile.image, config.data.bands, None, config.data.alpha)
         labels_HW = read_mask(tile.mask, num_classes, ignore_index)
-        panels = [Panel(visible(image_HWC, config.data.visible_places), tile.id), Panel(paint_classes(labels_HW, num_classes))]
+        panels = [
+            Panel(visible(image_HWC, config.data.visible_places), tile.id),
+            Panel(paint_classes(labels_HW, num_classes)),
+        ]
         for number, model in enumerate(models.values()):
             probs_CHW = model.predict(image_HWC)
             predicted_HW = probs_CHW.argmax(axis=0)

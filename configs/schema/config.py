@@ -130,12 +130,14 @@ class Config(Section):
         for key, teacher in self.members.items():
             same = (teacher.architecture, teacher.encoder, len(teacher.classes))
             if (
-                student.checkpoint == teacher.checkpoint
+                student.checkpoint is not None
+                and student.checkpoint == teacher.checkpoint
                 and (student.architecture, student.encoder, num_classes) != same
             ):
+                network = teacher.model or f"{teacher.architecture} with {teacher.encoder}"
                 raise ValueError(
-                    f"student.checkpoint is {key}.checkpoint ({teacher.checkpoint}), the weights of {teacher.architecture} with "
-                    f"{teacher.encoder} and {len(teacher.classes)} classes, and the student is another network: leave it out. It "
+                    f"student.checkpoint is {key}.checkpoint ({teacher.checkpoint}), the weights of {network} "
+                    f"and {len(teacher.classes)} classes, and the student is another network: leave it out. It "
                     "learns from the teacher through the cache"
                 )
         if student.num_classes not in ("from classes", num_classes):

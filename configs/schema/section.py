@@ -15,6 +15,11 @@ class Section(BaseModel):
     )
 
 
+def is_none(value: object) -> bool:
+    """Whether a value is None; `exclude_if` of keys that are stored only where they are set."""
+    return value is None
+
+
 def refuse_repeats(values: list[Any], key: str) -> None:
     """Raise `ValueError` naming `key` if a value occurs twice."""
     repeated = sorted({value for value in values if values.count(value) > 1})

@@ -8,10 +8,20 @@ from pydantic import Field, field_validator, model_validator
 
 from kdpipe.configs.schema.bands import Choice
 from kdpipe.configs.schema.options import SET_BY_TEACHER, Options, refuse_own
-from kdpipe.configs.schema.section import Section, refuse_repeats
+from kdpipe.configs.schema.section import Section, is_none, refuse_repeats
+from kdpipe.configs.urls import refuse_address
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TeacherView = Literal["tile", "crop"]
+
+OWN_MODEL = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"  # package.module:name
+# By the key that names a network: the keys that it needs, and those that it may have.
+KEYS_OF_KIND: dict[str, tuple[list[str], list[str]]] = {
+    "architecture": (["encoder", "checkpoint"], ["options", "weights"]),
+    "model": (["checkpoint"], ["options", "weights"]),
+    "pretrained": ([], []),
+    "file": ([], []),
+}
 
 MAX_VIEWS = 10_000  # per tile: four digits name them, and more would cost more than the live teacher
 
@@ -39,17 +49,23 @@ Normalize = Literal["unit", "imagenet"] | MeanStd
 class Teacher(Section):
     """The frozen network, and how it is run."""
 
-    architecture: str
-    """An architecture of segmentation-models-pytorch (smp), such as `unet`."""
-    encoder: str
+    architecture: str | None = Field(None, exclude_if=is_none)
+    """An architecture of segmentation-models-pytorch (smp), such as `unet`. Needs `encoder` and `checkpoint`."""
+    encoder: str | None = Field(None, exclude_if=is_none)
     """An encoder of smp, such as `efficientnet-b4`, or of timm, as `tu-NAME`."""
-    checkpoint: str
+    checkpoint: str | None = Field(None, exclude_if=is_none)
     """File of weights: `.pth`, `.ckpt` or `.safetensors`."""
-    weights: Literal["raw", "ema"] | None = Field(None, exclude_if=lambda weights: weights is None)
+    model: Annotated[str, Field(pattern=OWN_MODEL)] | None = Field(None, exclude_if=is_none)
+    """A function or class of your own that builds the network, as `package.module:name`, in place of `architecture`. Needs `checkpoint`."""
+    pretrained: str | None = Field(None, exclude_if=is_none)
+    """A folder that transformers' `save_pretrained` wrote, or a repository of its hub. It brings its own normalisation."""
+    file: str | None = Field(None, exclude_if=is_none)
+    """A whole exported network, `.onnx` or `.pt2` (torch.export)."""
+    weights: Literal["raw", "ema"] | None = Field(None, exclude_if=is_none)
     """The weights of a file that holds `raw` and averaged ones (`ema`). Null takes the raw ones, or the only ones."""
     classes: list[str] = Field(min_length=2)
     """One name for each output channel, in the checkpoint's order. A sigmoid's one channel has two: first that of 1 - σ."""
-    bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
+    bands: Choice | None = Field(None, exclude_if=is_none)
     """Bands that it sees, in its order, among `data.bands`: by their numbers in the files, or by `data.band_names`. Null takes them all."""
     normalize: Normalize = "unit"
     """Input normalisation: `unit` (x / 255), `imagenet` (ImageNet's mean and deviation), or a mean and a deviation for each band."""
@@ -75,8 +91,42 @@ class Teacher(Section):
     def _refuse_own(cls, options: Options) -> Options:
         return refuse_own(options, SET_BY_TEACHER)
 
+    @property
+    def kind(self) -> Literal["smp", "model", "pretrained", "file"]:
+        """Which of the keys names the network; `smp` for `architecture`."""
+        if self.model is not None:
+            return "model"
+        if self.pretrained is not None:
+            return "pretrained"
+        return "smp" if self.file is None else "file"
+
+    @property
+    def origin(self) -> str:
+        """Where its weights come from, for messages."""
+        return self.checkpoint or self.pretrained or self.file or ""
+
+    def _check_kind(self) -> None:
+        given = [name for name in ("architecture", "model", "pretrained", "file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "needs one of architecture (with encoder), model, pretrained and file to name the network, "
+                f"found {' and '.join(given) or 'none'}"
+            )
+        needed, taken = KEYS_OF_KIND[given[0]]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing: {given[0]} needs it")
+        for name in ("encoder", "checkpoint", "options", "weights"):
+            if getattr(self, name) and name not in needed + taken:
+                raise ValueError(f"{name} does not go with {given[0]}: leave it out")
+        if self.pretrained is not None and self.normalize != "unit":
+            raise ValueError(
+                f"normalize is {self.normalize}, but {self.pretrained} brings a normalisation of its own: leave it out"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> Teacher:
+        self._check_kind()
         refuse_repeats(self.classes, "teacher.classes")
         refuse_repeats(self.drop_channels, "teacher.drop_channels")
         beyond = [channel for channel in self.drop_channels if channel >= len(self.classes)]
@@ -105,6 +155,12 @@ class Cache(Section):
     """Bits per value. The error of a stored soft target is at most `1 / (2**bits - 1)`. Logits need 8 or 16."""
     views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
     """Recorded augmented crops per tile. Required with `distill.teacher_view: crop`, refused otherwise."""
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        refuse_address(path)
+        return path
 
     @model_validator(mode="after")
     def _check(self) -> Cache:

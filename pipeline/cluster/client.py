@@ -219,7 +219,9 @@ class Cluster:
                     room = sum(min(count, CONCURRENT) + 1 for count in threads.values())
                     counted = time.monotonic()
                     last_seen = counted if threads else last_seen
-                    if not threads and (stop.is_set() or counted - last_seen > PATIENCE_SECONDS):
+                    if not threads and stop.is_set():  # whoever stopped this process has stopped them too
+                        return
+                    if counted - last_seen > PATIENCE_SECONDS:
                         raise ClusterUnreachable(self._no_workers_text(summary))
                 while queue and len(outstanding) < room and not stop.is_set():
                     number = queue.popleft()
@@ -367,13 +369,17 @@ def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> s
 
 def _with_absolute_checkpoints(config: Config) -> Config:
     """
-    The configuration with absolute checkpoint paths, for a process that runs in another folder.
+    The configuration with absolute paths of the teachers' files, for a process that runs in another folder.
 
-    Checkpoints are the only files that a worker opens by the configuration's paths.
+    They are the only files that a worker opens by the configuration's paths.
     """
     teacher, teachers = config.teacher, config.teachers
     absolute: Callable[[Any], Any] = lambda member: member.model_copy(  # noqa: E731
-        update={"checkpoint": str(Path(member.checkpoint).absolute())}
+        update={
+            name: str(Path(path).absolute())
+            for name in ("checkpoint", "pretrained", "file")
+            if (path := getattr(member, name)) is not None and Path(path).exists()
+        }
     )
     return config.model_copy(
         update={"teacher": teacher and absolute(teacher), "teachers": [absolute(member) for member in teachers]}

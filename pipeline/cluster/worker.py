@@ -6,7 +6,6 @@ The scheduler imports this module too, when it unpickles tasks, so torch is impo
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,10 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.fence import within_fence
 from kdpipe.cache.writer import finished_tile, store_tile
 from kdpipe.configs.errors import CheckpointError, ConfigError, DataError, ShutOut
-from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.teacher.sources import source_fields
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.precompute.subjects import Reference, Subject
@@ -243,16 +242,16 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
             )
         for (key, member), teacher in zip(job.config.members.items(), job.recipe.teachers, strict=True):
             try:
-                sha256 = file_sha256(member.checkpoint)
-            except OSError as err:
-                raise CheckpointError(
-                    f"{key}.checkpoint: worker {self._address} has no file at {member.checkpoint} ({err.strerror})"
-                ) from err
-            if sha256 != teacher.checkpoint_sha256:
-                raise CheckpointError(
-                    f"{key}.checkpoint: worker {self._address} has another file at {member.checkpoint}: its sha256 is {sha256[:12]}…, "
-                    f"not {teacher.checkpoint_sha256[:12]}…"
-                )
+                found_fields = source_fields(member, key, required=True)
+            except CheckpointError as err:
+                raise CheckpointError(f"worker {self._address}: {err}") from err
+            for name, value in found_fields.items():
+                wanted = getattr(teacher, name)
+                if value != wanted:
+                    raise CheckpointError(
+                        f"{key}: worker {self._address} has another network at {member.origin}: its {name} is {_brief(value)}, not "
+                        f"{_brief(wanted)}"
+                    )
         try:
             with within_fence(open_storage(job.cache), job.token):
                 pass
@@ -261,6 +260,11 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
                 f"worker {self._address} does not see the cache {job.cache} that this run writes: workers need it at the same path, "
                 "on a file system that all of them share, or cache.path as a URL (s3://…)"
             ) from err
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}…"
 
 
 def compute_batches(token: str, batches: list[list[Reference]], wanted: frozenset[str]) -> Receipts:
@@ -288,15 +292,9 @@ def version_differences(found: Mapping[str, str], expected: Mapping[str, str]) -
 
 
 def dask_setup(worker: Worker) -> None:
-    """
-    Import what a teacher needs, which takes seconds, and ignore Ctrl-C; runs in workers of `--workers` before they register.
-
-    Ctrl-C reaches their process group too, and the main process lets them finish.
-    """
+    """Import what a teacher needs, which takes seconds; runs in workers of `--workers` before they register."""
     import kdpipe.pipeline.models.recognise
     import kdpipe.pipeline.precompute.run  # noqa: F401
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _use_threads(count: int) -> None:

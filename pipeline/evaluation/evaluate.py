@@ -173,7 +173,7 @@ def teacher_model(config: Config, device: torch.device, *, tta: str | None, wind
     teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
     return Model(
         description=f"the teacher of {config.name}",
-        networks=[Network(m.checkpoint, m.window, m.tta, m.scales) for m in config.members.values()],
+        networks=[Network(m.origin, m.window, m.tta, m.scales) for m in config.members.values()],
         predict=lambda image_HWC: teacher.soft_targets(image_HWC[None])[0],
         config=config,
         stretch=stretch,

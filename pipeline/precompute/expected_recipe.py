@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.encoding.logits import Softening, is_one_to_one
@@ -11,24 +10,29 @@ from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.encoding.simplex import levels_of
 from kdpipe.cache.recipe import CacheRecipe, Recipe, differences, parse_recipe
 from kdpipe.cache.tile import CHUNK_PX
-from kdpipe.configs.errors import CheckpointError, StaleCache
-from kdpipe.configs.files import file_sha256
+from kdpipe.configs.errors import StaleCache
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile, is_jpeg
 from kdpipe.pipeline.models.normalize import mean_std
+from kdpipe.pipeline.teacher.sources import source_fields
 
 
 def expected_fields(
-    config: Config, stretch: Stretch, recorded: CacheRecipe | None, tiles: Sequence[Tile]
+    config: Config,
+    stretch: Stretch,
+    recorded: CacheRecipe | None,
+    tiles: Sequence[Tile],
+    *,
+    teachers_required: bool = False,
 ) -> dict[str, Any]:
     """
     The fields of a cache's recipe that the configuration decides; for logits without temperature, class map and student classes.
 
-    A teacher's `precision` is left out where it is `auto` (any recorded one fits), and its `checkpoint_sha256` where the file
-    is not on this disk (training from the cache does not need it). Two fields that the `recorded` recipe of an older kdpipe lacks
-    are left out where they change no value: `decoder` if none of `tiles` is a JPEG, and `temperature_applied` if T is 1 or the
-    class map is one-to-one.
+    A teacher's `precision` is left out where it is `auto` (any recorded one fits), and the digests of its files where they are not on
+    this disk (training from the cache does not need them; with `teachers_required` they raise `CheckpointError`). Two fields that the
+    `recorded` recipe of an older kdpipe lacks are left out where they change no value: `decoder` if none of `tiles` is a JPEG, and
+    `temperature_applied` if T is 1 or the class map is one-to-one.
     """
     mapped = {
         "classes": config.classes.names,
@@ -40,7 +44,8 @@ def expected_fields(
     }
     fields = {
         "teachers": [
-            _teacher_fields(key, member, len(config.data.places(member.bands))) for key, member in config.members.items()
+            _teacher_fields(key, member, len(config.data.places(member.bands)), teachers_required)
+            for key, member in config.members.items()
         ],
         "bands": [config.data.bands[place] for place in config.teachers_places],
         "stretch": [list(stretch[place]) for place in config.teachers_places] if stretch else None,
@@ -70,12 +75,9 @@ def complete_recipe(
 
     `tiles` are only needed with a `recorded` recipe (see `expected_fields`). Raises `CheckpointError` where a teacher's file is missing.
     """
-    fields = expected_fields(config, stretch, recorded, tiles)
+    fields = expected_fields(config, stretch, recorded, tiles, teachers_required=True)
     before = recorded.teachers if recorded and len(recorded.teachers) == len(fields["teachers"]) else None
-    for i, (key, member) in enumerate(config.members.items()):
-        teacher = fields["teachers"][i]
-        if "checkpoint_sha256" not in teacher:
-            raise CheckpointError(f"{key}.checkpoint: no file at {Path(member.checkpoint).absolute()}")
+    for i, teacher in enumerate(fields["teachers"]):
         teacher.setdefault("precision", before[i].precision if before else "fp32")
     return parse_recipe(fields)
 
@@ -97,15 +99,14 @@ def refuse_unexpected(recipe: CacheRecipe, expected: dict[str, Any], url: str) -
         )
 
 
-def _teacher_fields(key: str, teacher: Teacher, num_bands: int) -> dict[str, Any]:
-    if teacher.options:  # only then, because it imports torch and smp
+def _teacher_fields(key: str, teacher: Teacher, num_bands: int, required: bool) -> dict[str, Any]:
+    if teacher.architecture is not None and teacher.options:  # only then, because it imports torch and smp
         from kdpipe.pipeline.models.options import check_options
 
         check_options(teacher.architecture, teacher.options, key=key)
     mean, std = mean_std(teacher.normalize, num_bands)
     fields: dict[str, Any] = {
-        "architecture": teacher.architecture.lower(),
-        "encoder": teacher.encoder,
+        **source_fields(teacher, key, required=required),
         "classes": teacher.classes,
         "drop_channels": sorted(teacher.drop_channels),
         "weight": teacher.weight,
@@ -114,13 +115,9 @@ def _teacher_fields(key: str, teacher: Teacher, num_bands: int) -> dict[str, Any
         "tta": teacher.tta,
         "scales": teacher.scales,
         "window": teacher.window,
-        "options": teacher.options,
-        "weights": teacher.weights,
     }
     if teacher.precision != "auto":
         fields["precision"] = teacher.precision
-    if Path(teacher.checkpoint).is_file():
-        fields["checkpoint_sha256"] = file_sha256(teacher.checkpoint)
     return fields
 
 
@@ -133,7 +130,9 @@ def _views_fields(config: Config) -> dict[str, Any] | None:
     if config.distill.teacher_view == "tile":
         return None
     train, data = config.train, config.data
-    visible, seen = ([data.bands[place] for place in places] for places in (data.visible_places, config.teachers_places))
+    visible, seen = (
+        [data.bands[place] for place in places] for places in (data.visible_places, config.teachers_places)
+    )
     return {
         "crop": train.crop,
         "scales": train.scales,

@@ -13,6 +13,7 @@ from kdpipe.configs.schema import Teacher
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.unwrap import unwrapped
 from kdpipe.pipeline.models.weights import Misfit, check_tensors, load_strictly, read_checkpoint
+from kdpipe.pipeline.teacher.sources import load_foreign
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.models.recognise import Network
@@ -58,12 +59,19 @@ def load_teacher(
     """
     The teacher's network with its weights for images of `in_channels` bands, frozen, in eval mode, float32, on the CPU.
 
+    A network of smp with its weights, or one that `sources.load_foreign` reads.
+
     The weights may lie under any key and a trainer's prefix, in any floating-point type; `say` is called with a sentence on each thing
     in the file that was not taken. scSE attention in the decoder is recognised from the tensors; other options are `teacher.options`. A
     network of one channel becomes `TwoClasses`. Errors name `key`, the section of the configuration. Raises `ConfigError` for options
     that the architecture lacks, and `CheckpointError` where any tensor does not fit, with what the file holds and the lines of the
     configuration that fit it.
     """
+    if teacher.kind != "smp":
+        return load_foreign(teacher, key, say).eval().requires_grad_(False)
+    assert teacher.architecture is not None
+    assert teacher.encoder is not None
+    assert teacher.checkpoint is not None
     # These import timm, which takes longer than a run with nothing to do.
     from kdpipe.pipeline.models.options import check_options
     from kdpipe.pipeline.models.recognise import attention_of, channels_of, recognise

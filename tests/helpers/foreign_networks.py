@@ -4,8 +4,11 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+CLASSES = ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"]
 OWN_MODULE = """\
 import torch
 from torch import nn
@@ -135,3 +138,69 @@ def export(model: torch.nn.Module, path: Path, size: int | None = None, bands: i
     program = torch.export.export(model, (torch.zeros(shape),), dynamic_shapes=None if size else (varying,))
     torch.export.save(program, path)
     return path
+
+
+class Pooled(torch.nn.Module):
+    """A network of one's own that returns a mapping with coarser logits, as torchvision's do; `teacher.model` names it in the tests."""
+
+    def __init__(self, num_classes: int = 8) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 5, stride=2, padding=2)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.head = torch.nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"aux": x, "out": self.head(torch.relu(self.norm(self.stem(x))))}
+
+
+def teacher_of(kind: str, folder: Path) -> dict[str, object]:
+    """The section `teacher` of a configuration for a network of this kind, whose files are written into `folder`."""
+    torch.manual_seed(0)
+    given: dict[str, object] = {"classes": CLASSES}
+    if kind == "model":
+        network = Pooled()
+        with torch.no_grad():
+            network.head.weight *= 8  # else the predictions are flat
+        torch.save(network.state_dict(), folder / "pooled.pth")
+        return given | {"model": "helpers.foreign_networks:Pooled", "checkpoint": str(folder / "pooled.pth")}
+    if kind in ("onnx", "pt2"):
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 5, stride=2, padding=2), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)
+        ).eval()
+        with torch.no_grad():
+            network[-1].weight *= 8
+        return given | {"file": str(export(network, folder / f"teacher.{kind}"))}
+    return given | {"pretrained": str(save_transformers(kind, folder / kind))}
+
+
+def owners_logits(teacher: dict[str, object], image_HW3: np.ndarray) -> np.ndarray:
+    """Logits `(8, H, W)` of one image, by the library of the network's own kind and nothing of kdpipe."""
+    if "pretrained" in teacher:
+        import transformers as tf
+
+        network = tf.AutoModelForSemanticSegmentation.from_pretrained(teacher["pretrained"]).eval()
+        processor = tf.AutoImageProcessor.from_pretrained(teacher["pretrained"])
+        with torch.inference_mode():
+            outputs = network(**processor(images=[Image.fromarray(image_HW3)], return_tensors="pt"))
+        size = [image_HW3.shape[:2]]
+        (found,) = processor.post_process_semantic_segmentation(
+            outputs, target_sizes=size, return_segmentation_scores=True
+        )
+        return found["segmentation_scores"].numpy()
+    height, width = image_HW3.shape[:2]
+    padded = np.pad(image_HW3, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
+    x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        if "model" in teacher:
+            network = Pooled().eval()
+            network.load_state_dict(torch.load(teacher["checkpoint"], weights_only=True))
+            logits = network(x)["out"]
+        elif teacher["file"].endswith(".onnx"):
+            import onnxruntime
+
+            (output,) = onnxruntime.InferenceSession(teacher["file"]).run(None, {"image": x.numpy()})
+            logits = torch.from_numpy(output)
+        else:
+            logits = torch.export.load(teacher["file"]).module()(x)
+    logits = torch.nn.functional.interpolate(logits, size=padded.shape[:2], mode="bilinear", align_corners=False)
+    return logits[0, :, :height, :width].numpy()

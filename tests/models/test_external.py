@@ -189,6 +189,14 @@ class TestOwnModule:
             "teacher.model: its logits have 32 x 48 px for an image of 64 x 96 px, and are enlarged bilinearly"
         ]
 
+    def test_a_network_of_torchvision_returns_a_mapping(self):
+        from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+        own = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=8).eval()
+        images = torch.rand(1, 3, 64, 64)
+        with torch.inference_mode():
+            torch.testing.assert_close(AtImageSize(own, 8, "teacher.model", print)(images), own(images)["out"])
+
     def test_other_outputs_are_refused_in_their_terms(self):
         class Returns(nn.Module):
             def __init__(self, output):

@@ -20,10 +20,10 @@ from kdpipe.configs import Config, parse_config
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline import versions
-from kdpipe.pipeline.precompute import expected_recipe as recipes
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.precompute.subjects import subjects
+from kdpipe.pipeline.teacher import sources
 from kdpipe.pipeline.training.run import train
 from kdpipe.pipeline.training.targets import open_fresh_cache
 from kdpipe.pipeline.verify.gate import verify
@@ -53,6 +53,9 @@ CHANGES = {
     "teacher.architecture": ("fpn", "recipe"),
     "teacher.encoder": ("resnet18", "recipe"),
     "teacher.checkpoint": ("{data}/other.pth", "recipe"),
+    "teacher.model": ("helpers.foreign_networks:export", "recipe"),
+    "teacher.pretrained": ("{data}/pretrained", "recipe"),
+    "teacher.file": ("{data}/other.pt2", "recipe"),
     "teacher.classes": (["Rangeland", "Tree", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"], "recipe"),
     "teacher.normalize": ("imagenet", "recipe"),
     "teacher.normalize.mean": ({"mean": [0.1, 0, 0], "std": [1, 1, 1]}, "recipe"),
@@ -111,6 +114,13 @@ CHANGES = {
     "train.checkpoint_every_steps": (9, "nothing"),
 }  # fmt: skip
 
+
+# The keys that another way to name the network takes the place of.
+NETWORKS = {
+    "teacher.model": {"architecture", "encoder"},
+    "teacher.pretrained": {"architecture", "encoder", "checkpoint"},
+    "teacher.file": {"architecture", "encoder", "checkpoint"},
+}
 
 # Of recorded views, what makes a crop matters as well; how many of them there are decides only which are there.
 WITH_VIEWS = {
@@ -174,13 +184,16 @@ def data(landscape, teacher_file, tmp_path_factory):
     Image.fromarray(pixels).save(image)
     shutil.copy(teacher_file, folder / "same.pth")
     (folder / "other.pth").write_bytes(b"other weights")
+    (folder / "other.pt2").write_bytes(b"another network")
+    (folder / "pretrained").mkdir()
+    (folder / "pretrained/config.json").write_text("{}")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def hash_each_checkpoint_once(monkeypatch):
     """Some 80 configs share the same 26 MB of weights."""
-    monkeypatch.setattr(recipes, "file_sha256", cache(recipes.file_sha256))
+    monkeypatch.setattr(sources, "file_sha256", cache(sources.file_sha256))
 
 
 @pytest.fixture
@@ -206,6 +219,9 @@ def changed(raw, key, value, data):
     *parents, last = key.split(".")
     if key == "class_map":
         raw["class_map"] |= value
+    elif key in NETWORKS:
+        raw["teacher"] = {name: kept for name, kept in raw["teacher"].items() if name not in NETWORKS[key]}
+        raw["teacher"][last] = place(value)
     elif parents[1:] == ["normalize"]:
         raw[parents[0]]["normalize"] = value
     elif parents[1:] == ["stretch"]:

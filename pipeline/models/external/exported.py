@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
+from kdpipe.pipeline.models.external.outputs import logits_in
 
 EXPORT = """\
 import torch
@@ -140,8 +141,6 @@ class ExportedNetwork(nn.Module):
                 f"{self._key}.file: {self._path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was "
                 f"exported for {tuple(map(str, self._shape))}; {_size_advice(self._key, self._shape[2:])}"
             ) from err
-        from kdpipe.pipeline.models.external.outputs import logits_in
-
         return torch.cat([logits_in(each, self._key) for each in found])
 
     def train(self, mode: bool = True) -> Self:

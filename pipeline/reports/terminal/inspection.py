@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.recipe import LogitsRecipe
+from kdpipe.cache.recipe import LogitsRecipe, TeacherRecord
 from kdpipe.configs.errors import summarise
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.inspection.statistics import MIN_TILES
@@ -36,7 +36,9 @@ def checkpoint_table(found: Inspection) -> Table:
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
         "options": _options_text(found),
-        "channels": "not recognised" if network.channels is None else str(network.channels)
+        "channels": "not recognised"
+        if network.channels is None
+        else str(network.channels)
         + (" (a sigmoid's, which stands for two classes: 1 - σ and σ)" if network.channels == 1 else ""),
         "weights": f"{found.tensors} tensors, {found.parameters / 1e6:.2f} M numbers, "
         + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
@@ -90,8 +92,8 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
     for i, teacher in enumerate(recipe.teachers):
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
         rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (
-            f"{teacher.architecture}, {teacher.encoder}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
-            f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {teacher.checkpoint_sha256[:16]}"
+            f"{_network_text(teacher)}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
+            f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {_sha256_text(teacher)}"
         )
     rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
     table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -111,6 +113,17 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         yield f"note: computed with {name} {then}, installed is {now}; the cache stays valid"
     if found.differences is not None:
         yield from found.differences or ["the configuration describes this cache"]
+
+
+def _network_text(teacher: TeacherRecord) -> str:
+    if teacher.architecture is not None:
+        return f"{teacher.architecture}, {teacher.encoder}"
+    return teacher.model or ", ".join(teacher.files_sha256 or ())
+
+
+def _sha256_text(teacher: TeacherRecord) -> str:
+    digests = [teacher.checkpoint_sha256] if teacher.checkpoint_sha256 else list((teacher.files_sha256 or {}).values())
+    return ", ".join(digest[:16] for digest in digests)
 
 
 def _bound_text(manifest: Manifest) -> str:
