@@ -14,7 +14,7 @@ from kdpipe.pipeline.precompute.run import precompute
 @pytest.fixture
 def teacher(monkeypatch):
     """Takes the place of the network in `precompute` and `verify`."""
-    monkeypatch.setattr("kdpipe.pipeline.precompute.expected_recipe.file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr("kdpipe.pipeline.teacher.sources.file_sha256", lambda path: "0" * 64)
     found = PixelTeacher()
     monkeypatch.setattr(stage, "open_teacher", found.by)
     return found
@@ -38,7 +38,7 @@ def finished_world(landscape, teacher_file, tmp_path_factory):
         landscape, teacher_file, folder, data__train=[str(folder / "data/Mine")], data__allow_missing_masks=True
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdpipe.pipeline.precompute.expected_recipe.file_sha256", lambda path: "0" * 64)
+        patch.setattr("kdpipe.pipeline.teacher.sources.file_sha256", lambda path: "0" * 64)
         patch.setattr(stage, "open_teacher", PixelTeacher().by)
         precompute(config, torch.device("cpu"))
     return folder
