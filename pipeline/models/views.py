@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdpipe.pipeline.models.limits.sizes import fixed_side, told
+
 STRIDE = 32  # encoders of five stages halve the image five times
 
 # (quarter turns, mirror left-right) of the views; d4 is the symmetry group of the square.
@@ -43,17 +45,19 @@ def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Ten
     """
     Logits `(N, C, H, W)`, float32, of images of any size: mirrored on the right and below to a multiple of 32 px, then cropped.
 
-    A network that prepares its images itself (its attribute `prepares_images` is true) is given them as they are.
+    A network that takes one size only is given smaller images mirrored to that size, and one that prepares its images itself (its
+    attribute `prepares_images` is true) all images as they are. Raises `SizeRefused` for a size that the network refuses.
     """
     height, width = inputs_NCHW.shape[-2:]
     if getattr(model, "prepares_images", False):
         return model(inputs_NCHW).float()
-    padded = inputs_NCHW
+    padded, only = inputs_NCHW, fixed_side(model)
     for dim, size in ((-2, height), (-1, width)):
-        target = -(-size // STRIDE) * STRIDE
+        target = only if only is not None and size <= only else -(-size // STRIDE) * STRIDE
         if target != size:
             padded = padded.index_select(dim, _mirrored(size, target, padded.device))
-    logits: Tensor = model(padded.contiguous(memory_format=torch.channels_last))
+    with told(model, padded.shape):
+        logits: Tensor = model(padded.contiguous(memory_format=torch.channels_last))
     return logits[..., :height, :width].float()
 
 

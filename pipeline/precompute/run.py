@@ -50,6 +50,7 @@ from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, predictions_
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_teacher
+from kdpipe.pipeline.teacher.trial import try_teacher
 from kdpipe.pipeline.text import size_text
 from kdpipe.pipeline.versions import library_versions
 
@@ -137,7 +138,10 @@ def _precompute(
             plan = _without_damaged(plan, summary, progress)
         summary.kept = len(plan.finished)
         # Before anything is written: a cache begun for a teacher that is refused would refuse the right one as stale.
-        teacher = open_teacher(config, plan.recipe, device, progress.say) if plan.missing and not workers else None
+        teacher = None
+        if plan.missing:
+            teacher = open_teacher(config, plan.recipe, torch.device("cpu") if workers else device, progress.say)
+            try_teacher(teacher, config, plan.recipe, lambda: ((tile.id, tile.size) for tile in plan.missing))
         begin()
         writer.begin()
         if plan.finished:

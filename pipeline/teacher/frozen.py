@@ -93,6 +93,16 @@ class FrozenTeacher:
         self._clock = Clock(device)
 
     @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The networks, in the order of the recipe's teachers."""
+        return self._models
+
+    @property
+    def device(self) -> torch.device:
+        """Where they compute."""
+        return self._device
+
+    @property
     def rounds_on_device(self) -> bool:
         """Whether `encoded` rounds on the device and returns before the device is done."""
         return self._transfers is not None
@@ -235,7 +245,7 @@ class FrozenTeacher:
                 logits_NTHW = logits_NTHW.index_select(1, channels)
             # The sum is finite only if every logit is, and takes a twentieth of the time of checking each.
             if checked and not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
-                raise KdpipeError(_not_finite_text(record.precision))
+                raise KdpipeError(not_finite_text(record.precision))
             return logits_NTHW
 
         return predict
@@ -275,14 +285,16 @@ def _encoded_tile(fetched: PendingCopy, number: int, recipe: CacheRecipe) -> Enc
     """
     units_NCHW, lost, valid, finite = fetched.arrays()
     if not finite:
-        raise KdpipeError(_not_finite_text(", ".join(sorted({record.precision for record in recipe.teachers}))))
+        raise KdpipeError(not_finite_text(", ".join(sorted({record.precision for record in recipe.teachers}))))
     if not valid:
         raise ValueError("the teacher's soft targets do not sum to one")
     return codec.encode_units(units_NCHW[number], lost[number], recipe)
 
 
-def _not_finite_text(precision: str) -> str:
-    return (
-        f"the teacher predicted logits that are not finite, in precision {precision}; "
-        "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
-    )
+def not_finite_text(precision: str) -> str:
+    """The message for logits that are not finite, computed in these precisions."""
+    if precision == "fp32":
+        remedy = "no precision holds them: check teacher.normalize, and whether the checkpoint is that of a finished training"
+    else:
+        remedy = "set teacher.precision to fp32 (or bf16), and check teacher.normalize"
+    return f"the teacher predicted logits that are not finite, in precision {precision}; {remedy}"

@@ -131,8 +131,8 @@ def test_a_teacher_that_rounds_on_its_device_returns_what_the_codec_returns(make
 @pytest.mark.parametrize(
     ("logit", "map_share", "error", "text"),
     [
-        (torch.nan, 1, KdpipeError, "logits that are not finite, in precision fp32; set teacher.precision"),
-        (-torch.inf, 1, KdpipeError, "logits that are not finite, in precision fp32; set teacher.precision"),
+        (torch.nan, 1, KdpipeError, "logits that are not finite, in precision fp32; no precision holds them"),
+        (-torch.inf, 1, KdpipeError, "logits that are not finite, in precision fp32; no precision holds them"),
         (0.0, 0.5, ValueError, "the teacher's soft targets do not sum to one"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The sizes of images and batches that a network takes."""
