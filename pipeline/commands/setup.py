@@ -37,14 +37,15 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise click.BadParameter(f"expected three band numbers, counted from 1, such as 3,2,1, found {text!r}")
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise click.BadParameter(f"expected band numbers, counted from 1, such as 3,2,1, found {text!r}")
     return tuple(map(int, parts))
 
 
 @click.command("init")
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", shell_complete=completion.folders)
-@click.option("--teacher", metavar="CHECKPOINT", shell_complete=completion.weights, help="The teacher's weights.")
+@click.option("--teacher", metavar="PATH", shell_complete=completion.weights,
+              help="The teacher: a file of weights, an exported network, or a folder of transformers.")  # fmt: skip
 @click.option("--out", default="mine.yaml", show_default=True, metavar="FILE", shell_complete=completion.configs,
               help="The config to write.")  # fmt: skip
 @click.option("--classes", callback=_names, metavar="A,B,...", help="Names of mask values 0, 1, ...")
@@ -54,7 +55,9 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 )
 @click.option("--teacher-normalize", type=click.Choice(["unit", "imagenet"]),
               help="Normalisation of the teacher's input: unit is x / 255.")  # fmt: skip
-@click.option("--bands", callback=_bands, metavar="R,G,B", help="Bands of red, green and blue, counted from 1.")
+@click.option(
+    "--bands", callback=_bands, metavar="N,N,...", help="Bands in the teacher's order, counted from 1, such as 3,2,1."
+)
 @click.option("--val", multiple=True, metavar="FOLDER", shell_complete=completion.folders,
               help="Tiles to validate on. Repeatable.")  # fmt: skip
 @click.option("--images", default="images", show_default=True, metavar="NAME", help="Folder of images in a root.")
@@ -74,7 +77,7 @@ def init(**options: Any) -> None:
 
 
 @click.command("inspect")
-@click.argument("path", metavar="CHECKPOINT|CACHE", shell_complete=completion.weights_or_cache)
+@click.argument("path", metavar="NETWORK|CACHE", shell_complete=completion.weights_or_cache)
 @config_option("For a cache: show how it differs from one of this config.", "--diff")
 @set_option
 @click.option(
@@ -88,12 +91,13 @@ def inspect(
     plot_path: str | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """
-    Describe a checkpoint or a cache.
+    Describe a network or a cache.
 
-    For a CHECKPOINT: the network as recognised, its channels, and the layout of its weights; nothing in the file is
-    executed. For a CACHE (a folder or URL): its manifest and, with --stats, its statistics.
+    For a file of weights: the network as recognised, its channels, and the layout of its weights. For an exported network
+    (.onnx, .pt2) or a folder of transformers: its classes, input and preprocessing. Nothing in a file is executed. For a
+    CACHE (a folder or URL): its manifest and, with --stats, its statistics.
 
-    Exit codes: 0 done, 1 --diff found differences, 2 not a readable checkpoint, 3 not a complete cache.
+    Exit codes: 0 done, 1 --diff found differences, 2 not a readable network, 3 not a complete cache.
     """
     if (table_path or plot_path) and not stats:
         raise click.UsageError("--table and --plot go with --stats")

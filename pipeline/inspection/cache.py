@@ -12,6 +12,7 @@ from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.schema import Config
+from kdpipe.pipeline.inspection.external import is_external
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.precompute.expected_recipe import expected_fields
@@ -55,8 +56,8 @@ class CacheInspection:
 
 
 def is_cache(path: str) -> bool:
-    """Whether `kdpipe inspect PATH` means a cache: a folder or a URL, and not a file of weights."""
-    return "://" in path or Path(path).is_dir()
+    """Whether `kdpipe inspect PATH` means a cache: a folder or a URL, and neither a file nor a folder of transformers."""
+    return "://" in path or (Path(path).is_dir() and not is_external(path))
 
 
 def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:

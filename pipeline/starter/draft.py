@@ -19,10 +19,11 @@ from kdpipe.data.declared.check import Comparison, Findings
 from kdpipe.data.declared.tile import image_faults
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.inspection.checkpoint import Inspection
+from kdpipe.pipeline.inspection.external import External
 from kdpipe.pipeline.starter.classes import Labels, read_labels
 from kdpipe.pipeline.starter.data import data_keys
 from kdpipe.pipeline.starter.given import Given
-from kdpipe.pipeline.starter.teacher import class_map_key, teacher_classes, teacher_keys
+from kdpipe.pipeline.starter.teacher import class_map_key, teacher_classes, teacher_keys, wanted_bands
 from kdpipe.pipeline.starter.training import train_keys
 from kdpipe.pipeline.starter.yaml import Key, as_yaml, comment
 
@@ -58,7 +59,7 @@ class Draft:
         return "\n".join(comment(self.header)) + "\n\n" + "\n".join(as_yaml([key]) for key in self.keys)
 
 
-def draft_config(roots: Sequence[Root], teacher: Inspection | None, given: Given) -> Draft:
+def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, given: Given) -> Draft:
     """
     The first config for surveyed roots and an inspected teacher; without a teacher its section is left to be filled in.
 
@@ -81,7 +82,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | None, given: Given
     keys = [
         Key("name", given.name, f"Given: the name of this file. The run's weights go to model_weights/default/{given.name}."),
         Key("classes", labels.keys),
-        Key("data", data_keys(roots, roles, given, notes, problems)),
+        Key("data", data_keys(roots, roles, given, notes, problems, wanted_bands(teacher))),
         Key("teacher", teacher_keys(teacher, channels, train, given)),
         class_map_key(channels, labels.names),
         Key("cache", [

@@ -6,27 +6,28 @@ from collections.abc import Sequence
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.fill_in import FILL_IN
+from kdpipe.configs.schema import Data
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.inspection.checkpoint import Inspection
+from kdpipe.pipeline.inspection.external import External
 from kdpipe.pipeline.models.options import FORMERS
+from kdpipe.pipeline.starter.data import OWN_RUN, Wanted
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.yaml import Item, Key
 from kdpipe.pipeline.teacher.loading import KNOWN_ORDERS
 
 WINDOW_FROM_PX = 2048**2  # a U-Net's feature maps of a whole tile of this size take several GB in float32
 WINDOW_PX = 1024
-OWN_RUN = "Measured: from the configuration that this student was trained with."
 
 
-def teacher_classes(teacher: Inspection | None, given: Given) -> list[str] | None:
+def teacher_classes(teacher: Inspection | External | None, given: Given) -> list[str] | None:
     """
     The names of the teacher's channels in order, or None if unknown.
 
     Raises `ConfigError` if their number differs from the file's.
     """
-    own = teacher.student.classes if teacher and teacher.student else None
-    names = given.teacher_classes or own
-    channels = teacher.network.channels if teacher else None
+    names = given.teacher_classes or _own_classes(teacher)
+    channels = _channels_of(teacher)
     if names is not None and channels is not None and len(names) != channels:
         raise ConfigError(
             f"--teacher-classes names {len(names)} classes, but {teacher.path if teacher else ''} has {channels} channels: name "
@@ -35,8 +36,26 @@ def teacher_classes(teacher: Inspection | None, given: Given) -> list[str] | Non
     return names
 
 
-def teacher_keys(teacher: Inspection | None, names: list[str] | None, train: Sequence[Root], given: Given) -> list[Key]:
+def _own_classes(teacher: Inspection | External | None) -> list[str] | None:
+    """The classes that the teacher's own files name."""
+    if isinstance(teacher, External):
+        return teacher.classes or None
+    return teacher.student.classes if teacher and teacher.student else None
+
+
+def _channels_of(teacher: Inspection | External | None) -> int | None:
+    if teacher is None:
+        return None
+    return teacher.channels if isinstance(teacher, External) else teacher.network.channels
+
+
+def teacher_keys(
+    teacher: Inspection | External | None, names: list[str] | None, train: Sequence[Root], given: Given
+) -> list[Key]:
     """The keys of `teacher`; raises `CheckpointError` if the file holds a network that can only be a student."""
+    if isinstance(teacher, External):
+        keys = _external_keys(teacher, names, given)
+        return keys if keys[-1].name == "window" else keys + _window_keys(train)
     network = teacher.network if teacher else None
     if teacher and teacher.network.architecture in FORMERS:
         raise CheckpointError(
@@ -61,12 +80,43 @@ def teacher_keys(teacher: Inspection | None, names: list[str] | None, train: Seq
         _normalize(teacher, given),
         *([Key("options", own, OWN_RUN)] if own else []),
     ]  # fmt: skip
+    return keys + _window_keys(train)
+
+
+def _external_keys(teacher: External, names: list[str] | None, given: Given) -> list[Key]:
+    """The keys of a whole network of another library."""
+    keys = [
+        Key(teacher.key, teacher.path, f"Given: {teacher.network}."),
+        _channels(teacher, names, given),
+    ]
+    if teacher.key == "file":
+        keys.append(_normalize(teacher, given))
+    sides = set(teacher.input_shape[2:]) if teacher.input_shape else set()
+    side = sides.pop() if len(sides) == 1 else None
+    if isinstance(side, int):
+        keys.append(Key("window", side, f"Measured: the network takes images of {side} x {side} px."))
+    return keys
+
+
+def _window_keys(train: Sequence[Root]) -> list[Key]:
+    """The key `window`, if the largest tile needs one."""
     sizes = (size for root in train for size in root.sizes_HW)
     height, width = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
     if height * width > WINDOW_FROM_PX:
         why = f"Guess: the largest tile has {height} x {width} px. Windows of this side fit a GPU; larger ones predict better."
-        keys.append(Key("window", WINDOW_PX, why))
-    return keys
+        return [Key("window", WINDOW_PX, why)]
+    return []
+
+
+def wanted_bands(teacher: Inspection | External | None) -> Wanted:
+    """What the file says of the bands that the teacher sees."""
+    if isinstance(teacher, External):
+        bands = teacher.input_shape[1] if teacher.input_shape else None
+        return Wanted(bands) if isinstance(bands, int) else Wanted()
+    if teacher is None:
+        return Wanted()
+    own = teacher.student.bands if teacher.student else None
+    return Wanted(teacher.network.in_channels, own if own != Data.model_fields["bands"].default else None)
 
 
 def class_map_key(teacher_classes: list[str] | None, names: list[str] | None) -> Key:
@@ -84,13 +134,18 @@ def class_map_key(teacher_classes: list[str] | None, names: list[str] | None) ->
     return Key("class_map", rows, why)
 
 
-def _channels(teacher: Inspection | None, names: list[str] | None, given: Given) -> Key:
+def _channels(teacher: Inspection | External | None, names: list[str] | None, given: Given) -> Key:
     if given.teacher_classes:
         return Key("classes", names, "Given: its classes, in the order of its channels. No file confirms the order; `kdpipe verify-cache "
                    "--level parity` compares it with your labels.")  # fmt: skip
     if names is not None:
-        return Key("classes", names, OWN_RUN)
-    channels = teacher.network.channels if teacher else None
+        why = (
+            OWN_RUN
+            if isinstance(teacher, Inspection)
+            else "Measured: the classes that its config.json names, in the order of its channels."
+        )
+        return Key("classes", names, why)
+    channels = _channels_of(teacher)
     why = "Asked: its classes in the order of its channels, from its training code or its author."
     if channels is None:
         return Key("classes", FILL_IN, f"{why} Such as [Tree, Road, Water].")
@@ -100,10 +155,10 @@ def _channels(teacher: Inspection | None, names: list[str] | None, given: Given)
     return Key("classes", [Item(FILL_IN, f"channel {channel}") for channel in range(channels)], why)
 
 
-def _normalize(teacher: Inspection | None, given: Given) -> Key:
+def _normalize(teacher: Inspection | External | None, given: Given) -> Key:
     if given.teacher_normalize:
         return Key("normalize", given.teacher_normalize, "Given: the normalisation of its input in training.")
-    if teacher and teacher.student:
+    if isinstance(teacher, Inspection) and teacher.student:
         return Key("normalize", teacher.student.normalize, OWN_RUN)
     return Key("normalize", FILL_IN, "Asked: the normalisation of its input in training: unit (x / 255), imagenet, or {mean: [...], "
                "std: [...]} of x / 255. A wrong one raises no error; the predictions get worse.")  # fmt: skip

@@ -15,6 +15,7 @@ from kdpipe.configs.load import unfilled_in
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.survey import Root, find_roots, list_root, survey_root, survey_steps
 from kdpipe.pipeline.inspection.checkpoint import Inspection, inspect_checkpoint
+from kdpipe.pipeline.inspection.external import External, inspect_external, is_external
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.starter.draft import Draft, draft_config
 from kdpipe.pipeline.starter.given import Given
@@ -26,7 +27,7 @@ class FirstConfig:
 
     path: str
     roots: list[Root]
-    teacher: Inspection | None
+    teacher: Inspection | External | None
     draft: Draft
     unfilled: dict[str, list[int]]
 
@@ -38,7 +39,7 @@ class FirstConfig:
             "problems": self.draft.problems,
             "notes": self.draft.notes,
             "roots": [{"role": self.draft.roles[root.path], **_plain(root)} for root in self.roots],
-            "teacher": asdict(self.teacher.network) if self.teacher else None,
+            "teacher": _teacher_dict(self.teacher),
         }
 
 
@@ -52,7 +53,7 @@ def write_first_config(
     progress: Progress | None = None,
 ) -> FirstConfig:
     """
-    Write a config to `out` for the tiles in `folders` and in `given.val` and for the weights in the file `teacher`.
+    Write a config to `out` for the tiles in `folders` and in `given.val` and for the teacher in the file or folder `teacher`.
 
     Raises `ConfigError` if `out` exists and `overwrite` is false, or if an option contradicts the files; `DataError` if there are no
     tiles or none can be read; `CheckpointError` if the file does not hold a teacher's weights. Nothing is written then.
@@ -69,7 +70,9 @@ def write_first_config(
     # Each root once, however its path is written: --val may name a folder that `folders` contain too.
     once = {Path(path).resolve(): path for path in reversed([*val, *train])}
     roots = [list_root(path, given.images, given.masks) for path in sorted(once.values())]
-    inspection = inspect_checkpoint(teacher) if teacher is not None else None
+    inspection = (
+        None if teacher is None else inspect_external(teacher) if is_external(teacher) else inspect_checkpoint(teacher)
+    )
     with progress.bar("tiles", sum(map(survey_steps, roots)), "files") as advance:
         for root in roots:
             survey_root(root, advance)
@@ -78,6 +81,13 @@ def write_first_config(
     make_folder(file.parent)
     write_file(file, draft.text)
     return FirstConfig(out, roots, inspection, draft, unfilled)
+
+
+def _teacher_dict(teacher: Inspection | External | None) -> dict[str, Any] | None:
+    """The network of the teacher for JSON."""
+    if teacher is None:
+        return None
+    return asdict(teacher if isinstance(teacher, External) else teacher.network)
 
 
 def _plain(root: Root) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from kdpipe.pipeline.commands.options import EXIT_FINDINGS
 from kdpipe.pipeline.demo import STUDENTS, run_demo
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.inspection.checkpoint import inspect_checkpoint
-from kdpipe.pipeline.reports.terminal.inspection import checkpoint_table
+from kdpipe.pipeline.inspection.external import inspect_external, is_external
+from kdpipe.pipeline.reports.terminal.inspection import checkpoint_table, external_parts
 from kdpipe.pipeline.reports.terminal.starter import first_config_parts
 from kdpipe.pipeline.reports.terminal.verify import suggestion_tables
 from kdpipe.pipeline.starter.given import Given
@@ -41,7 +42,12 @@ def init(
 
 
 def show_checkpoint(path: str, json_path: str | None) -> None:
-    """Describe a file of weights."""
+    """Describe a file of weights, or a whole network of another library."""
+    if is_external(path):
+        network = inspect_external(path)
+        write_json(json_path, asdict(network))
+        Terminal().show(*external_parts(network))
+        return
     found = inspect_checkpoint(path)
     write_json(json_path, asdict(found))
     Terminal().show(checkpoint_table(found))

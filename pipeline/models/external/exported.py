@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,6 +71,18 @@ class OnnxNetwork(nn.Module):
         found = [session.run(None, {self._input.name: batch})[0] for batch in batches]
         return torch.from_numpy(np.concatenate(found)[: len(images)]).to(images_NBHW.device)
 
+    @property
+    def input_shape(self) -> Sequence[Any]:
+        """`(N, bands, H, W)`; sizes that may vary are no whole numbers."""
+        shape: Sequence[Any] = self._input.shape
+        return shape
+
+    @property
+    def channels(self) -> int | None:
+        """C of its logits; None if the file does not say."""
+        shape = self._session("cpu").get_outputs()[0].shape
+        return shape[1] if len(shape) == 4 and isinstance(shape[1], int) else None
+
     def _checked_input(self) -> Any:
         inputs = self._session("cpu").get_inputs()
         fits = len(inputs) == 1 and inputs[0].type == "tensor(float)" and len(inputs[0].shape) == 4
@@ -127,11 +139,12 @@ class ExportedNetwork(nn.Module):
         except Exception as err:  # whatever a damaged archive makes it stumble on
             raise CheckpointError(f"{key}.file: torch.export cannot load {path}: {_first(err)}") from err
         self._key, self._path = key, path
-        self._shape = _input_shape(program)
+        self.input_shape = _input_shape(program)
+        self.channels = _channels(program)
 
     def forward(self, images_NBHW: Tensor) -> Any:
         # A network that was exported for one image takes one at a time.
-        one_by_one = isinstance(self._shape[0], int) and self._shape[0] != len(images_NBHW)
+        one_by_one = isinstance(self.input_shape[0], int) and self.input_shape[0] != len(images_NBHW)
         try:
             if not one_by_one:
                 return self.network(images_NBHW)
@@ -139,7 +152,7 @@ class ExportedNetwork(nn.Module):
         except Exception as err:
             raise ConfigError(
                 f"{self._key}.file: {self._path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was "
-                f"exported for {tuple(map(str, self._shape))}; {_size_advice(self._key, self._shape[2:])}"
+                f"exported for {tuple(map(str, self.input_shape))}; {_size_advice(self._key, self.input_shape[2:])}"
             ) from err
         return torch.cat([logits_in(each, self._key) for each in found])
 
@@ -264,6 +277,15 @@ def _input_shape(program: Any) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def _channels(program: Any) -> int | None:
+    """C of a program's logits; None if it returns several tensors or does not say."""
+    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    shapes_of = [node.meta["val"].shape for node in outputs if "val" in getattr(node, "meta", {})]
+    return (
+        shapes_of[0][1] if len(shapes_of) == 1 and len(shapes_of[0]) == 4 and isinstance(shapes_of[0][1], int) else None
+    )
+
+
 def _size_advice(key: str, sizes: tuple[Any, ...] | list[Any]) -> str:
     fixed = [size for size in sizes if isinstance(size, int)]
     if len(set(fixed)) == 1 and len(fixed) == 2 and fixed[0] % 32 == 0:
@@ -282,3 +304,12 @@ def _is_torchscript(file: Path) -> bool:
 def _first(err: Exception) -> str:
     lines = str(err).strip().splitlines()
     return lines[0][:300] if lines else "no reason given"
+
+
+def shapes(path: str) -> tuple[list[int | str], int | None]:
+    """The shape of a readable file's input `(N, bands, H, W)`, sizes that may vary as words, and its number of channels if it is fixed."""
+    network = load_exported(path, "teacher")
+    if isinstance(network, OnnxNetwork):
+        return [each if isinstance(each, int) else str(each) for each in network.input_shape], network.channels
+    assert isinstance(network, ExportedNetwork)
+    return [each if isinstance(each, int) else str(each) for each in network.input_shape], network.channels

@@ -20,6 +20,7 @@ from kdpipe.pipeline.text import percent_text, size_text
 if TYPE_CHECKING:
     from kdpipe.pipeline.inspection.cache import CacheInspection
     from kdpipe.pipeline.inspection.checkpoint import Inspection
+    from kdpipe.pipeline.inspection.external import External
     from kdpipe.pipeline.inspection.statistics import CacheStatistics
 
 SHOWN_OUTLIERS = 12
@@ -35,6 +36,7 @@ def checkpoint_table(found: Inspection) -> Table:
         "architecture": network.architecture or unknown,
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
+        "bands": str(network.in_channels),
         "options": _options_text(found),
         "channels": "not recognised"
         if network.channels is None
@@ -58,6 +60,29 @@ def checkpoint_table(found: Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def external_parts(found: External) -> Iterator[Table | str]:
+    """A whole network of another library, one property per row, and the lines of a configuration that name it."""
+    rows = {
+        "what": found.network,
+        "channels": "not known" if found.channels is None else str(found.channels),
+        "classes": ", ".join(found.classes) or "named in none of its files",
+    }
+    if found.input_shape is not None:
+        rows["input"] = (
+            f"float32 ({', '.join(map(str, found.input_shape))}): images, bands, rows, columns; normalised outside"
+        )
+    if found.key == "pretrained":
+        steps = "; ".join(f"{key} {value}" for key, value in found.preprocessing.items())
+        rows["preprocessing"] = f"its own: {steps}" if steps else "its own, by the defaults of its image processor"
+    rows["size"] = f"{size_text(found.size_bytes)} ({found.size_bytes} bytes)"
+    rows["sha256"] = "\n".join(f"{digest}  {name}" for name, digest in found.sha256.items())
+    table = Table(title=found.path, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    yield table
+    yield f"As a teacher:\n\n    teacher:\n      {found.key}: {found.path}\n      classes: [{', '.join(found.classes) or '...'}]"
 
 
 def _options_text(found: Inspection) -> str:
