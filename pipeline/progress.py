@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Protocol
 
 from kdpipe.configs.errors import Interrupted
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+SECONDS_TO_HEAR = 0.05
 Advance = Callable[..., None]  # advance(steps=1, **figures): figures such as loss=0.3 are shown beside the bar
 
 
@@ -48,11 +51,17 @@ def stop_on_signal() -> Iterator[threading.Event]:
         yield stop
         return
 
+    unheard = False
+
     def handle(number: int, frame: FrameType | None) -> None:
-        again = stop.is_set()
+        nonlocal unheard
+        is_first = unheard or not stop.is_set()
         stop.set()
-        ends_at_once = number == signal.SIGINT if again else bool(_hurried)
-        if ends_at_once:
+        ends_at_once = bool(_hurried) if is_first else number == signal.SIGINT
+        unheard = ends_at_once and _is_deaf(frame)
+        if unheard:
+            threading.Timer(SECONDS_TO_HEAR, interrupt_main, [number]).start()
+        elif ends_at_once:
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handle) for number in STOPPING}
@@ -94,6 +103,7 @@ def out_of_reach() -> Iterator[None]:
     Both are sent to all processes of a job, and the main process needs its helpers until it has reached a safe point. They inherit the
     blocked signals, so that there is no moment in which they would die of one; this process must end them itself, by SIGKILL if need be.
     """
+    resource_tracker.ensure_running()  # with the first process of a program, it would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -102,6 +112,13 @@ def out_of_reach() -> Iterator[None]:
 
 
 _hurried: list[str] = []  # the blocks of `at_once` that are open
+
+
+def _is_deaf(frame: FrameType | None) -> bool:
+    """Whether Python would print an exception raised in a frame and go on, as it does for destructors and callbacks of the collector."""
+    while frame is not None and frame.f_code.co_name not in ("__del__", "_gc_callback"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_main_thread() -> bool:

@@ -55,11 +55,13 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
     # took 3.0 s of CPU time for a tile, and 1.1 s with this, as with one thread each.
     environment = dask.config.set({"distributed.nanny.pre-spawn-environ": {"OMP_WAIT_POLICY": "passive"}})
     # Ctrl-C and SIGTERM are for this process, which stops its workers once it has reached a safe point.
-    with environment, _loop_out_of_reach() as loop, _no_process_left(), SpecCluster(
-        workers=workers, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, loop=loop
-    ) as cluster:  # fmt: skip
-        cluster.wait_for_workers(count)
-        yield cluster
+    with environment, _loop_out_of_reach() as loop:
+        cluster = SpecCluster(scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, loop=loop)
+        with cluster, _no_unborn():
+            cluster.worker_spec.update(workers)
+            cluster.scale(count)  # does not wait, unlike the constructor, which could not be left meanwhile
+            cluster.wait_for_workers(count)
+            yield cluster
 
 
 @contextmanager
@@ -75,11 +77,12 @@ def _loop_out_of_reach() -> Iterator[IOLoop]:
 
 
 @contextmanager
-def _no_process_left() -> Iterator[None]:
-    """Kill the processes that were started in the block and are still there, such as those that a stop found importing libraries."""
+def _no_unborn() -> Iterator[None]:
+    """Kill the workers' processes if the block fails: those that still import libraries would not be told to end."""
     before = set(multiprocessing.active_children())
     try:
         yield
-    finally:
+    except BaseException:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
+        raise
