@@ -69,6 +69,7 @@ Result = TypeVar("Result")
 PATIENCE_SECONDS = 300.0  # to wait for a scheduler to restart, or for a batch queue to start the first worker
 CONNECT_SECONDS = 5.0
 COUNT_SECONDS = 2.0  # between two requests for the number of workers
+LEAVING_SECONDS = 3.0  # for workers to store what they predict when a run is stopped; the rest is computed again
 POLL_SECONDS = 0.2  # between two checks for Ctrl-C
 
 
@@ -206,13 +207,15 @@ class Cluster:
         done: SimpleQueue[Awaited[Receipts]] = SimpleQueue()
         outstanding: dict[Awaited[Receipts], tuple[int, Future]] = {}
         queue = deque(pending)
-        told, room, counted, last_seen = False, 0, 0.0, time.monotonic()
+        leave_at, room, counted, last_seen = float("inf"), 0, 0.0, time.monotonic()
         try:
             _from_scheduler(client, lambda: client.register_plugin(Station(job)))
             while outstanding or (queue and not stop.is_set()):
-                if stop.is_set() and not told:
+                if stop.is_set() and leave_at == float("inf"):
+                    leave_at = time.monotonic() + LEAVING_SECONDS
                     _from_scheduler(client, lambda: client.run(stop_station, token, on_error="ignore"))
-                    told = True
+                if time.monotonic() > leave_at:
+                    return
                 if time.monotonic() - counted > COUNT_SECONDS:
                     threads = _from_scheduler(client, client.nthreads)
                     # One batch more than a worker can handle, so that it need not wait for the next one.
