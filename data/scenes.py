@@ -23,6 +23,7 @@ from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.drivers import drivers_for
 from kdpipe.data.declared.header import called
 from kdpipe.data.declared.opening import GDAL_OPTIONS, MAX_PIXELS, explained
+from kdpipe.data.declared.plausible import require_plausible
 from kdpipe.data.declared.scene import Bands, bands_of_scene
 from kdpipe.data.decoders import with_pixels_of_pillow
 from kdpipe.data.rasters import Rows, Stretch, Values, require_8_bit
@@ -136,6 +137,7 @@ def open_scene(
             if raster.count == 0:
                 inside = ", ".join(raster.subdatasets[:3]) or "nothing"
                 raise DataError(f"{path} holds no bands but further images inside: name one of them ({inside})")
+            require_plausible(path, raster, whole=raster.driver == "JPEG")
             colours = called([colour.name for colour in raster.colorinterp], alpha)
             chosen = bands_of_scene(path, colours, bands, trained_colours, trained_count)
             if stretch is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.configs.errors import DataError
+from kdpipe.data.declared.plausible import require_plausible
 from kdpipe.data.decoders import quiet_reader, with_pixels_of_pillow
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def opened(path: Path, *, placed: bool = False) -> Iterator[DatasetReader]:
                 f"{path} declares {raster.height} x {raster.width} px, more than the {MAX_PIXELS} that a tile may have: "
                 "cut it into tiles"
             )
+        require_plausible(path, raster, whole=True)
         yield with_pixels_of_pillow(path, raster)
 
 

@@ -6,19 +6,21 @@ import unicodedata
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.configs.errors import DataError, summarise
+from kdpipe.configs.errors import DataError, KdpipeError, summarise
 from kdpipe.data.declared.header import read_declared
 from kdpipe.data.rasters import read_bands
 from kdpipe.data.tiles import Tile
 
 SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
 SUM_TOLERANCE = 1e-2  # of a pixel's probabilities, which float16 may have rounded
+LEAST_LIMIT_BYTES = 2**26  # of an array that is read; larger where the scores of the tile may be
 FLOAT16_STEP = 2.0**-11  # the largest relative error of a number stored in float16
 
 Kind = Literal["logits", "probabilities", "log-probabilities", "values in 0..1"]
@@ -85,7 +87,10 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
     Raises `DataError` if the file is unreadable or holds anything but one finite float array `(C, H, W)`; exchanged height and width
     are let through, as a script that turns images leaves them.
     """
-    raw = _raster(path, classes, height, width) if path.suffix.lower() in (".tif", ".tiff") else _array(path)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        raw = _raster(path, classes, height, width)
+    else:
+        raw = _array(path, max(LEAST_LIMIT_BYTES, 16 * (len(classes) + 16) * height * width))
     _require_scores(path, raw.shape, raw.dtype, classes, height, width)
     values_CHW = np.ascontiguousarray(raw, dtype=np.float32)
     strange = np.count_nonzero(~np.isfinite(values_CHW))
@@ -108,26 +113,46 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _array(path: Path) -> NDArray[Any]:
-    """The one array of a `.npy` or `.npz` file."""
+def _array(path: Path, most_bytes: int) -> NDArray[Any]:
+    """The one array of a `.npy` or `.npz` file, whose header is checked before memory is asked for."""
     try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                _require_size(path, file, most_bytes)
+                loaded: NDArray[Any] = np.load(path, allow_pickle=False)
                 return loaded
-            if len(loaded.files) != 1:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            named = [name.removesuffix(".npy") for name in names]
+            if len(names) != 1:
                 raise DataError(
-                    f"{path} holds {len(loaded.files)} arrays ({summarise(loaded.files)}): save one, with np.savez(file, scores)"
+                    f"{path} holds {len(names)} arrays ({summarise(named)}): save one, with np.savez(file, scores)"
                 )
-            array: NDArray[Any] = loaded[loaded.files[0]]
-            return array
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as err:
-        if "pickle" in str(err):  # so NumPy calls everything that is not its own
+            with archive.open(names[0]) as part:
+                _require_size(path, part, most_bytes)
+            with archive.open(names[0]) as part:
+                array: NDArray[Any] = np.lib.format.read_array(part, allow_pickle=False)
+                return array
+    except KdpipeError:
+        raise
+    except Exception as err:  # those of NumPy, zipfile and zlib have no class in common
+        if "pickle" in str(err) or "Object arrays" in str(err):  # so NumPy calls everything that is not its own
             raise DataError(
                 f"{path} is damaged, or holds Python objects, which could execute code and are not read: save one float array, with "
                 "np.save(file, scores)"
             ) from err
         raise DataError(f"cannot read {path} as a NumPy file: {err}") from err
+
+
+def _require_size(path: Path, file: IO[bytes], most_bytes: int) -> None:
+    """Raise `DataError` where the header at the start of `file` claims a larger array."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if prod(shape) * dtype.itemsize > most_bytes:
+        raise DataError(
+            f"{path} declares an array of {dtype} {shape}, far larger than the scores of its tile: save those of one tile"
+        )
 
 
 def _raster(path: Path, classes: Sequence[str], height: int, width: int) -> NDArray[Any]:
