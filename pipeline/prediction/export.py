@@ -28,18 +28,16 @@ from kdpipe.data.rasters import read_image
 from kdpipe.data.scenes import list_scenes
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import STRIDE, padded_logits
-from kdpipe.pipeline.prediction.model import (
-    CARD_KEY,
+from kdpipe.pipeline.prediction.model import CARD_KEY, ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
+from kdpipe.pipeline.prediction.onnx_file import (
     INPUT,
-    ONNX_SUFFIX,
-    OTHER_SUFFIXES,
     OUTPUT,
-    PROVIDERS,
-    Card,
-    card_of,
+    SEAL_KEY,
+    UNSEALED,
     open_session,
     require_onnxruntime,
-)  # fmt: skip
+    seal,
+)
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
@@ -157,10 +155,11 @@ def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
         dynamic_axes={INPUT: axes, OUTPUT: axes},
     )
     model = onnx.load(str(file))
-    onnx.helper.set_model_props(model, {CARD_KEY: card.model_dump_json()})
+    onnx.helper.set_model_props(model, {CARD_KEY: card.model_dump_json(), SEAL_KEY: UNSEALED})
     model.producer_name, model.producer_version = "kdpipe", card.kdpipe
     onnx.checker.check_model(model)
     onnx.save(model, str(file))
+    seal(file)
 
 
 def _write_torchscript(student: nn.Module, file: Path, card: Card) -> None:

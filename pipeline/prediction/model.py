@@ -10,24 +10,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, Self
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 from torch import Tensor
 
-from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
+from kdpipe.configs.errors import CheckpointError, ConfigError, summarise
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Alpha, MeanStd
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.devices import resolve_device
+from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
-from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
+from kdpipe.pipeline.prediction.onnx_file import (
+    INPUT,
+    OUTPUT,
+    described,
+    first_line,
+    open_session,
+    require_onnxruntime,
+)
+from kdpipe.pipeline.runs.checkpoint import Ends, Trained, load_trained
 
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
-INPUT, OUTPUT = "images", "logits"
+Byte = Annotated[int, Field(ge=0, le=255)]
 ONNX_SUFFIX, OTHER_SUFFIXES = ".onnx", (".torchscript", ".pt2")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -49,24 +59,40 @@ class Card(BaseModel):
     step: int
     network: str
     checkpoint_sha256: str
-    classes: list[str]
-    palette: list[tuple[int, int, int]]
-    ignore_index: int
-    bands: tuple[int, ...] = Field(min_length=1)
+    classes: list[str] = Field(min_length=1)
+    palette: list[tuple[Byte, Byte, Byte]]
+    ignore_index: int = Field(ge=0, le=65535)
+    bands: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     band_names: dict[str, int] = Field({}, exclude_if=lambda names: not names)
     colours: list[str] | None = None
     image_bands: int | None = Field(None, exclude_if=lambda count: count is None)
     alpha: Alpha = "opacity"
-    stretch: list[tuple[float, float]] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    stretch: list[Ends] | None
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[Annotated[PositiveFloat, Field(allow_inf_nan=False)], ...]
     sizes: str
     kdpipe: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        of_bands = {"stretch": self.stretch, "mean": self.mean, "std": self.std, "colours": self.colours}
+        for name, values in of_bands.items():
+            if values is not None and len(values) != len(self.bands):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.bands)} bands")
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"palette has {len(self.palette)} colours for {len(self.classes)} classes")
+        if self.ignore_index < len(self.classes):
+            raise ValueError(f"ignore_index {self.ignore_index} is also the index of a class")
+        return self
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """`logits` maps uint8 images `(N, B, H, W)` of the card's bands to float32 logits `(N, C, H, W)`, both in main memory; it computes on `device`."""
+    """
+    `logits` maps uint8 images `(N, B, H, W)` of the card's bands to float32 logits `(N, C, H, W)`, both in main memory.
+
+    It computes on `device`.
+    """
 
     origin: str
     card: Card
@@ -120,26 +146,6 @@ def open_predictor(path: str | Path, device: str | None, *, tta: str = "none") -
     return _onnx_predictor(Path(path), device, tta) if suffix == ONNX_SUFFIX else _student(path, device, tta)
 
 
-def open_session(path: Path, providers: list[str]) -> Any:
-    """An onnxruntime session; raises `CheckpointError` if the file cannot be read, `ConfigError` if onnxruntime is not installed."""
-    runtime = require_onnxruntime()
-    if not path.is_file():
-        raise CheckpointError(f"no file at {path.absolute()}; relative paths start at the current folder")
-    try:
-        return runtime.InferenceSession(str(path), providers=providers)
-    except Exception as err:  # onnxruntime's errors have no class in common
-        raise CheckpointError(f"{path} is not a readable ONNX file: {str(err).splitlines()[0]}") from err
-
-
-def require_onnxruntime() -> Any:
-    """The module onnxruntime; raises `ConfigError` if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as err:
-        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed; {extra_text('export')}") from err
-    return onnxruntime
-
-
 def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
     trained = load_trained(path).alone()
     device = resolve_device(name)
@@ -158,21 +164,39 @@ def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
 
 def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
     device, provider = _provider(name)
-    session = open_session(path, [provider])
-    described = session.get_modelmeta().custom_metadata_map.get(CARD_KEY)
-    if described is None:
+    text = described(path, CARD_KEY)
+    if text is None:
         raise CheckpointError(
             f"{path} does not name its classes and normalisation (metadata key {CARD_KEY!r}): predict takes ONNX files that "
             "`kdpipe export` wrote"
         )
     try:
-        card = Card.model_validate_json(described)
+        card = Card.model_validate_json(text)
     except ValidationError as err:
-        raise CheckpointError(f"{path} has a description that this version cannot read: {err}") from err
-    normalize = MeanStd(mean=card.mean, std=card.std)
+        faults = [
+            f"{'.'.join(map(str, each['loc'])) or 'as a whole'}: {each['msg']}"
+            for each in err.errors(include_url=False)
+        ]
+        raise CheckpointError(
+            f"{path} has a description that this version cannot read: {summarise(faults, 3)}"
+        ) from err
+    session, normalize = open_session(path, [provider]), MeanStd(mean=card.mean, std=card.std)
 
     def run(inputs_NCHW: Tensor) -> Tensor:
-        (logits_NCHW,) = session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})
+        try:
+            (logits_NCHW,) = session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})
+        except Exception as err:  # onnxruntime's errors have no class in common
+            if is_out_of_memory(err):
+                raise
+            raise CheckpointError(
+                f"{path} cannot predict images of {tuple(inputs_NCHW.shape)}: {first_line(err)}"
+            ) from err
+        expected = (len(inputs_NCHW), len(card.classes), *inputs_NCHW.shape[2:])
+        if not isinstance(logits_NCHW, np.ndarray) or logits_NCHW.shape != expected or logits_NCHW.dtype != np.float32:
+            raise CheckpointError(
+                f"{path} answers images of {tuple(inputs_NCHW.shape)} by {getattr(logits_NCHW, 'shape', type(logits_NCHW).__name__)}, "
+                f"expected float32 logits of {expected}: take a file that `kdpipe export` wrote"
+            )
         return torch.from_numpy(logits_NCHW)
 
     @torch.inference_mode()

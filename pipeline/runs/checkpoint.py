@@ -109,7 +109,9 @@ def header_of(content: Mapping[str, Any], path: str | Path) -> Header:
         return TypeAdapter(Header).validate_python(content)
     except (ValidationError, RecursionError) as err:
         errors = err.errors(include_url=False) if isinstance(err, ValidationError) else []
-        found = summarise([f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors], 3)
+        found = summarise(
+            [f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}" for each in errors], 3
+        )
         raise CheckpointError(
             f"{path} is not a whole checkpoint of `kdpipe train-student` ({found or 'nested too deeply'}): it is damaged, or was changed "
             "after it was saved. Take another one of the run, or train it again"

@@ -1,0 +1,170 @@
+"""
+ONNX files: opened, examined before they are run, and sealed so that damage is noticed.
+
+onnxruntime notices no changed weight, and a graph may ask it for any memory, or end its process. So `kdpipe export` writes the file's own
+digest into it, and a file is run on one small image in a process of its own, with limited memory, before it is run here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
+
+INPUT, OUTPUT = "images", "logits"
+SEAL_KEY = "kdpipe_sha256"  # in the metadata: the sha256 of the file with zeros in its place
+UNSEALED = "0" * 64
+# Key and value lie side by side in the file, parted by the value's tag and length.
+_SEAL = re.compile(SEAL_KEY.encode() + rb"\x12\x40([0-9a-f]{64})")
+TRIAL_PX = 128  # PAN takes no smaller ones
+TRIAL_SECONDS = 120
+TRIAL_BYTES = 2**30  # beyond four times the file, which onnxruntime holds twice while it optimises the graph
+
+
+def open_session(path: Path, providers: list[str]) -> Any:
+    """
+    An onnxruntime session of a file whose content is that of its seal, if it has one.
+
+    Raises `CheckpointError` if the file cannot be read or was changed, `ConfigError` if onnxruntime is not installed.
+    """
+    runtime = require_onnxruntime()
+    require_seal(path)
+    try:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised, and told once
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as err:  # onnxruntime's errors have no class in common
+        raise CheckpointError(f"{path} is not a readable ONNX file: {first_line(err)}") from err
+
+
+def require_onnxruntime() -> Any:
+    """The module onnxruntime; raises `ConfigError` if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise ConfigError(f"an ONNX file needs onnxruntime, which is not installed; {extra_text('export')}") from err
+    return onnxruntime
+
+
+def seal(path: Path) -> None:
+    """Write the digest of an ONNX file in the place of its `SEAL_KEY`, which holds `UNSEALED`."""
+    content = path.read_bytes()
+    (found,) = _SEAL.finditer(content)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    path.write_bytes(content[: found.start(1)] + digest + content[found.end(1) :])
+
+
+def require_seal(path: Path) -> None:
+    """Raise `CheckpointError` for a sealed file whose content has changed, and where there is none. A file without a seal passes."""
+    if not path.is_file():
+        raise CheckpointError(f"no file at {path.absolute()}; relative paths start at the current folder")
+    try:
+        content = path.read_bytes()
+    except OSError as err:
+        raise CheckpointError(f"cannot read {path}: {err.strerror}") from err
+    found = list(_SEAL.finditer(content))
+    if not found:
+        return
+    start, end = found[-1].span(1)
+    digest = hashlib.sha256(content[:start] + UNSEALED.encode() + content[end:]).hexdigest()
+    if len(found) > 1 or digest.encode() != found[-1][1]:
+        raise CheckpointError(
+            f"{path} is not what `kdpipe export` wrote: its content does not fit the digest in it. It is damaged: copy it or export it "
+            f"again. If you changed the network yourself, remove the metadata key {SEAL_KEY!r}"
+        )
+
+
+def described(path: Path, key: str) -> str | None:
+    """
+    The metadata of an ONNX file under `key`, after it was run on one black image in a process of its own; None where it has none.
+
+    Raises `CheckpointError` where that process dies or needs too much memory or time, or the network does not map images float32
+    `(N, bands, H, W)` to logits float32 `(N, classes, H, W)`, of as many bands and classes as the metadata name.
+    """
+    require_onnxruntime()
+    require_seal(path)
+    try:
+        # -P: nothing is imported from the current folder.
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__, str(path.absolute()), key],
+            capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as err:
+        raise CheckpointError(
+            f"{path} is not a readable ONNX file: it gives no answer within {TRIAL_SECONDS} s"
+        ) from err
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
+        raise CheckpointError(
+            f"{path} is not a readable ONNX file: it ends the process that runs it, or asks for more memory than a network needs"
+        )
+    found = json.loads(lines[-1])
+    if "unreadable" in found:
+        raise CheckpointError(f"{path} is not a readable ONNX file: {found['unreadable']}")
+    if found["fault"]:
+        raise CheckpointError(
+            f"{path} is not a network that predict can run: {found['fault']}. Expected are one input {INPUT!r}, and logits {OUTPUT!r} of "
+            "its size with a channel for each class: take a file that `kdpipe export` wrote"
+        )
+    text: str | None = found["text"]
+    return text
+
+
+def _try(path: str, key: str) -> dict[str, str | None]:
+    """The `text` of an ONNX file's metadata, and its `fault` when it is run, in this process, whose memory is limited for that."""
+    import resource
+
+    runtime = require_onnxruntime()
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # elsewhere what is in use already is not known
+        in_use_bytes = int(statm.read_text().split()[0]) * resource.getpagesize()
+        limit_bytes = in_use_bytes + 4 * Path(path).stat().st_size + TRIAL_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        text = session.get_modelmeta().custom_metadata_map.get(key)
+    except Exception as err:
+        return {"unreadable": first_line(err)}
+    try:
+        card = json.loads(text or "")
+        bands, classes = len(card["bands"]), len(card["classes"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {"text": text, "fault": ""}  # whoever asked refuses such a text
+    try:
+        return {"text": text, "fault": fault_of(session, bands, classes)}
+    except Exception as err:
+        return {"text": text, "fault": first_line(err)}
+
+
+def fault_of(session: Any, bands: int, classes: int) -> str:
+    """What is wrong with a session's answer to one black image; empty where nothing is."""
+    names = [each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()]
+    if names[0] != [INPUT] or OUTPUT not in names[1]:
+        return f"its inputs are {names[0]} and its outputs {names[1]}"
+    shape = (1, bands, TRIAL_PX, TRIAL_PX)
+    (found,) = session.run([OUTPUT], {INPUT: np.zeros(shape, np.float32)})
+    expected = (1, classes, TRIAL_PX, TRIAL_PX)
+    if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != np.float32:
+        form = f"{found.dtype} of the shape {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+        return f"it answers an image of the shape {shape} by {form}, expected float32 of the shape {expected}"
+    return ""
+
+
+def first_line(err: Exception) -> str:
+    """The first line of an error's text, cut off where it is long."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:300].rstrip(".")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_try(sys.argv[1], sys.argv[2])))  # noqa: T201 - read by `described`
