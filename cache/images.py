@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.files import file_sha256
+from kdpipe.configs.os_errors import NotAFile, explained
 
 
 class Crop(Protocol):
@@ -45,24 +46,25 @@ def digest_pixels(pixels: NDArray[Any]) -> str:
     return hashlib.sha256(pixels.data if pixels.flags.c_contiguous else pixels.tobytes()).hexdigest()
 
 
-def is_unchanged(source: Source, record: TileRecord, written: float | None, *, by_content: bool) -> bool:
-    """
-    Whether an image is still the one that its tile was computed from.
+def files_of(source: Source) -> Sequence[Path]:
+    """All files that an image is made from."""
+    return [source] if isinstance(source, Path) else source.files
 
-    `written` is when the tile was finished, in seconds since the epoch. Unless `by_content`, an image of the same size that was
-    not modified since then counts as unchanged, as in `make`; any other is compared by its sha256. A crop is judged by the size
-    and times of all its files, and compared by the pixels that they give now.
+
+def same_content(source: Source, record: TileRecord) -> bool:
+    """
+    Whether an image is the one that its tile was computed from, by its sha256; a crop's is that of the pixels that its files give now.
+
+    False for an image that is missing or can no longer be made. Raises `DataError` where the system refuses to read it.
     """
     try:
-        stats = [file.stat() for file in ([source] if isinstance(source, Path) else source.files)]
-        same_size = sum(stat.st_size for stat in stats) == record.image.size_bytes
-        if isinstance(source, Path) and not same_size:
-            return False
-        older = written is not None and all(stat.st_mtime < written for stat in stats)
-        if same_size and older and not by_content:
-            return True
-        if isinstance(source, Path):
-            return digest_image(source) == record.image
-        return digest_pixels(source.pixels()) == record.image.sha256
-    except (FileNotFoundError, DataError):  # DataError: the crop can no longer be made
+        if not isinstance(source, Path):
+            return digest_pixels(source.pixels()) == record.image.sha256
+        with explained("reading", source, DataError):
+            return source.stat().st_size == record.image.size_bytes and digest_image(source) == record.image
+    except DataError as err:  # the crop can no longer be made, or nothing is there
+        if isinstance(source, Path) and not isinstance(
+            err.__cause__, FileNotFoundError | NotADirectoryError | NotAFile
+        ):
+            raise
         return False

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kdpipe.cache import codec, tile
-from kdpipe.cache.images import Source, is_unchanged
+from kdpipe.cache.images import Source
+from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
@@ -76,9 +77,15 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
 
 
 def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Source]) -> list[Finding]:
-    """Findings from names, sizes and times alone: missing and extra tiles, missing files, changed images. Reads no pixel."""
+    """
+    Findings from names, sizes and times alone: missing and extra tiles, missing files, changed images.
+
+    Of the cache only metadata is read. An image is read where its size and time were not seen before (see `known_images`).
+    """
     findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
     info = storage.infos()
+    listed = [(images[record.id], record) for record in manifest.tiles if record.id in images]
+    unchanged = KnownImages(storage).unchanged(listed)
     findings += [_damaged_group(path) for path in manifest.groups if info(_group_file(path)) is None]
     for record in manifest.tiles:
         path = tile.tile_path(record.id)
@@ -88,7 +95,8 @@ def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Sourc
         elif shard.size != record.shard_bytes:
             size = f"{path}/{tile.SHARD_NAME} has {shard.size} bytes, not {record.shard_bytes}"
             findings.append(Finding("damaged-tile", record.id, size))
-        findings += _check_image(record, images, receipt and receipt.modified, by_content=False)
+        if record.id in images and record.id not in unchanged:
+            findings.append(_stale(record, images[record.id]))
     return findings
 
 
@@ -100,7 +108,7 @@ def check_full(
 
     `on_tile` is called after each tile.
     """
-    edited = check_manifest(storage, manifest)
+    edited, known = check_manifest(storage, manifest), KnownImages(storage)
     findings = check_tiles_listed(manifest, images) + edited
     for path in manifest.groups:
         # The content that this version writes is known, so a digest cannot vouch for any other.
@@ -110,13 +118,14 @@ def check_full(
             findings.append(_damaged_group(path))
 
     def check(record: TileRecord) -> list[Finding]:
-        found = _check_content(storage, manifest.recipe, record) + _check_image(record, images, None, by_content=True)
+        found = _check_content(storage, manifest.recipe, record) + _check_image(record, images, known)
         on_tile()
         return found
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for found in threads.map(check, manifest.tiles):
             findings += found
+    known.save()
     findings += _check_strays(storage, manifest)
     return findings
 
@@ -150,10 +159,10 @@ def find_damage(
     Unlike `check_full` this needs no manifest: `records` may come from the tiles' receipts. Where a record does not fit but the
     tile's receipt does, the record is wrong, as in an edited manifest, and the tile is whole with its receipt as record.
     """
-    digest = recipe.digest()
+    digest, known = recipe.digest(), KnownImages(storage)
 
     def wrong_with(record: TileRecord) -> list[Finding]:
-        return _check_content(storage, recipe, record) or _check_image(record, images, None, by_content=True)
+        return _check_content(storage, recipe, record) or _check_image(record, images, known)
 
     def check(record: TileRecord) -> tuple[TileRecord, str | None]:
         found = wrong_with(record)
@@ -164,6 +173,7 @@ def find_damage(
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
         checked = list(threads.map(check, records))
+    known.save()
     whole = {record.id: record for record, cause in checked if cause is None}
     return whole, {record.id: cause for record, cause in checked if cause is not None}
 
@@ -195,13 +205,14 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
     return []
 
 
-def _check_image(
-    record: TileRecord, images: Mapping[str, Source], written: float | None, *, by_content: bool
-) -> list[Finding]:
+def _check_image(record: TileRecord, images: Mapping[str, Source], known: KnownImages) -> list[Finding]:
+    """A finding for an image that has another content than the record says; reads it."""
     image = images.get(record.id)
-    if image is None or is_unchanged(image, record, written, by_content=by_content):
-        return []
-    return [Finding("stale-tile", record.id, f"{image} is not the image that the tile was computed from")]
+    return [] if image is None or known.compare(image, record) else [_stale(record, image)]
+
+
+def _stale(record: TileRecord, image: Source) -> Finding:
+    return Finding("stale-tile", record.id, f"{image} is not the image that the tile was computed from")
 
 
 def _check_strays(storage: Storage, manifest: Manifest) -> Iterator[Finding]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import tile
 from kdpipe.cache.codec import encode, error_bound
-from kdpipe.cache.images import Source, is_unchanged
+from kdpipe.cache.images import Source, same_content
+from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences
@@ -51,32 +52,34 @@ def finished_tiles(
         return {}
     known = {record.id: record for record in manifest.tiles} if manifest and manifest.recipe == found else {}
     digest = recipe.digest()
-    info = storage.infos()
-    finished = {}
-    for tile_id, image in images.items():
-        record = known.get(tile_id)
-        if record is None or not _is_finished(info, record, image):
-            # The manifest lacks the tile, or its record does not fit; the tile's receipt may still vouch for it.
-            record = read_receipt(storage, tile_id, digest)
-            if record is None or not _is_finished(info, record, image):
-                continue
-        finished[tile_id] = record
-    return finished
+    info, known_images = storage.infos(), KnownImages(storage)
+    stored = {tile_id: known[tile_id] for tile_id in images if tile_id in known and _is_stored(info, known[tile_id])}
+    unchanged = known_images.unchanged((images[tile_id], record) for tile_id, record in stored.items())
+    finished = {tile_id: stored[tile_id] for tile_id in unchanged}
+    # The manifest lacks the others, or its records do not fit; the tiles' receipts may still vouch for them.
+    receipts = ((tile_id, read_receipt(storage, tile_id, digest)) for tile_id in images if tile_id not in finished)
+    others = {
+        tile_id: record
+        for tile_id, record in receipts
+        if record is not None and record != stored.get(tile_id) and _is_stored(info, record)
+    }
+    unchanged = known_images.unchanged((images[tile_id], record) for tile_id, record in others.items())
+    finished |= {tile_id: others[tile_id] for tile_id in unchanged}
+    return {tile_id: finished[tile_id] for tile_id in images if tile_id in finished}
 
 
 def finished_tile(storage: Storage, tile_id: str, image: Source, recipe_digest: str) -> TileRecord | None:
     """The record of one tile if it is finished (see `finished_tiles`), else None."""
     record = read_receipt(storage, tile_id, recipe_digest)
-    return record if record is not None and _is_finished(storage.info, record, image) else None
+    is_finished = record is not None and _is_stored(storage.info, record) and same_content(image, record)
+    return record if is_finished else None
 
 
-def _is_finished(info: Callable[[str], FileInfo | None], record: TileRecord, image: Source) -> bool:
-    """Whether a tile's files exist, the shard has its size, and its image has not changed since."""
+def _is_stored(info: Callable[[str], FileInfo | None], record: TileRecord) -> bool:
+    """Whether a tile's files exist, and the shard has its size."""
     path = tile.tile_path(record.id)
     shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
-    if shard is None or receipt is None or shard.size != record.shard_bytes:
-        return False
-    return is_unchanged(image, record, receipt.modified, by_content=False)
+    return shard is not None and receipt is not None and shard.size == record.shard_bytes
 
 
 def whole_manifest(storage: Storage) -> Manifest | None:

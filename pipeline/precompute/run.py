@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.cache.integrity import find_damage
+from kdpipe.cache.known_images import KnownImages, states_before
 from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.spill import Spill
@@ -224,18 +225,27 @@ def _batches_with_missing(plan: Plan, batch_size: int, summary: Summary) -> list
 def _collected(
     computed: Generator[TileRecord, None, None], plan: Plan, summary: Summary, progress: Progress
 ) -> dict[str, TileRecord]:
-    """The records of the computed tiles by id, counted in `summary`; raises `DiskFull` early if the rest will not fit."""
-    records = {}
+    """
+    The records of the computed tiles by id, counted in `summary`; their images are known from now on, however the run ends.
+
+    Raises `DiskFull` early if the rest will not fit.
+    """
+    records: dict[str, TileRecord] = {}
+    sources = {tile.id: tile.source for tile in plan.missing}
+    before = states_before(sources)  # `computed` begins to read at its first record
     bar = progress.bar("teacher", len(plan.tiles), summary.noun, done=len(plan.finished))
-    with bar as advance, closing(computed):
-        for record in computed:
-            records[record.id] = record
-            summary.computed += 1
-            summary.pixels += record.height * record.width
-            summary.bytes_written += record.shard_bytes
-            advance(1, bytes=record.shard_bytes)
-            if summary.computed == FORECAST_AFTER:
-                _refuse_small_disk(plan, summary)
+    try:
+        with bar as advance, closing(computed):
+            for record in computed:
+                records[record.id] = record
+                summary.computed += 1
+                summary.pixels += record.height * record.width
+                summary.bytes_written += record.shard_bytes
+                advance(1, bytes=record.shard_bytes)
+                if summary.computed == FORECAST_AFTER:
+                    _refuse_small_disk(plan, summary)
+    finally:
+        KnownImages(plan.storage).note_computed(before, ((sources[tile], record) for tile, record in records.items()))
     return records
 
 

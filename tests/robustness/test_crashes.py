@@ -57,8 +57,8 @@ def scene(request, config_of, tmp_path):
 
 
 def stored(folder):
-    """Every file except the record of costs, which holds times."""
-    return {name: data for name, data in tree(folder).items() if not name.endswith(SUFFIX)}
+    """Every file except the record of costs and the notes on images, which hold times."""
+    return {name: data for name, data in tree(folder).items() if not name.endswith((SUFFIX, ".images"))}
 
 
 def run(disk, config_of, monkeypatch):

@@ -324,9 +324,14 @@ def other_pixels(image: Path, seconds: float) -> None:
     os.utime(image, (stat.st_atime, stat.st_mtime + seconds))
 
 
-def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(own_images):
+@pytest.mark.parametrize(
+    "seconds", [3600, 1e-6, -1e-6, -1e9], ids=["later", "just later", "just earlier", "decades earlier"]
+)
+def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(own_images, seconds):
+    """The date of another image of the same size may be older than that of the tile: `cp -p`, `rsync -t`, `tar`, `unzip`."""
     config, images = own_images
-    other_pixels(images[0], 3600)
+    assert found(config, "quick") == set()
+    other_pixels(images[0], seconds)
     stale = ("stale-tile", f"Train/{images[0].stem}")
     assert found(config, "quick") == found(config, "full") == {stale}
     with pytest.raises(
@@ -343,10 +348,14 @@ def test_an_image_touched_or_copied_without_a_change_is_not_stale(own_images):
     open_for_training(config)
 
 
-def test_an_image_changed_behind_the_clock_is_found_by_full_alone(own_images):
-    """An image of the same size that is older than its tile: `quick` takes it for unchanged, as make would; only `full` reads it."""
+def test_an_image_changed_without_its_size_or_time_is_found_by_full_alone(own_images):
+    """What `quick` cannot see: other pixels, and a time of change set back to the nanosecond."""
     config, images = own_images
+    os.utime(images[0], (0, 1e9))
+    assert found(config, "quick") == set()
+    times = images[0].stat()
     other_pixels(images[0], 0)
+    os.utime(images[0], ns=(times.st_atime_ns, times.st_mtime_ns))
     assert found(config, "quick") == set()
     assert found(config, "full") == {("stale-tile", f"Train/{images[0].stem}")}
 
