@@ -109,6 +109,24 @@ def end_ranks(fabric: Fabric, seconds: float) -> None:
             process.wait()
 
 
+def freeze_unused(student: nn.Module, images_NCHW: Tensor) -> None:
+    """
+    Take from training the parameters that get no gradient, such as those of encoder stages that PSPNet does not use.
+
+    They stay as they are in any run. DDP would wait for their gradients, and fail at the second step. A trial on images finds them; it
+    leaves weights and statistics as they are, and takes random numbers.
+    """
+    statistics = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    output = student.train()(images_NCHW)
+    sum(part.float().sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+    student.zero_grad()
+    with torch.no_grad():
+        for name, buffer in student.named_buffers():
+            buffer.copy_(statistics[name])
+
+
 class Alone(nn.Module):
     """A student that predicts in the run's precision, in this process only."""
 

@@ -24,9 +24,17 @@ from kdpipe.data.declared.scene import colours_of
 from kdpipe.data.rasters import Stretch, image_size
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles
-from kdpipe.pipeline.distributed import computed_precision, end_ranks, is_further_process, launch, open_fabric
+from kdpipe.pipeline.distributed import (
+    computed_precision,
+    end_ranks,
+    freeze_unused,
+    is_further_process,
+    launch,
+    open_fabric,
+)
 from kdpipe.pipeline.inputs import check_headers, check_labels
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
+from kdpipe.pipeline.models.limits.training import refuse_crops, refuse_tiles
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
@@ -146,7 +154,7 @@ def _loop_on(
     device = fabric.device
     recorded = checkpoint.recorded_config(folder / layout.LAST) if resume else None
     config = resolve_batch_size(config, device, progress, recorded)
-    learner = _build_learner(config, fabric, device, progress)
+    learner = _build_learner(config, fabric, device, val_tiles, progress)
     position = Position()
     if resume:
         position, precision_state = checkpoint.restore(
@@ -201,13 +209,16 @@ def _validation_tiles(config: Config) -> list[Tile]:
     return labelled
 
 
-def _build_learner(config: Config, fabric: Fabric, device: torch.device, progress: Progress) -> Learner:
+def _build_learner(
+    config: Config, fabric: Fabric, device: torch.device, val_tiles: list[Tile], progress: Progress
+) -> Learner:
     """The student with the initial weights of `config.seed`, and its optimizer, on the device."""
     torch.manual_seed(config.seed)
+    in_channels = len(config.data.places(config.student.bands))
     student: Any = build_student(
         config.student.architecture,
         len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
+        in_channels=in_channels,
         encoder=config.student.encoder,
         encoder_weights=config.student.encoder_weights,
         checkpoint=config.student.checkpoint,
@@ -215,6 +226,14 @@ def _build_learner(config: Config, fabric: Fabric, device: torch.device, progres
         options=config.student.options,
         say=progress.say,
     ).to(memory_format=torch.channels_last)  # 20 to 40 % faster on CPUs, and the layout of tensor cores
+    assert config.train.batch_size != "auto"  # it is resolved
+    together = config.train.devices if device.type == "cuda" else 1  # whose batch norms are one
+    refuse_crops(student, config, config.train.batch_size * together)
+    refuse_tiles(student, config, lambda: [(tile.id, image_size(tile.image)) for tile in val_tiles])
+    if config.train.devices > 1:
+        freeze_unused(
+            student.to(device), torch.rand(2, in_channels, config.train.crop, config.train.crop, device=device)
+        )
     if config.train.devices > 1 and has_batch_norm(student):
         if device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]

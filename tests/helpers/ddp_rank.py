@@ -57,13 +57,20 @@ def fresh(*arguments, **options):
     return Plain()
 
 
+def with_unused(*arguments, **options):
+    """A student as `build_student` returns some: not all of its parameters get a gradient."""
+    student = fresh()
+    student.unused = torch.nn.Conv2d(8, 8, 1)
+    return student
+
+
 def main(rank, port, folder):
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     rank_zero_only.rank = rank
     torch.set_num_threads(1)
-    training.build_student = fresh
+    training.build_student = with_unused
     seen = []
     original = Loop._train_batch
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.ddp_rank import CASES, fresh, gradients
+from helpers.ddp_rank import CASES, fresh, gradients, with_unused
 from helpers.doubles import Lines
 from helpers.ports import free_port
+from helpers.runs import Small, assert_same_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError
-from kdpipe.pipeline.distributed import is_further_process, open_fabric
+from kdpipe.pipeline.distributed import freeze_unused, is_further_process, open_fabric
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loop import Loop
@@ -35,7 +36,7 @@ _RUN = {}
 
 @pytest.fixture
 def two_ranks(make_config, tmp_path, tmp_path_factory, monkeypatch):
-    """Results of two processes that trained a student from the cache, stopped, resumed, and then computed gradients."""
+    """Results of two processes that trained `with_unused` from the cache, stopped, resumed, and then computed gradients."""
     if not _RUN:
         config = make_config(**TRAIN)
         precompute(config, CPU)
@@ -77,7 +78,7 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
 ):
     ranks = two_ranks["ranks"]
     assert [int(rank["stopped_at"]) for rank in ranks] == [3, 3], "only rank 0 was asked to stop"
-    monkeypatch.setattr(training, "build_student", fresh)
+    monkeypatch.setattr(training, "build_student", with_unused)
     seen = []
     original = Loop._train_batch
 
@@ -101,6 +102,19 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
         torch.testing.assert_close(student[key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_a_trial_finds_the_parameters_without_gradient_and_changes_nothing_else():
+    torch.manual_seed(0)
+    student = Small()
+    student.unused = torch.nn.Conv2d(8, 8, 1)
+    student.head.bias.requires_grad_(False)  # the user's own choice stays
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    freeze_unused(student, torch.rand(2, 3, 16, 16))
+    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert learning == {"encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias", "head.weight"}
+    assert_same_weights(student.state_dict(), before)
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
 def test_only_the_first_process_writes_and_prints(two_ranks):
     folder = two_ranks["folder"]
     logs = sorted((folder / "lightning_logs/tests/tiny").glob("version_*"))
@@ -113,7 +127,9 @@ def test_only_the_first_process_writes_and_prints(two_ranks):
         (events,) = version.glob("events.out.tfevents.*")
         board = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
         pictures = [tag for tag in board.Tags()["images"] if tag.endswith("/5 student")]
-        assert len(pictures) == (0 if version.name == "version_0" else 5), "the first was stopped before it was validated"
+        assert len(pictures) == (0 if version.name == "version_0" else 5), (
+            "the first was stopped before it was validated"
+        )
         assert all(len({image.step for image in board.Images(tag)}) == len(board.Images(tag)) for tag in pictures)
     assert not [line for line in two_ranks["said"][1][0].splitlines() if line.strip()]
 
@@ -144,6 +160,6 @@ def test_a_run_on_two_devices_is_not_resumed_on_one(two_ranks, make_config, monk
     monkeypatch.chdir(two_ranks["folder"])
     config = make_config(**TRAIN, cache__path=str(two_ranks["folder"] / "cache.zarr"))
     monkeypatch.chdir(two_ranks["folder"])
-    monkeypatch.setattr(training, "build_student", fresh)
+    monkeypatch.setattr(training, "build_student", with_unused)
     with pytest.raises(ConfigError, match="train.devices: was 2, is 1"):
         training.train(config, CPU, resume=True, progress=Lines())
