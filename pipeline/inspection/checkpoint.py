@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.configs.files import file_sha256
+from kdpipe.configs.schema.bands import numbers_of
 from kdpipe.pipeline.models.options import untraced_options
 from kdpipe.pipeline.models.recognise import Network, recognise
 from kdpipe.pipeline.models.unwrap import unwrapped
@@ -24,7 +25,8 @@ class StudentRun:
     """
     The run of `kdpipe train-student` that saved a checkpoint; best mIoU in 0..1.
 
-    `classes` name its channels in order, `normalize` is its `student.normalize` and `options` its `student.options`.
+    `classes` name its channels in order, `normalize` is its `student.normalize` and `options` its `student.options`; `bands` are the
+    numbers of the bands that it sees.
     """
 
     name: str
@@ -35,6 +37,7 @@ class StudentRun:
     classes: list[str]
     normalize: Any
     options: dict[str, Any]
+    bands: tuple[int, ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class _Student(BaseModel):
     encoder: str | None = None
     normalize: Any = None
     options: dict[str, Any] = {}
+    bands: list[int | str] | None = None
+
+
+class _Data(BaseModel):
+    bands: tuple[int, ...] = (1, 2, 3)
+    band_names: dict[str, int] = {}
 
 
 class _Config(BaseModel):
@@ -111,6 +120,7 @@ class _Config(BaseModel):
     name: str
     group: str
     classes: _Classes
+    data: _Data = _Data()
     student: _Student
 
 
@@ -123,6 +133,10 @@ def _run_of(header: Header, path: str) -> tuple[StudentRun, str | None]:
         key = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"the configuration in {path} is not one of kdpipe: {key}: {first['msg']}") from err
     student, encoder = config.student, config.student.encoder
+    try:
+        bands = numbers_of(student.bands, config.data.bands, config.data.band_names)
+    except ValueError as err:
+        raise CheckpointError(f"the configuration in {path} is not one of kdpipe: student.bands {err}") from err
     run = StudentRun(
         f"{config.group}/{config.name}",
         header.kdpipe.mode,
@@ -132,6 +146,7 @@ def _run_of(header: Header, path: str) -> tuple[StudentRun, str | None]:
         config.classes.names,
         student.normalize,
         student.options,
+        bands,
     )
     # timm would fetch `tu-hf-hub:…` from a hub.
     return run, None if encoder is None or ":" in encoder else encoder

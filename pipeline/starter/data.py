@@ -4,23 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import PERCENTILES, Root
+from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.yaml import Key
 from kdpipe.pipeline.text import part_text
 
+OWN_RUN = "Measured: from the configuration that this student was trained with."
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """
+    What is known of the bands that the teacher sees: their `count`, and their `numbers` if these are not 1 to 3 as usual.
+
+    Only a student's checkpoint says the numbers; None is unknown.
+    """
+
+    count: int = COLOURS
+    numbers: tuple[int, ...] | None = None
+
 
 def data_keys(
-    roots: Sequence[Root], roles: dict[str, str], given: Given, notes: list[str], problems: list[str]
+    roots: Sequence[Root],
+    roles: dict[str, str],
+    given: Given,
+    notes: list[str],
+    problems: list[str],
+    wanted: Wanted | None = None,
 ) -> list[Key]:
     """
-    The keys of `data` for surveyed roots and their roles; adds to `notes` and `problems`.
+    The keys of `data` for surveyed roots, their roles and the bands that the teacher sees (None: there is none yet); adds to `notes` and
+    `problems`.
 
-    Raises `ConfigError` if `--bands` asks for a band that images lack.
+    Raises `ConfigError` if `--bands` asks for a band that images lack, or for another number of bands than the teacher's.
     """
     paths = {role: [path for path, of in roles.items() if of == role] for role in roles.values()}
     train = [root for root in roots if roles[root.path] == "train"]
@@ -58,7 +80,7 @@ def data_keys(
             f"{part_text(empty, pixels)} of the pixels of {images} images hold no data by their alpha, masks or nodata: no loss and no "
             "score counts them"
         )
-    return keys + _bands_and_stretch(used, given.bands, notes, problems)
+    return keys + _bands_and_stretch(used, given.bands, wanted, notes, problems)
 
 
 def _alpha(roots: Sequence[Root], notes: list[str]) -> list[Key]:
@@ -78,7 +100,7 @@ def _alpha(roots: Sequence[Root], notes: list[str]) -> list[Key]:
 
 
 def _bands_and_stretch(
-    roots: Sequence[Root], bands: tuple[int, ...] | None, notes: list[str], problems: list[str]
+    roots: Sequence[Root], bands: tuple[int, ...] | None, wanted: Wanted | None, notes: list[str], problems: list[str]
 ) -> list[Key]:
     counts = sum((root.bands for root in roots), Counter())
     dtypes = sum((root.dtypes for root in roots), Counter())
@@ -86,14 +108,27 @@ def _bands_and_stretch(
         notes.append(f"images differ in their number of bands: {_counts_text(counts)}")
     if len(dtypes) > 1:
         notes.append(f"images differ in their type: {_counts_text(dtypes)}")
-    if bands is None and min(counts) < 3 <= max(counts):
+    count = wanted.count if wanted else COLOURS
+    number = "three" if count == COLOURS else str(count)
+    if bands is None and min(counts) < count <= max(counts):
         problems.append(
-            f"images have {_counts_text(counts)} bands: a run reads the same three from all of them, so move those with fewer to a "
-            "folder of their own and leave it out, or convert them"
+            f"images have {_counts_text(counts)} bands: a run reads the same {number} from all of them, so move those with fewer (such as "
+            f"{_with_fewer(roots, count)}) to a folder of their own and leave it out, or convert them"
+        )
+    elif bands is None and count > max(max(counts), COLOURS):
+        problems.append(
+            f"the teacher sees {count} bands, and images have {_counts_text(counts)}: give it images with the bands that it was "
+            "trained on"
         )
     ranges = _ranges_text(roots)
     alpha = _alpha(roots, notes)
-    keys = _bands(roots, bands, ranges, is_opacity=not alpha) + alpha
+    if bands is not None:
+        keys = _given_bands(bands, counts, wanted)
+    elif wanted is None or wanted == Wanted():
+        keys = _bands(roots, ranges, is_opacity=not alpha)
+    else:
+        keys = _bands_of_teacher(roots, wanted, ranges)
+    keys += [*_band_names(roots, keys), *alpha]
     if dtypes.keys() - {"uint8"}:
         why = (f"Measured: images hold {_counts_text(dtypes)}, and networks see 0..255. Guess: these percentiles, over all training "
                f"images, become 0 and 255. range: [low, high] fixes them instead.{ranges}")  # fmt: skip
@@ -101,15 +136,57 @@ def _bands_and_stretch(
     return keys
 
 
-def _bands(roots: Sequence[Root], bands: tuple[int, ...] | None, ranges: str, *, is_opacity: bool) -> list[Key]:
-    """The key `bands`, unless its default is right."""
+def _given_bands(bands: tuple[int, ...], counts: Counter[Any], wanted: Wanted | None) -> list[Key]:
+    """The key `bands` from `--bands`."""
+    if max(bands) > min(counts):
+        raise ConfigError(f"--bands is {list(bands)}, but images have {_counts_text(counts)} bands")
+    if wanted is not None and len(bands) != wanted.count:
+        raise ConfigError(
+            f"--bands is {list(bands)}, but the teacher sees {wanted.count} bands: name as many, in its order"
+        )
+    seen = (
+        "the bands of red, green and blue"
+        if len(bands) == COLOURS
+        else "the bands that the networks see, in their order"
+    )
+    return [Key("bands", list(bands), f"Given: {seen}, counted from 1.")]
+
+
+def _bands_of_teacher(roots: Sequence[Root], wanted: Wanted, ranges: str) -> list[Key]:
+    """The key `bands` for a teacher that sees other bands than red, green and blue."""
+    counts = sum((root.bands for root in roots), Counter())
+    count, own = wanted.count, wanted.numbers
+    if own is not None and max(own) <= min(counts):
+        return [Key("bands", list(own), OWN_RUN)]
+    if min(counts) == max(counts) == count:
+        why = f"Guess: the teacher sees {count} bands and the images have as many. No file says whether it sees them in this order."
+        return [Key("bands", list(range(1, count + 1)), why)]
+    why = (f"Asked: the {count} bands that the teacher sees, in its order, counted from 1, such as {list(range(count, 0, -1))}. The images "
+           f"have {_counts_text(counts)}.")  # fmt: skip
+    return [Key("bands", FILL_IN, why + ranges)]
+
+
+def _band_names(roots: Sequence[Root], keys: Sequence[Key]) -> list[Key]:
+    """The key `band_names`, where more is read than the three bands that the files call red, green and blue."""
+    rgb: Counter[Any] = sum((root.rgb for root in roots), Counter())
+    read = keys[0].value if keys else FILL_IN
+    if len(rgb) != 1 or (named := next(iter(rgb))) is None or read == FILL_IN or not set(named) < set(read):
+        return []
+    why = "Measured: what the files call them; pictures show these. Name further ones too, such as nir: 4, to choose bands by."
+    return [Key("band_names", dict(zip(("red", "green", "blue"), named, strict=True)), why)]
+
+
+def _with_fewer(roots: Sequence[Root], count: int) -> str:
+    """The first image with fewer bands than `count`."""
+    seen = (headers for root in roots for headers in root.seen)
+    return next(str(h.tile.image) for h in seen if h.image is not None and h.image.bands < count)
+
+
+def _bands(roots: Sequence[Root], ranges: str, *, is_opacity: bool) -> list[Key]:
+    """The key `bands` for red, green and blue, unless its default is right."""
     counts = sum((root.bands for root in roots), Counter())
     rgb: Counter[Any] = sum((root.rgb for root in roots), Counter())
     least, most = min(counts), max(counts)
-    if bands is not None:
-        if max(bands) > least:
-            raise ConfigError(f"--bands is {list(bands)}, but images have {_counts_text(counts)} bands")
-        return [Key("bands", list(bands), "Given: the bands of red, green and blue, counted from 1.")]
     if least == most == 1:
         return [Key("bands", [1, 1, 1], "Measured: images have one band, which networks see as red, green and blue.")]
     colours = most - (is_opacity and any(root.alpha for root in roots))

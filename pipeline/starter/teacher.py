@@ -108,13 +108,13 @@ def _window_keys(train: Sequence[Root]) -> list[Key]:
     return []
 
 
-def wanted_bands(teacher: Inspection | External | None) -> Wanted:
-    """What the file says of the bands that the teacher sees."""
+def wanted_bands(teacher: Inspection | External | None) -> Wanted | None:
+    """What the file says of the bands that the teacher sees; None without a teacher, or where it says nothing."""
     if isinstance(teacher, External):
         bands = teacher.input_shape[1] if teacher.input_shape else None
-        return Wanted(bands) if isinstance(bands, int) else Wanted()
+        return Wanted(bands) if isinstance(bands, int) else None
     if teacher is None:
-        return Wanted()
+        return None
     own = teacher.student.bands if teacher.student else None
     return Wanted(teacher.network.in_channels, own if own != Data.model_fields["bands"].default else None)
 
