@@ -10,6 +10,7 @@ from kdpipe.configs.schema import Config
 WEIGHTS_DIR, LOGS_DIR = Path("model_weights"), Path("lightning_logs")  # as the guide lays them out
 LAST, BEST = "last.ckpt", "best.ckpt"
 RUN, CONFIG = "run.json", "config.yaml"
+TILES = "tiles.jsonl.gz"  # what the run was trained and validated on (see `trained_on`)
 METRICS = "metrics.csv"  # in a folder `version_N` of the logs, one for each start of the run
 
 

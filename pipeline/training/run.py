@@ -39,6 +39,7 @@ from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position
+from kdpipe.pipeline.runs.trained_on import changes_since, note_tiles, write_tiles
 from kdpipe.pipeline.training.batch_size import resolve_batch_size
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.training.loop import NOTHING_DONE, Batches, Learner, Loop, Summary
@@ -168,6 +169,12 @@ def _loop_on(
     # A copy of the source, so that a live teacher's time for pictures is not counted as training time.
     shown = training_samples(config, tiles, stretch, copy(targets.source))
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
+    if fabric.is_global_zero:
+        noted = note_tiles({"train": tiles, "val": val_tiles})
+        if resume:
+            for line in changes_since(folder, noted, images_are_known=targets.fingerprint is not None):
+                progress.say(line)
+        write_tiles(folder, noted)
     colours = colours_of(tiles[0].image, config.data.alpha)  # all tiles agree on those that are read
     return Loop(
         config, device, folder, learner, batches, targets, stretch, colours, pictures, position, progress, stop, started
