@@ -18,12 +18,14 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from kdpipe.configs.errors import ConfigError, OutOfMemory
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.distributed import open_fabric
 from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.memory import is_out_of_memory
+from kdpipe.pipeline.models.limits.training import refuse_crops, trains_on
 from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Progress
@@ -72,12 +74,15 @@ def largest_batch(config: Config, device: torch.device) -> tuple[int, str]:
     The largest divisor of the effective size whose step fits, and a clause on what a larger one would have taken.
 
     The CPU's system overcommits memory and kills the process later, so there the two smallest divisors are measured, and only those
-    that fit by the line through both are tried. A batch of one is skipped for networks that cannot train on it: batch norm after
-    pooling to one pixel has no deviation.
+    that fit by the line through both are tried. Raises `SizeRefused` for a network that trains on none of them; one with batch norm
+    after pooling to one pixel cannot train on a batch of one.
     """
     effective = config.train.samples_per_step
-    sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
-    why = ""
+    student, why = _built(config), ""
+    sizes = [size for size in range(effective, 0, -1) if effective % size == 0 and trains_on(student, config, size)]
+    if not sizes:
+        refuse_crops(student, config, effective)
+    del student
     if device.type == "cpu":
         room = CPU_SHARE * available_bytes()
         forecast = _forecast(config, device, sizes, room)
@@ -129,10 +134,6 @@ def _fits(config: Config, device: torch.device, size: int) -> bool:
         if not is_out_of_memory(err):
             raise
         return False
-    except ValueError as err:
-        if size > 1 or "Expected more than 1 value per channel" not in str(err):
-            raise
-        return False
     finally:
         gc.collect()  # modules hold reference cycles
         if device.type == "cuda":
@@ -146,16 +147,11 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     """
     Seconds of each of `steps` steps of a student like the run's, on the most expensive batch: every pixel has a label and a soft target.
 
-    The first step allocates.
+    The first step allocates. Raises `SizeRefused` for a batch or crop that the student cannot train on.
     """
     seconds = []
-    student = build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
-        encoder=config.student.encoder,
-        options=config.student.options,
-    ).to(memory_format=torch.channels_last)
+    student = _built(config)
+    refuse_crops(student, config, size)
     fabric = open_fabric(config, device)
     model, optimizer = fabric.setup(student, make_optimizer(student, config.train))
     classes, crop = len(config.classes.names), config.train.crop
@@ -180,6 +176,17 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def _built(config: Config) -> nn.Module:
+    """A student like the run's."""
+    return build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
+        encoder=config.student.encoder,
+        options=config.student.options,
+    ).to(memory_format=torch.channels_last)
 
 
 @contextmanager

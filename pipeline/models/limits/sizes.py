@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -25,12 +27,19 @@ def fixed_side(network: object) -> int | None:
     """The side in px of the only images, squares, that a network takes; None for one that takes several sizes."""
     if not isinstance(network, nn.Module):
         return None
-    for module in network.modules():
-        # timm's embedding of patches, whose encoder has a fixed number of them.
-        size = getattr(module, "img_size", None)
-        if size is not None and getattr(module, "strict_img_size", False) and size[0] == size[1]:
-            return int(size[0])
-    return None
+    if network not in _sides:  # a network has hundreds of modules, and this is asked for every batch
+        _sides[network] = next(filter(None, map(_fixed_side, network.modules())), None)
+    return _sides[network]
+
+
+_sides: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def _fixed_side(module: nn.Module) -> int | None:
+    # timm's embedding of patches, whose encoder has a fixed number of them.
+    size: Any = getattr(module, "img_size", None)
+    is_fixed = size is not None and getattr(module, "strict_img_size", False)
+    return int(size[0]) if is_fixed and size[0] == size[1] else None
 
 
 @contextmanager

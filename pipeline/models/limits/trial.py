@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.limits.sizes import reason
 
 STEP_PX, MOST_PX = 32, 1024  # multiples of the coarsest stride, up to a size that every network takes
@@ -24,7 +25,8 @@ def refusal(network: nn.Module, shape: Sequence[int], *, training: bool = False)
     """
     Why a network does not take a batch of `shape` (N, C, H, W) in words that follow its name, or None if it does.
 
-    What fails on the meta device for another cause than its size is computed on the network's own before it is believed.
+    What fails on the meta device for another cause than its size is computed on the network's own before it is believed; a lack of
+    memory there is none of the network.
     """
     was_training = network.training
     tensors = dict(itertools.chain(network.named_parameters(), network.named_buffers()))
@@ -33,18 +35,20 @@ def refusal(network: nn.Module, shape: Sequence[int], *, training: bool = False)
         try:
             _call(network, {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}, shape)
         except Exception as err:
-            if text := reason(err, network, shape):
-                return text
-            try:
-                _call(network, {name: value.clone() for name, value in tensors.items()}, shape)
-            except (ValueError, RuntimeError, AssertionError) as own:
-                return (
-                    reason(own, network, shape)
-                    or f"cannot compute {shape[0]} images of {shape[2]} x {shape[3]} px: {own}"
-                )
+            return reason(err, network, shape) or _confirmed(network, tensors, shape)
         return None
     finally:
         network.train(was_training)
+
+
+def _confirmed(network: nn.Module, tensors: dict[str, torch.Tensor], shape: Sequence[int]) -> str | None:
+    try:
+        _call(network, {name: value.clone() for name, value in tensors.items()}, shape)
+    except (ValueError, RuntimeError, AssertionError, MemoryError) as err:
+        if is_out_of_memory(err):
+            return None
+        return reason(err, network, shape) or f"cannot compute {shape[0]} images of {shape[2]} x {shape[3]} px ({err})"
+    return None
 
 
 def _call(network: nn.Module, tensors: dict[str, torch.Tensor], shape: Sequence[int]) -> None:
