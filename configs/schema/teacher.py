@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdpipe.configs.schema.bands import Choice
 from kdpipe.configs.schema.options import SET_BY_TEACHER, Options, refuse_own
@@ -88,8 +88,9 @@ class Teacher(Section):
 
     @field_validator("options")
     @classmethod
-    def _refuse_own(cls, options: Options) -> Options:
-        return refuse_own(options, SET_BY_TEACHER)
+    def _refuse_own(cls, options: Options, info: ValidationInfo) -> Options:
+        """What an architecture is given otherwise; a callable of the user's own may have arguments of any name."""
+        return options if info.data.get("model") is not None else refuse_own(options, SET_BY_TEACHER)
 
     @property
     def kind(self) -> Literal["smp", "model", "pretrained", "file"]:

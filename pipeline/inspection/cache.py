@@ -12,9 +12,9 @@ from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.schema import Config
-from kdpipe.pipeline.inspection.external import is_external
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline.inspection.external import is_external
 from kdpipe.pipeline.precompute.expected_recipe import expected_fields
 from kdpipe.pipeline.precompute.subjects import subjects
 from kdpipe.pipeline.versions import other_libraries
