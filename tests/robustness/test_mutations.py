@@ -10,7 +10,7 @@ import pytest
 from helpers.configs import tiny_config
 from helpers.mutation_runs import LIMIT_BYTES, run_mutations, write_sources
 
-NUMBERS = {"teacher": 4000, "student": 2500, "config": 2500, "onnx": 1000}
+NUMBERS = {"teacher": 3000, "student": 1500, "config": 5000, "onnx": 500}
 SAMPLE = {"teacher": 120, "student": 80, "config": 100, "onnx": 15}
 REAL = 100
 
