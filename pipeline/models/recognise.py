@@ -40,7 +40,8 @@ class Network:
     """
     A recognised network; fields that were not recognised are None.
 
-    `attention` is `scse`, or None without it; `in_channels` is the number of bands that it sees. `options` are those that its tensors need beside an architecture's defaults.
+    `attention` is `scse`, or None without it; `in_channels` is the number of bands that it sees. `options` are those that its tensors
+    need beside an architecture's defaults.
     """
 
     architecture: str | None
@@ -55,7 +56,8 @@ class Network:
         encoder = f" with {self.encoder}" if self.encoder else ""
         attention = " and scSE attention" if self.attention else ""
         channels = f", {self.in_channels} bands" if self.in_channels != COLOURS else ""
-        channels += f", {self.channels} channels" if self.channels is not None else ""
+        if self.channels is not None:
+            channels += f", {self.channels} channel{'s' if self.channels != 1 else ''}"
         if self.architecture is None:
             unknown = " whose decoder is not recognised" if self.encoder else " that is not recognised"
             return f"a network{encoder}{unknown}{channels}"

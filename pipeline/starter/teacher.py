@@ -46,7 +46,8 @@ def _own_classes(teacher: Inspection | External | None) -> list[str] | None:
 def _channels_of(teacher: Inspection | External | None) -> int | None:
     if teacher is None:
         return None
-    return teacher.channels if isinstance(teacher, External) else teacher.network.channels
+    channels = teacher.channels if isinstance(teacher, External) else teacher.network.channels
+    return 2 if channels == 1 else channels  # a sigmoid's, which stands for two classes
 
 
 def teacher_keys(
@@ -149,6 +150,9 @@ def _channels(teacher: Inspection | External | None, names: list[str] | None, gi
     why = "Asked: its classes in the order of its channels, from its training code or its author."
     if channels is None:
         return Key("classes", FILL_IN, f"{why} Such as [Tree, Road, Water].")
+    if isinstance(teacher, Inspection) and teacher.network.channels == 1:
+        why += " Its one channel is a sigmoid's, σ, and stands for two."
+        return Key("classes", [Item(FILL_IN, "1 - σ, the rest"), Item(FILL_IN, "σ, what it finds")], why)
     if channels in KNOWN_ORDERS:
         lines, shipped = KNOWN_ORDERS[channels]
         why += f" Teachers with {channels} channels often have {lines['classes']}, as in {shipped}; another order is as likely."

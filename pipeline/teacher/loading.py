@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.configs.schema import Teacher
 from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.external.outputs import of_two_classes
 from kdpipe.pipeline.models.unwrap import unwrapped
 from kdpipe.pipeline.models.weights import Misfit, check_tensors, load_strictly, read_checkpoint
 from kdpipe.pipeline.teacher.sources import load_foreign
@@ -38,19 +38,14 @@ WITH_ATTENTION = ("unet", "unetplusplus")  # smp's architectures whose decoder m
 
 
 class TwoClasses(nn.Module):
-    """
-    A network of one channel z, trained with a sigmoid, as logits 0 and z `(N, 2, H, W)`.
-
-    Their softmax is exactly 1 - σ(z) and σ(z).
-    """
+    """A network of one channel z, trained with a sigmoid, as one of two classes: see `of_two_classes`."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        z_N1HW: Tensor = self.network(images_NCHW)
-        return torch.cat([torch.zeros_like(z_N1HW), z_N1HW], dim=1)
+        return of_two_classes(self.network(images_NCHW))
 
 
 def load_teacher(
@@ -114,7 +109,9 @@ def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str
         lines["options"] = "{}"
     known = found.architecture is not None or found.encoder is not None
     if known and found.channels is not None and found.channels != len(teacher.classes):
-        order, shipped = KNOWN_ORDERS.get(found.channels, ({"classes": "[...]"}, None))
+        order, shipped = KNOWN_ORDERS.get(
+            found.channels, ({"classes": "[..., ...]" if found.channels == 1 else "[...]"}, None)
+        )
         lines |= order
         hint = (
             f"\n\n{SIGMOID}"

@@ -84,8 +84,8 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
     """
     The scores in a file, of a tile of `height` x `width` px and the teacher's channels `classes`.
 
-    Raises `DataError` if the file is unreadable or holds anything but one finite float array `(C, H, W)`; exchanged height and width
-    are let through, as a script that turns images leaves them.
+    One channel, of a sigmoid, becomes two. Raises `DataError` if the file is unreadable or holds anything but one finite float array
+    `(C, H, W)`; exchanged height and width are let through, as a script that turns images leaves them.
     """
     if path.suffix.lower() in (".tif", ".tiff"):
         raw = _raster(path, classes, height, width)
@@ -103,6 +103,12 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
             f"{path} holds 0 and 1 alone, an argmax as one-hot: save the scores before it, logits or probabilities"
         )
     kind = _kind(values_CHW)
+    if (
+        len(values_CHW) == 1
+    ):  # of a sigmoid: z or σ(z), which say the same as the logits 0 and z or as 1 - σ(z) and σ(z)
+        is_share = kind in ("probabilities", "values in 0..1")
+        values_CHW = np.concatenate([1 - values_CHW if is_share else np.zeros_like(values_CHW), values_CHW])
+        kind = "probabilities" if is_share else "logits"
     if raw.dtype != np.float16:
         return Scores(path, values_CHW, kind, 0.0, _precision_of(values_CHW))
     return Scores(path, values_CHW, kind, _rounding(values_CHW, kind), None)
@@ -174,7 +180,8 @@ def _require_scores(
     if dtype.kind != "f":
         raise DataError(f"{path} holds {dtype} values: save the scores as floats")
     wanted = (len(classes), height, width)
-    if shape in (wanted, (len(classes), width, height)):
+    channels = (len(classes), 1) if len(classes) == 2 else (len(classes),)  # one of a sigmoid stands for two
+    if shape in [(count, *size) for count in channels for size in ((height, width), (width, height))]:
         return
     raise DataError(
         f"{path} has the shape {shape}, and its tile needs {wanted}: one channel for each of the teacher's classes "

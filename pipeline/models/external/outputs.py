@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +39,8 @@ class AtImageSize(nn.Module):
 
     def forward(self, images_NBHW: Tensor) -> Tensor:
         logits = logits_in(self.network(images_NBHW), self._key)
+        if self._num_classes == 2 and logits.ndim == 4 and logits.shape[1] == 1:
+            logits = of_two_classes(logits)
         count, _, height, width = images_NBHW.shape
         if logits.ndim != 4 or len(logits) != count or logits.shape[1] != self._num_classes:
             raise ConfigError(
@@ -55,6 +58,11 @@ class AtImageSize(nn.Module):
                 "enlarged bilinearly"
             )
         return F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+
+
+def of_two_classes(z_N1HW: Tensor) -> Tensor:
+    """The logits 0 and z `(N, 2, H, W)` of a sigmoid's one channel z, whose softmax is exactly 1 - σ(z) and σ(z)."""
+    return torch.cat([torch.zeros_like(z_N1HW), z_N1HW], dim=1)
 
 
 def logits_in(output: Any, key: str) -> Tensor:
