@@ -14,7 +14,7 @@ from itertools import combinations
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline.progress import Advance, Progress
 from kdpipe.pipeline.verify.script_runs import Attempt, Difference, Runner, Target
-from kdpipe.pipeline.verify.scripts import IMAGENET, SCALINGS, Given, Script, alternatives, sizes_like
+from kdpipe.pipeline.verify.scripts import IMAGENET, Given, Script, alternatives, scalings_of, sizes_like
 
 ROUNDS, CARRIED = 3, (2, 1)  # scripts carried into a round: as they are, and with one more decision about their output
 LARGEST_OF_THREE_PX = (
@@ -167,11 +167,16 @@ def _round(runner: Runner, given: Given, tried: dict[Script, list[Attempt]], num
     if number == 1:
         yield from alternatives(base, base, given)
         return
-    commonest = {"bands": base.bands[::-1], "scaling": IMAGENET, "mode": "train"}
+    scalings = scalings_of(len(base.bands))
+    commonest = {
+        "bands": base.bands[::-1],
+        "scaling": IMAGENET if IMAGENET in scalings else scalings[0],
+        "mode": "train",
+    }
     if number == 2:
         yield from (replace(base, **dict(pair)) for pair in combinations(commonest.items(), 2))  # type: ignore[arg-type]
         orders = dict.fromkeys(script.bands for script in tried if script.bands != base.bands)
-        for scaling in SCALINGS:
+        for scaling in scalings:
             if scaling != base.scaling:
                 yield from (replace(base, scaling=scaling, bands=bands) for bands in orders)
     before = [(script, found) for script, found in tried.items() if len(script.changes(base)) == number - 1]

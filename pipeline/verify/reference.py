@@ -133,18 +133,18 @@ def _compare_teacher(
     if strangers:
         report.notes.append(f"not compared, as named after no tile: {summarise(str(path) for path in strangers)}")
     targets = [Target(tile, read_scores(path, member.classes, *image_size(tile.image))) for tile, path in matched]
-    model = load_teacher(member, key)
+    model = load_teacher(member, key, in_channels=len(config.data.places(member.bands)))
     # In the memory layout that scripts use: in half precision another one gives other numbers.
     runner = Runner(copy.deepcopy(model).to(device), key, member, config, stretch, device)
     teacher = _whole_teacher(config, member, model, stretch, device)
     found: list[tuple[Target, Difference]] = []
     with progress.bar(f"reference, {key}", len(targets), "tiles") as advance:
         for target in targets:
-            image_HW3 = read_image(target.tile.image, config.data.bands, stretch, config.data.alpha)
-            size = sized("tile", 1, *image_HW3.shape[:2])
-            advice = teacher_advice(config, 1, device, max(image_HW3.shape[:2]))
+            image_HWB = read_image(target.tile.image, config.data.bands, stretch, config.data.alpha)
+            size = sized("tile", 1, *image_HWB.shape[:2])
+            advice = teacher_advice(config, 1, device, max(image_HWB.shape[:2]))
             with fits_in_memory(f"while {size} was compared with its reference", advice):
-                probs_CHW = torch.softmax(teacher.logits(image_HW3[None])[0], dim=0).cpu()
+                probs_CHW = torch.softmax(teacher.logits(image_HWB[None])[0], dim=0).cpu()
             found.append((target, difference(probs_CHW, target.saved("softmax"))))
             advance()
     found = _without_views(found, runner, key, member, report)
@@ -180,7 +180,8 @@ def _whole_teacher(
     class_map = {name: {config.classes.names[0]: 1.0} for name in member.classes}  # takes no part in logits
     config = config.model_copy(update={"teacher": alone, "teachers": [], "class_map": class_map})
     softening = Softening(1.0, config.class_map_matrix())
-    return FrozenTeacher([model], complete_recipe(config, stretch, None), softening, device)
+    places = [config.data.places(alone.bands)]
+    return FrozenTeacher([model], complete_recipe(config, stretch, None), softening, device, places)
 
 
 def _allowed(target: Target) -> float:

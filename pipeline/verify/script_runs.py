@@ -103,10 +103,11 @@ class Runner:
     def __init__(
         self, model: nn.Module, key: str, teacher: Teacher, config: Config, stretch: Stretch, device: torch.device
     ) -> None:
-        self.base = configured(teacher, config.data.bands)
+        self.base = configured(teacher, config.data.numbers(teacher.bands))
+        self._range_of = dict(zip(config.data.bands, stretch, strict=True)) if stretch else None
         self._models: dict[tuple[tuple[str, Any], ...], nn.Module] = {(): model}
         self._key, self._teacher = key, teacher
-        self._stretch, self._alpha, self._device = stretch, config.data.alpha, device
+        self._alpha, self._device = config.data.alpha, device
         self._pixels: dict[tuple[str, str, tuple[int, ...]], NDArray[np.uint8]] = {}
 
     def given(self, target: Target) -> Given:
@@ -125,7 +126,7 @@ class Runner:
             width=header.width,
             orientation=header.orientation,
             num_bands=header.bands,
-            any_bands=self._stretch is None,
+            any_bands=self._range_of is None,
             decoders=tuple(decoders),
             precisions=("bf16", "fp16", *(["tf32"] if self._device.type == "cuda" else [])),
         )
@@ -190,7 +191,9 @@ class Runner:
         if script.options not in self._models:
             options = {**self._teacher.options, **dict(script.options)}
             teacher = self._teacher.model_copy(update={"options": options})
-            self._models[script.options] = load_teacher(teacher, self._key).to(self._device)
+            self._models[script.options] = load_teacher(teacher, self._key, in_channels=len(self.base.bands)).to(
+                self._device
+            )
         return self._models[script.options]
 
     def _averaged(self, model: nn.Module, inputs_1Bhw: Tensor, script: Script, black_1B11: Tensor) -> Tensor:
@@ -225,11 +228,12 @@ class Runner:
     def _decoded(self, tile: Tile, script: Script) -> NDArray[np.uint8]:
         if script.decoder == "kdpipe":
             if sorted(script.bands) != sorted(self.base.bands):
-                return read_image(tile.image, script.bands, self._stretch, self._alpha)
-            own_HWB = read_image(tile.image, self.base.bands, self._stretch, self._alpha)
+                return read_image(tile.image, script.bands, None, self._alpha)  # tried without a stretch alone
+            stretch = [self._range_of[band] for band in self.base.bands] if self._range_of else None
+            own_HWB = read_image(tile.image, self.base.bands, stretch, self._alpha)
             return own_HWB[..., [self.base.bands.index(band) for band in script.bands]]
         nothing = np.empty((0, 0, 3), dtype=np.uint8)
-        if self._stretch is not None or tile.image.suffix.lower() in (".tif", ".tiff") or max(script.bands) > 3:
+        if self._range_of is not None or tile.image.suffix.lower() in (".tif", ".tiff") or max(script.bands) > 3:
             return nothing
         read = _by_pillow if script.decoder == "Pillow" else _by_gdal
         pixels_HWB = read(tile)
@@ -299,14 +303,15 @@ def _best_order(pairs: list[tuple[Tensor, Tensor]]) -> tuple[int, ...] | None:
 
 def _normalised(unit_1Bhw: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """The network's input from `x / 255`, and what a black pixel becomes `(1, B, 1, 1)`."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (scaling.mean, scaling.std))
+    bands = unit_1Bhw.shape[1]
+    mean, std = (torch.tensor(values).view(1, bands, 1, 1) for values in (scaling.mean, scaling.std))
     if scaling.per_tile == "range":
-        mean = unit_1Bhw.amin(dim=(1, 2, 3), keepdim=True).expand(1, 3, 1, 1)
+        mean = unit_1Bhw.amin(dim=(1, 2, 3), keepdim=True).expand(1, bands, 1, 1)
         std = unit_1Bhw.amax(dim=(1, 2, 3), keepdim=True) - mean
     elif scaling.per_tile is not None:
         axes = (2, 3) if scaling.per_tile == "channels" else (1, 2, 3)
-        mean = unit_1Bhw.mean(dim=axes, keepdim=True).expand(1, 3, 1, 1)
-        std = unit_1Bhw.std(dim=axes, keepdim=True, correction=0).expand(1, 3, 1, 1)
+        mean = unit_1Bhw.mean(dim=axes, keepdim=True).expand(1, bands, 1, 1)
+        std = unit_1Bhw.std(dim=axes, keepdim=True, correction=0).expand(1, bands, 1, 1)
     std = std.clamp(min=1e-12)
     return (unit_1Bhw - mean) / std, -mean / std
 
@@ -328,6 +333,10 @@ def _padded(inputs_1Bhw: Tensor, size: Size, black_1B11: Tensor) -> tuple[Tensor
 
 def _resized(pixels_HWB: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[Any]:
     """Pixels of 0..255 `(h, w, B)`, rounded to uint8 where the library does that."""
+    if pixels_HWB.shape[-1] != 3:  # Pillow and OpenCV resize few other numbers of bands at once
+        parts = [_resized(np.repeat(band_HW[..., None], 3, axis=-1), height, width, interpolation)[..., :1]
+                 for band_HW in pixels_HWB.transpose(2, 0, 1)]  # fmt: skip
+        return np.concatenate(parts, axis=-1)
     library, _, kind = interpolation.partition("'s ")
     if library == "torch":
         image = torch.from_numpy(pixels_HWB).permute(2, 0, 1)[None].float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any, Literal
 
 from kdpipe.configs.schema import MeanStd, Teacher
@@ -29,6 +29,7 @@ TURNS = {
 EXIF = "EXIF"  # in the place of a turn: each tile by its own orientation
 SQUARES_PX = (224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 FACTORS = (0.5, 0.75, 1.25, 1.5, 2.0)
+MOST_PERMUTED = 4  # bands whose orders are all tried: 24
 MOST_ENLARGED = 3  # times a side: nobody resizes further
 # Of options that leave no trace in the weights; those that the network is built with anyway change nothing.
 UNTRACED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -85,7 +86,7 @@ SCALINGS = (
     Scaling("normalises each tile by its own mean and deviation", per_tile="all"),
     Scaling("scales each tile from its smallest to its largest value", per_tile="range"),
 )
-"""The normalisations that scripts use."""
+"""The normalisations that scripts use, of images of three bands."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,22 @@ class Given:
     precisions: tuple[str, ...]
 
 
+def scalings_of(count: int) -> list[Scaling]:
+    """`SCALINGS` of images of `count` bands: with other than three, those that treat all bands alike."""
+    if count == len(IMAGENET_MEAN):
+        return list(SCALINGS)
+    alike = [scaling for scaling in SCALINGS if len(set(scaling.mean)) == len(set(scaling.std)) == 1]
+    return [
+        _linear(scaling.text, scaling.mean[:1] * count, scaling.std[:1] * count)
+        if scaling.key and scaling.key.startswith("{")
+        else replace(scaling, mean=scaling.mean[:1] * count, std=scaling.std[:1] * count)
+        for scaling in alike
+    ]
+
+
 def configured(teacher: Teacher, bands: Sequence[int]) -> Script:
-    """Kdpipe's own script: the configured normalisation and bands, one view of the whole tile, float32."""
-    mean, std = mean_std(teacher.normalize)
+    """Kdpipe's own script: the configured normalisation and the `bands` that the teacher sees, one view of the whole tile, float32."""
+    mean, std = mean_std(teacher.normalize, len(bands))
     key = "{...}" if isinstance(teacher.normalize, MeanStd) else teacher.normalize
     return Script(bands=tuple(bands), scaling=Scaling("normalises as configured", tuple(mean), tuple(std), key))
 
@@ -182,7 +196,7 @@ def alternatives(script: Script, base: Script, given: Given) -> Iterator[Script]
             if interpolation != script.interpolation:
                 yield replace(script, interpolation=interpolation)
     if script.scaling == base.scaling:
-        for scaling in SCALINGS:
+        for scaling in scalings_of(len(base.bands)):
             if (scaling.mean, scaling.std) != (base.scaling.mean, base.scaling.std) or scaling.per_tile:
                 yield replace(script, scaling=scaling)
     if script.bands == base.bands:
@@ -250,10 +264,10 @@ def _remedy(name: str, script: Script, base: Script, given: Given) -> tuple[str,
             f"set {key}.normalize: {value}" if value else f"normalise by fixed values in it, as {key}.normalize says"
         )
     if name == "bands":
-        reverse = script.bands == base.bands[::-1]
+        reverse = len(base.bands) == 3 and script.bands == base.bands[::-1]
         return (
             f"feeds {'BGR' if reverse else f'the bands {list(script.bands)}'}",
-            f"set data.bands: {list(script.bands)}",
+            f"set {'data' if given.teacher.bands is None else key}.bands: {list(script.bands)}",
         )
     if name == "decoder":
         return (
@@ -359,11 +373,17 @@ def _multiple(side: int, up: bool) -> int:
 
 
 def _band_orders(bands: Sequence[int], given: Given) -> Iterator[tuple[int, ...]]:
-    """The reverse, then other orders; with a file of four bands other bands too."""
+    """The reverse, then other orders, of many bands those with two of them swapped; with a file of four bands other bands too."""
     given_bands = range(1, given.num_bands + 1) if given.any_bands and given.num_bands == 4 else bands
-    reverse = tuple(bands[::-1])
+    own, reverse = tuple(bands), tuple(bands[::-1])
+    if len(bands) > MOST_PERMUTED:
+        orders: Iterator[tuple[int, ...]] = (
+            tuple(j if band == i else i if band == j else band for band in own) for i, j in combinations(own, 2)
+        )
+    else:
+        orders = permutations(given_bands, len(bands))
     yield reverse
-    yield from (order for order in permutations(given_bands, 3) if order not in (tuple(bands), reverse))
+    yield from (order for order in orders if order not in (own, reverse))
 
 
 def _sizes(given: Given) -> Iterator[Size]:

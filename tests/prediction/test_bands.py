@@ -148,6 +148,21 @@ def test_the_gate_passes_and_what_runs_the_teacher_runs(here):
     assert len(suggest_map(here.config, CPU, sample=2).rows) == 3
 
 
+def test_the_owners_scores_are_compared_over_the_same_bands_and_another_order_is_explained(here, tmp_path):
+    state = torch.load(here.teacher_file, weights_only=True)
+    path = here.folder / "Train/images/t0.tif"
+    fed = {
+        "own": inputs_by_hand(path, here.sees, here.mean, here.std, here.stretch),
+        "swapped": inputs_by_hand(path, here.sees[::-1], here.mean, here.std, here.stretch and here.stretch[::-1]),
+    }
+    for name, inputs in fed.items():
+        (tmp_path / name / "Train").mkdir(parents=True)
+        np.save(tmp_path / name / "Train/t0.npy", logits_by_hand(state, inputs).astype(np.float32))
+    assert verify(here.config, "quick", CPU, reference=tmp_path / "own").findings == []
+    (finding,) = verify(here.config, "quick", CPU, reference=tmp_path / "swapped").findings
+    assert f"feeds the bands {here.sees[::-1]}: set teacher.bands: {here.sees[::-1]}; then the largest" in finding.message
+
+
 def test_another_band_of_the_student_keeps_the_cache_and_one_of_the_teacher_makes_it_stale(here):
     said = Lines()
     numbers = here.student[::-1] if here.bands == 4 else [1, 2, 3]
