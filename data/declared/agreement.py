@@ -124,8 +124,14 @@ class Agreement:
         return found
 
     def _misread(self) -> str | None:
-        """How the bands differ from those that all images call red, green and blue; None if they do not."""
-        if len(self._named) != 1 or self.bands is None or next(iter(self._named)) == tuple(self.bands):
+        """
+        How three bands differ from those that all images call red, green and blue; None if they do not.
+
+        Of another number of bands nobody knows which order is right.
+        """
+        if len(self._named) != 1 or self.bands is None or len(self.bands) != len(RGB):
+            return None
+        if next(iter(self._named)) == tuple(self.bands):
             return None
         named, example = next(iter(self._named)), self._examples[next(iter(self._named))]
         return f"images call bands {list(named)} red, green and blue (such as {example}), and data.bands is {list(self.bands)}"
