@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,9 @@ from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.options import check_options
 
+# Encoders that smp itself takes as `tu-…` today.
+ALIASES = ("timm-regnet", "timm-res2", "timm-resnest", "timm-mobilenetv3", "timm-gernet")
+DERIVED = ("regnet", "res2", "resnest", "gernet")  # timm's names of those whose tensors older versions named otherwise
 TRIAL_PX = 256  # side of the image on which options are tried: the smallest that all of smp's decoders take
 
 
@@ -42,7 +47,7 @@ def create_smp_model(
             f"{key}.architecture: {architecture!r} is unknown{_nearest(architecture, known)}; known: {', '.join(known)}"
         )
     encoders = smp.encoders.get_encoder_names()  # type: ignore[no-untyped-call]
-    if encoder not in encoders and not encoder.startswith("tu-"):
+    if encoder not in encoders and not encoder.startswith(("tu-", *ALIASES)):
         raise ConfigError(
             f"{key}.encoder: {encoder!r} is unknown{_nearest(encoder, encoders)}; any timm model works as tu-NAME, "
             "the others are listed in the documentation of segmentation-models-pytorch"
@@ -53,7 +58,9 @@ def create_smp_model(
     if attention is not None:
         arguments["decoder_attention_type"] = attention
     try:
-        model: nn.Module = smp.create_model(architecture, encoder_name=encoder, **arguments | given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # smp's, of all encoders `timm-…`
+            model: nn.Module = smp.create_model(architecture, encoder_name=encoder, **arguments | given)
     except OSError:  # weights that cannot be downloaded: the caller's to explain
         raise
     except Exception as err:  # smp checks few of its arguments: what a wrong value raises is anything
@@ -63,8 +70,24 @@ def create_smp_model(
             f"{key}: segmentation-models-pytorch cannot build {architecture} with {encoder}{options_text(given)}: {err}"
         ) from err
     if given:
-        _check_logits(model, in_channels, num_classes, f"{key}.options: {architecture} with {encoder}{options_text(given)}")
+        _check_logits(
+            model, in_channels, num_classes, f"{key}.options: {architecture} with {encoder}{options_text(given)}"
+        )
     return model
+
+
+def named_as_today(state: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """
+    Tensors for one of smp's networks under the names that smp gives them today.
+
+    Older versions derived some encoders from timm's classes, which newer ones hold as `model`; the computation is the same.
+    """
+    derived = str(getattr(getattr(network, "encoder", None), "name", "")).startswith(DERIVED)
+    if not derived or any(name.startswith("encoder.model.") for name in state):
+        return dict(state)
+    # timm's feature extractors flatten `stages.0` to `stages_0`.
+    renamed = {name: re.sub(r"^encoder\.", "encoder.model.", name) for name in state}
+    return {re.sub(r"(?<=^encoder\.model\.stages)\.", "_", renamed[name]): value for name, value in state.items()}
 
 
 def _check_logits(model: nn.Module, in_channels: int, num_classes: int, what: str) -> None:

@@ -23,7 +23,7 @@ from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.normalize import COLOURS, adapted_text, adapted_to_bands
 from kdpipe.pipeline.models.options import FORMERS, check_options
-from kdpipe.pipeline.models.smp import create_smp_model
+from kdpipe.pipeline.models.smp import create_smp_model, named_as_today
 from kdpipe.pipeline.models.unetformer import FTUNetFormer, UNetFormer
 from kdpipe.pipeline.models.unwrap import bare_state, unwrapped
 from kdpipe.pipeline.models.weights import CLASSES_HINT, load_encoder, load_strictly, read_checkpoint
@@ -113,7 +113,7 @@ def load_student_weights(
     if isinstance(model, FTUNetFormer | UNetFormer):
         model.load_published_state_dict(content, replace_head=replace_head, origin=str(path))
         return
-    state = weights.state
+    state = named_as_today(weights.state, model)
     head = "segmentation_head.0.weight"  # of every smp architecture
     found, own = state.get(head), model.state_dict().get(head)
     if isinstance(found, Tensor) and own is not None and found.ndim and len(found) != len(own):

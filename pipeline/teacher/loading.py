@@ -70,7 +70,7 @@ def load_teacher(
     # These import timm, which takes longer than a run with nothing to do.
     from kdpipe.pipeline.models.options import check_options
     from kdpipe.pipeline.models.recognise import attention_of, channels_of, recognise
-    from kdpipe.pipeline.models.smp import create_smp_model
+    from kdpipe.pipeline.models.smp import create_smp_model, named_as_today
 
     check_options(teacher.architecture, teacher.options, key=key)
     weights = unwrapped(read_checkpoint(teacher.checkpoint), teacher.checkpoint, teacher.weights, key)
@@ -88,7 +88,7 @@ def load_teacher(
         options=teacher.options,
     )
     try:
-        notes = load_strictly(model, state, origin=teacher.checkpoint)
+        notes = load_strictly(model, named_as_today(state, model), origin=teacher.checkpoint)
     except Misfit as err:
         found = recognise(state, likely_encoder=teacher.encoder, likely_options=teacher.options)
         raise CheckpointError(_misfit_text(teacher, key, found, str(err))) from err

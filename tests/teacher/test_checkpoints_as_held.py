@@ -8,6 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
+import timm
 import torch
 from helpers.configs import ENCODER
 from lightning.pytorch.callbacks import WeightAveraging
@@ -246,3 +248,64 @@ def test_numbers_that_float32_cannot_hold_are_named(load):
     state["segmentation_head.0.bias"] = state["segmentation_head.0.bias"] + 1e300
     with pytest.raises(CheckpointError, match=r"segmentation_head.0.bias \(3 of 3\)"):
         load(state)
+
+
+def features_of_older_smp(name, network, x):
+    """What smp 0.3 made of timm's network: the outputs of its stem and stages."""
+    if name.startswith("regnet"):
+        stages = [network.stem, network.s1, network.s2, network.s3, network.s4]
+    elif name.startswith("gernet"):
+        last = torch.nn.Sequential(network.stages[3], network.stages[4], network.final_conv)
+        stages = [network.stem, *network.stages[:3], last]
+    else:
+        first = torch.nn.Sequential(network.conv1, network.bn1, network.act1)
+        stages = [
+            first,
+            torch.nn.Sequential(network.maxpool, network.layer1),
+            network.layer2,
+            network.layer3,
+            network.layer4,
+        ]
+    for stage in stages:
+        x = stage(x)
+        yield x
+
+
+@pytest.mark.parametrize(
+    "encoder_name", ["timm-regnetx_002", "tu-regnetx_002", "timm-res2net50_26w_4s", "timm-resnest14d", "timm-gernet_s"]
+)
+def test_encoders_that_older_smp_named_otherwise_compute_the_same(load, encoder_name):
+    name = encoder_name.partition("-")[2]
+    torch.manual_seed(0)
+    encoder = timm.create_model(name).eval()
+    for norm in encoder.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.uniform_(-0.1, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+    rest = create_smp_model("unet", f"tu-{name}", len(CLASSES), key="teacher").state_dict()
+    state = {name: value for name, value in rest.items() if not name.startswith("encoder.")}
+    older = under("encoder.", {k: v for k, v in encoder.state_dict().items() if not k.startswith(("head", "fc"))})
+    loaded, _ = load({"state_dict": older | state}, encoder=encoder_name)
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        found, expected = loaded.encoder(x)[1:], list(features_of_older_smp(name, encoder, x))
+    assert len(found) == len(expected) == 5
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["timm-efficientnet-b0", "timm-skresnet18", "timm-mobilenetv3_small_075"])
+def test_other_encoders_with_the_older_prefix_load_under_their_own_names(load, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        network = smp.Unet(name, encoder_weights=None, classes=len(CLASSES)).eval()
+    assert answers_as(load(network.state_dict(), encoder=name)[0], network)
+
+
+def test_an_encoder_of_the_same_family_and_other_tensors_is_named_in_the_error(load):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        network = smp.Unet("timm-efficientnet-b0", encoder_weights=None, classes=len(CLASSES))
+    with pytest.raises(
+        CheckpointError, match=r"(?s)holds unet with timm-efficientnet-b0.*encoder: timm-efficientnet-b0"
+    ):
+        load(network.state_dict(), encoder="tu-efficientnet_b0")

@@ -158,6 +158,7 @@ def test_the_file_is_recognised_and_init_asks_for_both_classes(make, tmp_path):
 def test_another_number_of_classes_is_explained(make):
     teacher = make().teacher.model_copy(update={"classes": ["a", "b", "c"]})
     with pytest.raises(
-        CheckpointError, match=r"(?s)1 channel, but teacher says .* one channel z is a sigmoid's: classes needs two names"
+        CheckpointError,
+        match=r"(?s)1 channel, but teacher says .* one channel z is a sigmoid's: classes needs two names",
     ):
         load_teacher(teacher)
