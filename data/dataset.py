@@ -259,7 +259,7 @@ def read_labels(
     """
     classes = config.classes
     assert tile.mask is not None
-    labels = read_mask(tile.mask, len(classes.names), classes.ignore_index)
+    labels = read_mask(tile.mask, len(classes.names), classes.ignore_index, config.mask_codes)
     require_same_size(tile.image, size, tile.mask, (labels.shape[0], labels.shape[1]))
     if data_HW is not None:
         labels[~data_HW] = classes.ignore_index

@@ -9,7 +9,7 @@ Shapes: B bands, H W pixels of the file, h rows that are read at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Alpha
+from kdpipe.configs.schema.labels import MaskCodes
 from kdpipe.data.declared.header import declared_by
 from kdpipe.data.declared.opening import opened
 from kdpipe.data.declared.tile import RECIPE, lacks_bands_text, mask_faults, no_stretch_text
@@ -187,13 +188,21 @@ def _image(
     return image_HWB
 
 
-def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int32]:
+def read_mask(path: Path, num_classes: int, ignore_index: int, codes: MaskCodes | None = None) -> NDArray[np.int32]:
     """
     The labels, int32 `(H, W)`: class indices 0..num_classes-1, or `ignore_index`. Indices into a palette are labels.
 
-    Raises `DataError` as `read_mask_values` does, and for a value that is neither a class nor `ignore_index`.
+    `codes` say what other values or colours stand for. Raises `DataError` as `read_mask_values` does, and for a value that is neither a
+    class nor `ignore_index`, or a value or colour that `codes` lack.
     """
+    if codes is not None and codes.colours:
+        return _decoded(
+            path, _mask_colours(path), {_packed(rgb): i for rgb, i in codes.colours.items()}, "data.colours"
+        )
     values_HW = read_mask_values(path)
+    if codes is not None and codes.values:
+        known = codes.values if ignore_index in codes.values else {**codes.values, ignore_index: ignore_index}
+        return _decoded(path, values_HW, known, "data.remap")
     foreign_HW = ((values_HW < 0) | (values_HW >= num_classes)) & (values_HW != ignore_index)
     if foreign_HW.any():
         found = np.unique(values_HW[foreign_HW]).tolist()
@@ -205,6 +214,49 @@ def read_mask(path: Path, num_classes: int, ignore_index: int) -> NDArray[np.int
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW
+
+
+def _decoded(path: Path, codes_HW: NDArray[Any], known: Mapping[int, int], key: str) -> NDArray[np.int32]:
+    """The label of each code, int32 `(H, W)`; raises `DataError` for codes that are not `known`."""
+    labels_HW = np.full(codes_HW.shape, -1, dtype=np.int32)
+    for code, label in known.items():
+        labels_HW[codes_HW == code] = label
+    foreign_HW = labels_HW < 0
+    if foreign_HW.any():
+        found, counts = np.unique(codes_HW[foreign_HW], return_counts=True)
+        first = found[np.argsort(-counts, kind="stable")][:_SHOWN_VALUES].tolist()
+        shown = [list(_unpacked(code)) if key == "data.colours" else code for code in first]
+        what = "colours" if key == "data.colours" else "values"
+        raise DataError(
+            f"the mask {path} holds {len(found)} {what} that {key} does not list, on {counts.sum()} of its pixels: "
+            f"{', '.join(map(str, shown))}{', …' if len(found) > len(shown) else ''}. Add each with its class, or with `ignore`"
+        )
+    return labels_HW
+
+
+def _packed(rgb: Sequence[int]) -> int:
+    red, green, blue = rgb
+    return (red << 16) | (green << 8) | blue
+
+
+def _unpacked(code: int) -> tuple[int, int, int]:
+    return code >> 16, (code >> 8) & 255, code & 255
+
+
+def _mask_colours(path: Path) -> NDArray[np.int32]:
+    """The colours of a mask as `_packed` numbers, int32 `(H, W)`, of three bands or of a palette."""
+    with opened(path) as raster:
+        for fault in mask_faults(path, declared_by(raster), of_colours=True):
+            raise DataError(fault)
+        if raster.count == 1:
+            palette = np.full(2 ** (8 * np.dtype(raster.dtypes[0]).itemsize), -1, dtype=np.int32)
+            for index, colour in raster.colormap(1).items():
+                palette[index] = _packed(colour[:3])
+            codes_HW: NDArray[np.int32] = palette[_pixels(path, raster, [1])[0]]
+            return codes_HW
+        red, green, blue = _pixels(path, raster, [1, 2, 3]).astype(np.int32)
+        packed_HW: NDArray[np.int32] = (red << 16) | (green << 8) | blue
+        return packed_HW
 
 
 def read_mask_values(path: Path) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from kdpipe.configs.node_names import why_unstorable
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 _SHOWN_NAMES = 3
+SplitKey = Literal["train", "val", "unlabelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +49,87 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
     without a mask or a mask without an image, two files with one stem, and names that the cache cannot store.
     """
     names = _root_names(data)
-    roots = [(root, True) for root in (data.train if split == "train" else data.val)]
-    if split == "train" and not labelled_only:
-        roots += [(root, False) for root in data.unlabelled]
+    keys: list[SplitKey] = ["train", "unlabelled"] if split == "train" and not labelled_only else [split]
     tiles: list[Tile] = []
-    for root, labelled in roots:
-        folder = Path(root).resolve()
-        tiles += _tiles_of_root(folder, names[folder], data, labelled)
-    taken = _groups(names.values())
+    for key in keys:
+        found: list[Tile] = []
+        for root in getattr(data, key):
+            folder = Path(root).resolve()
+            found += _tiles_of_root(folder, names[folder], data, labelled=key != "unlabelled")
+        tiles += _listed(found, names.values(), data, key)
+    _refuse_repeated(tiles)
+    taken = _groups(names.values()) | (_groups(tile.id.rpartition("/")[0] for tile in tiles) if data.nested else set())
     for tile in tiles:
         if tile.id in taken:
             raise DataError(
-                f"the tile {tile.image} would have the id {tile.id}, which is also the name of a root: rename one of them"
+                f"the tile {tile.image} would have the id {tile.id}, which is also the name of a "
+                f"{'folder' if data.nested else 'root'}: rename one of them"
             )
     return [tile for tile in tiles if tile.mask is not None or not labelled_only]
 
 
+def _listed(tiles: Sequence[Tile], roots: Iterable[str], data: schema.Data, key: SplitKey) -> list[Tile]:
+    """
+    The tiles that the list of a split names, in the order of the tiles; all of them without a list.
+
+    A line is the name of a tile within its root, of its image's file, or its id. Raises `DataError` for a line that names no tile.
+    """
+    path = getattr(data.split, key) if data.split is not None else None
+    if path is None or not getattr(data, key):
+        return list(tiles)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"data.split.{key}: cannot read {Path(path).absolute()}: {err}") from err
+    wanted = {unicodedata.normalize("NFC", line.strip()) for line in lines} - {""}
+    if not wanted:
+        raise DataError(f"data.split.{key}: {path} names no tile")
+    prefixes = sorted((f"{root}/" for root in roots), key=len, reverse=True)
+    chosen, met = [], set()
+    for tile in tiles:
+        within = next((tile.id.removeprefix(prefix) for prefix in prefixes if tile.id.startswith(prefix)), tile.id)
+        called = {tile.id, within, tile.image.name, tile.image.stem} & wanted
+        if called:
+            chosen.append(tile)
+            met |= called
+    missing = sorted(wanted - met)
+    if missing:
+        raise DataError(
+            f"data.split.{key}: {len(missing)} of the {len(wanted)} names in {path} are no tile of data.{key} "
+            f"({', '.join(missing[:_SHOWN_NAMES])}{', …' if len(missing) > _SHOWN_NAMES else ''}): expected names such as "
+            f"{tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}"
+        )
+    return chosen
+
+
+def _refuse_repeated(tiles: Sequence[Tile]) -> None:
+    """Raise `DataError` for a tile that two splits with lists take from one root."""
+    seen: set[str] = set()
+    for tile in tiles:
+        if tile.id in seen:
+            raise DataError(
+                f"the lists of data.split name the tile {tile.id} more than once: leave it out of one of them"
+            )
+        seen.add(tile.id)
+
+
+def folders_of(root: str | Path, data: schema.Data) -> tuple[Path, Path]:
+    """The folders of images and of masks of a root, which need not exist."""
+    if "*" in str(root):
+        images, masks = (Path(str(root).replace("*", name)) for name in (data.images, data.masks))
+        return images, masks
+    return Path(root) / data.images, Path(root) / data.masks
+
+
 def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> list[Tile]:
-    if not root.is_dir():
+    image_dir, mask_dir = folders_of(root, data)
+    if "*" not in str(root) and not root.is_dir():
         raise DataError(f"there is no folder {root}, which data names as a root of tiles")
-    image_dir, mask_dir = root / data.images, root / data.masks
     if not image_dir.is_dir():
         raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
-    images = _files_by_stem(image_dir)
+    images = _files_by_stem(image_dir, data.image_suffix, nested=data.nested)
     if not images:
-        raise DataError(f"no images in {image_dir}: {contents_text(image_dir, data.images)}")
+        raise DataError(f"no images in {image_dir}: {contents_text(image_dir, data.images, data.image_suffix)}")
     if not labelled:
         return [Tile(f"{name}/{stem}", images[stem], None) for stem in sorted(images)]
     if not mask_dir.is_dir() and not data.allow_missing_masks:
@@ -80,7 +137,7 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
             f"there is no folder {mask_dir}: a labelled root holds its masks in {data.masks!r} (data.masks); list a root "
             "without masks under data.unlabelled"
         )
-    masks = _files_by_stem(mask_dir) if mask_dir.is_dir() else {}
+    masks = _files_by_stem(mask_dir, data.mask_suffix, nested=data.nested) if mask_dir.is_dir() else {}
     without_image = [masks[stem].name for stem in sorted(masks.keys() - images.keys())]
     if without_image:
         raise DataError(f"{_few(without_image, 'mask')} in {mask_dir} without an image of the same stem in {image_dir}")
@@ -93,15 +150,18 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
     return [Tile(f"{name}/{stem}", images[stem], masks.get(stem)) for stem in sorted(images)]
 
 
-def contents_text(folder: Path, images: str) -> str:
+def contents_text(folder: Path, images: str, suffix: str = "") -> str:
     """What a folder without images holds instead, and what to do, for an error."""
+    if suffix and any(_is_image(entry.name) for entry in folder.iterdir()):
+        other = next(entry.name for entry in sorted(folder.iterdir()) if _is_image(entry.name))
+        return f"none has a stem that ends in {suffix}, data.image_suffix; there is {other}, for one"
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     nested = [name for name in inner if any(_is_image(entry.name) for entry in (folder / name).iterdir())]
     if nested:
         names = ", ".join(nested[:_SHOWN_NAMES]) + (", …" if len(nested) > _SHOWN_NAMES else "")
         return (
-            f"the images are one folder deeper, in {names}; tiles are taken from the folder itself, so move them up, or make each a root "
-            f"with {images}/ of its own"
+            f"the images are one folder deeper, in {names}; tiles are taken from the folder itself, so set data.nested: true, move them "
+            f"up, or make each a root with {images}/ of its own"
         )
     if not any(folder.iterdir()):
         return f"the folder is empty; expected files that end in {', '.join(EXTENSIONS)}"
@@ -112,23 +172,36 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - as below
 
 
-def _files_by_stem(folder: Path) -> dict[str, Path]:
+def _files_by_stem(folder: Path, suffix: str, *, nested: bool, within: str = "") -> dict[str, Path]:
     """
-    Image files by stem, without hidden files, other types and folders. A dead link counts, and fails when it is read.
+    Image files by stem without its `suffix`, without hidden files, other types and folders. A dead link counts, and fails when it is read.
+
+    With `nested`, files in folders below too, by their path `within` the first; links to folders are not followed.
 
     Stems are in the composed form of Unicode (NFC): macOS and some archives write `ü` as two characters, so that an image and its mask
     may differ in nothing that is seen.
     """
     files: dict[str, Path] = {}
+    folders: list[str] = []
+    names: list[str] = []
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and not _is_folder(e))
-    for name in names:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if _is_folder(entry) else names).append(entry.name)
+    for name in sorted(folders) if nested else ():
+        if not (folder / name).is_symlink():
+            _require_storable(name, folder / name)
+            files |= _files_by_stem(folder / name, suffix, nested=True, within=f"{within}{name}/")
+    for name in sorted(names):
         stem, extension = os.path.splitext(name)  # noqa: PTH122 - for a million names, a Path each would cost ten times as much
         if extension.lower() not in EXTENSIONS:
             continue
+        if not stem.endswith(suffix):
+            continue
         path = folder / name
-        stem = unicodedata.normalize("NFC", stem)
+        stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
         _require_storable(stem, path)
+        stem = within + stem
         if stem in files:
             other = files[stem].name
             alike = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
@@ -151,17 +224,20 @@ def _root_names(data: schema.Data) -> dict[Path, str]:
     for key in ("train", "val", "unlabelled"):
         for root in getattr(data, key):
             folder = Path(root).resolve()
-            if folder in key_of:
+            listed = (
+                data.split is not None and getattr(data.split, key) and getattr(data.split, key_of.get(folder, key))
+            )
+            if folder in key_of and (not listed or key_of[folder] == key):
                 keys = f"data.{key_of[folder]} and data.{key}" if key_of[folder] != key else f"data.{key}, twice"
                 leak = "; scores on training tiles mean nothing" if "val" in {key, key_of[folder]} else ""
                 raise DataError(f"the folder {folder} is in {keys}{leak}: list it once")
             key_of[folder] = key
     names: dict[Path, str] = {}
     for folder in key_of:
-        parts = folder.parts[1:]
+        parts = _named_parts(folder)
         if not parts:
             raise DataError(f"the root {folder} has no name: tiles need a folder to be named after")
-        others = [other.parts[1:] for other in key_of if other != folder]
+        others = [_named_parts(other) for other in key_of if other != folder]
         length = 1
         while any(other[-length:] == parts[-length:] for other in others):
             length += 1
@@ -169,6 +245,11 @@ def _root_names(data: schema.Data) -> dict[Path, str]:
             _require_storable(part, folder)
         names[folder] = "/".join(parts[-length:])
     return names
+
+
+def _named_parts(root: Path) -> tuple[str, ...]:
+    """The parts of a root's path that may name it: without the one that stands for the folders of images and masks."""
+    return tuple(part.replace("*", "") for part in root.parts[1:] if part != "*")
 
 
 def _groups(root_names: Iterable[str]) -> set[str]:

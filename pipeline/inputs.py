@@ -100,7 +100,9 @@ def _bar(progress: Progress, title: str, total: int, unit: str) -> AbstractConte
 
 
 def _faults_of(headers: Headers, config: Config, *, images_may_fail: bool) -> list[str]:
-    faults = tile_faults(headers, config.data.bands, has_stretch=config.data.stretch is not None)
+    faults = tile_faults(
+        headers, config.data.bands, has_stretch=config.data.stretch is not None, of_colours=bool(config.data.colours)
+    )
     if headers.image_error is not None and not images_may_fail:
         faults.append(headers.image_error)
     return faults
@@ -125,9 +127,10 @@ def _changed(path: Path) -> float:
 
 def _has_labels(masks: Sequence[Path], config: Config) -> Iterator[bool]:
     """Whether each mask holds a pixel of a class."""
-    classes = config.classes
+    classes, codes = config.classes, config.mask_codes
     for path in masks:
-        yield bool((read_mask(path, len(classes.names), classes.ignore_index) != classes.ignore_index).any())
+        labels_HW = read_mask(path, len(classes.names), classes.ignore_index, codes)
+        yield bool((labels_HW != classes.ignore_index).any())
 
 
 def _no_label_text(kind: str, masks: Sequence[Path], config: Config) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.data import Classes, Data
+from kdpipe.configs.schema.labels import MaskCodes, codes_of
 from kdpipe.configs.schema.section import Section
 from kdpipe.configs.schema.student import Distill, Student, Train
 from kdpipe.configs.schema.teacher import Cache, MeanStd, Teacher
@@ -90,6 +91,7 @@ class Config(Section):
         self._check_class_map()
         self._check_student()
         self._check_bands()
+        self._check_mask_codes()
         self._check_views()
         return self
 
@@ -162,6 +164,17 @@ class Config(Section):
                     f"{key}.normalize: imagenet has the mean and deviation of red, green and blue, and {seen}. Give the values that it "
                     "was trained with, as {mean: [...], std: [...]} of x / 255, or unit"
                 )
+
+    def _check_mask_codes(self) -> None:
+        try:
+            self.mask_codes  # noqa: B018
+        except ValueError as err:
+            raise ValueError(f"data.{err}") from err
+
+    @property
+    def mask_codes(self) -> MaskCodes:
+        """What colours and values of the masks stand for."""
+        return codes_of(self.data.colours, self.data.remap, self.classes.names, self.classes.ignore_index)
 
     def _check_views(self) -> None:
         views = self.cache.views

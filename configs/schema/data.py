@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdpipe.configs.schema.bands import COLOURS, Bands, Choice, Names, numbers_of
+from kdpipe.configs.schema.labels import Colour
 from kdpipe.configs.schema.section import Section, refuse_repeats
 
 Alpha = Literal["opacity", "band"]
@@ -72,8 +73,23 @@ class Percentiles(Section):
         return self
 
 
+class Split(Section):
+    """Text files that list which tiles of the roots belong to a split, one name per line."""
+
+    train: str | None = None
+    """Names of the tiles of `data.train`. Null takes all."""
+    val: str | None = None
+    """Names of the tiles of `data.val`. Null takes all."""
+    unlabelled: str | None = None
+    """Names of the tiles of `data.unlabelled`. Null takes all."""
+
+
 class Data(Section):
-    """Roots of tiles. A root holds a folder of images and, if labelled, a folder of masks; image and mask share their stem."""
+    """
+    Roots of tiles. A root holds a folder of images and, if labelled, a folder of masks; image and mask share their stem.
+
+    In a root with a `*`, such as `mine/*/train`, the `*` stands for the name of either folder: `mine/images/train`, `mine/masks/train`.
+    """
 
     train: list[str] = Field(min_length=1)
     """Roots of labelled tiles to train on."""
@@ -85,6 +101,18 @@ class Data(Section):
     """Name of the folder of images in each root."""
     masks: str = "masks"
     """Name of the folder of masks in each root."""
+    image_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
+    """End of the stems of images, such as `_sat`, without which image and mask share their stem. Files without it are left out."""
+    mask_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
+    """End of the stems of masks, such as `_mask`, likewise."""
+    nested: bool = Field(False, exclude_if=lambda nested: not nested)
+    """Whether tiles also lie in folders within the folders of images and masks, by the same names in both."""
+    split: Split | None = Field(None, exclude_if=lambda split: split is None)
+    """Lists of the tiles that each split takes of its roots. Splits with lists may share a root."""
+    colours: dict[str, Colour | list[Colour]] = Field({}, exclude_if=lambda colours: not colours)
+    """For masks of colours: the red, green and blue of each class, such as `{Forest: [34, 139, 34]}`, or several; `ignore` is no label."""
+    remap: dict[int, int | str] = Field({}, exclude_if=lambda remap: not remap)
+    """For masks of other codes: the class of each value, by name or index, such as `{41: Forest, 42: Forest, 0: ignore}`."""
     allow_missing_masks: bool = False
     """Whether tiles of `train` and `val` may lack a mask. If false, a missing mask is an error."""
     bands: Bands = (1, 2, 3)
@@ -104,6 +132,8 @@ class Data(Section):
             refuse_repeats(getattr(self, key), f"data.{key}")
         if min(self.bands) < 1:
             raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
+        if self.colours and self.remap:
+            raise ValueError("colours are for masks of colours, and remap for masks of numbers: leave one of them out")
         for name in self.band_names:
             if not name or name.isdecimal():
                 raise ValueError(f"band_names: {name!r} is no name, as numbers stand for themselves; choose a word")

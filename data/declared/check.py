@@ -61,7 +61,9 @@ def read_headers(tiles: Sequence[Tile], advance: Callable[[], None] = lambda: No
                     yield headers
 
 
-def tile_faults(headers: Headers, bands: Sequence[int] | None, *, has_stretch: bool) -> list[str]:
+def tile_faults(
+    headers: Headers, bands: Sequence[int] | None, *, has_stretch: bool, of_colours: bool = False
+) -> list[str]:
     """
     What is certainly wrong with one tile; without `bands`, its image is compared with its mask alone.
 
@@ -72,7 +74,7 @@ def tile_faults(headers: Headers, bands: Sequence[int] | None, *, has_stretch: b
     if headers.mask_error is not None:
         faults.append(headers.mask_error)
     if mask is not None and tile.mask is not None:
-        faults += mask_faults(tile.mask, mask)
+        faults += mask_faults(tile.mask, mask, of_colours=of_colours)
         if image is not None:
             faults += pair_faults(tile.image, image, tile.mask, mask)
     return faults

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.header import Declared, read_declared
 
-RECIPE = "docs/own-data.md has the ten lines that turn colours into indices"
+RECIPE = "give each class its colour in data.colours, such as {Forest: [34, 139, 34]}"
 GRID_PX = 0.5  # corners that differ by more are not rounding: labels belong to other pixels
 _CORNERS = np.array([(0, 0), (1, 0), (0, 1), (1, 1)], dtype=np.float64)
 _UPSIDE_DOWN = [2, 3, 0, 1]  # the corners in the order of an image that is written from the bottom up
@@ -45,14 +45,26 @@ def image_faults(path: Path, image: Declared, bands: Sequence[int], *, has_stret
     return faults
 
 
-def mask_faults(path: Path, mask: Declared) -> list[str]:
-    """What makes a mask unusable, by its header: lossy compression, several bands, or values that are not integers."""
+def mask_faults(path: Path, mask: Declared, *, of_colours: bool = False) -> list[str]:
+    """
+    What makes a mask unusable, by its header: lossy compression, several bands, or values that are not integers.
+
+    `of_colours` says that `data.colours` is given: masks are three bands of 8 bits, with or without opacity, or a palette.
+    """
     if mask.driver == "JPEG":
         return [f"the mask {path} is a JPEG, which alters class indices: export it as PNG or TIFF"]
     if mask.lossy:
         return [
             f"the mask {path} is compressed as {mask.compression} with loss, which alters class indices: export it again as PNG, or "
             "as TIFF with DEFLATE or LZW"
+        ]
+    if of_colours:
+        if (mask.bands in (3, 4) and set(mask.dtypes) == {"uint8"}) or (mask.bands == 1 and _is_coloured(mask)):
+            return []
+        bands = f"{mask.bands} band{'s' if mask.bands > 1 else ''} of {mask.dtype}"
+        return [
+            f"data.colours is given, but the mask {path} holds no colours: {bands} "
+            f"({colours_text(mask.colours)}). Leave data.colours out for masks of indices, or use data.remap for other codes"
         ]
     if mask.bands != 1:
         return [

@@ -25,7 +25,7 @@ from kdpipe.configs.schema import Config, Percentiles
 from kdpipe.data.dataset import ValTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import Tile, folders_of, list_tiles
 from kdpipe.pipeline.evaluation.boundary import BoundaryScores, boundary_counts, boundary_scores
 from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibration, calibration_counts
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
@@ -147,7 +147,7 @@ def student_model(
         predict=_student_predict(trained.student, network, config, device),
         config=config,
         stretch=trained.stretch,
-        trained_on=[*config.data.train, *config.data.unlabelled],
+        trained_on=_wholly_trained_on(config),
     )
 
 
@@ -216,7 +216,7 @@ def evaluate(
                 advance(1)
             result = _scored(root, len(tiles), counts, config, boundary_width_px)
             result.without_mask, result.without_label = without_mask, without_label
-            result.trained_on = Path(root).resolve() in {Path(folder).resolve() for folder in model.trained_on}
+            result.trained_on = _is_among(root, model.trained_on)
             results.append(result)
             total += counts
     together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
@@ -296,15 +296,29 @@ def _check_roots(roots: Sequence[str]) -> None:
             raise ConfigError(f"the root {folder} is given twice: its tiles would count twice")
 
 
+def _wholly_trained_on(config: Config) -> list[str]:
+    """The roots whose tiles were all trained on: those without a list of tiles."""
+    data, split = config.data, config.data.split
+    train = [] if split is not None and split.train else data.train
+    return [*train, *([] if split is not None and split.unlabelled else data.unlabelled)]
+
+
+def _is_among(root: str, roots: Sequence[str]) -> bool:
+    return Path(root).resolve() in {Path(other).resolve() for other in roots}
+
+
 def _labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
     """The tiles of one root that have a mask, and the ids of those that have none."""
-    only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True}
+    only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True, "split": None}
     data = config.data.model_copy(update=only)
     tiles = list_tiles(data, "train")
+    if config.data.split is not None and config.data.split.val and _is_among(root, config.data.val):
+        listed = {tile.image for tile in list_tiles(config.data, "val")}
+        tiles = [tile for tile in tiles if tile.image in listed]
     labelled = [tile for tile in tiles if tile.mask is not None]
     if not labelled:
         raise DataError(
-            f"none of the {len(tiles)} images of {root} has a mask: scores need {Path(root) / data.masks}, with masks named "
-            "like the images"
+            f"none of the {len(tiles)} images of {root} has a mask: scores need {folders_of(root, data)[1]}, with masks named like the "
+            "images"
         )
     return labelled, [tile.id for tile in tiles if tile.mask is None]

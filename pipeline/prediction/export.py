@@ -26,6 +26,7 @@ from kdpipe.configs.files import partial_path, publish
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image
 from kdpipe.data.scenes import list_scenes
+from kdpipe.data.tiles import folders_of
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import STRIDE, padded_logits
 from kdpipe.pipeline.prediction.model import CARD_KEY, ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
@@ -235,7 +236,7 @@ def _require_onnx() -> None:
 def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
     """A few tiles, uint8 `(H, W, B)`, evenly spread over all."""
     data = trained.config.data
-    folders = tiles or [str(Path(root) / data.images) for root in data.val]
+    folders = tiles or [str(folders_of(root, data)[0]) for root in data.val]
     if not folders:
         raise ConfigError("there are no tiles to verify the file on, as data.val is empty: name images with --tiles")
     try:

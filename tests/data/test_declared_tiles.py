@@ -99,7 +99,11 @@ def test_two_orders_of_colours_in_one_set_are_refused(tmp_path, bands):
         (1, {"compress": "jpeg"}, "is compressed as JPEG with loss"),
         (1, {"compress": "lerc_zstd", "max_z_error": 1}, "is compressed as LERC_ZSTD with loss"),
         (3, {"compress": "webp"}, "is compressed as WEBP with loss"),
-        (3, {}, r"should have 1 band of class indices, found 3 bands \(red, green, blue\): docs/own-data.md"),
+        (
+            3,
+            {},
+            r"should have 1 band of class indices, found 3 bands \(red, green, blue\): give each class its colour in data.colours",
+        ),
         (1, {"compress": "lerc"}, None),
         (1, {"compress": "deflate"}, None),
     ],

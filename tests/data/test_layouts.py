@@ -1,0 +1,164 @@
+"""Folders and masks as people have them: suffixes, nested folders, split lists, masks of colours and of other codes."""
+
+import numpy as np
+import pytest
+from helpers.files import write_image
+from PIL import Image
+
+from kdpipe.configs import schema
+from kdpipe.configs.errors import ConfigError, DataError
+from kdpipe.configs.schema.labels import MaskCodes, codes_of
+from kdpipe.data.rasters import read_mask
+from kdpipe.data.tiles import list_tiles
+
+NAMES = ["Background", "Forest", "Water"]
+
+
+def write(folder, *paths):
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_image(folder / path, 4, 5, seed=1)
+
+
+def listed(folder, of="train", **data):
+    data = {"train": [str(folder)]} | data
+    return {
+        tile.id: (tile.image.relative_to(folder).as_posix(), tile.mask and tile.mask.relative_to(folder).as_posix())
+        for tile in list_tiles(schema.Data(**data), of)
+    }
+
+
+class TestFolders:
+    def test_suffixes_pair_image_and_mask_of_one_folder(self, tmp_path):
+        """As in DeepGlobe."""
+        write(tmp_path, "1_sat.png", "1_mask.png", "2_sat.png", "2_mask.png", "notes.png")
+        found = listed(tmp_path, images=".", masks=".", image_suffix="_sat", mask_suffix="_mask")
+        name = tmp_path.name
+        assert found == {f"{name}/1": ("1_sat.png", "1_mask.png"), f"{name}/2": ("2_sat.png", "2_mask.png")}
+
+    def test_a_star_stands_for_the_name_of_either_folder(self, tmp_path):
+        """As in mmsegmentation and nnU-Net."""
+        write(tmp_path, "img_dir/train/a.png", "ann_dir/train/a.png", "img_dir/val/b.png", "ann_dir/val/b.png")
+        roots = {"train": [str(tmp_path / "*/train")], "val": [str(tmp_path / "*/val")]}
+        data = {"images": "img_dir", "masks": "ann_dir"} | roots
+        assert listed(tmp_path, **data) == {"train/a": ("img_dir/train/a.png", "ann_dir/train/a.png")}
+        assert listed(tmp_path, "val", **data) == {"val/b": ("img_dir/val/b.png", "ann_dir/val/b.png")}
+        write(tmp_path, "imagesTr/x_0000.png", "labelsTr/x.png")
+        nnunet = {"train": [str(tmp_path / "*Tr")], "images": "images", "masks": "labels", "image_suffix": "_0000"}
+        assert listed(tmp_path, **nnunet) == {"Tr/x": ("imagesTr/x_0000.png", "labelsTr/x.png")}
+
+    def test_nested_folders_pair_by_their_names(self, tmp_path):
+        """As in Cityscapes; two cities may have tiles of one name."""
+        write(
+            tmp_path,
+            *(f"{kind}/{city}/1_{end}.png" for city in "ab" for kind, end in (("images", "i"), ("masks", "m"))),
+        )
+        found = listed(tmp_path, nested=True, image_suffix="_i", mask_suffix="_m")
+        name = tmp_path.name
+        assert found[f"{name}/a/1"] == ("images/a/1_i.png", "masks/a/1_m.png")
+        assert found[f"{name}/b/1"] == ("images/b/1_i.png", "masks/b/1_m.png")
+        with pytest.raises(DataError, match=r"set data.nested: true"):
+            listed(tmp_path)
+
+    def test_a_link_to_a_folder_is_not_followed(self, tmp_path):
+        write(tmp_path, "images/a.png")
+        (tmp_path / "images/loop").symlink_to(tmp_path / "images")
+        assert list(listed(tmp_path, nested=True, allow_missing_masks=True)) == [f"{tmp_path.name}/a"]
+
+    def test_a_tile_and_a_folder_of_one_name_are_told_apart(self, tmp_path):
+        write(tmp_path, "images/a.png", "images/a/b.png")
+        with pytest.raises(DataError, match="also the name of a folder"):
+            listed(tmp_path, nested=True, allow_missing_masks=True)
+
+    def test_lists_split_one_root(self, tmp_path):
+        """As in VOC: names without ending, of files, or ids; empty lines do not count."""
+        write(tmp_path, *(f"{kind}/{stem}.png" for stem in "abcd" for kind in ("images", "masks")))
+        (tmp_path / "train.txt").write_text(f"a\nb.png\n\n{tmp_path.name}/c\n")
+        (tmp_path / "val.txt").write_text("d\r\n")
+        root = str(tmp_path)
+        split = {"train": f"{root}/train.txt", "val": f"{root}/val.txt"}
+        data = {"train": [root], "val": [root], "split": split}
+        assert [tile.rpartition("/")[2] for tile in listed(tmp_path, **data)] == ["a", "b", "c"]
+        assert [tile.rpartition("/")[2] for tile in listed(tmp_path, "val", **data)] == ["d"]
+        (tmp_path / "val.txt").write_text("d\nnowhere\n")
+        with pytest.raises(DataError, match=r"data.split.val: 1 of the 2 names in .* \(nowhere\)"):
+            listed(tmp_path, "val", **data)
+        with pytest.raises(DataError, match="data.train and data.val"):
+            listed(tmp_path, train=[root], val=[root], split={"train": f"{root}/train.txt"})
+
+    def test_a_wrong_suffix_names_a_file(self, tmp_path):
+        write(tmp_path, "images/a_img.png")
+        with pytest.raises(DataError, match=r"ends in _sat, data.image_suffix; there is a_img.png"):
+            listed(tmp_path, image_suffix="_sat")
+
+
+class TestColours:
+    COLOURS = {
+        "Forest": [0, 100, 0],
+        "Water": [[0, 0, 255], [10, 20, 250]],
+        "ignore": [0, 0, 0],
+        "Background": [9, 9, 9],
+    }
+    CODES = codes_of(schema.Data(train=["x"], colours=COLOURS).colours, {}, NAMES, 255)
+    WANTED = np.array([[1, 2, 2], [255, 0, 1]])
+    PIXELS = np.uint8([[[0, 100, 0], [0, 0, 255], [10, 20, 250]], [[0, 0, 0], [9, 9, 9], [0, 100, 0]]])
+
+    def test_bands_of_colours_become_indices(self, tmp_path):
+        Image.fromarray(self.PIXELS).save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png", 3, 255, self.CODES), self.WANTED)
+        with_alpha = np.dstack([self.PIXELS, np.full((2, 3), 255, np.uint8)])
+        Image.fromarray(with_alpha).save(tmp_path / "a.png")
+        assert np.array_equal(read_mask(tmp_path / "a.png", 3, 255, self.CODES), self.WANTED)
+
+    def test_a_palette_is_read_by_its_colours(self, tmp_path):
+        """Its indices are whatever the program that wrote it chose."""
+        palette = Image.fromarray(self.PIXELS).quantize(16)
+        palette.save(tmp_path / "p.png")
+        assert not np.array_equal(np.asarray(palette), self.WANTED)
+        assert np.array_equal(read_mask(tmp_path / "p.png", 3, 255, self.CODES), self.WANTED)
+
+    def test_other_colours_are_named_with_their_number(self, tmp_path):
+        other = self.PIXELS.copy()
+        other[0, :2] = [1, 2, 3]
+        Image.fromarray(other).save(tmp_path / "m.png")
+        with pytest.raises(
+            DataError, match=r"1 colours that data.colours does not list, on 2 of its pixels: \[1, 2, 3\]"
+        ):
+            read_mask(tmp_path / "m.png", 3, 255, self.CODES)
+
+    def test_masks_of_indices_are_refused(self, tmp_path):
+        Image.fromarray(np.uint8([[0, 1]])).save(tmp_path / "m.png")
+        with pytest.raises(DataError, match="holds no colours: 1 band of uint8"):
+            read_mask(tmp_path / "m.png", 3, 255, self.CODES)
+
+
+class TestOtherCodes:
+    def test_values_stand_for_classes(self, tmp_path):
+        """Those of ESA WorldCover, for instance; ignore_index stays what it is."""
+        Image.fromarray(np.uint8([[10, 80, 95], [30, 255, 10]])).save(tmp_path / "m.png")
+        codes = codes_of({}, {10: "Forest", 95: 1, 80: "Water", 30: "ignore"}, NAMES, 255)
+        assert read_mask(tmp_path / "m.png", 3, 255, codes).tolist() == [[1, 2, 1], [255, 255, 1]]
+
+    def test_a_value_that_is_not_listed_is_never_taken_for_an_index(self, tmp_path):
+        Image.fromarray(np.uint8([[10, 1, 1]])).save(tmp_path / "m.png")
+        with pytest.raises(DataError, match=r"1 values that data.remap does not list, on 2 of its pixels: 1\."):
+            read_mask(tmp_path / "m.png", 3, 255, codes_of({}, {10: "Forest"}, NAMES, 255))
+
+    def test_without_codes_masks_hold_indices(self, tmp_path):
+        Image.fromarray(np.uint8([[0, 2, 255]])).save(tmp_path / "m.png")
+        assert read_mask(tmp_path / "m.png", 3, 255, MaskCodes()).tolist() == [[0, 2, 255]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"colours": {"Tree": [1, 2, 3]}}, r"data.colours names 'Tree', which is neither one of classes.names"),
+        ({"colours": {"Forest": [1, 2, 3], "Cropland": [1, 2, 3]}}, r"data.colours gives \[1, 2, 3\] to two classes"),
+        ({"remap": {7: 6}}, "data.remap names 6"),
+        ({"remap": {7: 5}, "colours": {"Forest": [1, 2, 3]}}, "leave one of them out"),
+        ({"colours": {"Forest": [1, 2, 300]}}, "data.colours.Forest"),
+    ],
+)
+def test_wrong_codes_are_refused(make_config, data, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**{f"data__{key}": value for key, value in data.items()})
