@@ -22,7 +22,7 @@ from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.shard import SpilledShard
 from kdpipe.cache.storage.base import FileInfo, Storage
 from kdpipe.cache.storage.local import IN_FOLDER
-from kdpipe.cache.storage.lock import writer_lock
+from kdpipe.cache.storage.lock import Require, writer_lock
 from kdpipe.configs.errors import CorruptCache, StaleCache
 from kdpipe.configs.files import PARTIAL_SUFFIX
 
@@ -171,9 +171,9 @@ def open_writer(
 
     Raises `CacheLocked` if another process writes the cache, `StaleCache` if it was made by another recipe.
     """
-    with writer_lock(storage):
+    with writer_lock(storage) as require:
         sweep(storage)
-        yield CacheWriter(storage, recipe, device=device, libraries=libraries)
+        yield CacheWriter(storage, recipe, device=device, libraries=libraries, require=require)
 
 
 def store_tile(
@@ -212,7 +212,10 @@ def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
 class CacheWriter:
     """A writer of tiles; `open_writer` returns one."""
 
-    def __init__(self, storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str]) -> None:
+    def __init__(
+        self, storage: Storage, recipe: CacheRecipe, *, device: str, libraries: Mapping[str, str], require: Require
+    ) -> None:
+        self._require = require
         self.storage = storage
         self.recipe = recipe
         self._device = device
@@ -224,6 +227,7 @@ class CacheWriter:
 
     def begin(self) -> None:
         """Before tiles are written: record the recipe, and delete the manifest, so that readers refuse the cache until `finish`."""
+        self._require(now=True)
         if self._is_new:
             self._write_groups([])
         self.storage.remove(MANIFEST_NAME)
@@ -241,6 +245,7 @@ class CacheWriter:
         self, tile_id: str, encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None], image: ImageDigest
     ) -> TileRecord:
         """Store one tile as `write` does, from the result of `codec.encode` or `tile.encode_bands`."""
+        self._require()
         if self.storage.children(tile.tile_path(tile_id)):
             self._clear(tile_id)
         return store_tile(self.storage, tile_id, encoded, image, self.recipe)
@@ -268,6 +273,7 @@ class CacheWriter:
 
     def finish(self, records: list[TileRecord]) -> Manifest:
         """Complete the cache with these tiles, in this order: write the groups, then the manifest, which is returned."""
+        self._require(now=True)
         groups = self._write_groups([record.id for record in records])
         manifest = Manifest(
             format_version=self.recipe.format_version,
@@ -279,6 +285,7 @@ class CacheWriter:
             groups=groups,
             tiles=records,
         )
+        self._require(now=True)
         self.storage.write(MANIFEST_NAME, dump_manifest(manifest))
         return manifest
 

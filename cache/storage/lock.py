@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
-import json
 import os
-import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.beside import beside, open_beside, unlink_same
 from kdpipe.cache.storage.fence import shut_out_workers
+from kdpipe.cache.storage.holder import describe, names_a_holder, this_process
 from kdpipe.cache.storage.local import IN_FOLDER, LocalStorage, make_folders
-from kdpipe.cache.storage.remote import RemoteStorage
+from kdpipe.cache.storage.object_lock import object_lock
 from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, ConfigError, NoLocks
 from kdpipe.configs.os_errors import NO_LOCKS, explained, told
 
-_held: set[bytes] = set()  # the object locks of this process
+
+class Require(Protocol):
+    """Raises `ShutOut` if a lock was lost."""
+
+    def __call__(self, *, now: bool = False) -> None: ...
 
 
 @contextmanager
-def writer_lock(storage: Storage) -> Iterator[None]:
+def writer_lock(storage: Storage) -> Iterator[Require]:
     """
     Hold the cache for writing; raises `CacheLocked`, naming host, process and time, if another process holds it.
 
     Locally this is an advisory `flock` of the cache's folder itself: one lock by whichever path the cache is reached, and no file
     that could be deleted. A file beside the cache says who holds it. Object stores have no such lock: there an object beside the
-    cache names the writer, and is only created if there is none. It outlives a killed writer, and the next one on the same host
-    takes it over. Two writers that take over the same dead lock at the same moment may both believe that they hold it.
+    cache names the writer (see `object_lock`). It outlives a killed writer, and the next one on the same host takes it over.
+    What is yielded raises `ShutOut` if the lock was lost; call it while writing, and with `now=True` before what two must not write.
     Workers of an earlier holder are shut out (see `fence`). Raises `ConfigError` for a file beside the cache that is not kdpipe's,
     and `NoLocks` on a file system without them.
     """
-    lock = folder_lock(storage.folder) if isinstance(storage, LocalStorage) else _object_lock(storage.url)
-    with lock:
+    with ExitStack() as held:
+        require = _kept
+        if isinstance(storage, LocalStorage):
+            held.enter_context(folder_lock(storage.folder))
+        else:
+            require = held.enter_context(object_lock(storage.url)).require
         shut_out_workers(storage)
-        yield
+        yield require
+
+
+def _kept(*, now: bool = False) -> None:
+    """The kernel keeps the lock of a folder for as long as its process lives."""
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def _lock_at_once(opened: int, descriptors: ExitStack, folder: Path, name: Path)
             fcntl.flock(inside, at_once)
     except BlockingIOError as err:
         raise CacheLocked(
-            f"{folder} is being written by {_describe(_written_holder(name))}; wait until it is done, or stop it"
+            f"{folder} is being written by {describe(_written_holder(name))}; wait until it is done, or stop it"
         ) from err
     except OSError as err:
         if err.errno not in NO_LOCKS:
@@ -117,7 +127,7 @@ def _lock_at_once(opened: int, descriptors: ExitStack, folder: Path, name: Path)
 
 def _written_holder(name: Path) -> str:
     try:
-        file = open_beside(name, _names_a_holder)
+        file = open_beside(name, names_a_holder)
     except (ConfigError, CacheError):
         return ""
     if file is None:
@@ -130,7 +140,7 @@ def _written_holder(name: Path) -> str:
 def _named_holder(path: Path) -> Iterator[None]:
     """The file beside the cache names this process during the block, where the folder above the cache may be written."""
     try:
-        file = open_beside(path, _names_a_holder, create=True)
+        file = open_beside(path, names_a_holder, create=True)
     except CacheUnreachable:  # in a container, the cache may be all that may be written; the lock is the folder's
         yield
         return
@@ -139,7 +149,7 @@ def _named_holder(path: Path) -> Iterator[None]:
         with explained("writing", path, CacheUnreachable):
             if os.fstat(file.fileno()).st_size:  # the name of a killed writer
                 file.truncate(0)
-            file.write(_this_process())
+            file.write(this_process())
             file.flush()
         yield
     finally:
@@ -149,83 +159,3 @@ def _named_holder(path: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # closing flushes again, to a disk that may still be full
                 file.close()
-
-
-def _names_a_holder(text: str) -> bool:
-    """Whether a file's text is what a writer, or one that was killed while it wrote, has left."""
-    return text.startswith('{"host": ')
-
-
-@contextmanager
-def _object_lock(cache: str) -> Iterator[None]:
-    lock = RemoteStorage(f"{cache}.lock")
-    mine = _this_process().encode()
-    try:
-        lock.create("", mine)
-    except FileExistsError as err:
-        holder = _holder(lock)
-        if not _is_dead(holder):
-            raise CacheLocked(
-                f"{cache} is being written by {_describe(holder)}; wait until it is done, or, if that process is gone, "
-                f"delete {lock.url}"
-            ) from err
-        lock.remove("")
-        try:
-            lock.create("", mine)
-        except FileExistsError:
-            raise CacheLocked(
-                f"{cache} is being written by {_describe(_holder(lock))}, which was faster; wait until it is done"
-            ) from err
-    _held.add(mine)
-    try:
-        yield
-    except BaseException:
-        # The first error is reported; a lock that cannot be deleted is taken over by the next run.
-        with contextlib.suppress(CacheUnreachable):
-            _release(lock, mine)
-        raise
-    finally:
-        _held.discard(mine)
-    _release(lock, mine)
-
-
-def _holder(lock: RemoteStorage) -> str:
-    try:
-        return lock.read("").decode(errors="replace")
-    except FileNotFoundError:  # released since
-        return ""
-
-
-def _release(lock: RemoteStorage, mine: bytes) -> None:
-    """Delete the lock unless it is no longer ours: a user may have deleted it, and another process taken it."""
-    if _holder(lock).encode() == mine:
-        lock.remove("")
-
-
-def _this_process() -> str:
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    # The token distinguishes runs of the same second in containers, where every process has number 1.
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": uuid.uuid4().hex})
-
-
-def _describe(holder: str) -> str:
-    try:
-        content = json.loads(holder)
-        return f"process {content['pid']} on {content['host']} since {content['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _is_dead(holder: str) -> bool:
-    """Whether the holder ran on this host and has ended; nothing is known about processes of other hosts."""
-    try:
-        content = json.loads(holder)
-        if content["host"] != socket.gethostname():
-            return False
-        os.kill(content["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, PermissionError):
-        return False
-    # In a container every run is process 1: a lock with our number that we do not hold belongs to an earlier run.
-    return bool(content["pid"] == os.getpid()) and holder.encode() not in _held

@@ -32,6 +32,12 @@ ANSWER_SECONDS = 20  # between two packets of a response
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # where folders are only parts of names
 S3 = {"s3", "s3a"}
+UNKNOWN = ("NotImplemented", "InvalidArgument", "InvalidRequest")  # codes of a server that does not know the condition
+UNMET = (
+    "PreconditionFailed",
+    "ConditionalRequestConflict",
+    "412",
+)  # the codes of a condition that did not hold; some only give the status
 
 # Refusals: repeating the request changes nothing. Any other error may be due to the network, and the request is repeated.
 REFUSALS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EACCES, getattr(errno, "EREMCHG", errno.EINVAL)}
@@ -68,7 +74,8 @@ class RemoteStorage:
         except Exception as err:  # file systems that connect at once
             self._root = ""
             raise self._unreachable("opening", "", err, _why_refused(err) or "there is no connection") from err
-        if protocol in S3:
+        self._is_s3 = protocol in S3
+        if self._is_s3:
             self._fs.retries = 1
         self._has_folders = protocol not in OBJECT_STORES
         if not self._has_folders and "/" not in self._root.strip("/"):
@@ -114,23 +121,77 @@ class RemoteStorage:
 
         On S3 this is a single request (`If-None-Match: *`), so that only one of two simultaneous attempts succeeds.
         """
-
-        def upload() -> None:
-            try:
-                self._fs.pipe_file(self._full(name), data, mode="create")
-            except OSError as err:
-                if _server_code(err) in ("PreconditionFailed", "ConditionalRequestConflict"):
-                    raise FileExistsError(self._full(name)) from err
-                raise
-
         try:
-            self._try("creating", name, upload)
+            self._conditionally("creating", name, lambda: self._fs.pipe_file(self._full(name), data, mode="create"))
         except FileExistsError:
             # An upload whose response was lost is repeated, and then finds its own object.
-            if self.read(name) != data:
+            if not self._holds(name, data):
                 raise
         except FileNotFoundError as err:
             raise self._unreachable("creating", name, err, "there is no such place") from err
+
+    def tagged(self, name: str) -> tuple[bytes, str | None] | None:
+        """The content of an object and the tag of this or an earlier version of it (its `ETag`), None on other stores; None if absent."""
+        try:
+            entry = self._try("looking at", name, lambda: dict(self._fs.info(self._full(name))))
+            return self.read(name), entry.get("ETag") if self._is_s3 else None
+        except FileNotFoundError:
+            return None
+
+    def replace(self, name: str, data: bytes, tag: str | None) -> None:
+        """
+        Upload `data` as `name` if the object there still has the `tag`; else do nothing.
+
+        Without a tag, and on a server without such conditions, it is replaced whatever it is.
+        """
+        if tag is not None:
+            try:
+                self._conditionally("replacing", name, lambda: self._fs.pipe_file(self._full(name), data, IfMatch=tag))
+            except (FileExistsError, FileNotFoundError):
+                return
+            except NotImplementedError:
+                tag = None
+        if tag is None:
+            self.write(name, data)
+
+    def remove_same(self, name: str, data: bytes) -> None:
+        """Delete an object that holds `data`, and no other; on S3 that is one request, which also a change at that moment stops."""
+        found = self.tagged(name)
+        if found is None or found[0] != data:
+            return
+        tag = found[1]
+        if tag is not None:
+            where = dict(zip(("Bucket", "Key"), self._fs.split_path(self._full(name)), strict=False))
+            try:
+                self._conditionally("deleting", name, lambda: self._fs.call_s3("delete_object", **where, IfMatch=tag))
+            except (FileExistsError, FileNotFoundError):
+                return
+            except NotImplementedError:
+                tag = None
+        if tag is None:
+            self.remove(name)
+
+    def _conditionally(self, doing: str, name: str, call: Callable[[], object]) -> None:
+        """Make a request with a condition; `FileExistsError` where it does not hold, `NotImplementedError` where the server has none."""
+
+        def request() -> None:
+            try:
+                call()
+            except OSError as err:
+                code = _server_code(err)
+                if code in UNMET:
+                    raise FileExistsError(self._full(name)) from err
+                if code in UNKNOWN:
+                    raise NotImplementedError(code) from err
+                raise
+
+        self._try(doing, name, request)
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        try:
+            return self.read(name) == data
+        except FileNotFoundError:
+            return False
 
     def info(self, name: str) -> FileInfo | None:
         try:

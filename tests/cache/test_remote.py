@@ -1,23 +1,19 @@
 """A cache on S3 (moto's server on loopback, behind a faulty proxy): the same bytes as a local one, or an error with advice."""
 
-import functools
 import json
-import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec.core
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import caches
-from helpers.caches import RECIPE, distributions, fill
+from helpers.caches import RECIPE, distributions, fill, objects
 from helpers.doubles import StopAfter
 from helpers.files import tree
 
@@ -36,76 +32,11 @@ from kdpipe.pipeline.verify.gate import verify
 
 pytest.importorskip("moto", reason="needs moto[server] and s3fs: pip install '.[dev]'")
 pytest.importorskip("s3fs", reason="needs s3fs: pip install '.[s3]'")
-from helpers.faulty_server import FaultyServer, every
+from helpers.faulty_server import every
 
 pytestmark = pytest.mark.timeout(300)  # seconds on a loaded machine; otherwise each test takes a few
 CPU = torch.device("cpu")
 FAULTS = ["503", "cut upload", "500", "lost", "cut"]
-
-
-@pytest.fixture(scope="module")
-def moto_port():
-    from botocore.loaders import JSONFileLoader
-    from moto.server import ThreadedMotoServer
-    from werkzeug.serving import WSGIRequestHandler
-
-    # Every storage opens a client of its own, which otherwise parses megabytes of the same JSON for half a second.
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(JSONFileLoader, "load_file", functools.cache(JSONFileLoader.load_file))
-    monkeypatch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-    monkeypatch.undo()
-
-
-@pytest.fixture
-def s3(moto_port, monkeypatch):
-    """The proxy in front of an S3 server with an empty bucket; `s3.url` is a place for a cache."""
-    import fsspec.config
-
-    proxy = FaultyServer(moto_port)
-    endpoint = f"http://127.0.0.1:{proxy.port}"
-    for name, value in {
-        "FSSPEC_S3_ENDPOINT_URL": endpoint,  # for processes that tests start
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    bucket = f"bucket-{uuid.uuid4().hex}"  # ports are reused, and the server keeps the content of buckets
-    open_storage(f"s3://{bucket}/x")._fs.mkdir(bucket)
-    proxy.url = f"s3://{bucket}/caches/c.zarr"
-    proxy.count()
-    yield proxy
-    proxy.fault = lambda method, path: None
-    proxy.close()
-
-
-@pytest.fixture
-def one_client(s3, monkeypatch):
-    """All storages on S3 share one client: making one takes a third of a second."""
-    made, url_to_fs = [], fsspec.core.url_to_fs
-
-    def shared(url, **options):
-        if not url.startswith("s3://"):
-            return url_to_fs(url, **options)
-        if not made:
-            made.append(url_to_fs(url, **options)[0])
-        return made[0], made[0]._strip_protocol(url)
-
-    monkeypatch.setattr(fsspec.core, "url_to_fs", shared)
-
-
-def objects(url):
-    """Every object below a URL, by relative path."""
-    fs, root = open_storage(url)._fs, url.partition("://")[2]
-    return {path.removeprefix(root + "/"): fs.cat_file(path) for path in sorted(fs.find(root))}
 
 
 def upload(folder, url):

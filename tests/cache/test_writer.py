@@ -79,7 +79,7 @@ def test_a_disk_without_room_for_the_lock_is_reported_as_full(tmp_path, images, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lock_module, "_this_process", full)
+        patch.setattr(lock_module, "this_process", full)
         with pytest.raises(DiskFull, match=r"no room for .*c\.zarr\.lock.*make room and run the same command again"):
             fill(tmp_path / "c.zarr", images)
     assert list(tmp_path.glob("c.zarr*")) == []

@@ -56,3 +56,9 @@ def sign(content):
     images = {tile["id"]: tile["image"]["sha256"] for tile in content["tiles"]}
     content["fingerprint"] = digest({"images": images, "recipe": content["recipe"]})
     return (json.dumps({**content, "checksum": digest(content)}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def objects(url):
+    """Every object below a URL, by relative path."""
+    fs, root = open_storage(url)._fs, url.partition("://")[2]
+    return {path.removeprefix(root + "/"): fs.cat_file(path) for path in sorted(fs.find(root))}
