@@ -1,13 +1,10 @@
 """Names and numbers in the prose of the docs are the program's; test_docs.py runs the pages' blocks."""
 
-import re
-
 import pytest
 from helpers.docs_pages import blocks, page_text, with_snippet
 
 from kdpipe.configs import load_config
 from kdpipe.data.scenes import SCENE_EXTENSIONS
-from kdpipe.pipeline.models.weights import PREFIXES
 from kdpipe.pipeline.models.windows import MARGIN
 from kdpipe.pipeline.prediction import export, maps
 from kdpipe.pipeline.reports.html import run as report
@@ -74,8 +71,3 @@ def test_nine_channels_of_teachers_are_shipped_as_they_are():
     shipped = load_config("biodiversity/ftunetformer_kd_openearthmap")
     config = with_snippet(TEACHER_SNIPPETS[2])
     assert (config.members, config.class_map) == (shipped.members, shipped.class_map)
-
-
-def test_prefixes_of_teachers_are_those_that_are_removed():
-    row = next(line for line in page_text("docs/teachers.md").splitlines() if line.startswith("| prefix"))
-    assert set(re.findall(r"`(\w+\.)`", row)) == set(PREFIXES)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from affine import Affine
 from helpers.doubles import Lines, Plain
@@ -86,6 +87,29 @@ def _(c):
 def _(c):
     torch.save({"weights": Path("x"), "code": print}, c.folder / "code.pth")
     precompute(c.make(teacher__checkpoint=str(c.folder / "code.pth")), CPU)
+
+
+@case("The weights are not finite")
+def _(c):
+    state = torch.load(c.make().teacher.checkpoint)
+    state["segmentation_head.0.bias"][0] = torch.nan
+    torch.save(state, c.folder / "nan.pth")
+    precompute(c.make(teacher__checkpoint=str(c.folder / "nan.pth")), CPU)
+
+
+@case("The network takes images of one size")
+def _(c):
+    network = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=8)
+    torch.save(network.state_dict(), c.folder / "vit.pth")
+    write_image(c.folder / "large/images/t.png", 230, 256)
+    teacher = {"architecture": "dpt", "encoder": "tu-vit_tiny_patch16_224", "checkpoint": str(c.folder / "vit.pth")}
+    data = {"train": [str(c.folder / "large")], "allow_missing_masks": True}
+    precompute(c.make(teacher=teacher | {"classes": c.make().teacher.classes}, data=data), CPU)
+
+
+@case("A student cannot train on its batches")
+def _(c):
+    train(c.cached(student={"architecture": "deeplabv3plus", "encoder": "resnet18"}, train__batch_size=1), CPU)
 
 
 @case("The file does not exist")
