@@ -13,6 +13,7 @@ from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, TeacherRecord
 from kdpipe.configs.errors import summarise
+from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.inspection.statistics import MIN_TILES
 from kdpipe.pipeline.text import percent_text, size_text
@@ -36,7 +37,7 @@ def checkpoint_table(found: Inspection) -> Table:
         "architecture": network.architecture or unknown,
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
-        "bands": str(network.in_channels),
+        "bands": str(network.in_channels) + (f", {text_of(run.bands, {})} of the images" if run else ""),
         "options": _options_text(found),
         "channels": "not recognised"
         if network.channels is None
@@ -108,6 +109,8 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         "size": f"{size_text(found.size_bytes)}, {found.size_bytes / found.pixels:.2f} bytes per pixel",
         "values": f"{recipe.kind}, {recipe.bits} bits, {_bound_text(manifest)}",
     }
+    if recipe.bands != [1, 2, 3]:
+        rows["bands"] = f"{text_of(recipe.bands, {})} of the images, which the teacher sees"
     if recipe.views is not None:
         scales = ", ".join(f"{scale:g}" for scale in recipe.views.scales)
         rows["views"] = (
