@@ -26,6 +26,10 @@ TESTS = Path(__file__).resolve().parents[1]
 RESIGNED = 5  # of so many mutated ONNX files one has its graph altered and its seal made right or removed; the others have damaged bytes
 
 
+# Mutations of each kind, which docs/reliability.md names: of the slow test, of the default run, and of a real teacher.
+NUMBERS = {"teacher": 3000, "student": 1500, "config": 5000, "onnx": 500}
+SAMPLE = {"teacher": 120, "student": 80, "config": 100, "onnx": 15}
+REAL = 100
 SMALL = {"encoder_depth": 3, "decoder_channels": [8, 8, 8]}  # options of a U-Net: files of some hundred kB
 
 
@@ -41,7 +45,6 @@ def write_sources(folder, make_config):
     from kdpipe.configs import dump_config
     from kdpipe.pipeline.models.smp import create_smp_model
     from kdpipe.pipeline.prediction.export import export_student
-    from kdpipe.pipeline.runs.checkpoint import save
 
     config = make_config(
         teacher__options=SMALL, student__options=SMALL, teacher__checkpoint=str(folder / "teacher.pth")
@@ -55,16 +58,26 @@ def write_sources(folder, make_config):
     torch.save({"state_dict": state, "epoch": 3}, folder / "teacher.pth")
     torch.save(state, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(state, folder / "teacher.safetensors")
-    student, optimizer, scheduler = _trainer(config)
-    for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    record = {"config": dump_config(config), "mode": "none", "fingerprint": None, "stretch": None, "libraries": {}}
-    save(folder / "last.ckpt", student, optimizer, scheduler, {}, _position(), record)
+    write_student(folder / "last.ckpt", config)
     export_student(
         folder / "last.ckpt", "onnx", folder / "student.onnx", tiles=[str(Path(config.data.val[0]) / "images")]
     )
     (folder / "config.yaml").write_text(dump_config(config))
+
+
+def write_student(path, config):
+    """Write the checkpoint of a student with random weights and the state of an optimizer after a step."""
+    import torch
+
+    from kdpipe.configs import dump_config
+    from kdpipe.pipeline.runs.checkpoint import save
+
+    student, optimizer, scheduler = trainer(config)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    record = {"config": dump_config(config), "mode": "none", "fingerprint": None, "stretch": None, "libraries": {}}
+    save(path, student, optimizer, scheduler, {}, _position(), record)
 
 
 def run_mutations(folder, counts, seed=0):
@@ -110,7 +123,8 @@ def run_mutations(folder, counts, seed=0):
     return total
 
 
-def _trainer(config):
+def trainer(config):
+    """A student of a config with random weights, its optimizer and its scheduler."""
     import torch
 
     from kdpipe.pipeline.models.student import build_student
@@ -236,7 +250,7 @@ class _Cases:
         from kdpipe.pipeline.runs.checkpoint import load_trained, restore
 
         self._inspect(path)
-        student, optimizer, scheduler = _trainer(self.config)
+        student, optimizer, scheduler = trainer(self.config)
         with contextlib.suppress(KdpipeError):
             load_trained(path)
         restore(path, self.config, None, student, optimizer, scheduler)

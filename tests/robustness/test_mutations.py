@@ -1,18 +1,14 @@
 """
 No mutated teacher, student, ONNX file or config ends in a traceback, a crash, code of the file's own, ten seconds or a gigabyte.
 
-`NUMBERS` are those that docs/reliability.md names; the default run samples them.
+The default run samples the numbers that docs/reliability.md names.
 """
 
 from functools import partial
 
 import pytest
 from helpers.configs import tiny_config
-from helpers.mutation_runs import LIMIT_BYTES, run_mutations, write_sources
-
-NUMBERS = {"teacher": 3000, "student": 1500, "config": 5000, "onnx": 500}
-SAMPLE = {"teacher": 120, "student": 80, "config": 100, "onnx": 15}
-REAL = 100
+from helpers.mutation_runs import LIMIT_BYTES, NUMBERS, REAL, SAMPLE, run_mutations, write_sources
 
 
 @pytest.fixture(scope="module")
