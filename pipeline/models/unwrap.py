@@ -71,6 +71,8 @@ class Weights:
             taken, left = ("averaged", "raw") if self.averaged else ("raw", "averaged")
             choice = f"; {key}.weights: {'raw' if self.averaged else 'ema'} takes the {left} ones" if key else ""
             found.append(f"{origin} holds raw and averaged (EMA) weights, and the {taken} ones are taken{choice}")
+        elif self.averaged:
+            found.append(f"{origin} holds averaged (EMA) weights alone, and they are taken")
         if self.left_out:
             shown = summarise([name + _numbers(value) for name, value in self.left_out.items()])
             text = (

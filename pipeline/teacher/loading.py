@@ -34,6 +34,8 @@ KNOWN_ORDERS = {
     ),
 }
 SIGMOID = "its one channel z is a sigmoid's: classes needs two names, first that of 1 - σ(z), then that of σ(z)"
+# Options without a trace in the weights that training scripts set, unlike those of norms and interpolation.
+OFTEN_SET = ("encoder_output_stride", "decoder_atrous_rates", "encoder_output_indices", "decoder_readout")
 WITH_ATTENTION = ("unet", "unetplusplus")  # smp's architectures whose decoder may have scSE attention
 
 
@@ -92,9 +94,24 @@ def load_teacher(
     except Misfit as err:
         found = recognise(state, likely_encoder=teacher.encoder, likely_options=teacher.options)
         raise CheckpointError(_misfit_text(teacher, key, found, str(err))) from err
-    for note in weights.notes(teacher.checkpoint, key) + notes:
+    for note in [*weights.notes(teacher.checkpoint, key), *notes, *_unseen_options(teacher, key)]:
         say(note)
     return (TwoClasses(model) if is_sigmoid else model).eval().requires_grad_(False)
+
+
+def _unseen_options(teacher: Teacher, key: str) -> list[str]:
+    """A sentence on the options that teachers often differ in, that no tensor shows and that the configuration leaves open."""
+    from kdpipe.pipeline.models.options import untraced_options
+
+    unseen = [
+        name for name in untraced_options(teacher.architecture) if name in OFTEN_SET and name not in teacher.options
+    ]
+    if not unseen:
+        return []
+    return [
+        f"{key}: weights do not show {' and '.join(unseen)}, and smp's defaults are used: set {key}.options if the teacher was trained "
+        "with others. `kdpipe verify-cache --reference` tells"
+    ]
 
 
 def _misfit_text(teacher: Teacher, key: str, found: Network, reason: str) -> str:

@@ -162,7 +162,9 @@ def test_averaged_weights_beside_raw_ones_are_told_of_and_taken_if_asked_for(loa
 
 @pytest.mark.parametrize("form", EMA_FORMS)
 def test_averaged_weights_alone_are_taken(load, form):
-    assert answers_as(load(EMA_FORMS[form])[0], EMA)
+    loaded, said = load(EMA_FORMS[form])
+    assert answers_as(loaded, EMA)
+    assert "holds averaged (EMA) weights alone, and they are taken" in said[0]
     assert answers_as(load(None, weights="ema")[0], EMA)
     with pytest.raises(CheckpointError, match=r"teacher.weights is raw, and .*t.pth holds no raw weights, only"):
         load(None, weights="raw")
@@ -309,3 +311,15 @@ def test_an_encoder_of_the_same_family_and_other_tensors_is_named_in_the_error(l
         CheckpointError, match=r"(?s)holds unet with timm-efficientnet-b0.*encoder: timm-efficientnet-b0"
     ):
         load(network.state_dict(), encoder="tu-efficientnet_b0")
+
+
+def test_options_that_weights_do_not_show_are_asked_for(load):
+    options = {"encoder_output_stride": 8, "decoder_channels": 8}
+    network = smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=len(CLASSES), **options).eval()
+    keys = {"architecture": "deeplabv3plus", "encoder": "resnet18", "options": {"decoder_channels": 8}}
+    at_stride_16, said = load(network.state_dict(), **keys)
+    assert not answers_as(at_stride_16, network)
+    assert "weights do not show encoder_output_stride and decoder_atrous_rates, and smp's defaults are used" in said[0]
+    as_trained, said = load(None, **keys | {"options": options | {"decoder_atrous_rates": [12, 24, 36]}})
+    assert answers_as(as_trained, network)
+    assert said == []
