@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
+from kdpipe.configs.schema.labels import MaskCodes
 from kdpipe.data.declared.check import Headers, read_headers, tile_faults
 from kdpipe.data.declared.header import Declared
-from kdpipe.data.rasters import read_bands, read_mask_values
+from kdpipe.data.rasters import read_bands, read_mask, read_mask_values
 from kdpipe.data.stretch import sample_grid
 from kdpipe.data.tiles import EXTENSIONS, Tile, contents_text, list_tiles
 
@@ -29,6 +30,7 @@ MAX_HEADERS = 1000  # per root: opening an image and its mask takes some millise
 MAX_READ = 100  # per root: decoding a tile of 1024 px and its mask takes about 50 ms
 MAX_VALUES = 2**28  # per image over all bands, 512 MB of 16 bits; larger images are not decoded
 # Per band of an image: over 100 images, the rank of the 2nd percentile is known to 0.01 % if values are independent.
+NO_LABEL = 255  # stands for pixels without a label in masks of colours
 SAMPLE_VALUES = 2**14
 PERCENTILES = (2.0, 98.0)
 FILL_VALUES = (
@@ -127,13 +129,13 @@ def find_roots(folder: str, images: str = "images", masks: str = "masks") -> lis
     return roots
 
 
-def list_root(path: str, images: str = "images", masks: str = "masks") -> Root:
+def list_root(path: str, images: str = "images", masks: str = "masks", **layout: Any) -> Root:
     """
-    A root with its tiles, none of them opened.
+    A root with its tiles, none of them opened; `layout` are further keys of `data`, such as `mask_suffix`.
 
     Raises `DataError` as `list_tiles` does, except for images without a mask.
     """
-    data = schema.Data(train=[path], images=images, masks=masks, allow_missing_masks=True)
+    data = schema.Data(train=[path], images=images, masks=masks, allow_missing_masks=True, **layout)
     return Root(path, list_tiles(data, "train"))
 
 
@@ -142,21 +144,25 @@ def survey_steps(root: Root) -> int:
     return min(len(root.tiles), MAX_HEADERS) + min(root.masks, MAX_READ)
 
 
-def survey_root(root: Root, advance: Callable[[], None] = lambda: None) -> None:
-    """Survey the files of a listed root and fill in its counts; `advance` is called after each step."""
+def survey_root(root: Root, advance: Callable[[], None] = lambda: None, codes: MaskCodes | None = None) -> None:
+    """
+    Survey the files of a listed root and fill in its counts; `advance` is called after each step.
+
+    With `codes` masks hold colours, and the indices that these stand for are counted.
+    """
     opened = evenly(root.tiles, MAX_HEADERS)
     with_pixels = {tile.id for tile in evenly(opened, MAX_READ)}
     # Chosen from the labelled tiles, which may be few among many.
     with_labels = {tile.id for tile in evenly([tile for tile in root.tiles if tile.mask is not None], MAX_READ)}
     samples: list[list[NDArray[Any]]] = []
     for headers in read_headers(opened):
-        _look(root, headers)
+        _look(root, headers, of_colours=codes is not None)
         if headers.tile.id in with_pixels and headers.image is not None:
             _tried(root, _read, root, headers.tile, headers.image, samples)
         advance()
     for tile in root.tiles:
         if tile.id in with_labels:
-            _tried(root, _count, root, tile)
+            _tried(root, _count, root, tile, codes)
             advance()
     if root.alpha_is_band:
         root.pixels_without_data -= root.hidden_by_alpha
@@ -184,11 +190,11 @@ def _tried(root: Root, step: Callable[..., None], *arguments: Any) -> None:
             root.problems.append(str(err))
 
 
-def _look(root: Root, headers: Headers) -> None:
+def _look(root: Root, headers: Headers, *, of_colours: bool) -> None:
     root.seen.append(headers)
     image, mask = headers.image, headers.mask
     faults = [headers.image_error] if headers.image_error else []
-    faults += tile_faults(headers, None, has_stretch=True)
+    faults += tile_faults(headers, None, has_stretch=True, of_colours=of_colours)
     root.problems += [fault for fault in faults if fault not in root.problems]
     if image is None:
         return
@@ -286,9 +292,11 @@ def undeclared_text(path: Path, band: int, values: NDArray[Any]) -> str | None:
     )
 
 
-def _count(root: Root, tile: Tile) -> None:
+def _count(root: Root, tile: Tile, codes: MaskCodes | None) -> None:
     assert tile.mask is not None
-    values_HW = read_mask_values(tile.mask)
+    values_HW = (
+        read_mask_values(tile.mask) if codes is None else read_mask(tile.mask, len(codes.colours), NO_LABEL, codes)
+    )
     root.masks_read += 1
     if values_HW.dtype == np.uint8:  # ten times as fast as sorting
         counts = np.bincount(values_HW.reshape(-1))

@@ -113,9 +113,14 @@ def _refuse_repeated(tiles: Sequence[Tile]) -> None:
         seen.add(tile.id)
 
 
+def has_star(root: str | Path) -> bool:
+    """Whether a `*` in a root stands for the folder's name: it does unless a folder is really called so."""
+    return "*" in str(root) and not Path(root).is_dir()
+
+
 def folders_of(root: str | Path, data: schema.Data) -> tuple[Path, Path]:
     """The folders of images and of masks of a root, which need not exist."""
-    if "*" in str(root):
+    if has_star(root):
         images, masks = (Path(str(root).replace("*", name)) for name in (data.images, data.masks))
         return images, masks
     return Path(root) / data.images, Path(root) / data.masks
@@ -123,7 +128,7 @@ def folders_of(root: str | Path, data: schema.Data) -> tuple[Path, Path]:
 
 def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> list[Tile]:
     image_dir, mask_dir = folders_of(root, data)
-    if "*" not in str(root) and not root.is_dir():
+    if not has_star(root) and not root.is_dir():
         raise DataError(f"there is no folder {root}, which data names as a root of tiles")
     if not image_dir.is_dir():
         raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
@@ -249,6 +254,8 @@ def _root_names(data: schema.Data) -> dict[Path, str]:
 
 def _named_parts(root: Path) -> tuple[str, ...]:
     """The parts of a root's path that may name it: without the one that stands for the folders of images and masks."""
+    if not has_star(root):
+        return root.parts[1:]
     return tuple(part.replace("*", "") for part in root.parts[1:] if part != "*")
 
 

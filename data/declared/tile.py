@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.header import Declared, read_declared
 
-RECIPE = "give each class its colour in data.colours, such as {Forest: [34, 139, 34]}"
+RECIPE = "give each class its colour in data.colours (`kdpipe init --colours FILE`)"
 GRID_PX = 0.5  # corners that differ by more are not rounding: labels belong to other pixels
 _CORNERS = np.array([(0, 0), (1, 0), (0, 1), (1, 1)], dtype=np.float64)
 _UPSIDE_DOWN = [2, 3, 0, 1]  # the corners in the order of an image that is written from the bottom up

@@ -49,6 +49,7 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--out", default="mine.yaml", show_default=True, metavar="FILE", shell_complete=completion.configs,
               help="The config to write.")  # fmt: skip
 @click.option("--classes", callback=_names, metavar="A,B,...", help="Names of mask values 0, 1, ...")
+@click.option("--colours", metavar="FILE", help="For masks of colours: a table of name,red,green,blue.")
 @click.option("--ignore-index", type=click.IntRange(0, 65535), metavar="N", help="Mask value that means no label.")
 @click.option(
     "--teacher-classes", callback=_names, metavar="A,B,...", help="Names of the teacher's channels, in order."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import PERCENTILES, Root
 from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.starter.given import Given
+from kdpipe.pipeline.starter.layouts import Layout
 from kdpipe.pipeline.starter.yaml import Key
 from kdpipe.pipeline.text import part_text
 
@@ -45,9 +46,12 @@ def data_keys(
     Raises `ConfigError` if `--bands` asks for a band that images lack, or for another number of bands than the teacher's.
     """
     paths = {role: [path for path, of in roles.items() if of == role] for role in roles.values()}
+    if given.layout is not None and given.layout.val_list and "train" in paths:
+        paths["val"] = paths["train"]
     train = [root for root in roots if roles[root.path] == "train"]
+    held = "colours" if given.colours else "class indices"
     layout = (
-        f"each a folder with {given.images}/ and {given.masks}/ paired by stem; masks hold class indices"
+        f"each a folder with {given.images}/ and {given.masks}/ paired by stem; masks hold {held}"
         if any(root.masks for root in train)
         else "none with masks"
     )
@@ -64,10 +68,7 @@ def data_keys(
         notes.append(
             f"not in the config, because of their names: {', '.join(unused)}; `kdpipe evaluate CHECKPOINT {unused[0]}` scores them"
         )
-    if given.images != "images":
-        keys.append(Key("images", given.images, "Given: the folder of images in each root."))
-    if given.masks != "masks":
-        keys.append(Key("masks", given.masks, "Given: the folder of masks in each root."))
+    keys += _layout_keys(given, paths)
     tiles, masks = sum(len(root.tiles) for root in train), sum(root.masks for root in train)
     if masks < tiles:
         why = f"Measured: {tiles - masks} of {tiles} tiles have no mask; they train from the soft targets alone."
@@ -81,6 +82,33 @@ def data_keys(
             "score counts them"
         )
     return keys + _bands_and_stretch(used, given.bands, wanted, notes, problems)
+
+
+def _layout_keys(given: Given, paths: Mapping[str, Sequence[str]]) -> list[Key]:
+    """The keys that say how images and masks lie in the roots, where they differ from the defaults."""
+    layout = given.layout or Layout([], given.images, given.masks)
+    source = f"Measured: {layout.source}" if layout.source else "Given"
+    keys = [
+        Key(name, value, f"{source}: the folder of {name} in each root.")
+        for name, value in (("images", layout.images), ("masks", layout.masks))
+        if value != name
+    ]
+    for name, value in (("image_suffix", layout.image_suffix), ("mask_suffix", layout.mask_suffix)):
+        if value:
+            keys.append(Key(name, value, "Measured: without it, image and mask have one name."))
+    if layout.nested:
+        keys.append(Key("nested", True, "Measured: tiles lie in folders below."))
+    lists = [
+        Key(name, path)
+        for name, path in (("train", layout.train_list), ("val", layout.val_list))
+        if path and name in paths
+    ]
+    if lists:
+        keys.append(Key("split", lists, f"{source}: the lists of its tiles."))
+    if given.colours:
+        entries = [Key(name, rgb) for name, rgb in given.colours.items()]
+        keys.append(Key("colours", entries, "Given: the colour of each class in the masks; ignore is no label."))
+    return keys
 
 
 def _alpha(roots: Sequence[Root], notes: list[str]) -> list[Key]:

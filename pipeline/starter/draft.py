@@ -15,6 +15,7 @@ from pathlib import PurePath
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.configs.schema import Alpha, Data
+from kdpipe.configs.schema.labels import IGNORE
 from kdpipe.data.declared.check import Comparison, Findings
 from kdpipe.data.declared.tile import image_faults
 from kdpipe.data.survey import Root
@@ -75,7 +76,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, g
         )
     if not any(root.headers for root in train):
         raise DataError(f"none of the images that were opened can be read; the first: {train[0].problems[0]}")
-    labels = read_labels(roots, roles, given.classes, given.ignore_index)
+    labels = read_labels(roots, roles, _class_names(given), given.ignore_index)
     channels = teacher_classes(teacher, given)
     problems = [problem for root in roots for problem in root.problems] + labels.problems
     notes = list(labels.notes)
@@ -108,9 +109,17 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, g
         roots=", ".join(root.path for root in roots),
         teacher="no teacher" if teacher is None else f"the teacher {teacher.path}",
     )
-    if "train" in roles.values() and "val" not in roles.values():
+    has_val = "val" in roles.values() or (given.layout is not None and given.layout.val_list is not None)
+    if "train" in roles.values() and not has_val:
         notes.append(NO_VAL)
     return Draft(keys, header, roles, problems, notes)
+
+
+def _class_names(given: Given) -> list[str] | None:
+    """The classes of --classes, or those of --colours in their order."""
+    if given.classes is not None or given.colours is None:
+        return given.classes
+    return [name for name in given.colours if name != IGNORE]
 
 
 def compared(

@@ -19,6 +19,7 @@ from kdpipe.pipeline.inspection.external import External, inspect_external, is_e
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.starter.draft import Draft, draft_config
 from kdpipe.pipeline.starter.given import Given
+from kdpipe.pipeline.starter.layouts import Layout, paired, recognise
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,46 @@ def write_first_config(
         raise ConfigError(f"--out {out} is a folder: name the config to write in it, such as {Path(out) / 'mine.yaml'}")
     if file.exists() and not overwrite:
         raise ConfigError(f"{out} exists already: --overwrite replaces it, --out NAME.yaml writes another")
-    val = [path for folder in given.val for path in find_roots(folder, given.images, given.masks)]
-    train = [path for folder in folders for path in find_roots(folder, given.images, given.masks)]
-    given = replace(given, val=val)
+    given = _laid_out(folders, given)
+    assert given.layout is not None
     # Each root once, however its path is written: --val may name a folder that `folders` contain too.
-    once = {Path(path).resolve(): path for path in reversed([*val, *train])}
-    roots = [list_root(path, given.images, given.masks) for path in sorted(once.values())]
+    once = {Path(path).resolve(): path for path in reversed([*given.val, *given.layout.roots])}
+    roots = [_listed(path, given.layout) for path in sorted(once.values())]
     inspection = (
         None if teacher is None else inspect_external(teacher) if is_external(teacher) else inspect_checkpoint(teacher)
     )
     with progress.bar("tiles", sum(map(survey_steps, roots)), "files") as advance:
         for root in roots:
-            survey_root(root, advance)
+            survey_root(root, advance, given.codes)
     draft = draft_config(roots, inspection, given)
     unfilled = unfilled_in(draft.text, out)
     make_folder(file.parent)
     write_file(file, draft.text)
     return FirstConfig(out, roots, inspection, draft, unfilled)
+
+
+def _laid_out(folders: Sequence[str], given: Given) -> Given:
+    """The options with the roots of `folders` and of `--val`, and with the layout that their names show."""
+    by_default = (given.images, given.masks) == ("images", "masks")
+    found = recognise(folders) if by_default and not _is_own_layout(folders, given) else None
+    if found is None:
+        roots = [path for folder in folders for path in find_roots(folder, given.images, given.masks)]
+        found = paired(Layout(roots, given.images, given.masks))
+    val = [path for folder in given.val for path in find_roots(folder, found.images, found.masks)]
+    return replace(given, val=val, images=found.images, masks=found.masks, layout=found)
+
+
+def _is_own_layout(folders: Sequence[str], given: Given) -> bool:
+    """Whether each folder holds masks where kdpipe looks for them, itself or in a folder of it."""
+    return all(
+        (Path(folder) / given.masks).is_dir() or any(path.is_dir() for path in Path(folder).glob(f"*/{given.masks}"))
+        for folder in folders
+    )
+
+
+def _listed(path: str, layout: Layout) -> Root:
+    keys = {"image_suffix": layout.image_suffix, "mask_suffix": layout.mask_suffix, "nested": layout.nested}
+    return list_root(path, layout.images, layout.masks, **keys)
 
 
 def _teacher_dict(teacher: Inspection | External | None) -> dict[str, Any] | None:

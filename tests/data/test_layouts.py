@@ -92,44 +92,45 @@ class TestFolders:
             listed(tmp_path, image_suffix="_sat")
 
 
-class TestColours:
-    COLOURS = {
-        "Forest": [0, 100, 0],
-        "Water": [[0, 0, 255], [10, 20, 250]],
-        "ignore": [0, 0, 0],
-        "Background": [9, 9, 9],
-    }
-    CODES = codes_of(schema.Data(train=["x"], colours=COLOURS).colours, {}, NAMES, 255)
-    WANTED = np.array([[1, 2, 2], [255, 0, 1]])
-    PIXELS = np.uint8([[[0, 100, 0], [0, 0, 255], [10, 20, 250]], [[0, 0, 0], [9, 9, 9], [0, 100, 0]]])
+COLOURS = {
+    "Forest": [0, 100, 0],
+    "Water": [[0, 0, 255], [10, 20, 250]],
+    "ignore": [0, 0, 0],
+    "Background": [9, 9, 9],
+}
+CODES = codes_of(schema.Data(train=["x"], colours=COLOURS).colours, {}, NAMES, 255)
+WANTED = np.array([[1, 2, 2], [255, 0, 1]])
+PIXELS = np.uint8([[[0, 100, 0], [0, 0, 255], [10, 20, 250]], [[0, 0, 0], [9, 9, 9], [0, 100, 0]]])
 
+
+class TestColours:
     def test_bands_of_colours_become_indices(self, tmp_path):
-        Image.fromarray(self.PIXELS).save(tmp_path / "m.png")
-        assert np.array_equal(read_mask(tmp_path / "m.png", 3, 255, self.CODES), self.WANTED)
-        with_alpha = np.dstack([self.PIXELS, np.full((2, 3), 255, np.uint8)])
+        Image.fromarray(PIXELS).save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png", 3, 255, CODES), WANTED)
+        with_alpha = np.dstack([PIXELS, np.full((2, 3), 255, np.uint8)])
         Image.fromarray(with_alpha).save(tmp_path / "a.png")
-        assert np.array_equal(read_mask(tmp_path / "a.png", 3, 255, self.CODES), self.WANTED)
+        assert np.array_equal(read_mask(tmp_path / "a.png", 3, 255, CODES), WANTED)
 
     def test_a_palette_is_read_by_its_colours(self, tmp_path):
         """Its indices are whatever the program that wrote it chose."""
-        palette = Image.fromarray(self.PIXELS).quantize(16)
+        palette = Image.fromarray(PIXELS).quantize(16)
         palette.save(tmp_path / "p.png")
-        assert not np.array_equal(np.asarray(palette), self.WANTED)
-        assert np.array_equal(read_mask(tmp_path / "p.png", 3, 255, self.CODES), self.WANTED)
+        assert not np.array_equal(np.asarray(palette), WANTED)
+        assert np.array_equal(read_mask(tmp_path / "p.png", 3, 255, CODES), WANTED)
 
     def test_other_colours_are_named_with_their_number(self, tmp_path):
-        other = self.PIXELS.copy()
+        other = PIXELS.copy()
         other[0, :2] = [1, 2, 3]
         Image.fromarray(other).save(tmp_path / "m.png")
         with pytest.raises(
             DataError, match=r"1 colours that data.colours does not list, on 2 of its pixels: \[1, 2, 3\]"
         ):
-            read_mask(tmp_path / "m.png", 3, 255, self.CODES)
+            read_mask(tmp_path / "m.png", 3, 255, CODES)
 
     def test_masks_of_indices_are_refused(self, tmp_path):
         Image.fromarray(np.uint8([[0, 1]])).save(tmp_path / "m.png")
         with pytest.raises(DataError, match="holds no colours: 1 band of uint8"):
-            read_mask(tmp_path / "m.png", 3, 255, self.CODES)
+            read_mask(tmp_path / "m.png", 3, 255, CODES)
 
 
 class TestOtherCodes:

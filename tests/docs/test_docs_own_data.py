@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import click
-import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
-from PIL import Image
 
 from kdpipe.configs.errors import UnfilledConfig
 from kdpipe.configs.load import load_config
+from kdpipe.configs.schema import Data
 from kdpipe.data import survey
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.starter.classes import NO_LABEL_VALUES
@@ -56,13 +56,12 @@ def test_the_yaml_of_the_page_is_what_is_written_of_the_dubai_tiles(dubai, tmp_p
     assert re.search(r"```yaml\n(.+?)```", PAGE, flags=re.DOTALL)[1] in Path("mine.yaml").read_text()
 
 
-def test_the_snippet_of_the_page_makes_indices_of_colours(tmp_path):
-    names = {}
-    exec(re.search(r"```python\n(.+?)```", PAGE, flags=re.DOTALL)[1], names)
-    colours = np.zeros((2, 3, 3), dtype=np.uint8)
-    colours[0, 1], colours[1, 2] = names["COLOURS"]
-    Image.fromarray(colours).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(names["indices"](tmp_path / "mask.png"), [[255, 0, 255], [255, 255, 1]])
+def test_the_keys_of_the_layouts_are_those_of_a_configuration():
+    table = PAGE[PAGE.index("| your data |") : PAGE.index("`init` recognises the layouts")]
+    pieces = [piece for line in table.splitlines()[2:] for piece in re.findall(r"`([^`]+: [^`]+)`", line)]
+    assert len(pieces) >= 9
+    for piece in pieces:
+        Data.model_validate({"train": ["mine"]} | yaml.safe_load(piece))
 
 
 def test_stretches_of_the_page_are_accepted():

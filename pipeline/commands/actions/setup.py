@@ -18,20 +18,23 @@ from kdpipe.pipeline.inspection.external import inspect_external, is_external
 from kdpipe.pipeline.reports.terminal.inspection import checkpoint_table, external_parts
 from kdpipe.pipeline.reports.terminal.starter import first_config_parts
 from kdpipe.pipeline.reports.terminal.verify import suggestion_tables
+from kdpipe.pipeline.starter.colours import read_colours
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.write import run_name, write_first_config
 from kdpipe.pipeline.verify import class_map
 
 
 def init(
-    folders: Sequence[str], *, teacher: str | None, out: str, classes: list[str] | None, ignore_index: int | None,
+    folders: Sequence[str], *, teacher: str | None, out: str, classes: list[str] | None, colours: str | None,
+    ignore_index: int | None,
     teacher_classes: list[str] | None, teacher_normalize: str | None, bands: tuple[int, ...] | None,
     val: tuple[str, ...], images: str, masks: str, overwrite: bool, json_path: str | None,
 ) -> None:  # fmt: skip
     """Write a first config and report what was found; ends the process with 1 where some files have problems."""
     terminal = Terminal()
     given = Given(
-        run_name(out), val, images, masks, classes=classes, ignore_index=ignore_index, bands=bands,
+        run_name(out), val, images, masks, classes=classes,
+        colours=None if colours is None else read_colours(colours), ignore_index=ignore_index, bands=bands,
         teacher_classes=teacher_classes, teacher_normalize=teacher_normalize,
     )  # fmt: skip
     found = write_first_config(folders, teacher, out, given, overwrite=overwrite, progress=terminal)
