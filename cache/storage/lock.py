@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -72,7 +72,11 @@ def _locked_folder(folder: Path, name: Path) -> Iterator[None]:
             with explained("making the folder", folder, CacheUnreachable):
                 opened = _opened_folder(folder)
             descriptors.callback(os.close, opened)
-            _lock_at_once(opened, descriptors, folder, name)
+            try:
+                _lock_at_once(opened, descriptors, folder, name)
+            except NoLocks:
+                _remove_empty(made)
+                raise
             # The folder may have been deleted and made anew since it was opened: then this lock excludes nobody.
             try:
                 is_same = os.path.samestat(folder.stat(), os.fstat(opened))
@@ -83,10 +87,14 @@ def _locked_folder(folder: Path, name: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):
-                    for path in made:
-                        path.rmdir()
+                _remove_empty(made)
             return
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _opened_folder(folder: Path) -> int:

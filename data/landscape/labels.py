@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdpipe.configs.errors import ConfigError, DataError
-from kdpipe.configs.files import write_file
+from kdpipe.configs.files import make_folder, write_file
+from kdpipe.configs.outputs import output_path
 from kdpipe.data.landscape.brushes import Bools, corners, displaced, fractal_noise, highest, polygons
 from kdpipe.data.landscape.ground import (
     BARELAND,
@@ -207,13 +208,10 @@ def _mark(out_dir: Path, files: list[str], seed: int, *, complete: bool) -> None
 
 def _make_room(out_dir: Path) -> None:
     """Create `out_dir`, or delete what an earlier call wrote there; refuse a folder with anything else in it."""
-    resolved = out_dir.resolve()
-    package = next((folder for folder in (resolved, *resolved.parents) if (folder / "__init__.py").exists()), None)
-    if package is not None:
-        raise DataError(f"sample data needs a folder outside any Python package, but {package} holds an __init__.py")
+    output_path(out_dir, "the folder of sample data")
     if out_dir.exists() and not out_dir.is_dir():
         raise DataError(f"sample data needs a folder, but {out_dir} is a file; name another")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     found = {path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if not path.is_dir()}
     if not found:
         return

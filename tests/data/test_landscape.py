@@ -253,7 +253,10 @@ def test_package_folder_and_what_lies_below_is_refused(tmp_path, below):
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").touch()
-    with pytest.raises(DataError, match=r"outside any Python package, but .*package holds an __init__\.py"):
+    with pytest.raises(
+        ConfigError,
+        match=r"sample data: .* lies in the Python package .*package; choose",
+    ):
         write_sample_data(package / below, 0, **SMALL)
     assert contents(package) == {"__init__.py": b""}
 

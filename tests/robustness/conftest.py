@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from helpers.configs import tiny_config
+from helpers.odd_files import mounted
 from helpers.small_world import PixelTeacher, write_tiles
 
 from kdpipe.pipeline.precompute import run as stage
@@ -49,3 +50,28 @@ def finished(make, tmp_path, finished_world):
     """`make`, and its cache is complete."""
     shutil.copytree(finished_world, tmp_path, dirs_exist_ok=True)
     return make
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A real disk of 96 kB with a file of the user's on it."""
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=96k", "tmpfs") as disk:
+        (disk / "thesis").write_text("my own")
+        yield disk
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Mounts a folder read-only, at its own place."""
+    held = []
+
+    def mount(folder):
+        entered = mounted(folder, "--bind", "-o", "ro", str(folder))
+        entered.__enter__()
+        held.append(entered)
+        return folder
+
+    yield mount
+    for entered in reversed(held):
+        entered.__exit__(None, None, None)
