@@ -87,9 +87,9 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._disconnect()
-        self._open.close()
+        self._open.__exit__(*error)
 
     def start(self, stop: threading.Event) -> torch.device:
         """

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import dask
 import torch
-from distributed import Nanny, Scheduler, Security, SpecCluster
+from distributed import Nanny, Scheduler, Security, SpecCluster, Status
 from distributed.utils import LoopRunner
 from tornado.ioloop import IOLoop
 
@@ -57,7 +57,7 @@ def local_cluster(count: int, threads: int, device_name: str | None) -> Iterator
     # Ctrl-C and SIGTERM are for this process, which stops its workers once it has reached a safe point.
     with environment, _loop_out_of_reach() as loop:
         cluster = SpecCluster(scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, loop=loop)
-        with cluster, _no_unborn():
+        with cluster, _killed_if_it_fails(cluster):
             cluster.worker_spec.update(workers)
             cluster.scale(count)  # does not wait, unlike the constructor, which could not be left meanwhile
             cluster.wait_for_workers(count)
@@ -77,12 +77,14 @@ def _loop_out_of_reach() -> Iterator[IOLoop]:
 
 
 @contextmanager
-def _no_unborn() -> Iterator[None]:
-    """Kill the workers' processes if the block fails: those that still import libraries would not be told to end."""
+def _killed_if_it_fails(cluster: SpecCluster) -> Iterator[None]:
+    """Kill the workers of a cluster if the block fails or is stopped. They might be long in a prediction, or in importing libraries."""
     before = set(multiprocessing.active_children())
     try:
         yield
     except BaseException:
+        for nanny in cluster.workers.values():  # they would start new ones
+            cluster.loop.add_callback(setattr, nanny, "status", Status.closing_gracefully)
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
         raise
