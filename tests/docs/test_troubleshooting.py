@@ -1,5 +1,7 @@
 """Every message that docs/troubleshooting.md quotes is raised here and compared."""
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +21,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.configs.errors import KdpipeError, OutOfMemory
+from kdpipe.configs.files import try_to_write
 from kdpipe.data.rasters import read_image, read_mask
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.evaluation.evaluate import evaluate, teacher_model
@@ -269,7 +272,7 @@ def _(c):
     train(config, CPU)
 
 
-@case("Another process is writing the cache")
+@case("Another process is writing the cache, or trains a run of the same name")
 def _(c):
     config = c.make()
     with writer_lock(open_storage(config.cache.path)):
@@ -280,6 +283,30 @@ def _(c):
 def _(c):
     c.patch.setattr(LocalStorage, "free_bytes", lambda self: 0)
     precompute(c.make(), CPU)
+
+
+@case("The lock was lost")
+def _(c):
+    c.patch.setattr("kdpipe.cache.storage.object_lock.LOOK_SECONDS", 0.0)
+    storage = open_storage("memory://kdpipe-tests/lost.zarr")
+    with writer_lock(storage) as require:
+        other = b'{"host": "elsewhere", "pid": 7, "since": "noon"}'
+        open_storage("memory://kdpipe-tests/lost.zarr.lock").write("", other)
+        require()
+
+
+@case("The path of the cache is refused")
+def _(c):
+    open_storage("s3://")
+
+
+@case("A file cannot be read or written")
+def _(c):
+    def sealed(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    c.patch.setattr(Path, "touch", sealed)
+    try_to_write(c.folder / "a.json", "a.json", "--json: writing")
 
 
 @case("The cache was read and then forked")
