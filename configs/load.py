@@ -20,7 +20,7 @@ from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 
 MAX_CONFIG_BYTES = 2**20  # a thousand times the size of a long config; PyYAML takes seconds to parse it
 MAX_NODES = 100_000
-MAX_SHOWN_ERRORS = 10
+MAX_SHOWN_ERRORS, MAX_ERROR_CHARACTERS = 10, 500
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHIPPED_DIR = Path(__file__).resolve().parent
 
@@ -106,7 +106,7 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> Config:
     except ValidationError as err:
         errors = err.errors(include_url=False)
         rest = f"; and {len(errors) - MAX_SHOWN_ERRORS} more" if len(errors) > MAX_SHOWN_ERRORS else ""
-        shown = "; ".join(_explain(error) for error in errors[:MAX_SHOWN_ERRORS])
+        shown = "; ".join(_cut(_explain(error)) for error in errors[:MAX_SHOWN_ERRORS])
         raise ConfigError(f"{origin}: {shown}{rest}") from err
     except RecursionError as err:
         raise ConfigError(f"{origin} is nested too deeply") from err
@@ -252,6 +252,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return f"{key}: {message}" if location else message
     return f"{key}: {message}, found {reprlib.repr(error['input'])}"
+
+
+def _cut(text: str) -> str:
+    """A text without what exceeds `MAX_ERROR_CHARACTERS`, such as a name of thousands."""
+    return text if len(text) <= MAX_ERROR_CHARACTERS else f"{text[: MAX_ERROR_CHARACTERS - 1]}…"
 
 
 def _known_keys(location: list[str]) -> list[str]:

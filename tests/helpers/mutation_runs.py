@@ -210,7 +210,7 @@ class _Cases:
 
         content = torch.load(self.folder / "last.ckpt", weights_only=True)
         nested = [0]
-        for _ in range(rng.choice([3, 2000])):
+        for _ in range(rng.choice([3, 200])):
             nested = [nested]
         shared = ["ha"]
         for _ in range(40):

@@ -184,21 +184,21 @@ def damaged_archive(data, rng, canary):
 
 def altered(content, rng, values):
     """A copy of nested dicts and lists with one to three parts replaced by one of `values`, dropped, doubled or given another name."""
-    content = copy.deepcopy(content)
+    whole, content = list(places(content))[1:], copy.deepcopy(content)
     for _ in range(rng.randint(1, 3)):
-        *parents, key = rng.choice([place for place in places(content) if place])
-        target = content
-        for parent in parents:
-            target = target[parent]
-        kind = rng.randrange(5)
-        if kind < 3:
-            target[key] = copy.deepcopy(rng.choice(values))
-        elif kind == 3 or isinstance(target, list):
-            del target[key]
-        else:
-            target[rng.choice(STRINGS + [0, None])] = target.pop(key)
-        if not content:
-            break
+        *parents, key = rng.choice(whole)
+        kind, target = rng.randrange(5), content
+        try:
+            for parent in parents:
+                target = target[parent]
+            if kind < 3:
+                target[key] = copy.deepcopy(rng.choice(values))
+            elif kind == 3 or isinstance(target, list):
+                del target[key]
+            else:
+                target[rng.choice(STRINGS + [0, None])] = target.pop(key)
+        except (LookupError, TypeError, AttributeError):  # an earlier change took that place away
+            continue
     return content
 
 
