@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from kdpipe.cache.shard import ReadRanges, Shard, open_shard
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
+
+if TYPE_CHECKING:
+    from kdpipe.cache.writer import OwnCache
 
 Window = tuple[int, int, int, int]
 
@@ -48,15 +52,36 @@ class SoftTargetCache:
         self._start_anew()
 
     @classmethod
-    def open(cls, path: str, softening: Softening | None = None) -> SoftTargetCache:
+    def open(cls, path: str | os.PathLike[str], softening: Softening | None = None) -> SoftTargetCache:
         """
         The finished cache at a folder or fsspec URL; pass a `softening` to read logits as soft targets.
 
         Raises `IncompleteCache` if it does not exist or is not finished, `CorruptCache` if its manifest was changed,
         `UnknownFormat` for a format that this version does not read, and `ConfigError` if `softening` does not fit.
         """
-        storage = open_storage(path)
+        storage = open_storage(os.fspath(path))
         return cls(storage, read_manifest(storage), softening)
+
+    @staticmethod
+    @contextmanager
+    def create(
+        path: str | os.PathLike[str], classes: Sequence[str], *, kind: Literal["soft", "logits"] = "soft", bits: int = 8,
+        temperature: float = 1.0, made_by: Mapping[str, str] | None = None,
+    ) -> Iterator[OwnCache]:  # fmt: skip
+        """
+        A cache for a program of your own to fill, locked until the block ends, and finished there unless it raises.
+
+        `classes` name the channels in order. `temperature` is recorded: soft targets are stored as they are given. `made_by` is whatever
+        determines your values, such as the digest of a file of weights: a cache that says otherwise is not gone on with. Raises
+        `StaleCache` for that, and `CacheLocked` while another process writes the cache.
+        """
+        from kdpipe.cache.writer import OwnCache, open_writer, own_recipe
+
+        recipe = own_recipe(classes, kind=kind, bits=bits, temperature=temperature, made_by=made_by or {})
+        with open_writer(open_storage(os.fspath(path)), recipe, device="own", libraries={}) as writer:
+            own = OwnCache(writer)
+            yield own
+            own.finish()
 
     @property
     def tile_ids(self) -> list[str]:

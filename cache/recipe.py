@@ -63,6 +63,8 @@ class TeacherRecord(Record):
     source_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
     source_version: Annotated[str | None, Field(exclude_if=_is_none)] = None
     files_sha256: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
+    # What a program of the user's own said of itself (see `writer.own_recipe`).
+    made_by: Annotated[dict[str, str] | None, Field(exclude_if=_is_none)] = None
     classes: list[str]
     drop_channels: list[int]
     weight: float
@@ -119,7 +121,8 @@ class _Recipe(Record):
     @property
     def format_version(self) -> str:
         """`MAJOR.MINOR` of a cache with this recipe; minor versions 0 and 1 say neither the decoder nor the order of T and map."""
-        minor = 2 if self.decoder is not None else int(self.views is not None)
+        is_own = any(record.made_by is not None for record in self.teachers)
+        minor = 2 if is_own or self.decoder is not None else int(self.views is not None)
         return f"{self.major_version}.{minor}"
 
     @property

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache import tile
 from kdpipe.cache.codec import encode, error_bound
-from kdpipe.cache.images import Source, same_content
+from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
+from kdpipe.cache.encoding.simplex import levels_of
+from kdpipe.cache.images import Source, digest_image, same_content
 from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
 from kdpipe.cache.reader import read_receipt, read_recipe
-from kdpipe.cache.recipe import CacheRecipe, differences
-from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
+from kdpipe.cache.records import ImageDigest, TileRecord, node_path
 from kdpipe.cache.shard import SpilledShard
 from kdpipe.cache.storage.base import FileInfo, Storage
 from kdpipe.cache.storage.local import IN_FOLDER
@@ -207,6 +211,80 @@ def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
     for piece in pieces:
         digest.update(piece)
         yield piece
+
+
+def own_recipe(
+    classes: Sequence[str],
+    *,
+    kind: Literal["soft", "logits"],
+    bits: int,
+    temperature: float,
+    made_by: Mapping[str, str],
+) -> CacheRecipe:
+    """The recipe of a cache that a program of the user's own fills with values of `classes`; `made_by` is what it says of itself."""
+    names, identity = list(classes), np.eye(len(classes)).tolist()
+    teacher = {
+        "made_by": dict(made_by), "classes": names, "drop_channels": [], "weight": 1.0, "normalize_mean": [], "normalize_std": [],
+        "precision": "fp32", "tta": "none", "scales": [1.0], "window": None,
+    }  # fmt: skip
+    common = {
+        "teachers": [teacher],
+        "bands": [],
+        "stretch": None,
+        "kind": kind,
+        "bits": bits,
+        "chunk_px": tile.CHUNK_PX,
+    }
+    if kind == "logits":
+        return parse_recipe(common)
+    mapped = {
+        "classes": names,
+        "class_map": identity,
+        "temperature": temperature,
+        "temperature_applied": "after class_map",
+    }
+    return parse_recipe(common | mapped | {"levels": levels_of(bits, len(names)), "key_row_px": KEY_ROW_PX})
+
+
+class OwnCache:
+    """A cache that a program of the user's own fills; `SoftTargetCache.create` opens one. Its methods are thread-safe."""
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self._writer = writer
+        self._records: dict[str, TileRecord] = {}
+        writer.begin()
+
+    def is_written(self, tile_id: str, image: str | os.PathLike[str] | None = None) -> bool:
+        """Whether an earlier run has written this tile, of this image; it is then part of the finished cache."""
+        record = read_receipt(self._writer.storage, node_path(tile_id), self._writer.recipe.digest())
+        if record is None or record.image != _digest_of(image) or not _is_stored(self._writer.storage.info, record):
+            return False
+        self._records[tile_id] = record
+        return True
+
+    def write(
+        self, tile_id: str, values_CHW: NDArray[np.floating[Any]], image: str | os.PathLike[str] | None = None
+    ) -> None:
+        """
+        Store one tile; once this returns, it survives a power cut.
+
+        `values_CHW` `(C, H, W)` are soft targets that sum to one over axis 0, or logits, by the cache's kind. With `image`, the file that
+        they were computed from, its digest is kept. Raises `ValueError` for other values and for a name that cannot lie in a cache.
+        """
+        node_path(tile_id)
+        channels = len(self._writer.recipe.channels)
+        if values_CHW.ndim != 3 or len(values_CHW) != channels or not np.isfinite(values_CHW).all():
+            raise ValueError(f"{tile_id}: expected finite values of shape ({channels}, H, W), found {values_CHW.shape}")
+        values = np.ascontiguousarray(values_CHW, dtype=np.float32)
+        self._records[tile_id] = self._writer.write(tile_id, values, _digest_of(image))
+
+    def finish(self) -> Manifest:
+        """Complete the cache with the tiles that were written, or found by `is_written`; it can be read from then on."""
+        return self._writer.finish([self._records[tile_id] for tile_id in sorted(self._records)])
+
+
+def _digest_of(image: str | os.PathLike[str] | None) -> ImageDigest:
+    return ImageDigest(0, tile.sha256(b"")) if image is None else digest_image(Path(image))
 
 
 class CacheWriter:

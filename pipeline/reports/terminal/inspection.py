@@ -121,7 +121,7 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
         rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (
             f"{_network_text(teacher)}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
-            f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {_sha256_text(teacher)}"
+            f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {_sha256_text(teacher) or 'of no file'}"
         )
     rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
     table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -146,6 +146,8 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
 def _network_text(teacher: TeacherRecord) -> str:
     if teacher.architecture is not None:
         return f"{teacher.architecture}, {teacher.encoder}"
+    if teacher.made_by is not None:
+        return "a program of its own" + "".join(f", {name} {value}" for name, value in teacher.made_by.items())
     return teacher.model or ", ".join(teacher.files_sha256 or ())
 
 
