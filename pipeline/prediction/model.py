@@ -174,7 +174,7 @@ def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
         card = Card.model_validate_json(text)
     except ValidationError as err:
         faults = [
-            f"{'.'.join(map(str, each['loc'])) or 'as a whole'}: {each['msg']}"
+            f"{'.'.join(map(str, each['loc'])) or 'as a whole'}: {each['msg'].removeprefix('Value error, ')}"
             for each in err.errors(include_url=False)
         ]
         raise CheckpointError(

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
+from kdpipe.configs.os_errors import explained
 
 INPUT, OUTPUT = "images", "logits"
 SEAL_KEY = "kdpipe_sha256"  # in the metadata: the sha256 of the file with zeros in its place
 UNSEALED = "0" * 64
 # Key and value lie side by side in the file, parted by the value's tag and length.
-_SEAL = re.compile(SEAL_KEY.encode() + rb"\x12\x40([0-9a-f]{64})")
+_SEAL = re.compile(SEAL_KEY.encode() + rb"\x12\x40(.{64})", re.DOTALL)
 TRIAL_PX = 128  # PAN takes no smaller ones
 TRIAL_SECONDS = 120
 TRIAL_BYTES = 2**30  # beyond four times the file, which onnxruntime holds twice while it optimises the graph
@@ -66,16 +67,13 @@ def require_seal(path: Path) -> None:
     """Raise `CheckpointError` for a sealed file whose content has changed, and where there is none. A file without a seal passes."""
     if not path.is_file():
         raise CheckpointError(f"no file at {path.absolute()}; relative paths start at the current folder")
-    try:
+    with explained("reading", path, CheckpointError):
         content = path.read_bytes()
-    except OSError as err:
-        raise CheckpointError(f"cannot read {path}: {err.strerror}") from err
-    found = list(_SEAL.finditer(content))
-    if not found:
+    if SEAL_KEY.encode() not in content:
         return
-    start, end = found[-1].span(1)
-    digest = hashlib.sha256(content[:start] + UNSEALED.encode() + content[end:]).hexdigest()
-    if len(found) > 1 or digest.encode() != found[-1][1]:
+    match = _SEAL.search(content)
+    zeroed = match and content[: match.start(1)] + UNSEALED.encode() + content[match.end(1) :]
+    if match is None or zeroed is None or hashlib.sha256(zeroed).hexdigest().encode() != match[1]:
         raise CheckpointError(
             f"{path} is not what `kdpipe export` wrote: its content does not fit the digest in it. It is damaged: copy it or export it "
             f"again. If you changed the network yourself, remove the metadata key {SEAL_KEY!r}"
