@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, KdpipeError
+from kdpipe.configs.os_errors import told
 
 UNREADABLE = "is not a readable checkpoint: damaged, or not a file that torch.save wrote"
 MAX_PICKLE_BYTES = (
@@ -51,7 +52,7 @@ def readable(file: Path, otherwise: str = UNREADABLE) -> Iterator[None]:
         raise
     except Exception as err:  # those of torch, zipfile, pickle and safetensors have no class in common
         if isinstance(err, OSError) and err.errno is not None:
-            raise CheckpointError(f"cannot read {file}: {err.strerror}") from err
+            raise told(err, "reading", file, CheckpointError) from err
         raise CheckpointError(f"{file} {otherwise}{reason_of(err)}") from err
 
 

@@ -1,9 +1,12 @@
 """Damaged and hostile checkpoints end in one paragraph: nothing is fetched, executed, or allocated beyond what they hold."""
 
+import errno
+import os
 import struct
 import warnings
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -67,6 +70,15 @@ def test_a_file_that_was_saved_without_checksums_is_read(tmp_path):
     finally:
         set_crc32_options(True)
     assert read_checkpoint(tmp_path / "t.pth")["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_fails_is_told_as_such_and_not_as_damage(teacher_file, monkeypatch):
+    def failing(self, *arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(CheckpointError, match=r"reading .*\.pth failed, as its disk or mount failed"):
+        read_checkpoint(teacher_file)
 
 
 def test_what_was_read_no_longer_depends_on_the_file(tmp_path):
