@@ -11,7 +11,12 @@ class Section(BaseModel):
     """A mapping of the YAML file. The text under a key describes it in the docs and in editors."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+        hide_input_in_errors=True,  # in tracebacks: a URL may hold a password
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 

@@ -18,6 +18,7 @@ from kdpipe.pipeline.commands.results import compare, evaluate, report
 from kdpipe.pipeline.commands.setup import demo, init, inspect, sample_data, suggest_map
 from kdpipe.pipeline.commands.stages import precompute_teacher, train_student, verify_cache
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory
+from kdpipe.pipeline.text import printable
 
 SECTIONS = {
     "Set up": (init, inspect, suggest_map, sample_data, demo, completion),
@@ -84,7 +85,7 @@ def main() -> None:
         if not isinstance(found, KdpipeError):
             raise
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            click.echo(printable(traceback.format_exc()), err=True)
         complain(str(found))
         sys.exit(found.exit_code)
     finally:
