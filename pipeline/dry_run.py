@@ -102,7 +102,11 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         seconds = trials.seconds * share + trials.set_up_seconds / len(sampled_sizes) * len(set(sizes.values()))
         tile_seconds = trials.teacher_seconds * share / len(areas)
         worth = measure_worth(config, device, teacher, trials.image_HWC, plan.samples, seconds, tile_seconds, progress)
-    in_windows = [areas[tile] for tile, size in sizes.items() if predicts_in_bands(plan.recipe, (1, *size, len(plan.recipe.bands)))]
+    in_windows = [
+        areas[tile]
+        for tile, size in sizes.items()
+        if predicts_in_bands(plan.recipe, (1, *size, len(plan.recipe.bands)))
+    ]
     return Estimate(
         cache=plan.storage.url,
         tiles=len(plan.tiles),

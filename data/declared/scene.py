@@ -85,8 +85,8 @@ def _count_note(bands: Sequence[int], count: int, trained_count: int | None) -> 
     if trained_count is None or count == trained_count:
         return None
     return (
-        f"it has {count} band{'s' if count > 1 else ''} and the training images had {trained_count}: bands {_text(bands)} are taken by their "
-        "numbers, which is wrong if they are in another order than in training"
+        f"it has {count} band{'s' if count > 1 else ''} and the training images had {trained_count}: bands {_text(bands)} are taken by "
+        "their numbers, which is wrong if they are in another order than in training"
     )
 
 

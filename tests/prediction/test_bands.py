@@ -160,7 +160,9 @@ def test_the_owners_scores_are_compared_over_the_same_bands_and_another_order_is
         np.save(tmp_path / name / "Train/t0.npy", logits_by_hand(state, inputs).astype(np.float32))
     assert verify(here.config, "quick", CPU, reference=tmp_path / "own").findings == []
     (finding,) = verify(here.config, "quick", CPU, reference=tmp_path / "swapped").findings
-    assert f"feeds the bands {here.sees[::-1]}: set teacher.bands: {here.sees[::-1]}; then the largest" in finding.message
+    assert (
+        f"feeds the bands {here.sees[::-1]}: set teacher.bands: {here.sees[::-1]}; then the largest" in finding.message
+    )
 
 
 def test_another_band_of_the_student_keeps_the_cache_and_one_of_the_teacher_makes_it_stale(here):
