@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,6 +33,7 @@ from kdpipe.pipeline.models.views import STRIDE
 from kdpipe.pipeline.models.windows import Span, blended_rows, spans, tapered_overlap
 from kdpipe.pipeline.prediction.notes import range_note, say_notes
 from kdpipe.pipeline.progress import Advance, Progress, Silent
+from kdpipe.pipeline.text import size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.model import Card, Predictor
@@ -145,6 +147,7 @@ def _look_at(
     for scene_path in scenes:
         try:
             with _open(scene_path, card) as scene:
+                _require_memory(scene, window, len(card.bands), len(card.classes))
                 counts[scene_path] = _num_windows(scene, window, overlap)
                 if scene.bands_note:
                     bands_notes[scene_path] = scene.bands_note
@@ -303,6 +306,18 @@ def _batches(windows: Sequence[tuple[Span, int]], batch_size: int) -> Iterator[l
         group = list(same)
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
+
+
+def _require_memory(scene: Scene, window: int, bands: int, classes: int) -> None:
+    """Raise `DataError` for a scene whose strip of one row of windows does not fit into the free memory."""
+    strip_bytes = min(window, scene.height) * scene.width * (bands + 4 * classes)
+    free_bytes = psutil.virtual_memory().available
+    if strip_bytes > free_bytes:
+        raise DataError(
+            f"{scene.path} is {scene.width} px wide: one row of windows takes {size_text(strip_bytes)} at least, and "
+            f"{size_text(free_bytes)} of memory are free. Choose a smaller --window, or cut the scene into columns "
+            "(`gdal_translate -srcwin`)"
+        )
 
 
 def _num_windows(scene: Scene, window: int, overlap: int) -> int:

@@ -1,6 +1,7 @@
 """A raster whose header claims more than its file can hold is refused as a tile, a mask and a scene before memory is asked for."""
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from PIL import Image
 from kdpipe.configs.errors import DataError
 from kdpipe.data.declared.header import read_declared
 from kdpipe.data.rasters import read_image, read_mask
-from kdpipe.data.scenes import open_scene
+from kdpipe.data.scenes import Scene, open_scene
+from kdpipe.pipeline.prediction.maps import predict
+from kdpipe.pipeline.prediction.model import Card, Predictor
 from kdpipe.pipeline.verify.reference_files import read_scores
 
 DEFLATE, UNCOMPRESSED = 8, 1
@@ -140,6 +143,22 @@ def test_a_mask_of_one_value_and_a_scene_with_missing_blocks_are_read(tmp_path):
     with open_scene(str(tmp_path / "sparse.tif"), (1, 2, 3), None) as scene:
         assert (scene.height, scene.width) == (100_000, 200_000)
         assert not scene.read(0, 1).any()
+
+
+def test_a_mosaic_too_wide_for_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    write_tiff(tmp_path / "a.tif", np.zeros((3, 8, 8), np.uint8))
+    source = '<SimpleSource><SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource>'
+    bands = "".join(f'<VRTRasterBand dataType="Byte" band="{band}">{source}</VRTRasterBand>' for band in (1, 2, 3))
+    (tmp_path / "m.vrt").write_text(f'<VRTDataset rasterXSize="16000000" rasterYSize="2000">{bands}</VRTDataset>')
+    card = Card(
+        run="r", step=1, network="n", checkpoint_sha256="0" * 64, classes=["a", "b"], palette=[(0, 0, 0), (1, 1, 1)], ignore_index=255,
+        bands=(1, 2, 3), stretch=None, mean=(0, 0, 0), std=(1, 1, 1), sizes="any", kdpipe="0",
+    )  # fmt: skip
+    monkeypatch.setattr(Scene, "read_with_data", lambda *arguments: pytest.fail("it was read"))
+    summary = predict(Predictor("x", card, "cpu", "none", None), [str(tmp_path / "m.vrt")], tmp_path / "out")
+    (said,) = summary.failed.values()
+    # 1024 rows of 3 bands and of 2 classes, 4 bytes each
+    assert re.search(r"m\.vrt is 16000000 px wide: one row of windows takes 180\.2 GB at least, and .* are free", said)
 
 
 def npy(shape):
