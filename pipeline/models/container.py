@@ -30,6 +30,7 @@ UNREADABLE = "is not a readable checkpoint: damaged, or not a file that torch.sa
 MAX_PICKLE_BYTES = (
     2**24
 )  # structure and names alone: some hundred thousand tensors. Read, it may take fifty times as much
+MAX_VALUES = 2**24  # that lists stand for, as a pickle may name one list many times
 MAX_EMPTY_BYTES = 2**26  # of a tensor that repeats one stored number, as `expand` makes them
 _ZIP_START, _ZIP_END, _ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 _CHUNK_BYTES = 2**20
@@ -90,6 +91,10 @@ def load_pickled(file: Path) -> Any:
         # torch warns of pickles from other versions, and raises for those it cannot read.
         warnings.simplefilter("ignore")
         loaded = torch.load(str(file), map_location="cpu", weights_only=True, mmap=is_archive)
+    if _expanded(loaded, {}) > MAX_VALUES:
+        raise CheckpointError(
+            f"{file} {UNREADABLE}: its lists hold each other, and written out they have more than {MAX_VALUES} values"
+        )
     for tensor in _tensors(loaded):
         _check_tensor(file, tensor)
     return copy.deepcopy(loaded) if is_archive else loaded  # a mapped tensor would change with its file
@@ -137,6 +142,17 @@ def _refuse_allocating(content: Any) -> None:
     if found:
         module, name = (part.decode() for part in found.groups() if part is not None)
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def _expanded(value: Any, known: dict[int, int]) -> int:
+    """Number of values in nested mappings and lists, where each counts as often as it is held; `known` are those counted before."""
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_VALUES  # while it is counted, as a list within itself has no end
+        parts = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = min(1 + sum(_expanded(part, known) for part in parts), MAX_VALUES + 1)
+    return known[id(value)]
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
