@@ -24,7 +24,7 @@ from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.beside import append_beside, beside, read_beside
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.configs.errors import DataError, KdpipeError
-from kdpipe.configs.os_errors import explained
+from kdpipe.configs.os_errors import told
 
 SUFFIX = ".images"
 MAGIC = b"kdpipe images 1\n"
@@ -127,12 +127,11 @@ def states_before(sources: Mapping[str, Source]) -> dict[str, tuple[float, State
 def state_of(source: Source) -> State | None:
     """The state of an image's files; None if one is missing. Raises `DataError` where the system refuses to look."""
     try:
-        with explained("looking at", None, DataError):
-            return tuple((found.st_size, found.st_mtime_ns) for found in map(os.stat, files_of(source)))
-    except DataError as err:
-        if isinstance(err.__cause__, FileNotFoundError | NotADirectoryError):
-            return None
-        raise
+        return tuple([(found.st_size, found.st_mtime_ns) for found in map(os.stat, files_of(source))])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as err:
+        raise told(err, "looking at", kind=DataError) from err
 
 
 def _stamp(record: TileRecord, state: State) -> bytes:

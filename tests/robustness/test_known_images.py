@@ -133,6 +133,16 @@ def test_an_image_that_changes_while_it_is_compared_is_not_noted(finished, image
     assert quick(finished()) == STALE
 
 
+def test_an_image_changed_without_its_size_or_time_is_found_by_full_alone(finished, images):
+    """What `quick` cannot see: other pixels, and a time of change set back to the nanosecond."""
+    assert quick(finished()) == []
+    times = images[1].stat()
+    flip(images[1])
+    os.utime(images[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert quick(finished()) == []
+    assert [(finding.code, finding.tile) for finding in verify(finished(), "full", CPU).findings] == STALE
+
+
 def test_full_verification_makes_images_known(finished, images, reads):
     assert verify(finished(), "full", CPU).passes
     reads.clear()

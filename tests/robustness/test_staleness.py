@@ -365,18 +365,6 @@ def test_an_image_touched_or_copied_without_a_change_is_not_stale(own_images):
     open_for_training(config)
 
 
-def test_an_image_changed_without_its_size_or_time_is_found_by_full_alone(own_images):
-    """What `quick` cannot see: other pixels, and a time of change set back to the nanosecond."""
-    config, images = own_images
-    os.utime(images[0], (0, 1e9))
-    assert found(config, "quick") == set()
-    times = images[0].stat()
-    other_pixels(images[0], 0)
-    os.utime(images[0], ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert found(config, "quick") == set()
-    assert found(config, "full") == {("stale-tile", f"Train/{images[0].stem}")}
-
-
 def test_an_added_and_a_removed_image_are_found(own_images):
     config, images = own_images
     mask = images[0].parents[1] / "masks" / images[0].name
