@@ -21,6 +21,7 @@ from kdpipe.configs.schema import DEFAULT_BATCH_SIZE, Config
 MAX_CONFIG_BYTES = 2**20  # a thousand times the size of a long config; PyYAML takes seconds to parse it
 MAX_NODES = 100_000
 MAX_SHOWN_ERRORS, MAX_ERROR_CHARACTERS = 10, 500
+MAX_DEPTH, BRACKET = 100, re.compile(r"[\[\]{}]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHIPPED_DIR = Path(__file__).resolve().parent
 
@@ -141,6 +142,11 @@ def shipped_configs() -> list[str]:
 
 def _parse_yaml(text: str) -> Any:
     """Plain values of a YAML text, none of it executed; raises `ValueError` for any fault in it."""
+    depth = 0
+    for bracket in BRACKET.finditer(text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > MAX_DEPTH:  # PyYAML's time grows with the square of it
+            raise ValueError("it is nested too deeply")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as err:
