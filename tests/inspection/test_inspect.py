@@ -51,6 +51,7 @@ def test_the_table_and_the_json_say_the_same(teacher_file, tmp_path):
         "encoder": "mobilenet_v2",
         "attention": None,
         "channels": 8,
+        "in_channels": 3,
         "options": {},
     }
     lines = dict(line.split(None, 1) for line in output.splitlines()[1:])
