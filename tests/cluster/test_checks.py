@@ -73,11 +73,11 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
         ({"cache": "/nowhere/c.zarr"}, ConfigError, "does not see the cache /nowhere/c.zarr that this run writes"),
         ({"probe": ("/nowhere.png", 1)}, DataError, r"does not see the image /nowhere.png \(No such file"),
         ({"probe": (image, 1)}, DataError, r"sees another image .*t00.png: \d+ bytes, not 1;"),
-        ({"config": with_teacher(config, "/nowhere.pth")}, CheckpointError, "has no file at /nowhere.pth"),
+        ({"config": with_teacher(config, "/nowhere.pth")}, CheckpointError, ": teacher.checkpoint: no file at /nowhere.pth"),
         (
             {"config": with_teacher(config, tmp_path / "another.pth")},
             CheckpointError,
-            r"has another file at .*another.pth: its sha256 is 2d711642b726…, not",
+            r" has another network at .*another.pth: its checkpoint_sha256 is 2d711642b726…, not",
         ),
         (
             {"libraries": {**library_versions(), "torch": "0"}},
@@ -86,8 +86,7 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
         ),
     ):
         monkeypatch.setattr(module, "Job", lambda changes=changes, **fields: right(**{**fields, **changes}))
-        key = "teacher.checkpoint: " if error is CheckpointError else ""
-        with pytest.raises(error, match=f"{key}worker tcp://127.* {message}"):
+        with pytest.raises(error, match=f"worker tcp://127.*{message}"):
             run(config, two_workers.address)
 
 

@@ -30,14 +30,14 @@ def listed(folder, of="train", **data):
 
 class TestFolders:
     def test_suffixes_pair_image_and_mask_of_one_folder(self, tmp_path):
-        """As in DeepGlobe."""
+        """DeepGlobe has this layout."""
         write(tmp_path, "1_sat.png", "1_mask.png", "2_sat.png", "2_mask.png", "notes.png")
         found = listed(tmp_path, images=".", masks=".", image_suffix="_sat", mask_suffix="_mask")
         name = tmp_path.name
         assert found == {f"{name}/1": ("1_sat.png", "1_mask.png"), f"{name}/2": ("2_sat.png", "2_mask.png")}
 
     def test_a_star_stands_for_the_name_of_either_folder(self, tmp_path):
-        """As in mmsegmentation and nnU-Net."""
+        """mmsegmentation and nnU-Net have this layout."""
         write(tmp_path, "img_dir/train/a.png", "ann_dir/train/a.png", "img_dir/val/b.png", "ann_dir/val/b.png")
         roots = {"train": [str(tmp_path / "*/train")], "val": [str(tmp_path / "*/val")]}
         data = {"images": "img_dir", "masks": "ann_dir"} | roots
@@ -48,7 +48,7 @@ class TestFolders:
         assert listed(tmp_path, **nnunet) == {"Tr/x": ("imagesTr/x_0000.png", "labelsTr/x.png")}
 
     def test_nested_folders_pair_by_their_names(self, tmp_path):
-        """As in Cityscapes; two cities may have tiles of one name."""
+        """Cityscapes has this layout; two cities may have tiles of one name."""
         write(
             tmp_path,
             *(f"{kind}/{city}/1_{end}.png" for city in "ab" for kind, end in (("images", "i"), ("masks", "m"))),
@@ -71,7 +71,7 @@ class TestFolders:
             listed(tmp_path, nested=True, allow_missing_masks=True)
 
     def test_lists_split_one_root(self, tmp_path):
-        """As in VOC: names without ending, of files, or ids; empty lines do not count."""
+        """VOC has this layout. Names are without ending, of files, or ids; empty lines do not count."""
         write(tmp_path, *(f"{kind}/{stem}.png" for stem in "abcd" for kind in ("images", "masks")))
         (tmp_path / "train.txt").write_text(f"a\nb.png\n\n{tmp_path.name}/c\n")
         (tmp_path / "val.txt").write_text("d\r\n")
