@@ -73,7 +73,11 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
         ({"cache": "/nowhere/c.zarr"}, ConfigError, "does not see the cache /nowhere/c.zarr that this run writes"),
         ({"probe": ("/nowhere.png", 1)}, DataError, r"does not see the image /nowhere.png \(No such file"),
         ({"probe": (image, 1)}, DataError, r"sees another image .*t00.png: \d+ bytes, not 1;"),
-        ({"config": with_teacher(config, "/nowhere.pth")}, CheckpointError, ": teacher.checkpoint: no file at /nowhere.pth"),
+        (
+            {"config": with_teacher(config, "/nowhere.pth")},
+            CheckpointError,
+            ": teacher.checkpoint: no file at /nowhere.pth",
+        ),
         (
             {"config": with_teacher(config, tmp_path / "another.pth")},
             CheckpointError,

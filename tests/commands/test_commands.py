@@ -203,7 +203,10 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(name, tmp
     needed = ["-c", "demo"] if any(p.name == "source" and p.required for p in cli.commands[name].params) else ["x"]
     done = run_command(name, *needed, "--json", "file/result.json", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "--json: writing file/result.json failed, as something else is there, such as a file in the place of a folder" in done.stderr
+    assert (
+        "--json: writing file/result.json failed, as something else is there, such as a file in the place of a folder"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -70,7 +70,10 @@ def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path)
         (["x.ckpt", "--window", "3"], "3 is not in the range"),
         (["x.ckpt", "--boundary-width", "0"], "0 is not in the range"),
         (["--teacher", "-c", "demo"], "demo_output/teacher.pth"),
-        (["x.ckpt", "--json", "file/scores.json"], "--json: writing file/scores.json failed, as something else is there"),
+        (
+            ["x.ckpt", "--json", "file/scores.json"],
+            "--json: writing file/scores.json failed, as something else is there",
+        ),
         (["x.ckpt", "--png", "locked.png"], "--png: writing locked.png failed, as there is no permission"),
     ],
 )
