@@ -27,10 +27,7 @@ from kdpipe.configs.outputs import output_path
 from kdpipe.data.rasters import read_image
 from kdpipe.data.scenes import list_scenes
 from kdpipe.data.tiles import folders_of
-from kdpipe.pipeline.models.normalize import normalized
-from kdpipe.pipeline.models.views import STRIDE, padded_logits
-from kdpipe.pipeline.prediction.model import CARD_KEY, ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
-from kdpipe.pipeline.prediction.onnx_file import (
+from kdpipe.pipeline.models.external.onnx_file import (
     INPUT,
     OUTPUT,
     SEAL_KEY,
@@ -39,6 +36,9 @@ from kdpipe.pipeline.prediction.onnx_file import (
     require_onnxruntime,
     seal,
 )
+from kdpipe.pipeline.models.normalize import normalized
+from kdpipe.pipeline.models.views import STRIDE, padded_logits
+from kdpipe.pipeline.prediction.model import CARD_KEY, ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 

@@ -23,10 +23,7 @@ from kdpipe.configs.schema import Alpha, MeanStd
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.memory import is_out_of_memory
-from kdpipe.pipeline.models.normalize import mean_std, normalized
-from kdpipe.pipeline.models.views import averaged_logits
-from kdpipe.pipeline.pictures import colours
-from kdpipe.pipeline.prediction.onnx_file import (
+from kdpipe.pipeline.models.external.onnx_file import (
     INPUT,
     OUTPUT,
     described,
@@ -34,6 +31,9 @@ from kdpipe.pipeline.prediction.onnx_file import (
     open_session,
     require_onnxruntime,
 )
+from kdpipe.pipeline.models.normalize import mean_std, normalized
+from kdpipe.pipeline.models.views import averaged_logits
+from kdpipe.pipeline.pictures import colours
 from kdpipe.pipeline.runs.checkpoint import Ends, Trained, load_trained
 
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file

@@ -8,7 +8,7 @@ from helpers.mutation_runs import LIMIT_BYTES, LIMIT_SECONDS, NUMBERS, REAL, RES
 from helpers.mutations import fuzzed
 
 from kdpipe.configs.load import MAX_CONFIG_BYTES, MAX_NODES
-from kdpipe.pipeline.prediction.onnx_file import TRIAL_BYTES
+from kdpipe.pipeline.models.external.onnx_file import TRIAL_BYTES
 
 PAGE = " ".join(page_text("docs/reliability.md").split())
 

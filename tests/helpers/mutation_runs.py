@@ -193,7 +193,7 @@ class _Cases:
             return mutations.damaged(data, rng)
         import onnx
 
-        from kdpipe.pipeline.prediction.onnx_file import SEAL_KEY, UNSEALED, seal
+        from kdpipe.pipeline.models.external.onnx_file import SEAL_KEY, UNSEALED, seal
 
         model = mutations.altered_graph(onnx.load_from_string(data), rng)
         seals = [each for each in model.metadata_props if each.key == SEAL_KEY]

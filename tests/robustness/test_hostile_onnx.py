@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper
 
 from kdpipe.configs.errors import CheckpointError
+from kdpipe.pipeline.models.external.onnx_file import SEAL_KEY, UNSEALED, seal
 from kdpipe.pipeline.prediction.model import open_predictor
-from kdpipe.pipeline.prediction.onnx_file import SEAL_KEY, UNSEALED, seal
 
 CARD = {
     "format": 1, "run": "r", "step": 1, "network": "n", "checkpoint_sha256": "0" * 64, "classes": ["A", "B"],

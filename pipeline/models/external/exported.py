@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
+from kdpipe.pipeline.models.external.onnx_file import require_onnxruntime, require_runs
 from kdpipe.pipeline.models.external.outputs import logits_in
 
 EXPORT = """\
@@ -96,10 +97,7 @@ class OnnxNetwork(nn.Module):
 
     def _session(self, device: str) -> Any:
         if device not in self._sessions:
-            try:
-                onnxruntime: Any = importlib.import_module("onnxruntime")
-            except ImportError as err:
-                raise ConfigError(f"{self._key}.file: an ONNX file needs onnxruntime; {extra_text('export')}") from err
+            onnxruntime = require_onnxruntime()
             wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
             providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
             options = onnxruntime.SessionOptions()
@@ -172,6 +170,10 @@ def load_exported(path: str, key: str) -> nn.Module:
         raise CheckpointError(f"{key}.file: no file at {file.absolute()}; relative paths start at the current folder")
     if file.suffix == ".onnx":
         digests(path, key)  # refuses weights that are missing or outside its folder
+        try:
+            require_runs(file)
+        except CheckpointError as err:
+            raise CheckpointError(f"{key}.file: {err}") from err
         return OnnxNetwork(path, key)
     if _is_torchscript(file):
         lines = EXPORT.format(path=path, target=str(file.with_suffix(".onnx")))

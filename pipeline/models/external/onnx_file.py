@@ -27,6 +27,7 @@ UNSEALED = "0" * 64
 _SEAL = re.compile(SEAL_KEY.encode() + rb"\x12\x40(.{64})", re.DOTALL)
 TRIAL_PX = 128  # PAN takes no smaller ones
 TRIAL_SECONDS = 120
+BYTES_PER_PX = 4096  # of the image that a network of one size is tried on: a large ViT's feature maps take about half
 TRIAL_BYTES = 2**30  # beyond four times the file, which onnxruntime holds twice while it optimises the graph
 
 
@@ -80,6 +81,11 @@ def require_seal(path: Path) -> None:
         )
 
 
+def require_runs(path: Path) -> None:
+    """Run a file of any origin on one black image in a process of its own; raises `CheckpointError` as `described` does."""
+    described(path, "")
+
+
 def described(path: Path, key: str) -> str | None:
     """
     The metadata of an ONNX file under `key`, after it was run on one black image in a process of its own; None where it has none.
@@ -125,7 +131,7 @@ def _try(path: str, key: str) -> dict[str, str | None]:
     if statm.exists():  # elsewhere what is in use already is not known
         in_use_bytes = int(statm.read_text().split()[0]) * resource.getpagesize()
         limit_bytes = in_use_bytes + 4 * Path(path).stat().st_size + TRIAL_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+        _limit_memory(limit_bytes)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -134,6 +140,8 @@ def _try(path: str, key: str) -> dict[str, str | None]:
         text = session.get_modelmeta().custom_metadata_map.get(key)
     except Exception as err:
         return {"unreadable": first_line(err)}
+    if not key:
+        return {"text": None, "fault": _runs(session)}
     try:
         card = json.loads(text or "")
         bands, classes = len(card["bands"]), len(card["classes"])
@@ -143,6 +151,39 @@ def _try(path: str, key: str) -> dict[str, str | None]:
         return {"text": text, "fault": fault_of(session, bands, classes)}
     except Exception as err:
         return {"text": text, "fault": first_line(err)}
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Let this process have no more memory than that, or than it may have anyway."""
+    import resource
+
+    _, most_bytes = resource.getrlimit(resource.RLIMIT_AS)
+    soft_bytes = limit_bytes if most_bytes == resource.RLIM_INFINITY else min(limit_bytes, most_bytes)
+    resource.setrlimit(resource.RLIMIT_AS, (soft_bytes, most_bytes))
+
+
+def _runs(session: Any) -> str:
+    """Run a session on black images of its own shape; empty, or why not."""
+    import resource
+
+    inputs = session.get_inputs()
+    usual = (1, 3, TRIAL_PX, TRIAL_PX)
+    feeds = {
+        each.name: np.zeros(
+            [size if isinstance(size, int) else usual[i % 4] for i, size in enumerate(each.shape)], np.float32
+        )
+        for each in inputs
+        if each.type == "tensor(float)"
+    }
+    if len(feeds) == len(inputs):  # others are refused by whoever asked
+        soft_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft_bytes != resource.RLIM_INFINITY:  # a network of one large size needs more
+            _limit_memory(soft_bytes + BYTES_PER_PX * sum(x[0, 0].size for x in feeds.values() if x.ndim == 4))
+        try:
+            session.run(None, feeds)
+        except Exception as err:
+            return first_line(err)
+    return ""
 
 
 def fault_of(session: Any, bands: int, classes: int) -> str:
