@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -302,7 +302,7 @@ def _compute(
                 summary.failed |= loaded.failed
                 record, predicted = None, None
                 # A prediction may take long, and costs only itself.
-                with suppress(Interrupted), at_once(stop, stopped_text(summary)):
+                with _given_up_once_stopped(stop), at_once(stop, stopped_text(summary)):
                     if loaded.scene is not None:
                         record = _store_scene(teacher, loaded.scene, writer, advice, summary, stop)
                     elif images is not None and loaded.images_NHWC is not None:
@@ -329,6 +329,16 @@ def _compute(
                 writing_future.cancel()
     if stop.is_set():
         raise Interrupted(stopped_text(summary))
+
+
+@contextmanager
+def _given_up_once_stopped(stop: threading.Event) -> Iterator[None]:
+    """Let a prediction be interrupted without an error once `stop` is set; what has been predicted before is still written."""
+    try:
+        yield
+    except Interrupted:
+        if not stop.is_set():
+            raise
 
 
 def _store_scene(

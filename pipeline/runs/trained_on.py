@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kdpipe.configs.errors import summarise
-from kdpipe.configs.files import write_atomically
+from kdpipe.configs.files import make_folder, write_atomically
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.runs.layout import TILES
 
@@ -39,6 +39,7 @@ def note_tiles(splits: Mapping[str, Sequence[Tile]]) -> list[str]:
 
 def write_tiles(folder: Path, lines: Sequence[str]) -> None:
     """Write the tiles of a run into its folder, whole or not at all."""
+    make_folder(folder)
     with write_atomically(folder / TILES) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as compressed:
         compressed.writelines(f"{line}\n".encode() for line in lines)
 

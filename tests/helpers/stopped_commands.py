@@ -100,7 +100,8 @@ class StoppedCommands:
         """
         The exit code of `kdpipe ARGV` in `folder`, its seconds from a signal to its end, and its output.
 
-        The signal is sent once the file `mark` is there, as `timeout` sends it: to the process, and to its group.
+        The signal is sent once the file `mark` is there, as `timeout` sends it: to the process, and to its group. Ctrl-C is sent to
+        the group alone.
         """
         output, mark = folder / "output.txt", folder / mark
         request = {"argv": argv, "moment": moment, "mark": str(mark), "output": str(output), "folder": str(folder)}
@@ -112,7 +113,8 @@ class StoppedCommands:
             time.sleep(0.005)
         assert mark.exists(), output.read_text()
         start = time.monotonic()
-        os.kill(pid, number)
+        if number != signal.SIGINT:  # a terminal sends it once, and a second one ends a command at once
+            os.kill(pid, number)
         os.killpg(pid, number)
         self._launcher.stdin.write("\n")
         self._launcher.stdin.flush()

@@ -100,7 +100,7 @@ def test_no_more_rows_are_held_than_a_window_has(scenes, monkeypatch):
 
     def watched(rows, top, bottom):
         found = read(rows, top, bottom)
-        held.append(len(rows._kept_hW3))
+        held.append(len(rows._kept_hWB))
         return found
 
     monkeypatch.setattr(rasters.Rows, "read", watched)

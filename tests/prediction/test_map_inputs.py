@@ -173,7 +173,7 @@ def test_unreadable_scenes_are_named_and_the_others_mapped(tmp_path):
     assert "cut.tif, which is damaged or not a raster" in reasons["cut.tif"]
     assert "text.tif, which is damaged or not a raster" in reasons["text.tif"]
     assert "holds float32 values, and only uint8 is taken as it is" in reasons["float.tif"]
-    assert "grey.tif has 1 bands, and the student was trained on bands [1, 2, 3]" in reasons["grey.tif"]
+    assert "grey.tif has 1 band, and the student was trained on bands [1, 2, 3]" in reasons["grey.tif"]
     assert [drawn.scene for drawn in summary.maps] == [str(good)]
     assert sorted(os.listdir(tmp_path / "out")) == ["good.tif", "good.tif.aux.xml"]
     assert sum(advanced) == 0  # the bar ends at its total

@@ -56,7 +56,7 @@ RESIGNED = {
                      [("extra-tile", "Mine/t9"), ("damaged-tile", "Mine/t9")]),
     "digests of two tiles swapped": (swap_digests, None, [("damaged-tile", tile) for tile in ALL[:2]]),
     "a tile's height": (lambda m: m["tiles"][0].update(height=12, width=9), [], [("foreign-tile", "Mine/t0")]),
-    "an image's digest": (lambda m: m["tiles"][0]["image"].update(sha256="1" * 64), [],
+    "an image's digest": (lambda m: m["tiles"][0]["image"].update(sha256="1" * 64), [("stale-tile", "Mine/t0")],
                           [("foreign-tile", "Mine/t0"), ("stale-tile", "Mine/t0")]),
     "an image's size": (lambda m: m["tiles"][0]["image"].update(size_bytes=1), [("stale-tile", "Mine/t0")],
                         [("foreign-tile", "Mine/t0"), ("stale-tile", "Mine/t0")]),
