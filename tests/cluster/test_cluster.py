@@ -31,7 +31,9 @@ def test_two_workers_make_the_bytes_of_one_process_and_predict_each_tile_once(tw
     assert {pid for pid, _ in predicted} == {two_workers.first, two_workers.second}
     assert sum(summary.workers.values()) == summary.computed == TILES
     assert summary.teacher_seconds > 0
-    assert beside(tmp_path / "cache.zarr") == ["cache.zarr.costs.json", "cache.zarr.images"]  # neither lock nor fence
+    assert set(beside(tmp_path / "cache.zarr")) - {"cache.zarr.images"} == {
+        "cache.zarr.costs.json"
+    }  # neither lock nor fence
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_next_run_computes_the_rest(two_workers, config, whole, tmp_path):
@@ -116,7 +118,7 @@ def test_a_scheduler_that_stays_away_ends_the_run_and_the_same_command_continues
         ClusterUnreachable, match=r"does not respond \(waited 1 s\); \d+ of 16 tiles are finished and kept; start it"
     ):
         run(config, two_workers.address, Told(tile5=end))
-    assert beside(tmp_path / "cache.zarr") == ["cache.zarr.costs.json", "cache.zarr.images"]
+    assert set(beside(tmp_path / "cache.zarr")) - {"cache.zarr.images"} == {"cache.zarr.costs.json"}
     assert precompute(config, CPU).kept >= 5
     assert tree(tmp_path / "cache.zarr") == whole
 
