@@ -30,6 +30,7 @@ RESIGNED = 5  # of so many mutated ONNX files one has its graph altered and its 
 NUMBERS = {"teacher": 3000, "student": 1500, "config": 5000, "onnx": 500}
 SAMPLE = {"teacher": 120, "student": 80, "config": 100, "onnx": 15}
 REAL = 100
+REAL_NETWORK = {"encoder": "efficientnet-b4", "options": {}}
 SMALL = {"encoder_depth": 3, "decoder_channels": [8, 8, 8]}  # options of a U-Net: files of some hundred kB
 
 
@@ -176,9 +177,11 @@ class _Cases:
 
     def read(self, kind, path):
         """Raises what a reader raises; a `KdpipeError` is a refusal."""
-        {"config": self._read_config, "onnx": self._read_onnx, "student": self._read_student}.get(
-            kind, self._read_teacher
-        )(path)
+        readers = {"config": self._read_config, "onnx": self._read_onnx, "student": self._read_student}
+        if kind in readers:
+            readers[kind](path)
+        else:
+            self._read_teacher(path, REAL_NETWORK if kind == "real" else {})
 
     def _write(self, name, data):
         path = self.folder / name
@@ -238,12 +241,12 @@ class _Cases:
         if done.returncode not in EXIT_CODES:
             raise AssertionError(f"inspect ended with {done.returncode}: {done.stderr}")
 
-    def _read_teacher(self, path):
+    def _read_teacher(self, path, network):
         from kdpipe.pipeline.teacher.loading import load_teacher
 
         self._inspect(path)
         (teacher,) = self.config.members.values()
-        load_teacher(teacher.model_copy(update={"checkpoint": str(path)}))
+        load_teacher(teacher.model_copy(update={"checkpoint": str(path), **network}))
 
     def _read_student(self, path):
         from kdpipe.configs.errors import KdpipeError
