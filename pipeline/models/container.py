@@ -83,7 +83,7 @@ def load_pickled(file: Path) -> Any:
     is_archive = _is_archive(file)
     if is_archive:
         with readable(file), zipfile.ZipFile(file) as archive:
-            _check_archive(file, archive)
+            check_archive(file, archive)
     else:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _refuse_allocating(content)
@@ -105,7 +105,12 @@ def _is_archive(file: Path) -> bool:
         return stream.read(len(_ZIP_START)) == _ZIP_START
 
 
-def _check_archive(file: Path, archive: zipfile.ZipFile) -> None:
+def check_archive(file: Path, archive: zipfile.ZipFile) -> None:
+    """
+    Raise `CheckpointError` unless an archive of torch can be read in one way only, and its records have their checksums.
+
+    zipfile and torch would take different records where names repeat, or where another directory follows the first.
+    """
     with file.open("rb") as stream:
         stream.seek(-_ZIP_END_BYTES, 2)
         if not stream.read().startswith(_ZIP_END):  # what follows could hold a second directory, which torch might take

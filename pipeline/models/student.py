@@ -20,6 +20,7 @@ import timm
 from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.schema import Config
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.normalize import COLOURS, adapted_text, adapted_to_bands
 from kdpipe.pipeline.models.options import FORMERS, check_options
@@ -97,6 +98,17 @@ def build_student(
     if checkpoint is not None:
         load_student_weights(model, checkpoint, say=say)
     return model
+
+
+def untrained_student(config: Config) -> nn.Module:
+    """The student that a configuration describes, with random weights."""
+    return build_student(
+        config.student.architecture,
+        len(config.classes.names),
+        in_channels=len(config.data.places(config.student.bands)),
+        encoder=config.student.encoder,
+        options=config.student.options,
+    )
 
 
 def load_student_weights(

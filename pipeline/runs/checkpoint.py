@@ -20,7 +20,7 @@ from kdpipe.configs.load import parse_mapping
 from kdpipe.configs.schema import Config
 from kdpipe.data.declared.scene import count_of
 from kdpipe.pipeline.models.container import readable
-from kdpipe.pipeline.models.student import STUDENT_PREFIX, build_student
+from kdpipe.pipeline.models.student import STUDENT_PREFIX, untrained_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
 
@@ -261,20 +261,10 @@ def load_trained(path: str | Path) -> Trained:
 
 def _built(config: Config, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """The student that a configuration describes; raises `CheckpointError` where it is far larger than the weights beside it."""
-
-    def build() -> nn.Module:
-        return build_student(
-            config.student.architecture,
-            len(config.classes.names),
-            in_channels=len(config.data.places(config.student.bands)),
-            encoder=config.student.encoder,
-            options=config.student.options,
-        )
-
     with readable(Path(path), "describes a network that cannot be built"):
         try:
             with torch.device("meta"):  # holds no values
-                declared = sum(tensor.numel() for tensor in build().state_dict().values())
+                declared = sum(tensor.numel() for tensor in untrained_student(config).state_dict().values())
         except RuntimeError:  # the Mix Transformers compute with values during construction
             declared = 0
         stored = sum(tensor.numel() for tensor in state.values())
@@ -282,7 +272,7 @@ def _built(config: Config, state: Mapping[str, Tensor], path: str | Path) -> nn.
             raise CheckpointError(
                 f"{path} does not fit its own configuration, which describes a network of {declared} numbers, and {stored} are stored"
             )
-        return build()
+        return untrained_student(config)
 
 
 def _content(path: Path) -> dict[str, Any]:

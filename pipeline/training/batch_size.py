@@ -27,7 +27,7 @@ from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.limits.training import refuse_crops, trains_on
 from kdpipe.pipeline.models.normalize import student_inputs
-from kdpipe.pipeline.models.student import build_student
+from kdpipe.pipeline.models.student import untrained_student
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.training.optimizer import make_optimizer
 
@@ -180,13 +180,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
 
 def _built(config: Config) -> nn.Module:
     """A student like the run's."""
-    return build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
-        encoder=config.student.encoder,
-        options=config.student.options,
-    ).to(memory_format=torch.channels_last)
+    return untrained_student(config).to(memory_format=torch.channels_last)
 
 
 @contextmanager

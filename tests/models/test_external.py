@@ -97,7 +97,7 @@ class TestTransformers:
         with pytest.raises(CheckpointError, match=r"no weights as .safetensors.*(?s:.*)save_pretrained"):
             load_pretrained(str(folder), CLASSES, "teacher")
 
-    def test_a_folder_that_brings_code_does_not_run_it(self, folders, tmp_path):
+    def test_a_folder_that_brings_code_does_not_run_it(self, folders, tmp_path, monkeypatch):
         folder = save_transformers("segformer", tmp_path / "mine")
         config = json.loads((folder / "config.json").read_text())
         config |= {
@@ -106,9 +106,12 @@ class TestTransformers:
         }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        asked = []
+        monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
         with pytest.raises(CheckpointError, match="transformers cannot load"):
             load_pretrained(str(folder), CLASSES, "teacher")
         assert not (tmp_path / "ran").exists()
+        assert asked == [], "nobody is asked to run it"
 
     def test_what_determines_the_values_is_in_the_digests(self, folders):
         found = digests(folders("mask2former"))
@@ -340,3 +343,17 @@ class TestHostileArchives:
             with pytest.raises(CheckpointError, match="runs no code and no pickle"):
                 load_exported(str(plant(member, change)), "teacher")
             assert not ran.exists(), member
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_a_second_record_of_one_name_hides_nothing(self, plant, tmp_path):
+        """zipfile examines the last one; another reader may take the first."""
+        path = plant("extra/nothing", lambda _: b"")
+        with zipfile.ZipFile(path) as archive:
+            name = next(each for each in archive.namelist() if each.endswith("data/sample_inputs/model.pt"))
+            harmless = archive.read(name)
+        for content in (pickle.dumps(Canary(tmp_path / "ran")), harmless):
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(name, content)
+        with pytest.raises(CheckpointError, match=r"teacher.file: .* two records of one name"):
+            load_exported(str(path), "teacher")
+        assert not (tmp_path / "ran").exists()

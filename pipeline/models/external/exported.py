@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
+from kdpipe.pipeline.models.container import check_archive
 from kdpipe.pipeline.models.external.onnx_file import require_onnxruntime, require_runs
 from kdpipe.pipeline.models.external.outputs import logits_in
 
@@ -222,7 +223,10 @@ def _refuse_code(path: str, key: str) -> None:
     """Raise `CheckpointError` where loading an archive of torch.export could run code that the file brings."""
     try:
         with zipfile.ZipFile(path) as archive:
+            check_archive(Path(path), archive)  # torch reads the very records that are examined here
             bad = _first_code(archive)
+    except CheckpointError as err:
+        raise CheckpointError(f"{key}.file: {err}") from err
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, RecursionError, RuntimeError, EOFError) as err:
         raise CheckpointError(
             f"{key}.file: {path} is not a readable archive of torch.export: {type(err).__name__}: {_first(err)}"

@@ -131,13 +131,15 @@ def load_pretrained(name: str, classes: Sequence[str], key: str) -> PretrainedSe
         )
     _check_classes(folder, classes, key)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # trust_remote_code: left to itself, transformers asks at the terminal whether to run a folder's code.
+        only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(folder, **only)
         network = _model_class(transformers, config).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, **only, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         with_text = config.model_type == "oneformer"
         processor_class = transformers.AutoProcessor if with_text else transformers.AutoImageProcessor
-        processor = processor_class.from_pretrained(folder, local_files_only=True)
+        processor = processor_class.from_pretrained(folder, **only)
     except CheckpointError:
         raise
     except Exception as err:  # transformers raises whatever a damaged or unknown file makes it stumble on
