@@ -159,7 +159,7 @@ def _(c):
         student.register_forward_pre_hook(lambda module, inputs: _raise_above(2, len(inputs[0])))
         return student
 
-    c.patch.setattr(batch_size, "build_student", build)
+    c.patch.setattr(batch_size, "untrained_student", build)
     lines = Lines()
     batch_size.resolve_batch_size(c.make(train__batch_size="auto"), CPU, lines)
     return lines.said[0]

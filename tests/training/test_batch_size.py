@@ -42,7 +42,7 @@ def limit_batch(monkeypatch):
             student.register_forward_pre_hook(refuse)
             return student
 
-        monkeypatch.setattr(batch_size, "build_student", build)
+        monkeypatch.setattr(batch_size, "untrained_student", build)
         monkeypatch.setattr(batch_size.gc, "collect", lambda: None)  # these students hold no cycles
         return tried
 
