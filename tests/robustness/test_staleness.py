@@ -10,6 +10,7 @@ from typing import Union, get_args, get_origin
 import numpy as np
 import pytest
 import torch
+from helpers.config_changes import CHANGES, FREE_WITH_LOGITS, NETWORKS, WITH_VIEWS
 from helpers.doubles import Lines
 from PIL import Image
 from pydantic import BaseModel
@@ -29,126 +30,6 @@ from kdpipe.pipeline.training.targets import open_fresh_cache
 from kdpipe.pipeline.verify.gate import verify
 
 CPU = torch.device("cpu")
-
-# For each key of the config another value, and what that changes: the recipe of every tile, the set of tiles and their
-# images (which are in the fingerprint beside the recipe), or nothing that a cache holds. Keys of `teachers` are those of
-# `teacher`, except `weight`, which a single teacher does not have.
-CHANGES = {
-    "name": ("other", "nothing"),
-    "group": ("other", "nothing"),
-    "seed": (43, "nothing"),
-    "classes.names": (["Forest", "Background", "Grassland", "Cropland", "Settlement", "SemiNatural"], "recipe"),
-    "classes.ignore_index": (254, "nothing"),
-    "classes.not_scored": (["Forest"], "nothing"),
-    "data.train": (["{data}/Train", "{data}/Unlabelled"], "tiles"),
-    "data.val": ([], "nothing"),
-    "data.unlabelled": (["{data}/Unlabelled"], "tiles"),
-    "data.images": ("edited", "tiles"),
-    "data.masks": ("edited masks", "nothing"),
-    "data.allow_missing_masks": (False, "nothing"),
-    "data.image_suffix": ("0", "tiles"),
-    "data.mask_suffix": ("0", "nothing"),
-    "data.nested": (True, "nothing"),
-    "data.split.train": ("{data}/one.txt", "tiles"),
-    "data.split.val": ("{data}/one.txt", "nothing"),
-    "data.split.unlabelled": ("{data}/one.txt", "nothing"),
-    "data.colours": ({"Forest": [0, 100, 0]}, "nothing"),
-    "data.remap": ({7: "Forest"}, "nothing"),
-    "data.bands": ([3, 2, 1], "recipe"),
-    "data.band_names": ({"nir": 1}, "nothing"),
-    "data.visible": ([3, 2, 1], "nothing"),
-    "data.alpha": ("band", "nothing"),
-    "data.stretch.range": ([0, 200], "recipe"),
-    "data.stretch.percentiles": ([2, 98], "recipe"),
-    "teacher.architecture": ("fpn", "recipe"),
-    "teacher.encoder": ("resnet18", "recipe"),
-    "teacher.checkpoint": ("{data}/other.pth", "recipe"),
-    "teacher.weights": ("ema", "recipe"),
-    "teacher.model": ("helpers.foreign_networks:export", "recipe"),
-    "teacher.pretrained": ("{data}/pretrained", "recipe"),
-    "teacher.file": ("{data}/other.pt2", "recipe"),
-    "teacher.classes": (["Rangeland", "Tree", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"], "recipe"),
-    "teacher.bands": ([3, 2, 1], "recipe"),
-    "teacher.normalize": ("imagenet", "recipe"),
-    "teacher.normalize.mean": ({"mean": [0.1, 0, 0], "std": [1, 1, 1]}, "recipe"),
-    "teacher.normalize.std": ({"mean": [0, 0, 0], "std": [1, 1, 0.5]}, "recipe"),
-    "teacher.precision": ("bf16", "recipe"),
-    "teacher.tta": ("flips", "recipe"),
-    "teacher.scales": ([1.0, 1.5], "recipe"),
-    "teacher.window": (64, "recipe"),
-    "teacher.batch_size": (3, "nothing"),
-    "teacher.options": ({"decoder_attention_type": "scse"}, "recipe"),
-    "teacher.drop_channels": ([0], "recipe"),
-    "teachers.1.weight": (2.0, "recipe"),
-    "class_map": ({"Road": {"Background": 1}}, "recipe"),
-    "cache.path": ("elsewhere.zarr", "nothing"),
-    "cache.kind": ("logits", "recipe"),
-    "cache.bits": (16, "recipe"),
-    "cache.views": (2, "recipe"),
-    "distill.mode": ("none", "nothing"),
-    "distill.teacher_view": ("crop", "recipe"),
-    "distill.temperature": (1.0, "recipe"),
-    "distill.alpha": (0.1, "nothing"),
-    "student.architecture": ("linknet", "nothing"),
-    "student.encoder": ("resnet18", "nothing"),
-    "student.encoder_weights": ("x.pth", "nothing"),
-    "student.checkpoint": ("x.pth", "nothing"),
-    "student.replace_head": (True, "nothing"),
-    "student.num_classes": (6, "nothing"),
-    "student.options": ({"decoder_attention_type": "scse"}, "nothing"),
-    "student.bands": ([3, 2], "nothing"),
-    "student.normalize": ("unit", "nothing"),
-    "student.normalize.mean": ({"mean": [0.1, 0, 0], "std": [1, 1, 1]}, "nothing"),
-    "student.normalize.std": ({"mean": [0, 0, 0], "std": [1, 1, 0.5]}, "nothing"),
-    "train.epochs": (3, "nothing"),
-    "train.max_steps": (5, "nothing"),
-    "train.batch_size": (3, "nothing"),
-    "train.devices": (2, "nothing"),
-    "train.effective_batch_size": (2, "nothing"),
-    "train.val_batch_size": (2, "nothing"),
-    "train.crops_per_tile": (2, "nothing"),
-    "train.unlabelled_crops_per_tile": (2, "nothing"),
-    "train.lr": (1e-2, "nothing"),
-    "train.backbone_lr": (1e-2, "nothing"),
-    "train.weight_decay": (0.1, "nothing"),
-    "train.lookahead": (True, "nothing"),
-    "train.restart_epochs": (3, "nothing"),
-    "train.restart_mult": (3, "nothing"),
-    "train.crop": (96, "nothing"),
-    "train.scales": ([1.0], "nothing"),
-    "train.max_class_share": (1.0, "nothing"),
-    "train.mosaic": (0.0, "nothing"),
-    "train.photometric": (0.0, "nothing"),
-    "train.accumulate": (2, "nothing"),
-    "train.clip_norm": (1.0, "nothing"),
-    "train.precision": ("bf16", "nothing"),
-    "train.workers": (1, "nothing"),
-    "train.val_every_epochs": (2, "nothing"),
-    "train.checkpoint_every_steps": (9, "nothing"),
-}  # fmt: skip
-
-
-# The keys that another way to name the network takes the place of.
-NETWORKS = {
-    "teacher.model": {"architecture", "encoder"},
-    "teacher.pretrained": {"architecture", "encoder", "checkpoint"},
-    "teacher.file": {"architecture", "encoder", "checkpoint"},
-}
-
-# Of recorded views, what makes a crop matters as well; how many of them there are decides only which are there.
-WITH_VIEWS = {
-    "cache.views": (3, "tiles"),
-    "distill.teacher_view": ("tile", "recipe"),
-    "data.visible": ([3, 2, 1], "recipe"),
-    "train.crop": (96, "recipe"),
-    "train.scales": ([1.0], "recipe"),
-    "train.max_class_share": (1.0, "recipe"),
-    "train.mosaic": (0.0, "recipe"),
-    "train.photometric": (0.0, "recipe"),
-}
-
-# What a cache of logits does not hold: they come when it is read.
-FREE_WITH_LOGITS = {"classes.names", "class_map", "distill.temperature"}
 
 
 def leaves(model, prefix=""):
