@@ -198,8 +198,8 @@ def evaluate(
     progress = progress or Silent()
     config, names = model.config, model.config.classes.names
     roots = list(roots) or config.data.val
-    _check_roots(roots)
-    tiles_of = {root: _labelled_tiles(root, config) for root in roots}
+    check_roots(roots)
+    tiles_of = {root: labelled_tiles(root, config) for root in roots}
     check_headers(config, [], [tile for tiles, _ in tiles_of.values() for tile in tiles], progress)
     results = []
     with progress.bar("evaluate", sum(len(tiles) for tiles, _ in tiles_of.values()), "tiles") as advance:
@@ -216,7 +216,7 @@ def evaluate(
                 advance(1)
             result = _scored(root, len(tiles), counts, config, boundary_width_px)
             result.without_mask, result.without_label = without_mask, without_label
-            result.trained_on = _is_among(root, model.trained_on)
+            result.trained_on = is_among(root, model.trained_on)
             results.append(result)
             total += counts
     together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
@@ -287,7 +287,8 @@ def _scored(root: str, tiles: int, counts: Counts, config: Config, boundary_widt
     return result
 
 
-def _check_roots(roots: Sequence[str]) -> None:
+def check_roots(roots: Sequence[str]) -> None:
+    """Refuse none, and one that is given twice, by `ConfigError`."""
     if not roots:
         raise ConfigError("there is nothing to evaluate on: name a ROOT, a folder of tiles, as data.val names none")
     folders = [Path(root).resolve() for root in roots]
@@ -303,16 +304,17 @@ def _wholly_trained_on(config: Config) -> list[str]:
     return [*train, *([] if split is not None and split.unlabelled else data.unlabelled)]
 
 
-def _is_among(root: str, roots: Sequence[str]) -> bool:
+def is_among(root: str, roots: Sequence[str]) -> bool:
+    """Whether a root is one of `roots`, however their paths are written."""
     return Path(root).resolve() in {Path(other).resolve() for other in roots}
 
 
-def _labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
+def labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
     """The tiles of one root that have a mask, and the ids of those that have none."""
     only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True, "split": None}
     data = config.data.model_copy(update=only)
     tiles = list_tiles(data, "train")
-    if config.data.split is not None and config.data.split.val and _is_among(root, config.data.val):
+    if config.data.split is not None and config.data.split.val and is_among(root, config.data.val):
         listed = {tile.image for tile in list_tiles(config.data, "val")}
         tiles = [tile for tile in tiles if tile.image in listed]
     labelled = [tile for tile in tiles if tile.mask is not None]
