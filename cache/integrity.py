@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kdpipe.cache import codec, tile
 from kdpipe.cache.images import Source
 from kdpipe.cache.known_images import KnownImages
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest
+from kdpipe.cache.manifest import MANIFEST_NAME, VERSIONS, Manifest
 from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
 from kdpipe.cache.records import TileRecord
@@ -32,8 +32,8 @@ class Finding:
     message: str
 
 
-def check_tiles_listed(manifest: Manifest, images: Mapping[str, Source]) -> list[Finding]:
-    """Findings for tiles that are in the configuration but not in the cache, and vice versa."""
+def check_tiles_listed(manifest: Manifest, images: Mapping[str, Source], *, only_these: bool = False) -> list[Finding]:
+    """Findings for tiles that are in the configuration but not in the cache and, unless these are `only_these`, vice versa."""
     cached = {record.id for record in manifest.tiles}
     findings = [
         Finding("missing-tile", tile_id, f"{image} is in the data, but its tile is not in the cache")
@@ -42,7 +42,7 @@ def check_tiles_listed(manifest: Manifest, images: Mapping[str, Source]) -> list
     ]
     findings += [
         Finding("extra-tile", tile_id, "the tile is in the cache, but no image in the data has its id")
-        for tile_id in sorted(cached - set(images))
+        for tile_id in sorted(cached - set(images) if not only_these else ())
     ]
     return findings
 
@@ -64,7 +64,7 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
         wrong.append(f"its groups are not those of its tiles: {odd[0] or 'the topmost'!r} is listed or lacking wrongly")
     try:
         # The topmost group of a newer version may hold more; a damaged one is a finding of its own.
-        if manifest.format_version == manifest.recipe.format_version and _is_intact(storage, manifest, ""):
+        if manifest.format_version in VERSIONS and _is_intact(storage, manifest, ""):
             found = read_recipe(storage, to_write=False)
             if found is not None and found != manifest.recipe:
                 fields = differences(manifest.recipe, found.model_dump())
@@ -76,18 +76,21 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     ]
 
 
-def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Source]) -> list[Finding]:
+def check_quick(
+    storage: Storage, manifest: Manifest, images: Mapping[str, Source], *, only_these: bool = False
+) -> list[Finding]:
     """
-    Findings from names, sizes and times alone: missing and extra tiles, missing files, changed images.
+    Findings from names, sizes and times alone: missing and extra tiles, missing files, changed images; of the tiles of `images` alone if
+    these are `only_these`.
 
     Of the cache only metadata is read. An image is read where its size and time were not seen before (see `known_images`).
     """
-    findings = check_tiles_listed(manifest, images) + check_manifest(storage, manifest)
+    findings = check_tiles_listed(manifest, images, only_these=only_these) + check_manifest(storage, manifest)
     info = storage.infos()
     listed = [(images[record.id], record) for record in manifest.tiles if record.id in images]
     unchanged = KnownImages(storage).unchanged(listed)
     findings += [_damaged_group(path) for path in manifest.groups if info(_group_file(path)) is None]
-    for record in manifest.tiles:
+    for record in _looked_at(manifest, images, only_these=only_these):
         path = tile.tile_path(record.id)
         shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
         if shard is None or receipt is None:
@@ -101,19 +104,24 @@ def check_quick(storage: Storage, manifest: Manifest, images: Mapping[str, Sourc
 
 
 def check_full(
-    storage: Storage, manifest: Manifest, images: Mapping[str, Source], on_tile: Callable[[], None] = lambda: None
+    storage: Storage,
+    manifest: Manifest,
+    images: Mapping[str, Source],
+    on_tile: Callable[[], None] = lambda: None,
+    *,
+    only_these: bool = False,
 ) -> list[Finding]:
     """
     Findings from every byte: digests of files and source images, decoding of chunks, sums of pixels, and stray files.
 
-    `on_tile` is called after each tile.
+    `on_tile` is called after each tile. `only_these` is that of `check_quick`.
     """
     edited, known = check_manifest(storage, manifest), KnownImages(storage)
-    findings = check_tiles_listed(manifest, images) + edited
+    findings = check_tiles_listed(manifest, images, only_these=only_these) + edited
     for path in manifest.groups:
         # The content that this version writes is known, so a digest cannot vouch for any other.
         written = tile.sha256(tile.group_metadata(path, manifest.recipe))
-        is_known = manifest.format_version == manifest.recipe.format_version and not edited
+        is_known = manifest.format_version in VERSIONS and not edited
         if not _is_intact(storage, manifest, path) or (is_known and manifest.groups[path] != written):
             findings.append(_damaged_group(path))
 
@@ -123,11 +131,15 @@ def check_full(
         return found
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        for found in threads.map(check, manifest.tiles):
+        for found in threads.map(check, _looked_at(manifest, images, only_these=only_these)):
             findings += found
     known.save()
     findings += _check_strays(storage, manifest)
     return findings
+
+
+def _looked_at(manifest: Manifest, images: Mapping[str, Source], *, only_these: bool) -> list[TileRecord]:
+    return [record for record in manifest.tiles if record.id in images] if only_these else manifest.tiles
 
 
 def _damaged_group(path: str) -> Finding:

@@ -11,17 +11,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 # Major versions: 2 holds logits, 4 soft targets. Minor versions: 0 holds whole tiles, 1 recorded views; 2 holds either, and its
-# recipe says how images are decoded and in which order temperature and class map are applied.
-VERSIONS = ("2.0", "2.1", "2.2", "4.0", "4.1", "4.2")
+# recipe says how images are decoded and in which order temperature and class map are applied; 3 is any of them with a part of the tiles.
+VERSIONS = ("2.0", "2.1", "2.2", "2.3", "4.0", "4.1", "4.2", "4.3")
 UNRELEASED = (1, 3)  # soft targets as unreleased versions of kdpipe wrote them
 MANIFEST_NAME = "manifest.json"
 
@@ -36,11 +36,13 @@ class Manifest(Record):
     device: str
     libraries: dict[str, str]
     groups: dict[str, Sha256]
+    # How many tiles the configuration has, where the cache was computed for some of them (`--limit`). Left out of a whole cache.
+    partial_of: Annotated[int | None, Field(ge=1, exclude_if=lambda tiles: tiles is None)] = None
     tiles: list[TileRecord]
 
     @model_validator(mode="after")
     def _refuse_the_version_of_another_kind(self) -> Self:
-        wanted = self.recipe.format_version
+        wanted = version_of(self.recipe, self.partial_of)
         if self.format_version.split(".")[0] != wanted.split(".")[0]:
             raise ValueError(f"format version {self.format_version} does not hold {self.recipe.kind}")
         if self.format_version in VERSIONS and self.format_version != wanted:
@@ -54,6 +56,8 @@ class Manifest(Record):
         ids = [tile.id for tile in self.tiles]
         if len(set(ids)) < len(ids):
             raise ValueError("two tiles of one id")
+        if self.partial_of is not None and self.partial_of <= len(ids):
+            raise ValueError(f"it holds {len(ids)} tiles, which are no part of {self.partial_of}")
         for path in self.groups:
             if path and not f"{node_path(path)}/".startswith("tiles/"):
                 raise ValueError(f"the group {path!r} is not one of tiles")
@@ -61,6 +65,11 @@ class Manifest(Record):
         if arrays_in_arrays:
             raise ValueError(f"{arrays_in_arrays} are groups and tiles at once")
         return self
+
+
+def version_of(recipe: CacheRecipe, partial_of: int | None) -> str:
+    """The format version of a manifest: its recipe's, and minor version 3 for a part of a configuration's tiles."""
+    return recipe.format_version if partial_of is None else f"{recipe.major_version}.3"
 
 
 def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:

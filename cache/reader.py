@@ -52,15 +52,24 @@ class SoftTargetCache:
         self._start_anew()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], softening: Softening | None = None) -> SoftTargetCache:
+    def open(
+        cls, path: str | os.PathLike[str], softening: Softening | None = None, *, partial: bool = False
+    ) -> SoftTargetCache:
         """
         The finished cache at a folder or fsspec URL; pass a `softening` to read logits as soft targets.
 
-        Raises `IncompleteCache` if it does not exist or is not finished, `CorruptCache` if its manifest was changed,
-        `UnknownFormat` for a format that this version does not read, and `ConfigError` if `softening` does not fit.
+        Raises `IncompleteCache` if it does not exist, is not finished or, unless `partial`, holds only the tiles of a trial (`--limit`);
+        `CorruptCache` if its manifest was changed, `UnknownFormat` for a format that this version does not read, and `ConfigError` if
+        `softening` does not fit.
         """
         storage = open_storage(os.fspath(path))
-        return cls(storage, read_manifest(storage), softening)
+        manifest = read_manifest(storage)
+        if manifest.partial_of is not None and not partial:
+            raise IncompleteCache(
+                f"{storage.url} is the cache of a trial: {partial_text(manifest)}; run `kdpipe precompute-teacher` without --limit, "
+                "which goes on from it, or open it with SoftTargetCache.open(path, partial=True)"
+            )
+        return cls(storage, manifest, softening)
 
     @staticmethod
     @contextmanager
@@ -310,6 +319,11 @@ def in_memory(file: bytes) -> ReadRanges:
         return [file[start : start + length] for start, (_, length) in zip(starts, spans, strict=True)]
 
     return read_ranges
+
+
+def partial_text(manifest: Manifest) -> str:
+    """How many of a configuration's tiles a cache holds, where `--limit` chose them."""
+    return f"it holds {len(manifest.tiles)} of {manifest.partial_of} tiles, as --limit asked"
 
 
 def read_manifest(storage: Storage) -> Manifest:

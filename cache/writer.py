@@ -19,7 +19,15 @@ from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.encoding.simplex import levels_of
 from kdpipe.cache.images import Source, digest_image, same_content
 from kdpipe.cache.known_images import KnownImages
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, parse_manifest, refuse_to_write
+from kdpipe.cache.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    dump_manifest,
+    fingerprint,
+    parse_manifest,
+    refuse_to_write,
+    version_of,
+)
 from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord, node_path
@@ -349,18 +357,23 @@ class CacheWriter:
         self.storage.remove(f"{path}/{tile.METADATA_NAME}")
         self.storage.remove(path)
 
-    def finish(self, records: list[TileRecord]) -> Manifest:
-        """Complete the cache with these tiles, in this order: write the groups, then the manifest, which is returned."""
+    def finish(self, records: list[TileRecord], partial_of: int | None = None) -> Manifest:
+        """
+        Complete the cache with these tiles, in this order: write the groups, then the manifest, which is returned.
+
+        With `partial_of`, the manifest says that these are some of so many tiles.
+        """
         self._require(now=True)
         groups = self._write_groups([record.id for record in records])
         manifest = Manifest(
-            format_version=self.recipe.format_version,
+            format_version=version_of(self.recipe, partial_of),
             fingerprint=fingerprint(self.recipe, {record.id: record.image for record in records}),
             recipe=self.recipe,
             error_bound=error_bound(self.recipe),
             device=self._device,
             libraries=self._libraries,
             groups=groups,
+            partial_of=partial_of,
             tiles=records,
         )
         self._require(now=True)

@@ -115,6 +115,16 @@ class DiskFull(CacheError):
     """The disk has no room for the cache."""
 
 
+def counted(count: int, nouns: str) -> str:
+    """A number and a noun that is given in the plural: `2 tiles`, `1 tile`, `1 class`, `1 entry`."""
+    if count != 1:
+        return f"{count} {nouns}"
+    for plural, singular in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("s", "")):
+        if nouns.endswith(plural):
+            return f"1 {nouns.removesuffix(plural)}{singular}"
+    return f"1 {nouns}"
+
+
 def summarise(names: Iterable[str], shown: int = 5) -> str:
     """The names as `a, b, c and 7 more`, for an error message that must stay short."""
     listed = list(names)

@@ -23,7 +23,7 @@ from kdpipe.data.augment import sample_plan, source_tiles
 from kdpipe.data.dataset import TrainSample, TrainTiles
 from kdpipe.data.geometry import Plan
 from kdpipe.data.rasters import Stretch
-from kdpipe.data.tiles import Tile
+from kdpipe.data.tiles import Tile, list_tiles, without_limit
 
 
 class ViewTargets(Protocol):
@@ -47,8 +47,9 @@ class RecordedViews(TrainTiles):
     The views of a tile are taken in turn: with one crop per tile, epoch `e` shows view `e % cache.views` of each tile.
 
     Args:
-        tiles, config, stretch, sizes: see `TrainTiles`; `cache.views` is used too.
+        tiles, config, stretch, sizes: see `TrainTiles`; `cache.views` is used too. `sizes` are those of `among` if it is given.
         view_targets: soft targets by view; None leaves `target` out of the samples.
+        among: the tiles that mosaics show, where `tiles` are some of them (see `tiles_of_mosaics`); None: `tiles` alone.
     """
 
     def __init__(
@@ -58,12 +59,16 @@ class RecordedViews(TrainTiles):
         stretch: Stretch = None,
         view_targets: ViewTargets | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        among: Sequence[Tile] | None = None,
     ) -> None:
-        super().__init__(tiles, config, stretch, sizes=sizes)
+        super().__init__(tiles if among is None else among, config, stretch, sizes=sizes)
         assert config.cache.views is not None  # the configuration has been checked
         self.per_tile = config.cache.views
         self._view_targets = view_targets
-        self._crops_of = [0] * len(tiles)  # crops of each tile per epoch
+        shown = {tile.id for tile in tiles}
+        self._shown = [number for number, tile in enumerate(self.tiles) if tile.id in shown]
+        self._drawn = [number for number in self._drawn if self.tiles[number].id in shown]
+        self._crops_of = [0] * len(self.tiles)  # crops of each tile per epoch
         self._turns = []  # for each sample of an epoch, the number of this crop among those of its tile
         for tile in self._drawn:
             self._turns.append(self._crops_of[tile])
@@ -93,7 +98,7 @@ class RecordedViews(TrainTiles):
 
     def all_views(self) -> list[RecordedView]:
         """All views, grouped by tile, so that each tile is decoded once."""
-        return [RecordedView(self, tile, number) for tile in range(len(self.tiles)) for number in range(self.per_tile)]
+        return [RecordedView(self, tile, number) for tile in self._shown for number in range(self.per_tile)]
 
     def sources(self, view: RecordedView) -> list[int]:
         """The numbers of the tiles that a view shows, its own first; reads no file."""
@@ -121,6 +126,11 @@ class RecordedViews(TrainTiles):
         """The random stream of a view, seeded by the tile's id, so that adding or removing other tiles does not change it."""
         digest = hashlib.sha256(self.tiles[view.tile].id.encode()).digest()
         return np.random.default_rng([view.number, *np.frombuffer(digest[:16], dtype="<u4").tolist()])
+
+
+def tiles_of_mosaics(config: Config, *, labelled_only: bool = False) -> list[Tile] | None:
+    """All tiles to train on, where `data.limit` chooses some of them: the views of these are then those of the whole set. Else None."""
+    return None if config.data.limit is None else list_tiles(without_limit(config.data), "train", labelled_only)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
 from kdpipe.data.rasters import read_bands
-from kdpipe.data.tiles import Tile
+from kdpipe.data.tiles import Tile, list_tiles, without_limit
 
 # Values per band over all tiles, however many bands are read: 4 Mi float64 of 3 bands are 100 MB, of 12 bands 400 MB. The standard
 # error of the rank of a 2 % quantile among 4 Mi independent values is 0.007 %, far below the difference between one choice of
@@ -24,8 +24,8 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
     """
     A `(low, high)` for each of `data.bands` in the files' own units, or None if 8-bit values are taken as they are.
 
-    Percentiles are taken over all `tiles` together, on the same regular grid of pixels in each call, in memory bounded by
-    `SAMPLE_VALUES`, without nodata and non-finite values. Every image is read once.
+    Percentiles are taken over all `tiles` together (with `data.limit`, over all that there are without it), on the same regular grid of
+    pixels in each call, in memory bounded by `SAMPLE_VALUES`, without nodata and non-finite values. Every image is read once.
 
     Raises `DataError` if an image cannot be read, no value is left, or a band is constant between the percentiles.
     """
@@ -33,6 +33,8 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
         return None
     if isinstance(data.stretch, schema.FixedRange):
         return data.stretch.pairs(len(data.bands))
+    if data.limit is not None:
+        tiles = list_tiles(without_limit(data), "train")
     assert tiles, "percentiles of no tiles"
     per_tile = max(SAMPLE_VALUES // len(tiles), MIN_VALUES_PER_TILE)
     samples = [sampled_bands(tile.image, data.bands, per_tile, data.alpha) for tile in tiles]

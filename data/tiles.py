@@ -10,8 +10,9 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
@@ -21,6 +22,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 _SHOWN_NAMES = 3
 SplitKey = Literal["train", "val", "unlabelled"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,15 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
 
     `train` is `data.train` and `data.unlabelled` (whose masks are ignored), `val` is `data.val`. `labelled_only` leaves out tiles
     without a mask. A root's name in the ids is that of its folder, or the shortest end of its path that distinguishes it from all
-    other configured roots; adding a root can thus change ids.
+    other configured roots; adding a root can thus change ids. With `data.limit`, some of the tiles (see `limited`): to train on, the
+    same ones whether or not `labelled_only`; to validate on, tiles with a mask where there are any.
 
     Raises `DataError` for a missing folder, a folder without images, a folder configured twice (in train and val: a leak), an image
     without a mask or a mask without an image, two files with one stem, and names that the cache cannot store.
     """
     names = _root_names(data)
-    keys: list[SplitKey] = ["train", "unlabelled"] if split == "train" and not labelled_only else [split]
+    without_unlabelled = split == "val" or (labelled_only and data.limit is None)
+    keys: list[SplitKey] = [split] if without_unlabelled else ["train", "unlabelled"]
     tiles: list[Tile] = []
     for key in keys:
         found: list[Tile] = []
@@ -65,7 +69,30 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
                 f"the tile {tile.image} would have the id {tile.id}, which is also the name of a "
                 f"{'folder' if data.nested else 'root'}: rename one of them"
             )
+    if split == "val":
+        tiles = limited([tile for tile in tiles if tile.mask is not None] or tiles, data.limit)
+    else:
+        tiles = limited(tiles, data.limit)
     return [tile for tile in tiles if tile.mask is not None or not labelled_only]
+
+
+def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """
+    At most `limit` of the items, spread evenly, in their order; all of them for None.
+
+    Those of a smaller limit are among those of a larger one: places are taken by their binary digits in reverse, 0, 1/2, 1/4, 3/4, 1/8, …
+    """
+    if limit is None or limit >= len(items):
+        return list(items)
+    digits = (len(items) - 1).bit_length()
+    reversed_digits = (int(f"{number:0{digits}b}"[::-1], 2) for number in range(2**digits))
+    chosen = islice((place for place in reversed_digits if place < len(items)), limit)
+    return [items[place] for place in sorted(chosen)]
+
+
+def without_limit(data: schema.Data) -> schema.Data:
+    """The same section without `limit`: what is computed for some tiles must be what it would be for all of them."""
+    return data.model_copy(update={"limit": None})
 
 
 def _listed(tiles: Sequence[Tile], roots: Iterable[str], data: schema.Data, key: SplitKey) -> list[Tile]:

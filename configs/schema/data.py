@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from kdpipe.configs.schema.bands import COLOURS, Bands, Choice, Names, numbers_of
 from kdpipe.configs.schema.labels import Colour
-from kdpipe.configs.schema.section import Section, refuse_repeats
+from kdpipe.configs.schema.section import Section, is_none, refuse_repeats
 
 Alpha = Literal["opacity", "band"]
 
@@ -109,6 +109,8 @@ class Data(Section):
     """Whether tiles also lie in folders within the folders of images and masks, by the same names in both."""
     split: Split | None = Field(None, exclude_if=lambda split: split is None)
     """Lists of the tiles that each split takes of its roots. Splits with lists may share a root."""
+    limit: int | None = Field(None, ge=1, exclude_if=is_none)
+    """For a trial: at most this many tiles to train on, and as many to validate on, spread evenly over all; `--limit N` sets it."""
     colours: dict[str, Colour | list[Colour]] = Field({}, exclude_if=lambda colours: not colours)
     """For masks of colours: the red, green and blue of each class, such as `{Forest: [34, 139, 34]}`, or several; `ignore` is no label."""
     remap: dict[int, int | str] = Field({}, exclude_if=lambda remap: not remap)

@@ -6,7 +6,7 @@ Does not import torch, which would take longer than finding the cache complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,14 +17,15 @@ from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.cache.writer import finished_tiles, partial_files, sweep, whole_manifest
+from kdpipe.configs.errors import counted
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import Tile, list_tiles, without_limit
 from kdpipe.pipeline.inputs import check_headers
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
+from kdpipe.pipeline.precompute.subjects import Subject, require_predictions, subject_noun, subjects
 from kdpipe.pipeline.progress import Progress
 
 ResolvePrecision = Callable[[CacheRecipe, list[Tile], Stretch], CacheRecipe]
@@ -38,7 +39,8 @@ class Summary:
 
     `teacher_seconds` is the teacher's share of `seconds`. `online_seconds` and `crops_seconds` are what a live teacher would take in
     each epoch: predicting as `train-student --kd online` does, and predicting the crops alone. `workers` counts the tiles that each
-    worker process stored, by address.
+    worker process stored, by address. With `limit`, `tiles` are those of the trial, and `configured` all of the configuration;
+    `cached` is the number that a finished cache holds.
     """
 
     cache: str
@@ -56,6 +58,14 @@ class Summary:
     noun: str = "tiles"
     fingerprint: str | None = None
     workers: dict[str, int] = field(default_factory=dict)
+    limit: int | None = None
+    configured: int = 0
+    cached: int | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the cache is finished for a trial, and lacks tiles of the configuration."""
+        return self.cached is not None and self.cached < self.configured
 
     @property
     def paid_after_epochs(self) -> float | None:
@@ -70,7 +80,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tiles (or recorded views), the finished ones, the manifest if there is one, and the recipe of the rest."""
+    """
+    The wanted tiles (or recorded views), the finished ones among them, the manifest if there is one, and the recipe of the rest.
+
+    `configured` are the ids of all tiles of the configuration, in its order. Where `data.limit` wants some of them, `others` are those of
+    the rest that the cache holds as well, and keeps.
+    """
 
     tiles: list[Subject]
     finished: dict[str, TileRecord]
@@ -78,6 +93,8 @@ class Plan:
     recipe: CacheRecipe
     storage: Storage
     samples: int  # of a training epoch
+    configured: list[str]
+    others: dict[str, TileRecord]
 
     @property
     def missing(self) -> list[Subject]:
@@ -86,13 +103,20 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        """Whether the cache is complete with exactly these tiles in this order, as its manifest says."""
-        return (
-            self.manifest is not None
-            and not self.missing
-            and self.manifest.recipe == self.recipe
-            and self.manifest.tiles == [self.finished[tile.id] for tile in self.tiles]
-        )
+        """Whether the cache holds the wanted tiles, and its manifest lists exactly what it holds, in the order of the configuration."""
+        if self.manifest is None or self.missing or self.manifest.recipe != self.recipe:
+            return False
+        listed = self.listed(self.finished)
+        return self.manifest.tiles == listed and self.manifest.partial_of == self.partial_of(listed)
+
+    def listed(self, records: Mapping[str, TileRecord]) -> list[TileRecord]:
+        """The `records` of the wanted tiles and those of `others`, in the order of the configuration."""
+        held = {**self.others, **records}
+        return [held[tile] for tile in self.configured if tile in held]
+
+    def partial_of(self, listed: Sequence[TileRecord]) -> int | None:
+        """The number of tiles that the configuration has, if not all are `listed`."""
+        return len(self.configured) if len(listed) < len(self.configured) else None
 
 
 def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Progress | None = None) -> Plan:
@@ -106,27 +130,44 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Prog
     recipe, `CorruptCache` for a folder that is not a cache.
     """
     tiles = list_tiles(config.data, "train")
+    # What the values depend on is decided by all tiles, so that a run without the limit goes on from a trial.
+    every_tile = tiles if config.data.limit is None else list_tiles(without_limit(config.data), "train")
     storage = open_storage(config.cache.path)
     recorded = read_recipe(storage)
     if recorded is None and checked is not None:
         check_headers(config, tiles, list_tiles(config.data, "val"), checked, images_may_fail=True)
     stretch = resolve_stretch(config.data, tiles)
     wanted = subjects(config, tiles, stretch)
-    recipe = complete_recipe(config, stretch, recorded, tiles)
+    every = wanted if config.data.limit is None else subjects(config, every_tile, stretch)
+    recipe = complete_recipe(config, stretch, recorded, every_tile)
     if recorded is None:
-        recipe = resolve_precision(recipe, tiles, stretch)
+        recipe = resolve_precision(recipe, every_tile, stretch)
     manifest = whole_manifest(storage)
-    finished = finished_tiles(storage, recipe, {tile.id: tile.source for tile in wanted}, manifest)
+    ids = {tile.id for tile in wanted}
+    listed = {record.id for record in manifest.tiles} if manifest else None
+    looked_up = {tile.id: tile.source for tile in every if listed is None or tile.id in ids or tile.id in listed}
+    found = finished_tiles(storage, recipe, looked_up, manifest)
+    finished = {tile: record for tile, record in found.items() if tile in ids}
+    others = {tile: record for tile, record in found.items() if tile not in ids}
     if recorded is not None and checked is not None:
         missing = {subject.files[0] for subject in wanted if subject.id not in finished}
-        check_headers(config, [tile for tile in tiles if tile.image in missing], [], checked, images_may_fail=True)
+        val = list_tiles(config.data, "val") if manifest is not None and manifest.partial_of is not None else []
+        check_headers(config, [tile for tile in tiles if tile.image in missing], val, checked, images_may_fail=True)
+    if checked is not None:
+        require_predictions(config, [subject for subject in wanted if subject.id not in finished])
     samples = len(TrainTiles(tiles, config))
-    return Plan(tiles=wanted, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples)
+    return Plan(
+        tiles=wanted, finished=finished, manifest=manifest, recipe=recipe, storage=storage, samples=samples,
+        configured=[tile.id for tile in every], others=others,
+    )  # fmt: skip
 
 
 def initial_summary(plan: Plan, config: Config) -> Summary:
     """The summary of a run that has computed nothing yet."""
-    return Summary(plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished), noun=subject_noun(config))
+    return Summary(
+        plan.storage.url, tiles=len(plan.tiles), kept=len(plan.finished), noun=subject_noun(config), limit=config.data.limit,
+        configured=len(plan.configured),
+    )  # fmt: skip
 
 
 def complete_summary(plan: Plan, config: Config) -> Summary:
@@ -136,13 +177,14 @@ def complete_summary(plan: Plan, config: Config) -> Summary:
         with writer_lock(plan.storage):
             sweep(plan.storage)
     summary = initial_summary(plan, config)
-    summary.fingerprint = plan.manifest.fingerprint
+    summary.fingerprint, summary.cached = plan.manifest.fingerprint, len(plan.manifest.tiles)
     return summary
 
 
 def complete_text(summary: Summary) -> str:
     """The message of a run that finds its cache complete."""
-    return f"all {summary.tiles} {summary.noun} are in {summary.cache} already"
+    of_trial = "" if summary.limit is None else " of this trial"
+    return f"all {counted(summary.tiles, summary.noun)}{of_trial} are in {summary.cache} already"
 
 
 def find_complete(config: Config) -> Summary | None:

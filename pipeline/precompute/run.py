@@ -41,7 +41,8 @@ from kdpipe.configs.errors import DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import Tile, list_tiles, without_limit
+from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
 from kdpipe.pipeline.precompute.costs import record_costs, teacher_seconds
@@ -157,7 +158,9 @@ def _precompute(
                 computed = workers.compute(config, plan, writer, batches, summary, stop)
             records |= _collected(computed, plan, summary, progress)
         if not summary.failed:
-            summary.fingerprint = writer.finish([records[tile.id] for tile in plan.tiles]).fingerprint
+            listed = plan.listed(records)
+            manifest = writer.finish(listed, plan.partial_of(listed))
+            summary.fingerprint, summary.cached = manifest.fingerprint, len(listed)
     return summary
 
 
@@ -194,7 +197,7 @@ def failure_report(summary: Summary) -> str:
 
 
 def _restore_root(config: Config, progress: Progress) -> None:
-    tiles = list_tiles(config.data, "train")
+    tiles = list_tiles(without_limit(config.data), "train")
     storage = open_storage(config.cache.path)
     with writer_lock(storage):
         manifest = whole_manifest(storage)

@@ -18,7 +18,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample
 from kdpipe.data.dataset import read_labels
 from kdpipe.data.rasters import Rows, Stretch, image_size, open_rows, read_data, read_image
-from kdpipe.data.recorded_views import RecordedView, RecordedViews
+from kdpipe.data.recorded_views import RecordedView, RecordedViews, tiles_of_mosaics
 from kdpipe.data.tiles import Tile
 
 _FileState = tuple[int, int, int]
@@ -70,7 +70,7 @@ def subjects(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> list[Su
     if config.distill.teacher_view == "tile":
         return [WholeTile(tile, config, stretch) for tile in tiles]
     states: dict[Path, _FileState] = {}
-    views = RecordedViews(tiles, config, stretch).all_views()
+    views = RecordedViews(tiles, config, stretch, among=tiles_of_mosaics(config)).all_views()
     return [ViewOfTile(view, view.id, config.train.crop, states, config.teachers_places) for view in views]
 
 

@@ -17,7 +17,7 @@ from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, sum
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
-from kdpipe.data.recorded_views import RecordedViews
+from kdpipe.data.recorded_views import RecordedViews, tiles_of_mosaics
 from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.precompute.costs import StageOneCosts, read_costs
 from kdpipe.pipeline.precompute.expected_recipe import (
@@ -83,8 +83,9 @@ def training_samples(
     if config.distill.teacher_view == "tile":
         assert not isinstance(source, CachedViews)
         return TrainTiles(tiles, config, stretch, source)
-    assert not isinstance(source, SoftTargetCache)
-    return RecordedViews(tiles, config, stretch, source)
+    assert not isinstance(source, SoftTargetCache | WithoutGaps)
+    among = tiles_of_mosaics(config, labelled_only=config.distill.mode == "none")
+    return RecordedViews(tiles, config, stretch, source, among=among)
 
 
 class CachedViews:

@@ -22,6 +22,7 @@ CHANGES = {
     "data.split.train": ("{data}/one.txt", "tiles"),
     "data.split.val": ("{data}/one.txt", "nothing"),
     "data.split.unlabelled": ("{data}/one.txt", "nothing"),
+    "data.limit": (1, "tiles"),
     "data.colours": ({"Forest": [0, 100, 0]}, "nothing"),
     "data.remap": ({7: "Forest"}, "nothing"),
     "data.bands": ([3, 2, 1], "recipe"),

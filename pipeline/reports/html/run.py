@@ -173,7 +173,7 @@ def _run_cache(run: Run, config: Config) -> tuple[SoftTargetCache | None, str]:
         }
         return None, f"No soft targets: {without.get(run.mode, run.mode)}."
     try:
-        cache = SoftTargetCache.open(run.cache.path, configured_softening(config))
+        cache = SoftTargetCache.open(run.cache.path, configured_softening(config), partial=True)
     except CacheError as err:
         return None, f"No soft targets: {err}"
     if cache.manifest.fingerprint != run.cache.fingerprint:

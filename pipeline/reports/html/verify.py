@@ -69,7 +69,7 @@ def cached_tiles(config: Config, report: Report, count: int) -> list[TilePicture
         return []
     named = {finding.tile for finding in report.findings}
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
-    cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
+    cache = SoftTargetCache.open(config.cache.path, configured_softening(config), partial=True)
     whole = [subject for subject in training_subjects(config, stretch, cache) if subject.id not in named]
     noun = training_noun(config)
     return [draw_subject(subject, noun, config, {}, cached_targets(cache)) for subject in spread(whole, count)]
