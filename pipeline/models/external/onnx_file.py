@@ -21,6 +21,7 @@ from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.os_errors import explained
 
 INPUT, OUTPUT = "images", "logits"
+CLASSES = "classes"  # the output of a file that answers with class indices, uint8 `(N, H, W)`; its metadata say so
 SEAL_KEY = "kdpipe_sha256"  # in the metadata: the sha256 of the file with zeros in its place
 UNSEALED = "0" * 64
 # Key and value lie side by side in the file, parted by the value's tag and length.
@@ -91,7 +92,8 @@ def described(path: Path, key: str) -> str | None:
     The metadata of an ONNX file under `key`, after it was run on one black image in a process of its own; None where it has none.
 
     Raises `CheckpointError` where that process dies or needs too much memory or time, or the network does not map images float32
-    `(N, bands, H, W)` to logits float32 `(N, classes, H, W)`, of as many bands and classes as the metadata name.
+    `(N, bands, H, W)` to logits float32 `(N, classes, H, W)` or, if the metadata say so, to classes uint8 `(N, H, W)`, of as many bands and
+    classes as the metadata name.
     """
     require_onnxruntime()
     require_seal(path)
@@ -144,11 +146,11 @@ def _try(path: str, key: str) -> dict[str, str | None]:
         return {"text": None, "fault": _runs(session)}
     try:
         card = json.loads(text or "")
-        bands, classes = len(card["bands"]), len(card["classes"])
+        bands, classes, output = len(card["bands"]), len(card["classes"]), card.get("output", OUTPUT)
     except (ValueError, TypeError, LookupError, RecursionError):
         return {"text": text, "fault": ""}  # whoever asked refuses such a text
     try:
-        return {"text": text, "fault": fault_of(session, bands, classes)}
+        return {"text": text, "fault": fault_of(session, bands, classes, output)}
     except Exception as err:
         return {"text": text, "fault": first_line(err)}
 
@@ -186,17 +188,18 @@ def _runs(session: Any) -> str:
     return ""
 
 
-def fault_of(session: Any, bands: int, classes: int) -> str:
-    """What is wrong with a session's answer to one black image; empty where nothing is."""
+def fault_of(session: Any, bands: int, classes: int, output: str = OUTPUT) -> str:
+    """What is wrong with a session's answer, logits or `CLASSES`, to one black image; empty where nothing is."""
     names = [each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()]
-    if names[0] != [INPUT] or OUTPUT not in names[1]:
+    if names[0] != [INPUT] or output not in names[1]:
         return f"its inputs are {names[0]} and its outputs {names[1]}"
     shape = (1, bands, TRIAL_PX, TRIAL_PX)
-    (found,) = session.run([OUTPUT], {INPUT: np.zeros(shape, np.float32)})
-    expected = (1, classes, TRIAL_PX, TRIAL_PX)
-    if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != np.float32:
+    (found,) = session.run([output], {INPUT: np.zeros(shape, np.float32)})
+    of_classes = output == CLASSES
+    expected, dtype = (1, *([] if of_classes else [classes]), TRIAL_PX, TRIAL_PX), "uint8" if of_classes else "float32"
+    if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != dtype:
         form = f"{found.dtype} of the shape {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
-        return f"it answers an image of the shape {shape} by {form}, expected float32 of the shape {expected}"
+        return f"it answers an image of the shape {shape} by {form}, expected {dtype} of the shape {expected}"
     return ""
 
 
