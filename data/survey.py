@@ -139,21 +139,25 @@ def list_root(path: str, images: str = "images", masks: str = "masks", **layout:
     return Root(path, list_tiles(data, "train"))
 
 
-def survey_steps(root: Root) -> int:
+def survey_steps(root: Root, limit: int | None = None) -> int:
     """Number of steps of `survey_root`: images to open, and masks to count."""
-    return min(len(root.tiles), MAX_HEADERS) + min(root.masks, MAX_READ)
+    return min(len(root.tiles), limit or MAX_HEADERS, MAX_HEADERS) + min(root.masks, limit or MAX_READ, MAX_READ)
 
 
-def survey_root(root: Root, advance: Callable[[], None] = lambda: None, codes: MaskCodes | None = None) -> None:
+def survey_root(
+    root: Root, advance: Callable[[], None] = lambda: None, codes: MaskCodes | None = None, limit: int | None = None
+) -> None:
     """
     Survey the files of a listed root and fill in its counts; `advance` is called after each step.
 
-    With `codes` masks hold colours, and the indices that these stand for are counted.
+    With `codes` masks hold colours, and the indices that these stand for are counted. With `limit`, at most so many images and so many
+    masks are opened.
     """
-    opened = evenly(root.tiles, MAX_HEADERS)
+    opened = evenly(root.tiles, min(limit or MAX_HEADERS, MAX_HEADERS))
     with_pixels = {tile.id for tile in evenly(opened, MAX_READ)}
     # Chosen from the labelled tiles, which may be few among many.
-    with_labels = {tile.id for tile in evenly([tile for tile in root.tiles if tile.mask is not None], MAX_READ)}
+    labelled = [tile for tile in root.tiles if tile.mask is not None]
+    with_labels = {tile.id for tile in evenly(labelled, min(limit or MAX_READ, MAX_READ))}
     samples: list[list[NDArray[Any]]] = []
     for headers in read_headers(opened):
         _look(root, headers, of_colours=codes is not None)

@@ -42,7 +42,8 @@ class Estimate:
     What stage one still has to do: tiles, pixels, bytes and seconds, beside the free bytes of the disk (None if unlimited).
 
     `temporary_bytes` are needed for a moment in addition, for the largest scene that is predicted in windows (`cache/spill.py`). `worth`
-    compares the cache with a live teacher, or says why it cannot be told; None if nothing is to do.
+    compares the cache with a live teacher, or says why it cannot be told; None if nothing is to do. With `limit`, `tiles` are those of the
+    trial, and `configured` all of the configuration.
     """
 
     cache: str
@@ -56,6 +57,8 @@ class Estimate:
     free_bytes: int | None
     unreadable: dict[str, str]
     worth: Worth | str | None
+    limit: int | None = None
+    configured: int = 0
 
     @property
     def fits(self) -> bool:
@@ -125,6 +128,8 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
 def measure_worth(
     config: Config, device: torch.device, teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], samples: int,
     precompute_seconds: float, tile_seconds: float, progress: Progress,
+        limit=config.data.limit,
+        configured=len(plan.configured),
 ) -> Worth | str:  # fmt: skip
     """
     Worth of a cache from timed steps of the student and predictions of a crop of `image_HWC`; an epoch has `samples` samples.

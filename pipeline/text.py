@@ -40,6 +40,11 @@ def part_text(part: int, whole: int) -> str:
     return percent_text(share) if share >= 0.0005 else f"{100 * share:.2g} %"
 
 
+def limit_text(limit: int | None, whole: int) -> str:
+    """What stands behind a number of tiles where `--limit` chose them: ` of 45 (--limit 4)`; empty without a limit."""
+    return "" if limit is None else f" of {whole} (--limit {limit})"
+
+
 def duration_text(seconds: float) -> str:
     """A duration in its two largest units: `12 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds < 60:

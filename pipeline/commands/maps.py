@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdpipe.pipeline.commands import completion
-from kdpipe.pipeline.commands.options import common_options, run
+from kdpipe.pipeline.commands.options import common_options, limit_option, run
 
 
 @click.command("predict")
@@ -27,6 +27,7 @@ from kdpipe.pipeline.commands.options import common_options, run
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), default="none", show_default=True,
               help="Views over which logits are averaged.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace maps that exist.")
+@limit_option("scenes")
 @common_options(device=True)
 def predict(**options: Any) -> None:
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,6 +103,12 @@ window_option = click.option(
 )
 
 
+def limit_option(nouns: str = "tiles") -> Callable[[Command], Command]:
+    """The option `--limit N` of a command that goes over `nouns`."""
+    help_text = f"For a trial: take at most N {nouns}, spread evenly over all."
+    return click.option("--limit", type=click.IntRange(1), metavar="N", help=help_text)
+
+
 def common_options(*, device: bool) -> Callable[[Command], Command]:
     """Add `--json`, `--debug` and, to a command that computes, `--device`."""
 
@@ -120,7 +127,13 @@ def common_options(*, device: bool) -> Callable[[Command], Command]:
     return added
 
 
-def with_config(command: Command) -> Command:
-    """Add the options of a command that runs on a configuration."""
+def with_config(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a command that runs on a configuration; `--limit N` is one of the overrides that it is called with."""
+
+    @wraps(command)  # with the options that it has already
+    def limited(*, limit: int | None, overrides: tuple[str, ...], **options: Any) -> Any:
+        further = () if limit is None else (f"data.limit={limit}",)
+        return command(overrides=(*overrides, *further), **options)
+
     source = config_option("A YAML file, or the name of a shipped config.", "-c", "--config", required=True)
-    return source(set_option(common_options(device=True)(command)))
+    return source(set_option(limit_option()(common_options(device=True)(limited))))

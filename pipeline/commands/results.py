@@ -11,6 +11,7 @@ from kdpipe.pipeline.commands.options import (
     common_options,
     config_option,
     file_option,
+    limit_option,
     load,
     run,
     set_option,
@@ -24,6 +25,7 @@ from kdpipe.pipeline.commands.options import (
 @config_option("The teacher's config. A CHECKPOINT carries its own.", "-c", "--config")
 @set_option
 @window_option
+@limit_option()
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views over which logits are averaged.")
 @click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
               help="How far apart matching boundaries may lie.")  # fmt: skip
@@ -88,3 +90,4 @@ def report(**options: Any) -> None:
     Exit codes: 0 done, 2 usage, data or checkpoint, 3 the cache is damaged.
     """
     run("results.report_runs", **options)
+@limit_option()

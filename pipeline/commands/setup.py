@@ -11,6 +11,7 @@ from kdpipe.pipeline.commands.options import (
     common_options,
     config_option,
     file_option,
+    limit_option,
     load,
     load_open,
     run,
@@ -64,6 +65,7 @@ def _bands(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--images", default="images", show_default=True, metavar="NAME", help="Folder of images in a root.")
 @click.option("--masks", default="masks", show_default=True, metavar="NAME", help="Folder of masks in a root.")
 @click.option("--overwrite", is_flag=True, help="Replace a config that exists.")
+@limit_option()
 @common_options(device=False)
 def init(**options: Any) -> None:
     """
@@ -86,10 +88,11 @@ def init(**options: Any) -> None:
 )
 @file_option("--table", "table_path", "With --stats: write one row per tile, as .csv or .parquet.")
 @file_option("--plot", "plot_path", "With --stats: draw the statistics as a PNG.")
+@limit_option()
 @common_options(device=False)
 def inspect(
     path: str, source: str | None, overrides: tuple[str, ...], stats: bool, table_path: str | None,
-    plot_path: str | None, json_path: str | None,
+    plot_path: str | None, limit: int | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """
     Describe a network or a cache.
@@ -100,15 +103,16 @@ def inspect(
 
     Exit codes: 0 done, 1 --diff found differences, 2 not a readable network, 3 not a complete cache.
     """
-    if (table_path or plot_path) and not stats:
-        raise click.UsageError("--table and --plot go with --stats")
+    if (table_path or plot_path or limit) and not stats:
+        raise click.UsageError("--table, --plot and --limit go with --stats")
     if overrides and source is None:
         raise click.UsageError("--set overrides a key of --diff CONFIG")
     if run("inspect_cache.is_cache", path):
         config = load(source, overrides) if source is not None else None
         run(
-            "inspect_cache.show_cache", path, config, json_path, stats=stats, table_path=table_path, plot_path=plot_path
-        )
+            "inspect_cache.show_cache", path, config, json_path, stats=stats, table_path=table_path, plot_path=plot_path,
+            limit=limit,
+        )  # fmt: skip
     elif stats or source is not None:
         option = "--stats is for a cache" if stats else "--diff compares a cache with CONFIG"
         raise click.UsageError(f"{option}, and {path} is not a folder or URL")

@@ -195,6 +195,7 @@ def _refuse_unlike(runs: Sequence[Run]) -> None:
         ("steps", lambda run: run.total_steps),
         ("classes", lambda run: list(run.history[-1].iou)),
         ("data.val", lambda run: run.config["data"]["val"]),
+        ("data.limit", lambda run: run.config["data"].get("limit")),
         ("classes.not_scored", lambda run: run.config["classes"]["not_scored"]),
     ):
         values: dict[str, str] = {}

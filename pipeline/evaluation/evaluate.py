@@ -11,7 +11,7 @@ Shapes: H W a tile's pixels, C classes, L labels, P predictions, B bins of confi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import ConfigError, DataError, KdpipeError
+from kdpipe.configs.errors import ConfigError, DataError, KdpipeError, counted
 from kdpipe.configs.schema import Config, Percentiles
 from kdpipe.data.dataset import ValTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, folders_of, list_tiles
+from kdpipe.data.tiles import Tile, folders_of, limited, list_tiles, without_limit
 from kdpipe.pipeline.evaluation.boundary import BoundaryScores, boundary_counts, boundary_scores
 from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibration, calibration_counts
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
@@ -71,7 +71,14 @@ class Model:
     predict: Predict
     config: Config
     stretch: Stretch
-    trained_on: list[str]
+    trained_on: list[str]  # roots
+    # Of a teacher whose predictions were made before: the tile with its prediction, which `predict` is given in place of an image.
+    predicted: Callable[[Tile], PredictedTile] | None = None
+
+    def limited(self, limit: int | None) -> Model:
+        """The same model where `data.limit` is another: for a student, not the one that it was trained with."""
+        data = self.config.data.model_copy(update={"limit": limit})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Counts:
 
 @dataclass
 class RootScores:
-    """The scores on one root of tiles, or on all roots, and the ids of the tiles that could not count."""
+    """The scores on one root of tiles, or on all roots, and the ids of the tiles that could not count; `tiles` of `labelled` are scored."""
 
     root: str
     tiles: int
@@ -111,6 +118,7 @@ class RootScores:
     without_label: list[str] = field(default_factory=list)
     trained_on: bool = False
 
+    labelled: int = 0
 
 @dataclass
 class Evaluation:
@@ -122,6 +130,7 @@ class Evaluation:
     roots: list[RootScores]
     together: RootScores
 
+    limit: int | None = None
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         roots, together = [_plain(root) for root in self.roots], _plain(self.together)
@@ -191,7 +200,8 @@ def evaluate(
     """
     The scores of a model on each of `roots`, folders with images and masks, and on all of them together.
 
-    Without roots, `data.val` of the model's config is scored. Tiles without a mask are left out and named in the result.
+    Without roots, `data.val` of the model's config is scored. Tiles without a mask are left out and named in the result. With
+    `data.limit`, so many tiles of each root are scored (see `Model.limited`).
     Raises `ConfigError` where there is no root or one is given twice, `DataError` where files cannot be used or a root has
     nothing to score, `KdpipeError` where a prediction is not finite.
     """
@@ -202,6 +212,8 @@ def evaluate(
     tiles_of = {root: labelled_tiles(root, config) for root in roots}
     check_headers(config, [], [tile for tiles, _ in tiles_of.values() for tile in tiles], progress)
     results = []
+    labelled = {root: len(tiles) for root, (tiles, _) in tiles_of.items()}
+    tiles_of = {root: (limited(tiles, config.data.limit), rest) for root, (tiles, rest) in tiles_of.items()}
     with progress.bar("evaluate", sum(len(tiles) for tiles, _ in tiles_of.values()), "tiles") as advance:
         total = Counts.zero(len(names))
         for root, (tiles, without_mask) in tiles_of.items():
@@ -219,11 +231,15 @@ def evaluate(
             result.trained_on = is_among(root, model.trained_on)
             results.append(result)
             total += counts
+            result.labelled = labelled[root]
     together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
     together.without_mask = [tile for result in results for tile in result.without_mask]
     together.without_label = [tile for result in results for tile in result.without_label]
     together.trained_on = any(result.trained_on for result in results)
-    return Evaluation(model=model.description, networks=model.networks, classes=names, roots=results, together=together)
+    return Evaluation(
+        model=model.description, networks=model.networks, classes=names, roots=results, together=together, limit=config.data.limit
+    )  # fmt: skip
+    together.labelled = sum(labelled.values())
 
 
 def _plain(root: RootScores) -> dict[str, Any]:
@@ -283,7 +299,7 @@ def _scored(root: str, tiles: int, counts: Counts, config: Config, boundary_widt
     )
     if set(result.scores.left_out) == set(classes.names):
         reasons = ", ".join(f"{name} {reason}" for name, reason in result.scores.left_out.items())
-        raise DataError(f"{root} has nothing to score in its {tiles} tiles with a mask: {reasons}")
+        raise DataError(f"{root} has nothing to score in its {counted(tiles, 'tiles')} with a mask: {reasons}")
     return result
 
 
@@ -311,16 +327,16 @@ def is_among(root: str, roots: Sequence[str]) -> bool:
 
 def labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
     """The tiles of one root that have a mask, and the ids of those that have none."""
-    only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True, "split": None}
+    only = {"train": [root], "val": [], "unlabelled": [], "allow_missing_masks": True, "split": None, "limit": None}
     data = config.data.model_copy(update=only)
     tiles = list_tiles(data, "train")
     if config.data.split is not None and config.data.split.val and is_among(root, config.data.val):
-        listed = {tile.image for tile in list_tiles(config.data, "val")}
+        listed = {tile.image for tile in list_tiles(without_limit(config.data), "val")}
         tiles = [tile for tile in tiles if tile.image in listed]
     labelled = [tile for tile in tiles if tile.mask is not None]
     if not labelled:
         raise DataError(
-            f"none of the {len(tiles)} images of {root} has a mask: scores need {folders_of(root, data)[1]}, with masks named like the "
-            "images"
+            f"none of the {counted(len(tiles), 'images')} of {root} has a mask: scores need {folders_of(root, data)[1]}, with masks named "
+            "like the images"
         )
     return labelled, [tile.id for tile in tiles if tile.mask is None]

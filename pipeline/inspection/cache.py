@@ -75,7 +75,7 @@ def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
         stretch = resolve_stretch(config.data, tiles)
         expected = expected_fields(config, stretch, manifest.recipe, tiles)
         asked = {subject.id: subject.source for subject in subjects(config, tiles, stretch)}
-        listed = check_tiles_listed(manifest, asked)
+        listed = check_tiles_listed(manifest, asked, only_these=config.data.limit is not None)
         found = [*differences(manifest.recipe, expected), *(f"{finding.tile}: {finding.message}" for finding in listed)]
     others = other_libraries(manifest.libraries)
     return CacheInspection(storage.url, manifest, found, others)

@@ -28,6 +28,7 @@ from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import ConfigError, IncompleteCache, extra_text
 from kdpipe.configs.files import write_file
+from kdpipe.data.tiles import limited
 from kdpipe.pipeline.text import csv_cell
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class CacheStatistics:
     A cache of logits is described by the teacher's own classes at T 1, and its entropy lost to rounding is unknown (0).
     `entropy_histogram` counts pixels in `BINS` equal bins of 0..ln C, `confidence_histogram` in bins of 0..1. `largest_entropy_lost` is
     that of the worst block of 64 px. `without_spread` names figures in which more than half of the tiles agree, so that they have no
-    outliers; a cache of fewer than `MIN_TILES` tiles has none at all.
+    outliers; a cache of fewer than `MIN_TILES` tiles has none at all. With `limit`, `tiles` are some of the `cached` ones.
     """
 
     kind: str
@@ -107,6 +108,8 @@ class CacheStatistics:
     tiles: list[TileStatistics]
     outliers: list[Outlier]
     without_spread: list[str]
+    limit: int | None = None
+    cached: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; tiles as in the table."""
@@ -155,9 +158,13 @@ def open_as_predicted(path: str) -> SoftTargetCache:
     return SoftTargetCache(storage, manifest, Softening(1.0, own_classes))
 
 
-def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lambda: None) -> CacheStatistics:
+def compute_statistics(
+    cache: SoftTargetCache, on_tile: Callable[[], None] = lambda: None, limit: int | None = None
+) -> CacheStatistics:
     """
     Statistics of all tiles of a cache that `open_as_predicted` opened, each block read once; `on_tile` is called after each tile.
+
+    With `limit`, of so many tiles (see `tiles.limited`).
 
     Raises `CorruptCache` where a tile is damaged.
     """
@@ -169,8 +176,9 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
     classes = manifest.recipe.channels
     tiles: list[TileStatistics] = []
     histograms = np.zeros((2, BINS), dtype=np.int64)
-    for start in range(0, len(manifest.tiles), TILES_AT_ONCE):
-        batch = manifest.tiles[start : start + TILES_AT_ONCE]
+    records = limited(manifest.tiles, limit)
+    for start in range(0, len(records), TILES_AT_ONCE):
+        batch = records[start : start + TILES_AT_ONCE]
         lazy = [_reductions(cache, record) for record in batch]
         for record, found in zip(batch, dask.compute(lazy, scheduler="threads", num_workers=THREADS)[0], strict=True):
             sums_C, argmax_C, entropy, confidence, by_entropy, by_confidence = found
@@ -209,6 +217,8 @@ def compute_statistics(cache: SoftTargetCache, on_tile: Callable[[], None] = lam
         tiles=tiles,
         outliers=outliers,
         without_spread=without_spread,
+        limit=limit,
+        cached=len(manifest.tiles),
     )
 
 

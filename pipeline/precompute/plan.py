@@ -184,7 +184,8 @@ def complete_summary(plan: Plan, config: Config) -> Summary:
 def complete_text(summary: Summary) -> str:
     """The message of a run that finds its cache complete."""
     of_trial = "" if summary.limit is None else " of this trial"
-    return f"all {counted(summary.tiles, summary.noun)}{of_trial} are in {summary.cache} already"
+    one = summary.tiles == 1
+    return f"{'the' if one else 'all'} {counted(summary.tiles, summary.noun)}{of_trial} {'is' if one else 'are'} in {summary.cache} already"
 
 
 def find_complete(config: Config) -> Summary | None:

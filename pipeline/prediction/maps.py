@@ -29,6 +29,7 @@ from kdpipe.configs.outputs import output_path
 from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_layer, new_map, probability_layer
 from kdpipe.data.scenes import Scene, list_scenes, open_scene
 from kdpipe.pipeline.memory import fits_in_memory, sized
+from kdpipe.data.tiles import limited
 from kdpipe.pipeline.models.views import STRIDE
 from kdpipe.pipeline.models.windows import Span, blended_rows, spans, tapered_overlap
 from kdpipe.pipeline.prediction.notes import range_note, say_notes
@@ -92,20 +93,21 @@ def predict(
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    limit: int | None = None,
 ) -> MapSummary:
     """
     Write a map of each scene in `inputs` (see `list_scenes`) into the folder `out`.
 
-    Windows have `window` px and share `overlap` px; `batch_size` of them are predicted at once. A scene that cannot be read is named
-    in the result, and the others go on. Raises `ConfigError` for invalid sizes; `DataError` if an input names nothing, two maps would
-    have the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite;
-    `Interrupted` if `stop` was set.
+    Windows have `window` px and share `overlap` px; `batch_size` of them are predicted at once. With `limit`, so many of the scenes are
+    mapped (see `tiles.limited`). A scene that cannot be read is named in the result, and the others go on. Raises `ConfigError` for
+    invalid sizes, and for probabilities of a network that answers with classes; `DataError` if an input names nothing, two maps would have
+    the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite; `Interrupted` if `stop` was set.
     """
     _check_sizes(window, overlap)
     progress, stop = progress or Silent(), stop or threading.Event()
     folder = output_path(out, "--out")
     kinds = [CLASSES, *([CONFIDENCE] if confidence else []), *([PROBABILITIES] if probabilities else [])]
-    targets = _targets(list_scenes(inputs), folder, kinds, overwrite)
+    targets = _targets(limited(list_scenes(inputs), limit), folder, kinds, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:

@@ -25,6 +25,7 @@ class Given:
     bands: tuple[int, ...] | None = None
     teacher_classes: list[str] | None = None
     teacher_normalize: str | None = None
+    limit: int | None = None
 
     @property
     def codes(self) -> MaskCodes | None:

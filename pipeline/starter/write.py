@@ -73,9 +73,9 @@ def write_first_config(
     inspection = (
         None if teacher is None else inspect_external(teacher) if is_external(teacher) else inspect_checkpoint(teacher)
     )
-    with progress.bar("tiles", sum(map(survey_steps, roots)), "files") as advance:
+    with progress.bar("tiles", sum(survey_steps(root, given.limit) for root in roots), "files") as advance:
         for root in roots:
-            survey_root(root, advance, given.codes)
+            survey_root(root, advance, given.codes, given.limit)
     draft = draft_config(roots, inspection, given)
     unfilled = unfilled_in(draft.text, out)
     make_folder(file.parent)

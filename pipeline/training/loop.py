@@ -55,7 +55,7 @@ class Summary:
     `wall_seconds` is the time of the whole run over all its resumes, `seconds_per_step` the median step since the last start, without
     warm-up, data loading included (None for a run too short to tell), `teacher_seconds_per_step` the live teacher's mean share of it
     (None without one), and `other_modes` the seconds per step of runs of the same config in other modes, by name. `worth` says what the
-    cache saved (None where the cost of stage one is not recorded), `cache_bytes` the size of the cache.
+    cache saved (None where the cost of stage one is not recorded), `cache_bytes` the size of the cache, `limit` is `data.limit`.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Summary:
     fingerprint: str | None = None
     worth: Worth | None = None
     cache_bytes: int = 0
+    limit: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -151,6 +152,7 @@ class Loop:
             logs=self.logs.folder,
             fingerprint=targets.fingerprint,
         )
+            limit=config.data.limit,
 
     def run(self) -> Summary:
         """Train to the last step, validating and saving on the way."""

@@ -15,14 +15,15 @@ from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.images import Source
 from kdpipe.cache.integrity import Finding, check_full, check_quick
 from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.reader import SoftTargetCache, partial_text, read_manifest
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import Tile, list_tiles, without_limit
+from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import configured_softening, expected_fields
@@ -48,7 +49,11 @@ T = TypeVar("T", bound=_Labelled)
 
 @dataclass
 class Report:
-    """The result of a check; without findings the cache passes."""
+    """
+    The result of a check; without findings the cache passes.
+
+    With `limit`, `tiles` are those that were looked at, some of the `configured` ones, and nothing is known of the others.
+    """
 
     cache: str
     level: Level
@@ -67,6 +72,8 @@ class Report:
     reference: ReferenceReport | None = None
 
     @property
+    limit: int | None = None
+    configured: int = 0
     def passes(self) -> bool:
         """Whether there are no findings."""
         return not self.findings
@@ -116,7 +123,7 @@ def verify(
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
     storage = open_storage(config.cache.path)
-    report = Report(cache=storage.url, level=level, noun=subject_noun(config))
+    report = Report(cache=storage.url, level=level, noun=subject_noun(config), limit=config.data.limit)
     if reference is not None and not storage.children(""):
         report.cache_checked = False
     else:
@@ -133,7 +140,9 @@ def _check_cache(
 ) -> None:  # fmt: skip
     """The checks of the report's level, which fill the report."""
     expected = subjects(config, tiles, stretch)
-    report.tiles = len(expected)
+    report.tiles = report.configured = len(expected)
+    if report.limit is not None:
+        report.configured = len(subjects(config, list_tiles(without_limit(config.data), "train"), stretch))
     images = {subject.id: subject.source for subject in expected}
     try:
         manifest = read_manifest(storage)
@@ -164,11 +173,17 @@ def _check_cache(
 
 def _check_files(
     storage: Storage, manifest: Manifest, images: Mapping[str, Source], report: Report, progress: Progress
+    if manifest.partial_of is not None and report.limit is None:
+        advice = "run `kdpipe precompute-teacher` without --limit, or verify with the same --limit"
+        report.findings.append(
+            Finding("incomplete", None, f"a trial computed the cache: {partial_text(manifest)}; {advice}")
+        )
 ) -> list[Finding]:
     if report.level == "quick":
-        return check_quick(storage, manifest, images)
-    with progress.bar("every byte", len(manifest.tiles), report.noun) as advance:
-        return check_full(storage, manifest, images, advance)
+        return check_quick(storage, manifest, images, only_these=of_trial)
+    held = sum(record.id in images for record in manifest.tiles) if of_trial else len(manifest.tiles)
+    with progress.bar("every byte", held, report.noun) as advance:
+        return check_full(storage, manifest, images, advance, only_these=of_trial)
 
 
 def _check_parity(
@@ -178,6 +193,7 @@ def _check_parity(
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
     from kdpipe.pipeline.models.student import build_student  # slow to import, and not needed below parity
 
+    of_trial = report.limit is not None
     manifest = cache.manifest
     teacher = open_teacher(config, manifest.recipe, device)
     torch.manual_seed(config.seed)

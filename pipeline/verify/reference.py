@@ -22,7 +22,7 @@ from kdpipe.cache.integrity import Finding
 from kdpipe.configs.errors import DataError, summarise
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.data.rasters import Stretch, image_size, read_image
-from kdpipe.data.tiles import Tile, list_tiles
+from kdpipe.data.tiles import Tile, limited, list_tiles, without_limit
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.progress import Progress
@@ -108,7 +108,8 @@ def compare_with_reference(
     does not load.
     """
     report = ReferenceReport(str(folder))
-    tiles = list_tiles(config.data, "train") + (list_tiles(config.data, "val") if config.data.val else [])
+    data = without_limit(config.data)  # which limits the files instead
+    tiles = list_tiles(data, "train") + (list_tiles(data, "val") if data.val else [])
     members = list(config.members.items())
     folders = {key: folder / str(number) if len(members) > 1 else folder for number, (key, _) in enumerate(members)}
     present = {key: place for key, place in folders.items() if place.is_dir()}
@@ -131,6 +132,7 @@ def _compare_teacher(
 ) -> None:  # fmt: skip
     matched, strangers = match_files(folder, tiles)
     if strangers:
+    matched = limited(matched, config.data.limit)
         report.notes.append(f"not compared, as named after no tile: {summarise(str(path) for path in strangers)}")
     targets = [Target(tile, read_scores(path, member.classes, *image_size(tile.image))) for tile, path in matched]
     model = load_teacher(member, key, in_channels=len(config.data.places(member.bands)))

@@ -25,6 +25,7 @@ from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.precompute.subjects import subjects
 from kdpipe.pipeline.teacher import sources
+from kdpipe.pipeline.teacher.given import handed
 from kdpipe.pipeline.training.run import train
 from kdpipe.pipeline.training.targets import open_fresh_cache
 from kdpipe.pipeline.verify.gate import verify
@@ -81,6 +82,9 @@ def data(landscape, teacher_file, tmp_path_factory):
     (folder / "other.pth").write_bytes(b"other weights")
     (folder / "one.txt").write_text("train_000\n")
     (folder / "other.pt2").write_bytes(b"another network")
+    (folder / "predictions").mkdir()
+    for image in (folder / "Train/images").iterdir():  # as probabilities or as logits
+        np.save(folder / f"predictions/{image.stem}.npy", np.full((8, *Image.open(image).size[::-1]), 1 / 8, np.float32))
     (folder / "pretrained").mkdir()
     (folder / "pretrained/config.json").write_text("{}")
     return folder
@@ -99,7 +103,7 @@ def raw(make_config, data):
     ).model_dump(mode="json")
 
 
-def changed(raw, key, value, data):
+def changed(raw, key, value, data, are="probabilities"):
     """The config with another value for a dotted key; `{data}` stands for the folder of the data."""
 
     def place(value):
@@ -117,7 +121,9 @@ def changed(raw, key, value, data):
         raw["class_map"] |= value
     elif key in NETWORKS:
         raw["teacher"] = {name: kept for name, kept in raw["teacher"].items() if name not in NETWORKS[key]}
-        raw["teacher"][last] = place(value)
+        raw["teacher"] |= {last: place(value)} | ({"are": are} if last == "predictions" else {})
+    elif key == "teacher.are":
+        return changed(raw, "teacher.predictions", "{data}/predictions", data, are=value)
     elif parents[1:] == ["normalize"]:
         raw[parents[0]]["normalize"] = value
     elif parents[1:] in (["stretch"], ["split"]):
@@ -145,7 +151,8 @@ def changed(raw, key, value, data):
 def digests(config):
     """The digest of the recipe, and the fingerprint."""
     tiles = list_tiles(config.data, "train")
-    recipe = complete_recipe(config, resolve_stretch(config.data, tiles), None)
+    with handed(config, torch.nn.Identity() if config.teacher and config.teacher.given else None):
+        recipe = complete_recipe(config, resolve_stretch(config.data, tiles), None)
     images = {subject.id: subject.load()[1] for subject in subjects(config, tiles, resolve_stretch(config.data, tiles))}
     return recipe.digest(), fingerprint(recipe, images)
 
@@ -163,6 +170,8 @@ def test_each_key_changes_the_recipe_the_tiles_or_nothing(raw, data, kind, views
             side = "nothing"
         if kind == "logits" and key == "cache.kind":
             value = "soft"
+        if views is not None and key in ("teacher.predictions", "teacher.are"):
+            continue  # which are of whole tiles
         config = changed(raw, key, value, data)
         assert key.startswith("teachers") or config != parse_config(raw, "test"), f"{key} did not change"
         recipe, whole = digests(config)
@@ -255,7 +264,7 @@ def test_an_added_and_a_removed_image_are_found(own_images):
     expected = {("missing-tile", "Train/new"), ("extra-tile", f"Train/{images[0].stem}")}
     assert found(config, "quick") == expected
     assert found(config, "full") == expected
-    with pytest.raises(IncompleteCache, match=r"1 missing tiles: Train/new"):
+    with pytest.raises(IncompleteCache, match=r"1 missing tile: Train/new"):
         open_for_training(config)
 
 

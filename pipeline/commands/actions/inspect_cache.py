@@ -28,6 +28,7 @@ def show_cache(
     stats: bool,
     table_path: str | None,
     plot_path: str | None,
+    limit: int | None = None,
 ) -> None:
     """Describe a cache, and its differences from a config; ends the process with 1 if there are any."""
     terminal = Terminal()
@@ -35,7 +36,7 @@ def show_cache(
     content = found.as_dict()
     terminal.show(*cache_tables(found))
     if stats:
-        statistics = _statistics(path, table_path, plot_path, terminal)
+        statistics = _statistics(path, table_path, plot_path, limit, terminal)
         content["statistics"] = statistics.as_dict()
         terminal.show(*statistics_tables(statistics))
     write_json(json_path, content)
@@ -43,12 +44,14 @@ def show_cache(
         sys.exit(EXIT_FINDINGS)
 
 
-def _statistics(path: str, table_path: str | None, plot_path: str | None, terminal: Terminal) -> CacheStatistics:
+def _statistics(
+    path: str, table_path: str | None, plot_path: str | None, limit: int | None, terminal: Terminal
+) -> CacheStatistics:
     if table_path is not None:
         require_table_format(Path(table_path))
     cache = open_as_predicted(path)
-    with terminal.bar("statistics", len(cache.tile_ids), "tiles") as advance:
-        statistics = compute_statistics(cache, advance)
+    with terminal.bar("statistics", min(len(cache.tile_ids), limit or len(cache.tile_ids)), "tiles") as advance:
+        statistics = compute_statistics(cache, advance, limit)
     if table_path is not None:
         write_table(statistics, Path(table_path))
     if plot_path is not None:

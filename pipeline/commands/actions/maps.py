@@ -17,7 +17,7 @@ from kdpipe.pipeline.reports.terminal.maps import export_table, map_tables
 
 def predict_maps(
     inputs: Sequence[str], *, checkpoint: str, out: str, window: int, overlap: int, batch_size: int | None, tta: str,
-    confidence: bool, probabilities: bool, overwrite: bool, json_path: str | None, device: str | None,
+    confidence: bool, probabilities: bool, overwrite: bool, limit: int | None, json_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
     """Write maps and report them; ends the process with 1 where a scene failed."""
     terminal = Terminal()
@@ -25,7 +25,7 @@ def predict_maps(
     with stop_on_signal() as stop:
         summary = predict(
             predictor, inputs, out, window=window, overlap=overlap, batch_size=batch_size, confidence=confidence,
-            probabilities=probabilities, overwrite=overwrite, progress=terminal, stop=stop,
+            probabilities=probabilities, overwrite=overwrite, limit=limit, progress=terminal, stop=stop,
         )  # fmt: skip
     write_json(json_path, asdict(summary))
     terminal.show(*map_tables(summary))

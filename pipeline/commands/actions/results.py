@@ -22,8 +22,8 @@ from kdpipe.pipeline.text import file_text
 
 
 def evaluate_model(
-    paths: Sequence[str], teachers_config: Config | None, *, window: int | None, tta: str | None, boundary_width: int,
-    json_path: str | None, png_path: str | None, device: str | None,
+    paths: Sequence[str], teachers_config: Config | None, *, limit: int | None, window: int | None, tta: str | None,
+    boundary_width: int, json_path: str | None, png_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
     """Score the teacher of a config, through its class map, on the roots `paths`; without a config, the student `paths[0]` on the rest."""
     terminal = Terminal()
@@ -32,7 +32,8 @@ def evaluate_model(
         roots, model = paths, teacher_model(teachers_config, where, tta=tta, window=window)
     else:
         roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window, alone=True)
-    result = evaluate(model, roots, boundary_width_px=boundary_width, progress=terminal)
+        limit = teachers_config.data.limit if limit is None else limit
+    result = evaluate(model.limited(limit), roots, boundary_width_px=boundary_width, progress=terminal)
     write_json(json_path, result.as_dict())
     if png_path is not None:
         draw_confusion(result, Path(png_path))
@@ -57,13 +58,16 @@ def compare_runs(
 
 
 def report_runs(
-    runs: Sequence[str], *, out: str, tiles: int, teacher: bool, window: int | None, json_path: str | None,
+    runs: Sequence[str], *, out: str, tiles: int, limit: int | None, teacher: bool, window: int | None, json_path: str | None,
     device: str | None,
 ) -> None:  # fmt: skip
     """Evaluate runs and show them in one HTML report at `out`."""
     terminal = Terminal()
     where = resolve_device(device)
-    reports = [report_run(run, where, tiles=tiles, teacher=teacher, window=window, progress=terminal) for run in runs]
+    reports = [
+        report_run(run, where, tiles=tiles, limit=limit, teacher=teacher, window=window, progress=terminal)
+        for run in runs
+    ]
     write_report(reports, Path(out))
     write_json(json_path, {"page": out, "runs": [each.as_dict() for each in reports]})
     for each in reports:

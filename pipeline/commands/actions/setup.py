@@ -28,14 +28,14 @@ def init(
     folders: Sequence[str], *, teacher: str | None, out: str, classes: list[str] | None, colours: str | None,
     ignore_index: int | None,
     teacher_classes: list[str] | None, teacher_normalize: str | None, bands: tuple[int, ...] | None,
-    val: tuple[str, ...], images: str, masks: str, overwrite: bool, json_path: str | None,
+    val: tuple[str, ...], images: str, masks: str, overwrite: bool, limit: int | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Write a first config and report what was found; ends the process with 1 where some files have problems."""
     terminal = Terminal()
     given = Given(
         run_name(out), val, images, masks, classes=classes,
         colours=None if colours is None else read_colours(colours), ignore_index=ignore_index, bands=bands,
-        teacher_classes=teacher_classes, teacher_normalize=teacher_normalize,
+        teacher_classes=teacher_classes, teacher_normalize=teacher_normalize, limit=limit,
     )  # fmt: skip
     found = write_first_config(folders, teacher, out, given, overwrite=overwrite, progress=terminal)
     write_json(json_path, found.as_dict())

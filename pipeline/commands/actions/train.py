@@ -22,7 +22,7 @@ def train_student(
 ) -> None:
     """Run stage two and report it, once for all of its processes."""
     terminal = Terminal()
-    config = with_mode(config, kd)
+    config = with_mode(_named_as_trial(config), kd)
     try:
         with stop_on_signal() as stop:
             summary = train(
@@ -38,3 +38,9 @@ def train_student(
     console = terminal.console
     curves = curves_text(read_curves(Path(summary.logs).parent), console.width, only_ascii=console.options.ascii_only)
     terminal.show(curves, *training_tables(summary))
+
+
+def _named_as_trial(config: Config) -> Config:
+    """The configuration under a name of its own where `data.limit` makes the run a trial, which must not take the whole run's place."""
+    limit = config.data.limit
+    return config if limit is None else config.model_copy(update={"name": f"{config.name}-limit-{limit}"})

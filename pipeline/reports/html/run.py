@@ -12,7 +12,7 @@ import torch
 
 from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.configs import Config, dump_config
-from kdpipe.configs.errors import CacheError, CheckpointError
+from kdpipe.configs.errors import CacheError, CheckpointError, counted
 from kdpipe.configs.files import write_file
 from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.evaluation.compare import one_seed_text
@@ -47,7 +47,7 @@ from kdpipe.pipeline.runs.curves import Curve, read_curves
 from kdpipe.pipeline.runs.layout import BEST, RUN, logs_folder, run_folder
 from kdpipe.pipeline.runs.record import Run, read_run
 from kdpipe.pipeline.teacher.frozen import open_teacher
-from kdpipe.pipeline.text import duration_text, pace_text, percent_cell, percent_text
+from kdpipe.pipeline.text import duration_text, limit_text, pace_text, percent_cell, percent_text
 
 SHOWN_TILES = 24
 LOSSES = {"train_loss": "total", "train_hard_loss": "part from labels", "train_kd_loss": "part from soft targets"}
@@ -83,12 +83,13 @@ def report_run(
     device: torch.device,
     *,
     tiles: int = SHOWN_TILES,
+    limit: int | None = None,
     teacher: bool = False,
     window: int | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """
-    The report of the run in `folder`, whose `best.ckpt` is evaluated on its `data.val`.
+    The report of the run in `folder`, whose `best.ckpt` is evaluated on its `data.val`; with `limit`, on so many of its tiles.
 
     Half of the `tiles` are validation tiles, half training tiles with the soft targets of the cache; without a cache to
     read, all are validation tiles. A cache holds no soft target of a validation tile: with `teacher`, the teacher predicts
@@ -105,6 +106,7 @@ def report_run(
             "student's best weights"
         )
     model = student_model(place / BEST, device, tta=None, window=window)
+    model = model if limit is None else model.limited(limit)
     config = model.config
     live = _live_targets(config, model.stretch, device) if teacher else None
     evaluation = evaluate(model, progress=progress)
@@ -187,6 +189,7 @@ def _run_cache(run: Run, config: Config) -> tuple[SoftTargetCache | None, str]:
 def _section(report: RunReport) -> str:
     run, config, together = report.run, report.config, report.evaluation.together
     names, best = config.classes.names, report.evaluation.model.rpartition(" ")[2]
+    scored = counted(together.tiles, "validation tiles") + limit_text(report.evaluation.limit, together.labelled)
     parts = [
         figures({
             "mIoU": (percent_text(together.scores.miou), _left_out(together)),
@@ -196,8 +199,8 @@ def _section(report: RunReport) -> str:
             "seed": (str(run.seed), f"{run.history[-1].steps} steps on {run.device}"),
             **_times(run),
         }),
-        paragraph(f"{_trained_from(report)} Scores are those of {BEST}, from step {best} of {run.total_steps}, on "
-                  f"{together.tiles} validation tiles ({together.confusion_LP.sum() / 1e6:.1f} MP labelled)."),
+        paragraph(f"{_trained_from(report)} Scores are those of {BEST}, from step {best} of {run.total_steps}, on {scored} "
+                  f"({together.confusion_LP.sum() / 1e6:.1f} MP labelled)."),
         *(paragraph(note, "quiet") for note in report.notes),
     ]  # fmt: skip
     if report.tiles:
@@ -289,9 +292,14 @@ def _run_rows(reports: Sequence[RunReport]) -> list[list[str]]:
 
 def _trained_from(report: RunReport) -> str:
     run = report.run
+    limit = run.config["data"].get("limit")
+    trial = (
+        "" if limit is None else f"This is a trial on at most {counted(limit, 'tiles')} (data.limit), not a whole run. "
+    )
     if run.cache is not None:
-        return f"Trained from {run.cache.path} ({run.cache.tiles} tiles, fingerprint {run.cache.fingerprint[:16]})."
-    return "Trained without a teacher." if run.mode == "none" else "Trained with the live teacher."
+        tiles = counted(run.cache.tiles, "tiles")
+        return f"{trial}Trained from {run.cache.path} ({tiles}, fingerprint {run.cache.fingerprint[:16]})."
+    return trial + ("Trained without a teacher." if run.mode == "none" else "Trained with the live teacher.")
 
 
 def _left_out(together: RootScores) -> str:

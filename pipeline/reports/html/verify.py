@@ -10,6 +10,7 @@ import numpy as np
 
 from kdpipe.cache.integrity import Finding
 from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.configs.errors import counted
 from kdpipe.configs.files import write_file
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
@@ -28,7 +29,7 @@ from kdpipe.pipeline.reports.html.tiles import (
     training_noun,
     training_subjects,
 )
-from kdpipe.pipeline.text import percent_cell
+from kdpipe.pipeline.text import limit_text, percent_cell
 from kdpipe.pipeline.verify.gate import Compared, Report
 from kdpipe.pipeline.verify.parity import TileParity
 from kdpipe.pipeline.verify.reference import ReferenceReport
@@ -79,12 +80,13 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
     """Write the page of a report, with `tiles` to browse."""
     count = len(report.findings)
     passes = "passes" if report.cache_checked else "no cache, and the teacher agrees with its reference"
-    verdict = passes if report.passes else f"{count} finding{'s' if count > 1 else ''}"
+    verdict = passes if report.passes else counted(count, "findings")
     parts = [
         heading(1, f"{report.cache}: {verdict}"),
         figures({
             "level": (report.level, LEVELS[report.level]),
-            report.noun: (str(report.tiles), "as configured"),
+            report.noun: (str(report.tiles), "as configured" if report.limit is None else
+                          f"looked at{limit_text(report.limit, report.configured)}"),
             "findings": (str(count), f"none: {'the cache passes' if report.cache_checked else passes}" if report.passes else ""),
             "|Δp| at most": ("–" if report.error_bound is None else f"{report.error_bound:.5f}", "by the encoding"),
             "fingerprint": ((report.fingerprint or "–")[:16], ""),
@@ -153,7 +155,7 @@ def _label_tables(report: Report, config: Config) -> list[str]:
     counts_LP = np.asarray(report.confusion, dtype=np.int64)
     caption = "What the teacher predicted for each label: percent of the row, and pixels"
     return [
-        table(f"Over {report.label_tiles} labelled {report.noun}", rows),
+        table(f"Over {counted(report.label_tiles, f'labelled {report.noun}')}", rows),
         confusion_table(caption, counts_LP, config.classes.names),
     ]
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, TeacherRecord
-from kdpipe.configs.errors import summarise
+from kdpipe.configs.errors import counted, summarise
 from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.inspection.statistics import MIN_TILES
-from kdpipe.pipeline.text import percent_text, size_text
+from kdpipe.pipeline.text import limit_text, percent_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.inspection.cache import CacheInspection
@@ -101,10 +101,11 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
     """The manifest of a cache, its class map, and its differences from a configuration."""
     manifest, recipe = found.manifest, found.manifest.recipe
     sizes = sorted((tile.height, tile.width) for tile in manifest.tiles)
+    partial = "" if manifest.partial_of is None else f" of {manifest.partial_of} (a trial, --limit)"
     rows = {
         "format": manifest.format_version,
         "fingerprint": manifest.fingerprint,
-        "tiles": f"{len(manifest.tiles)}, {found.pixels / 1e6:.1f} MP, from {sizes[0][0]} x {sizes[0][1]} to "
+        "tiles": f"{len(manifest.tiles)}{partial}, {found.pixels / 1e6:.1f} MP, from {sizes[0][0]} x {sizes[0][1]} to "
         f"{sizes[-1][0]} x {sizes[-1][1]} px",
         "size": f"{size_text(found.size_bytes)}, {found.size_bytes / found.pixels:.2f} bytes per pixel",
         "values": f"{recipe.kind}, {recipe.bits} bits, {_bound_text(manifest)}",
@@ -171,6 +172,8 @@ def _bound_text(manifest: Manifest) -> str:
 def statistics_tables(found: CacheStatistics) -> Iterator[Table | str]:
     """Statistics of a cache: shares by class, entropy, confidence, rounding, sizes and outliers."""
     of_logits = found.kind == "logits"
+    if found.limit is not None:
+        yield f"statistics of {counted(len(found.tiles), 'tiles')}{limit_text(found.limit, found.cached)}"
     shares = Table(title="The teacher's classes, at T 1" if of_logits else "Classes", title_justify="left")
     for column in ("class", "mean probability", "likeliest"):
         shares.add_column(column, justify="left" if column == "class" else "right")
@@ -204,7 +207,9 @@ def statistics_tables(found: CacheStatistics) -> Iterator[Table | str]:
         if len(found.outliers) > SHOWN_OUTLIERS:
             yield f"and {len(found.outliers) - SHOWN_OUTLIERS} more, in --json and --table"
     else:
-        few = f"{len(found.tiles)} tiles are too few to tell" if len(found.tiles) < MIN_TILES else "none"
-        yield f"tiles unlike the others: {few}"
+        few = (
+            f"too few to tell, as there {'is' if len(found.tiles) == 1 else 'are'} {counted(len(found.tiles), 'tiles')}"
+        )
+        yield f"tiles unlike the others: {few if len(found.tiles) < MIN_TILES else 'none'}"
     if found.without_spread:
         yield f"not judged by {', '.join(found.without_spread)}, on which more than half of the tiles agree"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from kdpipe.configs.errors import counted
 from kdpipe.pipeline.evaluation.calibration import BINS
-from kdpipe.pipeline.text import percent_cell, percent_text
+from kdpipe.pipeline.text import limit_text, percent_cell, percent_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.evaluation.evaluate import Evaluation, Network, RootScores
@@ -20,9 +21,9 @@ def evaluation_tables(result: Evaluation) -> Iterator[Table | str]:
     """The model, scores of each root and of all together, and the confusion matrix of all; fits 80 columns."""
     yield "\n".join([result.model, *(f"  {_network_text(network)}" for network in result.networks)])
     for root in result.roots:
-        yield from _scores_of(root, result.classes)
+        yield from _scores_of(root, result.classes, result.limit)
     if len(result.roots) > 1:
-        yield from _scores_of(result.together, result.classes)
+        yield from _scores_of(result.together, result.classes, result.limit)
     yield _confusion_table(result.together, result.classes)
 
 
@@ -52,12 +53,11 @@ def _network_text(network: Network) -> str:
     return f"{network.checkpoint}: {window}, TTA {network.tta}{scales}"
 
 
-def _scores_of(root: RootScores, names: list[str]) -> Iterator[Table | str]:
+def _scores_of(root: RootScores, names: list[str], limit: int | None) -> Iterator[Table | str]:
     scores, boundary = root.scores, root.boundary
     pixels = int(root.confusion_LP.sum())
-    table = Table(
-        title=f"{root.root}: {_tiles(root.tiles)}, {pixels / 1e6:.2f} MP labelled; percent", title_justify="left"
-    )
+    tiles = f"{counted(root.tiles, 'tiles')}{limit_text(limit, root.labelled)}"
+    table = Table(title=f"{root.root}: {tiles}, {pixels / 1e6:.2f} MP labelled; percent", title_justify="left")
     columns = ("class", "IoU", "F1", "prec.", "recall", f"F1 {boundary.width_px} px", "labels", "predicted")
     for column in columns:
         table.add_column(column, justify="left" if column == "class" else "right")
@@ -110,8 +110,4 @@ def _reasons(left_out: Mapping[str, str]) -> str:
 
 def _some(tiles: list[str]) -> str:
     more = len(tiles) - SHOWN_TILES
-    return f"{_tiles(len(tiles))} ({', '.join(tiles[:SHOWN_TILES])}{f' and {more} more' if more > 0 else ''})"
-
-
-def _tiles(count: int) -> str:
-    return f"{count} tile{'s' if count != 1 else ''}"
+    return f"{counted(len(tiles), 'tiles')} ({', '.join(tiles[:SHOWN_TILES])}{f' and {more} more' if more > 0 else ''})"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kdpipe.pipeline.text import duration_text, pace_text, percent_text, size_text, stage_one_time_text
+from kdpipe.configs.errors import counted
+from kdpipe.pipeline.text import duration_text, limit_text, pace_text, percent_text, size_text, stage_one_time_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.dry_run import Estimate
@@ -20,8 +22,8 @@ def estimate_text(forecast: Estimate) -> str:
         temporary = f", and {size} for a moment, as the largest scene is predicted in windows"
     free = "no limit known" if forecast.free_bytes is None else f"{size_text(forecast.free_bytes)} free"
     lines = [
-        f"{forecast.tiles} {forecast.noun}, {forecast.finished} finished, {forecast.tiles - forecast.finished} to do "
-        f"({forecast.pixels / 1e6:.1f} MP)",
+        f"{counted(forecast.tiles, forecast.noun)}{limit_text(forecast.limit, forecast.configured)}, {forecast.finished} finished, "
+        f"{forecast.tiles - forecast.finished} to do ({forecast.pixels / 1e6:.1f} MP)",
         f"about {size_text(forecast.bytes)} in {forecast.cache}{temporary} ({free}: {'fits' if forecast.fits else 'DOES NOT FIT'})",
         f"{stage_one_time_text(forecast.seconds)} (estimate); nothing was written",
         *(f"unreadable: {reason}" for reason in forecast.unreadable.values()),
@@ -36,15 +38,17 @@ def estimate_text(forecast: Estimate) -> str:
 def precompute_text(summary: Summary) -> str:
     """What stage one computed."""
     if not summary.computed:
-        done = f"nothing to do: {summary.kept} {summary.noun}, fingerprint {summary.fingerprint}"
-        return done if summary.fingerprint else "nothing computed"
+        if not summary.fingerprint:
+            return "nothing computed"
+        done = f"nothing to do: {counted(summary.kept, summary.noun)}, fingerprint {summary.fingerprint}"
+        return "\n".join([done, *_partial_lines(summary)])
     rate = (
         f"{summary.computed / summary.seconds:.2f} {summary.noun}/s, {summary.pixels / summary.seconds / 1e6:.2f} MP/s"
     )
     size = f"{size_text(summary.bytes_written)}, {summary.bytes_written / summary.pixels:.2f} bytes per pixel"
     # An earlier run computed the tiles that were kept, and took time of its own.
     time = duration_text(summary.seconds) if summary.kept else stage_one_time_text(summary.seconds)
-    lines = [f"{summary.computed} {summary.noun}, {size}; {time} ({rate})"]
+    lines = [f"{counted(summary.computed, summary.noun)}, {size}; {time} ({rate})"]
     if summary.paid_after_epochs is not None:
         online, crops = duration_text(summary.online_seconds), duration_text(summary.crops_seconds)
         live = (
@@ -56,8 +60,18 @@ def precompute_text(summary: Summary) -> str:
             f"a live teacher would take {live} of each epoch;",
             f"the cache pays for itself after {summary.paid_after_epochs:.2g} epochs",
         ]
-    state = f"complete, fingerprint {summary.fingerprint}" if summary.fingerprint else "not complete"
-    return "\n".join([*lines, f"{summary.cache}: {state}"])
+    whole = "finished for a trial" if summary.is_partial else "complete"
+    state = f"{whole}, fingerprint {summary.fingerprint}" if summary.fingerprint else "not complete"
+    return "\n".join([*lines, f"{summary.cache}: {state}", *_partial_lines(summary)])
+
+
+def _partial_lines(summary: Summary) -> Iterator[str]:
+    """What to do next with the cache of a trial."""
+    if summary.is_partial and summary.limit is not None:
+        yield (
+            f"it holds {summary.cached} of {counted(summary.configured, summary.noun)}: verify and train with --limit {summary.limit}, or "
+            "run this command without it to compute the others"
+        )
 
 
 def worth_lines(found: Worth, size_bytes: int) -> list[str]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from kdpipe.configs.errors import counted
 from kdpipe.pipeline.reports.terminal.scores import score_table
-from kdpipe.pipeline.text import percent_cell, percent_text
+from kdpipe.pipeline.text import limit_text, percent_cell, percent_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.verify.class_map import Suggestion
@@ -37,7 +38,7 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
             )  # fmt: skip
         yield table
     if report.labels:
-        title = f"Cached targets against the labels of {report.label_tiles} {report.noun}"
+        title = f"Cached targets against the labels of {counted(report.label_tiles, report.noun)}"
         found = report.labels
         yield score_table(title, found.iou, found.f1, found.left_out, (found.miou, found.mean_f1))
     if report.reference:
@@ -47,23 +48,31 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
         yield f"There is no cache {report.cache}: only the teacher was compared."
     if report.findings:
         where = report.cache if report.cache_checked or report.reference is None else report.reference.folder
-        yield f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''} in {where}:"
+        of_trial = f", of which {_looked_at(report)} were looked at" if report.limit is not None else ""
+        yield f"{counted(len(report.findings), 'findings')} in {where}{of_trial}:"
         for finding in report.findings[:SHOWN_FINDINGS]:
             yield f"  {finding.code}{f' {finding.tile}' if finding.tile else ''}: {finding.message}"
         if len(report.findings) > SHOWN_FINDINGS:
             yield f"  and {len(report.findings) - SHOWN_FINDINGS} more; all of them with --json FILE"
     elif not report.cache_checked and report.reference:
-        count = len(report.reference.tiles)
-        yield f"PASS (reference): the teacher predicts what {report.reference.folder} holds of {count} tile{'s' if count > 1 else ''}"
+        count = counted(len(report.reference.tiles), "tiles")
+        yield f"PASS (reference): the teacher predicts what {report.reference.folder} holds of {count}"
     else:
         bound = f", |Δp| at most {report.error_bound:.5f} from encoding" if report.error_bound else ""
-        yield f"PASS ({report.level}): {report.tiles} {report.noun}, fingerprint {(report.fingerprint or '')[:16]}{bound}"
+        yield f"PASS ({report.level}): {_looked_at(report)}, fingerprint {(report.fingerprint or '')[:16]}{bound}"
+        if report.limit is not None and report.tiles < report.configured:
+            yield "The other tiles were not looked at: verify without --limit before you train on all of them."
+
+
+def _looked_at(report: Report) -> str:
+    return f"{counted(report.tiles, report.noun)}{limit_text(report.limit, report.configured)}"
 
 
 def suggestion_tables(result: Suggestion) -> Iterator[Table | str]:
     """The labels of each teacher class beside its configured row, and the suggested map as YAML."""
     table = Table(
-        title=f"Labels by teacher class, {result.pixels:,} labelled px of {result.tiles} tiles", title_justify="left"
+        title=f"Labels by teacher class, {result.pixels:,} labelled px of {counted(result.tiles, 'tiles')}",
+        title_justify="left",
     )
     for column in ("teacher class", "px", "labels, %", "configured, %"):
         table.add_column(column, justify="right" if column == "px" else "left", no_wrap=column == "px")
