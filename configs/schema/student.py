@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdpipe.configs.schema.bands import Choice
-from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, refuse_own
-from kdpipe.configs.schema.section import Section
-from kdpipe.configs.schema.teacher import Normalize, Precision, TeacherView
+from kdpipe.configs.schema.losses import USUAL_LABELLED_LOSS, Weight, refuse_unknown_losses
+from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, options_text, refuse_own
+from kdpipe.configs.schema.section import Section, is_none
+from kdpipe.configs.schema.teacher import OWN_MODEL, MeanStd, Precision, TeacherView
 
 DistillMode = Literal["cached", "online", "none"]
+StudentNormalize = Literal["unit", "imagenet", "pretrained"] | MeanStd
 
 DEFAULT_BATCH_SIZE = 4  # the guide's
+
+# By the key that names the student's network: the other keys that go with it.
+KEYS_OF_STUDENT = {
+    "architecture": ("encoder", "encoder_weights", "checkpoint", "replace_head", "options"),
+    "model": ("checkpoint", "options"),
+    "pretrained": (),
+}
+
+
+def _usual_normalization(given: dict[str, Any]) -> StudentNormalize:
+    return "pretrained" if given.get("pretrained") else "imagenet"
 
 
 class Distill(Section):
@@ -27,13 +40,19 @@ class Distill(Section):
     """Temperature T of both softmaxes, the teacher's and the student's."""
     alpha: float = Field(0.7, ge=0, le=1)
     """Weight of the soft targets in the loss; the labels have the rest."""
+    loss: Literal["kl"] | Annotated[str, Field(pattern=OWN_MODEL)] = Field("kl", exclude_if=lambda loss: loss == "kl")
+    """Loss of the soft targets: `kl`, or a function of your own, as `package.module:name`, in place of `T² * KL`."""
 
 
 class Student(Section):
     """The network to train."""
 
-    architecture: str
+    architecture: str | None = Field(None, exclude_if=is_none)
     """`ftunetformer`, `unetformer`, or an architecture of segmentation-models-pytorch (smp)."""
+    model: Annotated[str, Field(pattern=OWN_MODEL)] | None = Field(None, exclude_if=is_none)
+    """A function or class of your own that builds the network, as `package.module:name`, in place of `architecture`."""
+    pretrained: str | None = Field(None, exclude_if=is_none)
+    """A folder that transformers' `save_pretrained` wrote, or a repository of its hub, to start from in place of `architecture`."""
     encoder: str | None = None
     """An encoder of smp or timm. `ftunetformer` has its own."""
     encoder_weights: str | None = None
@@ -46,15 +65,37 @@ class Student(Section):
     """Leave it out. It follows from `classes.names`, and any other number is refused."""
     bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
     """Bands that it sees, in its order, as in `teacher`. They need not be the teacher's."""
-    normalize: Normalize = "imagenet"
-    """Input normalisation, as in `teacher`. With another number of bands than three, `imagenet` repeats its values in turn."""
+    normalize: StudentNormalize = Field(default_factory=_usual_normalization)
+    """As in `teacher`, or `pretrained`, the folder's own, usual with that key. For other bands than three, values repeat in turn."""
     options: Options = Field({}, exclude_if=lambda options: not options)
     """Further arguments of the architecture's constructor, as in `teacher`."""
 
     @field_validator("options")
     @classmethod
-    def _refuse_own(cls, options: Options) -> Options:
-        return refuse_own(options, SET_BY_STUDENT)
+    def _refuse_own(cls, options: Options, info: ValidationInfo) -> Options:
+        """What an architecture is given otherwise; a callable of the user's own may have arguments of any name."""
+        return options if info.data.get("model") is not None else refuse_own(options, SET_BY_STUDENT)
+
+    @property
+    def network(self) -> str:
+        """The network in words: `unet with resnet18 and options {…}`, `my_package.students:build`."""
+        encoder = f" with {self.encoder}" if self.encoder else ""
+        return f"{self.architecture or self.model or self.pretrained}{encoder}{options_text(self.options)}"
+
+    @model_validator(mode="after")
+    def _check(self) -> Student:
+        given = [name for name in KEYS_OF_STUDENT if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "needs one of architecture, model and pretrained to name the network, "
+                f"found {' and '.join(given) or 'none'}"
+            )
+        for name in KEYS_OF_STUDENT["architecture"]:
+            if getattr(self, name) and name not in KEYS_OF_STUDENT[given[0]]:
+                raise ValueError(f"{name} does not go with {given[0]}: leave it out")
+        if self.normalize == "pretrained" and self.pretrained is None:
+            raise ValueError("normalize is pretrained, which goes with the key pretrained alone: name the values")
+        return self
 
 
 class Train(Section):
@@ -78,6 +119,12 @@ class Train(Section):
     """Learning rate of everything but the encoder."""
     backbone_lr: float = Field(6e-5, ge=0)
     """Learning rate of the encoder."""
+    labelled_loss: dict[str, Weight] = Field(
+        USUAL_LABELLED_LOSS, exclude_if=lambda losses: losses == USUAL_LABELLED_LOSS
+    )
+    """Losses of the labels and their weights, of smp: `ce`, `dice`, `focal`, `jaccard`, `lovasz`, `tversky`."""
+    class_weights: Literal["auto"] | dict[str, Weight] | None = Field(None, exclude_if=is_none)
+    """Weights of classes in `ce` and `focal`, such as `{Forest: 2.0}`; 1 for the others. `auto` takes them from the training masks."""
     weight_decay: float = Field(2.5e-4, ge=0)
     """Weight decay of AdamW; biases have none."""
     lookahead: bool = False
@@ -110,6 +157,12 @@ class Train(Section):
     """Epochs between validations. The last epoch is always validated."""
     checkpoint_every_steps: int = Field(200, ge=1)
     """Steps between checkpoints. Each epoch ends with one too."""
+
+    @field_validator("labelled_loss")
+    @classmethod
+    def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
+        refuse_unknown_losses(losses)
+        return losses
 
     @field_validator("batch_size", mode="before")
     @classmethod

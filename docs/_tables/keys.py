@@ -48,7 +48,7 @@ def _table(section: type[Section]) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, Section):
         return "see its keys"
     plain = list(value) if isinstance(value, tuple) else value

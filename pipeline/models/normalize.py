@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.configs.schema import Config, MeanStd, Normalize
+from kdpipe.configs.schema import Config, MeanStd
+from kdpipe.configs.schema.student import StudentNormalize
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +23,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 COLOURS = 3  # channels of published weights
 
 
-def mean_std(normalize: Normalize, num_bands: int = COLOURS) -> tuple[list[float], list[float]]:
+def mean_std(normalize: StudentNormalize, num_bands: int = COLOURS) -> tuple[list[float], list[float]]:
     """
     The mean and standard deviation of `x / 255` for each of `num_bands` bands that a configured `normalize` stands for.
 
     ImageNet's are repeated in turn (red, green, blue, red, …), as the filters of published weights are; one band has their mean.
     """
+    assert normalize != "pretrained", "`pretrained_student.with_own_normalization` has not been called"
     if isinstance(normalize, MeanStd):
         return list(normalize.mean), list(normalize.std)
     if normalize == "imagenet":
@@ -35,7 +37,7 @@ def mean_std(normalize: Normalize, num_bands: int = COLOURS) -> tuple[list[float
     return [0.0] * num_bands, [1.0] * num_bands
 
 
-def normalized(images_NCHW: Tensor, normalize: Normalize, places: Sequence[int] | None = None) -> Tensor:
+def normalized(images_NCHW: Tensor, normalize: StudentNormalize, places: Sequence[int] | None = None) -> Tensor:
     """`(x / 255 - mean) / std`, float32, of the bands at `places` of uint8 images `(N, B, H, W)`, in that order; None is all of them."""
     if places is not None and tuple(places) != tuple(range(images_NCHW.shape[1])):
         images_NCHW = images_NCHW.index_select(1, _indices(tuple(places), images_NCHW.device))

@@ -1,11 +1,11 @@
 """
 Students by name, with their weights.
 
-To add an architecture of your own (smp's need no change), extend:
+To add an architecture to kdpipe itself (`student.model` and smp's need no change), extend:
 
 - `options.FORMERS` and `_build_former`, which build it, and `options.UNTRACED`;
 - `load_student_weights`, if its checkpoints are not plain state dicts;
-- `encoder_parameters`, if its encoder is not its attribute `encoder`;
+- `external.encoder.encoder_of`, if its encoder is not its attribute `encoder` or `backbone`;
 - `pipeline/models/recognise.py`, so that `kdpipe inspect` and errors about weights name it;
 - the descriptions of `student` in `configs/schema/student.py`.
 """
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.schema import Config
 from kdpipe.configs.schema.options import options_text
+from kdpipe.pipeline.models.external.encoder import encoder_of, innermost
+from kdpipe.pipeline.models.external.outputs import AtImageSize
+from kdpipe.pipeline.models.external.own_module import build_own, load_own_weights
 from kdpipe.pipeline.models.normalize import COLOURS, adapted_text, adapted_to_bands
 from kdpipe.pipeline.models.options import FORMERS, check_options
 from kdpipe.pipeline.models.smp import create_smp_model, named_as_today
@@ -100,15 +103,91 @@ def build_student(
     return model
 
 
-def untrained_student(config: Config) -> nn.Module:
-    """The student that a configuration describes, with random weights."""
+def initial_student(config: Config, say: Callable[[str], None] = lambda line: None) -> nn.Module:
+    """
+    The student that a configuration describes with the weights that it starts from, from normalised images to logits at their size.
+
+    A module that `student.model` names is imported. `say` is called with a sentence on what is not taken as it is, and where no part of
+    the network is recognised as its encoder. Raises `ConfigError` and `CheckpointError`, which name the key.
+    """
+    student, classes, in_channels = config.student, config.classes.names, bands_of(config)
+    if student.pretrained is not None:
+        from kdpipe.pipeline.models.external.transformers_student import pretrained_student
+
+        network: nn.Module = pretrained_student(student.pretrained, classes, in_channels, say)
+    elif student.model is not None:
+        network = build_own(student.model, student.options, "student.model")
+        if student.checkpoint is not None:
+            load_own_weights(network, student.checkpoint, say=say)
+    else:
+        return build_student(
+            str(student.architecture),
+            len(classes),
+            in_channels=in_channels,
+            encoder=student.encoder,
+            encoder_weights=student.encoder_weights,
+            checkpoint=student.checkpoint,
+            replace_head=student.replace_head,
+            options=student.options,
+            say=say,
+        )
+    if encoder_of(network) is None:
+        say(
+            f"student: {student.network} has no attribute encoder or backbone, so that all of it learns at train.lr "
+            f"({config.train.lr:g}), and train.backbone_lr is not used"
+        )
+    return _at_image_size(network, config, say)
+
+
+def untrained_student(
+    config: Config, description: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """
+    The student that a configuration describes, with random weights.
+
+    `description` is that of `TransformersStudent` in a checkpoint, and takes the place of the folder `student.pretrained`. A module that
+    `student.model` names is imported; `say` is called as `AtImageSize` does.
+    """
+    student, classes = config.student, config.classes.names
+    if student.pretrained is not None:
+        from kdpipe.pipeline.models.external import transformers_student as transformers
+
+        network: nn.Module = (
+            transformers.untrained_pretrained(student.pretrained, classes, bands_of(config)) if description is None
+            else transformers.described_student(description, f"the checkpoint of {config.name}")
+        )  # fmt: skip
+        return _at_image_size(network, config, say)
+    if student.model is not None:
+        return _at_image_size(build_own(student.model, student.options, "student.model"), config, say)
     return build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
-        encoder=config.student.encoder,
-        options=config.student.options,
+        str(student.architecture),
+        len(classes),
+        in_channels=bands_of(config),
+        encoder=student.encoder,
+        options=student.options,
     )
+
+
+def with_own_normalization(config: Config) -> Config:
+    """The configuration with numbers in place of `student.normalize: pretrained`, from the folder that `student.pretrained` names."""
+    student = config.student
+    if student.normalize != "pretrained":
+        return config
+    from kdpipe.pipeline.models.external.transformers_student import own_normalization
+
+    assert student.pretrained is not None
+    found = own_normalization(student.pretrained, bands_of(config))
+    return config.model_copy(update={"student": student.model_copy(update={"normalize": found})})
+
+
+def bands_of(config: Config) -> int:
+    """The number of bands that the student sees."""
+    return len(config.data.places(config.student.bands))
+
+
+def _at_image_size(network: nn.Module, config: Config, say: Callable[[str], None]) -> nn.Module:
+    key = "student.model" if config.student.model else "student.pretrained"
+    return AtImageSize(network, len(config.classes.names), key, say)
 
 
 def load_student_weights(
@@ -119,6 +198,9 @@ def load_student_weights(
 
     `say` is called with a sentence on each thing in the file that was not taken.
     """
+    if isinstance(model, AtImageSize):
+        load_own_weights(innermost(model), path, say=say)
+        return
     content = read_checkpoint(path)
     weights = unwrapped(content, str(path))
     _say_all(weights.notes(str(path)), say)
@@ -137,10 +219,9 @@ def load_student_weights(
 
 
 def encoder_parameters(model: nn.Module) -> set[int]:
-    """The `id`s of the encoder's parameters, which have their own learning rate."""
-    encoder = model.backbone if isinstance(model, FTUNetFormer | UNetFormer) else model.encoder
-    assert isinstance(encoder, nn.Module)
-    return {id(parameter) for parameter in encoder.parameters()}
+    """The `id`s of the encoder's parameters, which have their own learning rate; none where `encoder_of` finds no encoder."""
+    encoder = encoder_of(model)
+    return {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
 
 
 def _build_former(

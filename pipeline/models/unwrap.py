@@ -33,7 +33,7 @@ DEEPEST = 3  # keys from the top of a file to its tensors
 MOST_SHOWN = 4  # numbers of a tensor that is left out, such as a mean of three bands
 # Where weights lie whose ends are not known, such as those of an encoder alone.
 NESTS = ("state_dict", "model", "model_state_dict", "model_state")
-PREFIXES = ("net.", "model.", "module.", "student.", "teacher.", "_orig_mod.")
+PREFIXES = ("net.", "model.", "module.", "network.", "student.", "teacher.", "_orig_mod.")
 ONE_OF_SEVERAL = """\
 import torch
 content = torch.load({path!r}, map_location="cpu", weights_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,12 +17,14 @@ from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
 from kdpipe.configs.files import write_atomically
 from kdpipe.configs.load import parse_mapping
-from kdpipe.configs.schema import Config
+from kdpipe.configs.schema import Config, MeanStd
 from kdpipe.data.declared.scene import count_of
 from kdpipe.pipeline.models.container import readable
+from kdpipe.pipeline.models.external.own_module import find_source
 from kdpipe.pipeline.models.student import STUDENT_PREFIX, untrained_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
+from kdpipe.pipeline.runs.record import OwnLoss
 
 FORMAT = 1
 MAX_MISSING = 2**24  # numbers beyond twice those stored, of a network that is built only to say what does not fit
@@ -79,6 +81,10 @@ class Record(BaseModel):
     stretch: list[Ends] | None
     image_colours: list[str] | None = None
     colours: list[str] | None = None  # of `data.bands` alone, in a checkpoint of an earlier version
+    class_weights: dict[str, FiniteFloat] | None = None
+    own_loss: OwnLoss | None = None
+    transformers: str | None = None  # the network of `student.pretrained`: `TransformersStudent.description`
+    source_sha256: str | None = None  # of the file that defines `student.model`
 
 
 class Header(BaseModel):
@@ -147,9 +153,45 @@ def save(
         torch.save(content, file)
 
 
-def recorded_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration in a checkpoint, as plain values; `CheckpointError` where the file is not a whole checkpoint."""
-    return config_in(header_of(_content(path), path), path)
+def network_record(student: nn.Module, config: Config) -> dict[str, str]:
+    """What a checkpoint says of a student whose network is not kdpipe's or smp's, beside the configuration."""
+    network = getattr(student, "network", None)
+    if config.student.pretrained is not None and network is not None:
+        return {"transformers": network.description}
+    source = find_source(config.student.model) if config.student.model is not None else None
+    return {"source_sha256": source.sha256} if source is not None else {}
+
+
+def source_note(record: Record, config: Config, path: str | Path) -> str:
+    """A sentence where the file that defines `student.model` is not the one that a checkpoint was trained with; empty otherwise."""
+    source = find_source(config.student.model) if config.student.model is not None else None
+    if source is None or record.source_sha256 in (None, source.sha256):
+        return ""
+    return (
+        f"warning: {source.path}, which defines student.model {config.student.model}, has changed since {path} was saved: the network may "
+        "compute something else from its weights"
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run to resume was begun with: its resolved configuration as plain values, and what else its checkpoint says."""
+
+    config: dict[str, Any]
+    record: Record
+
+    def with_its_normalization(self, config: Config) -> Config:
+        """The configuration with the run's numbers in place of `student.normalize: pretrained`."""
+        if config.student.normalize != "pretrained":
+            return config
+        found = TypeAdapter(MeanStd).validate_python(self.config["student"]["normalize"])
+        return config.model_copy(update={"student": config.student.model_copy(update={"normalize": found})})
+
+
+def recorded(path: Path) -> Recorded:
+    """What a run to resume was begun with; `CheckpointError` where the file is not a whole checkpoint."""
+    header = header_of(_content(path), path)
+    return Recorded(config_in(header, path), header.kdpipe)
 
 
 def restore(
@@ -215,11 +257,15 @@ class Trained:
         return replace(self, config=config, stretch=stretch, colours=colours)
 
 
-def load_trained(path: str | Path) -> Trained:
+def load_trained(
+    path: str | Path, *, trust_code: bool = False, say: Callable[[str], None] = lambda line: None
+) -> Trained:
     """
     The student in a checkpoint of `train-student`, built from the configuration in it.
 
-    Raises `CheckpointError` where the file is not such a checkpoint, `ConfigError` where its configuration is not valid today.
+    A module that the checkpoint names as `student.model` is imported only with `trust_code`; `say` is called with a warning if its file has
+    changed. Raises `CheckpointError` where the file is not such a checkpoint, or names a module without `trust_code`, and `ConfigError`
+    where its configuration is not valid today.
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path} is a folder, and a checkpoint is a file in it, such as {Path(path) / BEST}")
@@ -230,7 +276,7 @@ def load_trained(path: str | Path) -> Trained:
             "network, classes and normalisation its weights are for"
         )
     header = header_of(content, path)
-    recorded = header.kdpipe
+    record = header.kdpipe
     config = parse_config(config_in(header, path), origin=f"the configuration in {path}")
     # timm would load settings, and with some of them code, from a hub (tu-hf-hub:…) or a folder (tu-local-dir:…).
     if ":" in (config.student.encoder or ""):
@@ -238,12 +284,20 @@ def load_trained(path: str | Path) -> Trained:
             f"{path} names the encoder {config.student.encoder!r}, which timm would fetch from elsewhere: a checkpoint may only name "
             "encoders that are installed"
         )
-    stretch, called, bands = recorded.stretch, recorded.image_colours, config.data.bands
+    stretch, called, bands = record.stretch, record.image_colours, config.data.bands
     if (stretch is not None and len(stretch) != len(bands)) or (called is not None and len(called) < max(bands)):
         raise CheckpointError(
             f"{path} does not fit its own configuration: its stretch or its bands are not those of {list(bands)}"
         )
-    student = _built(config, header.student, path)
+    if config.student.model is not None:
+        require_trust(config.student.model, path, trust_code=trust_code)
+        if note := source_note(record, config, path):
+            say(note)
+    if config.student.pretrained is not None and record.transformers is None:
+        raise CheckpointError(
+            f"{path} does not describe the network of transformers that it was trained with: it is damaged"
+        )
+    student = _built(config, record.transformers, header.student, path)
     load_strictly(student, header.student, origin=str(path))
     if called is not None and len(called) < max(config.data.bands):
         raise CheckpointError(
@@ -254,25 +308,36 @@ def load_trained(path: str | Path) -> Trained:
         config=config,
         stretch=stretch,
         position=header.position,
-        colours=[called[band - 1] for band in bands] if called else recorded.colours,
+        colours=[called[band - 1] for band in bands] if called else record.colours,
         image_bands=count_of(called) if called else None,
     )
 
 
-def _built(config: Config, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+def require_trust(module: str, path: str | Path, *, trust_code: bool) -> None:
+    """Raise `CheckpointError` for a module that a checkpoint names, unless its user trusts what the checkpoint names."""
+    if not trust_code:
+        raise CheckpointError(
+            f"{path} needs the network {module}, code that is not part of kdpipe. A file may come from anyone, so a module "
+            "that it names is not imported unasked: if you know where the checkpoint came from, and what the module does, add --trust-code"
+        )
+
+
+def _built(config: Config, description: str | None, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """The student that a configuration describes; raises `CheckpointError` where it is far larger than the weights beside it."""
     with readable(Path(path), "describes a network that cannot be built"):
         try:
             with torch.device("meta"):  # holds no values
-                declared = sum(tensor.numel() for tensor in untrained_student(config).state_dict().values())
-        except RuntimeError:  # the Mix Transformers compute with values during construction
+                declared = sum(
+                    tensor.numel() for tensor in untrained_student(config, description).state_dict().values()
+                )
+        except (RuntimeError, ConfigError):  # the Mix Transformers, and others, compute with values during construction
             declared = 0
         stored = sum(tensor.numel() for tensor in state.values())
         if declared > 2 * stored + MAX_MISSING:
             raise CheckpointError(
                 f"{path} does not fit its own configuration, which describes a network of {declared} numbers, and {stored} are stored"
             )
-        return untrained_student(config)
+        return untrained_student(config, description)
 
 
 def _content(path: Path) -> dict[str, Any]:

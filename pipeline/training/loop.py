@@ -27,7 +27,7 @@ from kdpipe.configs.schema import Config, DistillMode
 from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.distributed import Alone, any_rank, computed_precision
 from kdpipe.pipeline.evaluation.confusion import Scores
-from kdpipe.pipeline.losses import LossTerms, distillation_loss, mean_terms
+from kdpipe.pipeline.losses import LossTerms, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.progress import Progress, at_once
@@ -37,6 +37,7 @@ from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, paces_of_oth
 from kdpipe.pipeline.training.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.training.loaders import OnlineTargets, end_workers, unpacked
 from kdpipe.pipeline.training.logs import Logs
+from kdpipe.pipeline.training.objective import Objective
 from kdpipe.pipeline.training.targets import Targets
 from kdpipe.pipeline.training.tensorboard import BoardPictures
 from kdpipe.pipeline.training.validation import batch_size_text, validate
@@ -84,10 +85,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Learner:
-    """A student with its optimizer and schedule; `model` and `wrapped_optimizer` are student and optimizer as Fabric wraps them."""
+    """A student with its loss, optimizer and schedule; `model` and `wrapped_optimizer` are student and optimizer as Fabric wraps them."""
 
     fabric: Fabric
     student: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     model: Any
@@ -141,6 +143,8 @@ class Loop:
             "stretch": [list(pair) for pair in stretch] if stretch else None,
             "image_colours": colours,
             "libraries": library_versions(),
+            **checkpoint.network_record(learner.student, config),
+            **learner.objective.record(),
         }
         self._accumulated: list[LossTerms] = []
         self._step_seconds: list[float] = []
@@ -151,8 +155,8 @@ class Loop:
             weights=str(folder),
             logs=self.logs.folder,
             fingerprint=targets.fingerprint,
-        )
             limit=config.data.limit,
+        )
 
     def run(self) -> Summary:
         """Train to the last step, validating and saving on the way."""
@@ -219,12 +223,8 @@ class Loop:
         learner.student.train()
         with fits_in_memory(f"while training on {batch_size_text(batch, 'crop')}", self._advice), unsynced:
             output = learner.model(student_inputs(batch["image"], config))
-            logits, auxiliary = output if isinstance(output, tuple) else (output, None)
             target = unpacked(batch["target"], batch["inside"]) if "target" in batch else None
-            terms = distillation_loss(
-                logits, batch["mask"], batch["inside"], target, batch.get("entropy_error"), alpha=config.distill.alpha,
-                temperature=config.distill.temperature, ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary,
-            )  # fmt: skip
+            terms = learner.objective(output, batch["mask"], batch["inside"], target, batch.get("entropy_error"))
             learner.fabric.backward(terms.total / config.train.accumulate)
             if last:
                 self._update_weights()
@@ -375,6 +375,8 @@ class Loop:
             wall_seconds=position.wall_seconds,
             seconds_per_step=position.seconds_per_step,
             stage_one_seconds=targets.costs.seconds if targets.costs else None,
+            class_weights=self.learner.objective.class_weights,
+            own_loss=self.learner.objective.own_loss,
         )
         write_run(self.folder, run)
 

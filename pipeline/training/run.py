@@ -35,14 +35,15 @@ from kdpipe.pipeline.distributed import (
 from kdpipe.pipeline.inputs import check_headers, check_labels
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.limits.training import refuse_crops, refuse_tiles
-from kdpipe.pipeline.models.student import build_student
+from kdpipe.pipeline.models.student import bands_of, initial_student, untrained_student, with_own_normalization
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
-from kdpipe.pipeline.runs.checkpoint import Position
+from kdpipe.pipeline.runs.checkpoint import Position, Recorded
 from kdpipe.pipeline.runs.trained_on import changes_since, note_tiles, write_tiles
 from kdpipe.pipeline.training.batch_size import resolve_batch_size
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.training.loop import NOTHING_DONE, Batches, Learner, Loop, Summary
+from kdpipe.pipeline.training.objective import Objective, changed_loss_note, class_weights_of
 from kdpipe.pipeline.training.optimizer import make_optimizer
 from kdpipe.pipeline.training.targets import Targets, open_targets, training_samples
 from kdpipe.pipeline.training.tensorboard import BoardPictures
@@ -153,9 +154,13 @@ def _loop_on(
 ) -> Loop:  # fmt: skip
     """The loop on what the first part of the set-up has checked and opened, with the student where it was saved, if it resumes."""
     device = fabric.device
-    recorded = checkpoint.recorded_config(folder / layout.LAST) if resume else None
-    config = resolve_batch_size(config, device, progress, recorded)
-    learner = _build_learner(config, fabric, device, val_tiles, progress)
+    recorded = checkpoint.recorded(folder / layout.LAST) if resume else None
+    config = recorded.with_its_normalization(config) if recorded else with_own_normalization(config)
+    if recorded and (note := checkpoint.source_note(recorded.record, config, folder / layout.LAST)):
+        progress.say(note)
+    config = resolve_batch_size(config, device, progress, recorded.config if recorded else None)
+    objective = _objective(config, fabric, tiles, progress, recorded)
+    learner = _build_learner(config, fabric, device, val_tiles, objective, progress, recorded)
     position = Position()
     if resume:
         position, precision_state = checkpoint.restore(
@@ -216,30 +221,42 @@ def _validation_tiles(config: Config) -> list[Tile]:
     return labelled
 
 
+def _objective(
+    config: Config, fabric: Fabric, tiles: list[Tile], progress: Progress, recorded: Recorded | None
+) -> Objective:
+    """The loss of a run, with the class weights that it was begun with, if it resumes; the first process counts them for all."""
+    before = recorded.record if recorded else None
+    weights = None
+    if fabric.is_global_zero:
+        weights = class_weights_of(config, tiles, before.class_weights if before else None, progress)
+    objective = Objective(config, fabric.device, fabric.broadcast(weights))
+    if note := changed_loss_note(before, objective.own_loss):
+        progress.say(note)
+    return objective
+
+
+def starting_student(config: Config, progress: Progress, recorded: Recorded | None) -> nn.Module:
+    """The student with its initial weights, or with random ones for those of a run to resume."""
+    if recorded:
+        return untrained_student(config, recorded.record.transformers, progress.say)
+    return initial_student(config, progress.say)
+
+
 def _build_learner(
-    config: Config, fabric: Fabric, device: torch.device, val_tiles: list[Tile], progress: Progress
-) -> Learner:
-    """The student with the initial weights of `config.seed`, and its optimizer, on the device."""
+    config: Config, fabric: Fabric, device: torch.device, val_tiles: list[Tile], objective: Objective, progress: Progress,
+    recorded: Recorded | None,
+) -> Learner:  # fmt: skip
+    """The student with the initial weights of `config.seed`, or for those of a run to resume, and its optimizer, on the device."""
     torch.manual_seed(config.seed)
-    in_channels = len(config.data.places(config.student.bands))
-    student: Any = build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=in_channels,
-        encoder=config.student.encoder,
-        encoder_weights=config.student.encoder_weights,
-        checkpoint=config.student.checkpoint,
-        replace_head=config.student.replace_head,
-        options=config.student.options,
-        say=progress.say,
-    ).to(memory_format=torch.channels_last)  # 20 to 40 % faster on CPUs, and the layout of tensor cores
+    # 20 to 40 % faster on CPUs, and the layout of tensor cores
+    student: Any = starting_student(config, progress, recorded).to(memory_format=torch.channels_last)
     assert config.train.batch_size != "auto"  # it is resolved
     together = config.train.devices if device.type == "cuda" else 1  # whose batch norms are one
     refuse_crops(student, config, config.train.batch_size * together)
     refuse_tiles(student, config, lambda: [(tile.id, image_size(tile.image)) for tile in val_tiles])
     if config.train.devices > 1:
         freeze_unused(
-            student.to(device), torch.rand(2, in_channels, config.train.crop, config.train.crop, device=device)
+            student.to(device), torch.rand(2, bands_of(config), config.train.crop, config.train.crop, device=device)
         )
     if config.train.devices > 1 and has_batch_norm(student):
         if device.type == "cuda":
@@ -254,7 +271,7 @@ def _build_learner(
     )
     # Before a checkpoint is restored: the optimizer's state is loaded to the device where its parameters are by then.
     model, wrapped_optimizer = fabric.setup(student, optimizer)
-    return Learner(fabric, student, optimizer, scheduler, model, wrapped_optimizer)
+    return Learner(fabric, student, objective, optimizer, scheduler, model, wrapped_optimizer)
 
 
 def has_batch_norm(student: nn.Module) -> bool:

@@ -237,7 +237,7 @@ def test_a_run_is_not_resumed_at_another_temperature(logits_config):
 
 def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch):
     """Within 1e-3, as for soft targets, but without a correction of the entropy."""
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: Plain())
     small = {"train__lr": 1e-4, "train__backbone_lr": 1e-5, "train__max_steps": 4, "data__val": []}
     caches = [{"cache__bits": bits, "cache__path": f"{bits}.zarr"} for bits in BITS]
     for temperature in (1.0, 4.0):

@@ -71,7 +71,7 @@ class Context:
         return self.make(**changes)
 
     def student(self, module):
-        self.patch.setattr(training, "build_student", lambda *args, **options: module)
+        self.patch.setattr(training, "starting_student", lambda *args, **options: module)
 
 
 @case("The file has another number of channels than teacher.classes")

@@ -58,7 +58,7 @@ def fresh(*arguments, **options):
 
 
 def with_unused(*arguments, **options):
-    """A student as `build_student` returns some: not all of its parameters get a gradient."""
+    """A student as `starting_student` returns some: not all of its parameters get a gradient."""
     student = fresh()
     student.unused = torch.nn.Conv2d(8, 8, 1)
     return student
@@ -70,7 +70,7 @@ def main(rank, port, folder):
 
     rank_zero_only.rank = rank
     torch.set_num_threads(1)
-    training.build_student = with_unused
+    training.starting_student = with_unused
     seen = []
     original = Loop._train_batch
 

@@ -33,4 +33,4 @@ def views_cache(make_views, finished_views, tmp_path):
 @pytest.fixture
 def plain_student(monkeypatch):
     """A student of two convolutions: fast, and without a batch norm, which would magnify the last bits."""
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: Plain())

@@ -22,7 +22,7 @@ from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.configs.load import parse_mapping
 from kdpipe.pipeline.inspection.checkpoint import inspect_checkpoint
 from kdpipe.pipeline.models.weights import read_checkpoint
-from kdpipe.pipeline.runs.checkpoint import load_trained, recorded_config, restore
+from kdpipe.pipeline.runs.checkpoint import load_trained, recorded, restore
 
 PROTO = b"\x80\x02"
 PICKLES = {
@@ -255,7 +255,7 @@ def test_a_student_whose_record_is_wrong_is_refused_by_all_that_read_it(
     path = student(change)
     readers = [load_trained, lambda path: inspect_checkpoint(str(path))]
     if "not one of kdpipe" not in message:
-        readers.append(recorded_config)
+        readers.append(recorded)
     for read in readers:
         with pytest.raises((CheckpointError, ConfigError), match=message):
             read(path)

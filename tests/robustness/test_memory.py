@@ -98,7 +98,7 @@ def test_other_errors_pass_as_they_are(err):
 
 @pytest.mark.parametrize("err", [CUDA, CPU_ALLOCATOR, MPS, MemoryError()], ids=["cuda", "cpu", "mps", "python"])
 def test_a_training_step_says_its_size_and_the_keys(cached, monkeypatch, err):
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Exhausted(err))
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: Exhausted(err))
     message = (
         r"out of memory while training on 2 crops of 64 x 64 px.*\. To fit: train\.batch_size: auto with "
         r"train\.effective_batch_size: 2 \(now 2; .*; train\.crop: 32 \(now 64\); train\.precision: bf16 \(now fp32\)"
@@ -115,7 +115,7 @@ def test_logs_that_cannot_be_closed_do_not_hide_what_ended_the_run(cached, monke
 
     monkeypatch.setattr(Logs, "close", cannot_start)
     with monkeypatch.context() as patch, pytest.raises(OutOfMemory):
-        patch.setattr(training, "build_student", lambda *args, **options: Exhausted(CPU_ALLOCATOR))
+        patch.setattr(training, "starting_student", lambda *args, **options: Exhausted(CPU_ALLOCATOR))
         train(cached, CPU)
     with pytest.raises(RuntimeError, match="new thread"):  # a finished run's logs are worth an error
         train(cached, CPU, overwrite=True)
@@ -124,7 +124,7 @@ def test_logs_that_cannot_be_closed_do_not_hide_what_ended_the_run(cached, monke
 def test_validation_says_the_tiles_and_val_batch_size(cached, monkeypatch):
     student = Exhausted(CUDA)
     student.training_too = False
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: student)
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: student)
     message = r"while validating 1 tile of \d+ x \d+ px .* To fit: train\.val_batch_size: 1 \(now 4; --resume accepts the change\)"
     with pytest.raises(OutOfMemory, match=message):
         train(cached, CPU)

@@ -78,7 +78,7 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
 ):
     ranks = two_ranks["ranks"]
     assert [int(rank["stopped_at"]) for rank in ranks] == [3, 3], "only rank 0 was asked to stop"
-    monkeypatch.setattr(training, "build_student", with_unused)
+    monkeypatch.setattr(training, "starting_student", with_unused)
     seen = []
     original = Loop._train_batch
 
@@ -160,6 +160,6 @@ def test_a_run_on_two_devices_is_not_resumed_on_one(two_ranks, make_config, monk
     monkeypatch.chdir(two_ranks["folder"])
     config = make_config(**TRAIN, cache__path=str(two_ranks["folder"] / "cache.zarr"))
     monkeypatch.chdir(two_ranks["folder"])
-    monkeypatch.setattr(training, "build_student", with_unused)
+    monkeypatch.setattr(training, "starting_student", with_unused)
     with pytest.raises(ConfigError, match="train.devices: was 2, is 1"):
         training.train(config, CPU, resume=True, progress=Lines())

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def plain_student(monkeypatch):
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: Plain())
 
 
 def test_bf16_is_told_to_try_fp32(cached, make_config, plain_student):

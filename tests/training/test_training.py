@@ -80,7 +80,7 @@ def test_accumulated_batches_are_the_step_of_one_batch_of_their_size(cached, mak
 
     With every pixel inside and alpha 1 the mean of means is the mean; float32 sums in another order.
     """
-    monkeypatch.setattr(training, "build_student", lambda *args, **options: Plain())
+    monkeypatch.setattr(training, "starting_student", lambda *args, **options: Plain())
     options = {"scales": [1.0], "mosaic": 0.0, "photometric": 0.0, "epochs": 3, "clip_norm": 1.0}
     options = {f"train__{key}": value for key, value in options.items()} | {"distill__alpha": 1.0}
     runs = {}

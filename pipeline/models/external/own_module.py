@@ -10,16 +10,19 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema.options import options_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kdpipe.pipeline.models.unwrap import Choice
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,26 @@ def build_own(name: str, options: Mapping[str, Any], key: str) -> nn.Module:
     """
     The network that `package.module:callable`, called with `options` by name, returns. This runs the module's code.
 
-    A module in the current folder is found too, behind those that are installed. Raises `ConfigError`, which names `key`, where
-    there is no such module or callable, where it raises, or where it returns no `nn.Module`.
+    Raises `ConfigError` as `import_own` does, and where the callable raises, or returns no `nn.Module`.
+    """
+    from torch import nn
+
+    target = import_own(name, key, "a network")
+    try:
+        network = target(**options)
+    except Exception as err:
+        raise ConfigError(f"{key}: {name}{options_text(options)} raised {type(err).__name__}: {err}") from err
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{key}: {name} should return a torch.nn.Module, found {type(network).__name__}")
+    return network
+
+
+def import_own(name: str, key: str, returns: str) -> Callable[..., Any]:
+    """
+    The callable `package.module:name`. This runs the module's code.
+
+    A module in the current folder is found too, behind those that are installed. Raises `ConfigError`, which names `key` and what the
+    callable should return, where there is no such module or callable.
     """
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
@@ -90,15 +111,40 @@ def build_own(name: str, options: Mapping[str, Any], key: str) -> nn.Module:
         raise ConfigError(f"{key}: {module} ({target_file(target)}) has no {attribute}") from err
     if not callable(target):
         raise ConfigError(
-            f"{key}: {name} should be a function or a class that returns a network, found {type(target).__name__}"
+            f"{key}: {name} should be a function or a class that returns {returns}, found {type(target).__name__}"
         )
-    try:
-        network = target(**options)
-    except Exception as err:
-        raise ConfigError(f"{key}: {name}{options_text(options)} raised {type(err).__name__}: {err}") from err
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{key}: {name} should return a torch.nn.Module, found {type(network).__name__}")
-    return network
+    own: Callable[..., Any] = target
+    return own
+
+
+def load_own_weights(
+    network: nn.Module,
+    path: str | Path,
+    choice: Choice | None = None,
+    key: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """
+    Load a file of weights into a network of the user's own, strictly; `choice` is `weights` of the section `key`, if it has one.
+
+    Names may have the prefixes of trainers, of kdpipe's checkpoints, or the network's own. `say` is called with a sentence on what is not
+    taken as it is. Raises `CheckpointError` where a tensor does not fit.
+    """
+    from kdpipe.pipeline.models.unwrap import unwrapped
+    from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+
+    weights = unwrapped(read_checkpoint(path), str(path), choice, key or "student")
+    notes = load_strictly(network, _with_own_prefix(weights.state, weights.prefix, network), origin=str(path))
+    for note in weights.notes(str(path), key) + notes:
+        say(note)
+
+
+def _with_own_prefix(state: Mapping[str, Any], prefix: str, network: nn.Module) -> dict[str, Any]:
+    """The tensors with as much of the prefix that was taken from them as belongs to the network's own names."""
+    own, parts = network.state_dict().keys(), prefix.split(".")[:-1]
+    prefixes = ["".join(f"{part}." for part in parts[first:]) for first in range(len(parts), -1, -1)]
+    best = max(prefixes, key=lambda each: sum(each + name in own for name in state))
+    return {best + name: value for name, value in state.items()}
 
 
 def target_file(target: object) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ DETERMINING = ("*.json", "*.txt", "*.safetensors")  # in the names of the files 
 NOT_DETERMINING = ("trainer_state.json", "training_args.json")
 # Scores of networks that predict masks are sums of probabilities. A logarithm needs more than zero.
 SMALLEST_SCORE = 1e-12
+# trust_remote_code: left to itself, transformers asks at the terminal whether to run a folder's code.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 PICKLE_TO_SAFETENSORS = """\
 from transformers import AutoModelForSemanticSegmentation
 AutoModelForSemanticSegmentation.from_pretrained({folder!r}).save_pretrained({folder!r}, safe_serialization=True)
@@ -115,6 +118,26 @@ def load_pretrained(name: str, classes: Sequence[str], key: str) -> PretrainedSe
     """
     folder = local_folder(name, key, download=True)
     assert folder is not None
+    network, info = load_network(folder, key, lambda: _check_classes(folder, classes, key))
+    unfit = {
+        what: sorted(map(str, info[what]))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(what)
+    }
+    if unfit:
+        told = "; ".join(f"{what.replace('_keys', '')}: {', '.join(names[:3])}" for what, names in unfit.items())
+        raise CheckpointError(f"{key}.pretrained: the weights in {folder} do not fit its {CONFIG}; {told}")
+    return PretrainedSegmenter(network, _processor(folder, network, key)).eval().requires_grad_(False)
+
+
+def load_network(
+    folder: Path, key: str, check: Callable[[], None] = lambda: None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """
+    The network of a folder with its weights, float32, and what transformers says of keys that are missing or left over.
+
+    `check` is called before any weights are read. Raises `CheckpointError` as `load_pretrained` does.
+    """
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as err:
@@ -129,36 +152,37 @@ def load_pretrained(name: str, classes: Sequence[str], key: str) -> PretrainedSe
             "they came from, save them anew where that can do no harm:\n\n"
             + "\n".join(f"    {line}" for line in PICKLE_TO_SAFETENSORS.format(folder=str(folder)).splitlines())
         )
-    _check_classes(folder, classes, key)
-    try:
-        # trust_remote_code: left to itself, transformers asks at the terminal whether to run a folder's code.
-        only: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(folder, **only)
-        network = _model_class(transformers, config).from_pretrained(
-            folder, **only, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    check()
+    with _told(folder, key):
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        found: tuple[nn.Module, Mapping[str, Any]] = model_class(transformers, config).from_pretrained(
+            folder, **LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-        with_text = config.model_type == "oneformer"
-        processor_class = transformers.AutoProcessor if with_text else transformers.AutoImageProcessor
-        processor = processor_class.from_pretrained(folder, **only)
+        return found
+
+
+def _processor(folder: Path, network: Any, key: str) -> Any:
+    transformers: Any = importlib.import_module("transformers")
+    with _told(folder, key):
+        with_text = network.config.model_type == "oneformer"
+        return (transformers.AutoProcessor if with_text else transformers.AutoImageProcessor).from_pretrained(
+            folder, **LOCAL
+        )
+
+
+@contextmanager
+def _told(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as err:  # transformers raises whatever a damaged or unknown file makes it stumble on
         raise CheckpointError(
             f"{key}.pretrained: transformers cannot load {folder}: {type(err).__name__}: {_first(err)}"
         ) from err
-    model, info = network
-    unfit = {
-        what: sorted(map(str, info[what]))
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(what)
-    }
-    if unfit:
-        told = "; ".join(f"{what.replace('_keys', '')}: {', '.join(names[:3])}" for what, names in unfit.items())
-        raise CheckpointError(f"{key}.pretrained: the weights in {folder} do not fit its {CONFIG}; {told}")
-    return PretrainedSegmenter(model, processor).eval().requires_grad_(False)
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
+def model_class(transformers: Any, config: Any) -> Any:
     """The class of transformers for a configuration; raises `CheckpointError` for one that does not segment semantically."""
     for auto in (
         transformers.AutoModelForSemanticSegmentation,

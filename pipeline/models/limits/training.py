@@ -29,7 +29,7 @@ def refuse_crops(student: nn.Module, config: Config, count: int) -> None:
     else:
         smallest = smallest_side(student, max(count, 2), channels, training=True, above=crop)
         remedy = f"set train.crop: {smallest} (now {crop})" if smallest else "choose another student.architecture"
-    raise SizeRefused(f"student: {_name(config)} {text}; {remedy}")
+    raise SizeRefused(f"student: {config.student.network} {text}; {remedy}")
 
 
 def trains_on(student: nn.Module, config: Config, count: int) -> bool:
@@ -58,17 +58,12 @@ def refuse_tiles(
         where = f"validation predicts whole tiles, and {name} has {height} x {width} px"
         if side is not None and max(padded) > side:
             raise SizeRefused(
-                f"student: {_name(config)} takes images of {side} x {side} px only; {where}: cut the tiles of data.val to at most "
+                f"student: {config.student.network} takes images of {side} x {side} px only; {where}: cut the tiles of data.val to at most "
                 f"{side} x {side} px, or set data.val: []"
             )
         if side is None and (text := refusal(student, (1, channels, *padded))):
-            raise SizeRefused(f"student: {_name(config)} {text}; {where}: leave such tiles out of data.val")
+            raise SizeRefused(f"student: {config.student.network} {text}; {where}: leave such tiles out of data.val")
 
 
 def _channels(config: Config) -> int:
     return len(config.data.places(config.student.bands))
-
-
-def _name(config: Config) -> str:
-    student = config.student
-    return f"{student.architecture} with {student.encoder}" if student.encoder else student.architecture
