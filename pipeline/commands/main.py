@@ -14,7 +14,7 @@ import click
 from kdpipe.pipeline.commands.completion import completion
 from kdpipe.pipeline.commands.maps import export, predict
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS, EXIT_USAGE, complain
-from kdpipe.pipeline.commands.results import compare, evaluate, report
+from kdpipe.pipeline.commands.results import compare, evaluate, forecast, report
 from kdpipe.pipeline.commands.setup import demo, init, inspect, sample_data, suggest_map
 from kdpipe.pipeline.commands.stages import precompute_teacher, train_student, verify_cache
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory
@@ -23,7 +23,7 @@ from kdpipe.pipeline.text import printable
 SECTIONS = {
     "Set up": (init, inspect, suggest_map, sample_data, demo, completion),
     "The pipeline": (precompute_teacher, verify_cache, train_student),
-    "Results": (evaluate, compare, report),
+    "Results": (evaluate, forecast, compare, report),
     "Maps": (predict, export),
 }
 EXIT_STOPPED = 130  # 128 + SIGINT

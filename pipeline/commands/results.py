@@ -1,4 +1,4 @@
-"""The commands that score and compare students: evaluate, compare, report."""
+"""The commands that score and compare students: evaluate, forecast, compare, report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kdpipe.pipeline.commands.options import (
     run,
     set_option,
     window_option,
+    with_config,
 )
 
 
@@ -24,8 +25,8 @@ from kdpipe.pipeline.commands.options import (
 @click.option("--teacher", is_flag=True, help="Score the mapped teacher of CONFIG instead of a CHECKPOINT.")
 @config_option("The teacher's config. A CHECKPOINT carries its own.", "-c", "--config")
 @set_option
-@window_option
 @limit_option()
+@window_option
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views over which logits are averaged.")
 @click.option("--boundary-width", type=click.IntRange(1), default=3, show_default=True, metavar="PX",
               help="How far apart matching boundaries may lie.")  # fmt: skip
@@ -49,6 +50,29 @@ def evaluate(
     if not teacher and not paths:
         raise click.UsageError("Missing argument 'CHECKPOINT', such as model_weights/<group>/<name>/best.ckpt")
     run("results.evaluate_model", paths, load(source, overrides) if source is not None else None, **options)
+
+
+@click.command("forecast")
+@with_config
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...", shell_complete=completion.students)
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    metavar="ROOT",
+    help="Folder of labelled tiles of one scene, that no network has seen. Repeatable. Default: data.val.",
+)
+@window_option
+def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ...], **options: Any) -> None:
+    """
+    Say whether distillation can pay: what the teacher knows beyond a student that was trained without it.
+
+    CHECKPOINT is of a run of train-student --kd none, such as model_weights/dubai/NAME-none/last.ckpt: best one for each of
+    several seeds. By scene and class it prints teacher, student and difference, and advises.
+
+    Exit codes: 0 done, whatever the advice, 2 usage, config, data or checkpoint.
+    """
+    run("results.forecast_gain", load(source, overrides), checkpoints, **options)
 
 
 @click.command("compare")
@@ -79,6 +103,7 @@ def compare(**options: Any) -> None:
               help="Tiles shown for each run.")  # fmt: skip
 @click.option("--teacher", is_flag=True, help="Run the teacher on the validation tiles shown.")
 @window_option
+@limit_option()
 @common_options(device=True)
 def report(**options: Any) -> None:
     """
@@ -90,4 +115,3 @@ def report(**options: Any) -> None:
     Exit codes: 0 done, 2 usage, data or checkpoint, 3 the cache is damaged.
     """
     run("results.report_runs", **options)
-@limit_option()

@@ -35,6 +35,7 @@ TAKES = {  # in the order of the work, as `kdpipe --help` lists them
     "verify-cache": {"--json", "--debug", "--device", "--set"},
     "train-student": {"--json", "--debug", "--device", "--set"},
     "evaluate": {"--json", "--debug", "--device", "--set"},
+    "forecast": {"--json", "--debug", "--device", "--set"},
     "compare": {"--json", "--debug", "--device"},
     "report": {"--json", "--debug", "--device"},
     "predict": {"--json", "--debug", "--device"},

@@ -9,7 +9,7 @@ from helpers.commands import arguments, run_command
 from kdpipe.pipeline.commands.main import cli
 
 WORDS = "For a trial: take at most N tiles, spread evenly over all."
-OVER_TILES = {"init", "inspect", "suggest-map", "precompute-teacher", "verify-cache", "train-student", "evaluate", "report"}  # fmt: skip
+OVER_TILES = {"init", "inspect", "suggest-map", "precompute-teacher", "verify-cache", "train-student", "evaluate", "forecast", "report"}  # fmt: skip
 
 
 def test_every_command_over_tiles_has_the_option_in_the_same_words():

@@ -1,4 +1,4 @@
-"""`evaluate`, `compare` and `report`."""
+"""`evaluate`, `forecast`, `compare` and `report`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from kdpipe.pipeline.reports.html.comparison import comparison_tiles, write_comp
 from kdpipe.pipeline.reports.html.run import report_run, write_report
 from kdpipe.pipeline.reports.plots import draw_comparison, draw_confusion
 from kdpipe.pipeline.reports.terminal.comparison import comparison_tables
+from kdpipe.pipeline.reports.terminal.forecast import forecast_tables
 from kdpipe.pipeline.reports.terminal.scores import evaluation_tables, score_text
 from kdpipe.pipeline.runs.layout import run_folder
 from kdpipe.pipeline.runs.record import read_run
 from kdpipe.pipeline.text import file_text
+from kdpipe.pipeline.verify.forecast import forecast
 
 
 def evaluate_model(
@@ -30,14 +32,25 @@ def evaluate_model(
     where = resolve_device(device)
     if teachers_config is not None:
         roots, model = paths, teacher_model(teachers_config, where, tta=tta, window=window)
+        limit = teachers_config.data.limit if limit is None else limit
     else:
         roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window, alone=True)
-        limit = teachers_config.data.limit if limit is None else limit
     result = evaluate(model.limited(limit), roots, boundary_width_px=boundary_width, progress=terminal)
     write_json(json_path, result.as_dict())
     if png_path is not None:
         draw_confusion(result, Path(png_path))
     terminal.show(*evaluation_tables(result))
+
+
+def forecast_gain(
+    config: Config, checkpoints: Sequence[str], *, roots: Sequence[str], window: int | None, json_path: str | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Show the lead of a config's teacher over the students `checkpoints`, on the folders `roots`."""
+    terminal = Terminal()
+    result = forecast(config, checkpoints, roots, resolve_device(device), window=window, progress=terminal)
+    write_json(json_path, result.as_dict())
+    terminal.show(*forecast_tables(result))
 
 
 def compare_runs(
