@@ -207,9 +207,8 @@ def _focal(logits_NCHW: Tensor, mask_NHW: Tensor, ignore_index: int, weights_C: 
     """The sum over pixels of smp's focal loss, the mean over classes of each one's sigmoid against the rest."""
     from segmentation_models_pytorch.losses import FocalLoss
 
-    loss: Any = FocalLoss(
-        "multiclass", gamma=FOCUS, ignore_index=ignore_index, reduction="sum", class_weights=weights_C
-    )
+    weights: Any = weights_C  # smp takes tensors too
+    loss = FocalLoss("multiclass", gamma=FOCUS, ignore_index=ignore_index, reduction="sum", class_weights=weights)
     summed: Tensor = loss(logits_NCHW, mask_NHW)
     return summed
 

@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.files import open_file, write_atomically
+from kdpipe.configs.schema.section import is_none
 from kdpipe.pipeline.runs.layout import CONFIG, RUN
 
 UNVALIDATED = "has no validation yet: let it train on, or give it data.val"
@@ -38,12 +39,22 @@ class CacheUsed(_Record):
     tiles: int
 
 
+class OwnLoss(_Record):
+    """The file that a `distill.loss` of the user's own came from, and the version of the package that installed it."""
+
+    name: str
+    path: str
+    sha256: str
+    version: str | None
+
+
 class Run(_Record):
     """
     One run: configuration, cache, scores of each validation, and times.
 
     `wall_seconds` is the time from start to now over all resumes, `seconds_per_step` the median step since its last start, and
-    `stage_one_seconds` the wall time of the cache's stage one; None where it is not known.
+    `stage_one_seconds` the wall time of the cache's stage one; None where it is not known. `class_weights` are those that
+    `train.class_weights` gave or had counted, by class.
     """
 
     name: str
@@ -58,6 +69,8 @@ class Run(_Record):
     wall_seconds: float | None = None
     seconds_per_step: float | None = None
     stage_one_seconds: float | None = None
+    class_weights: dict[str, float] | None = Field(None, exclude_if=is_none)
+    own_loss: OwnLoss | None = Field(None, exclude_if=is_none)
 
 
 def write_run(folder: Path, run: Run) -> None:

@@ -23,12 +23,12 @@ from torch import nn
 from kdpipe.configs.errors import ConfigError, OutOfMemory
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.distributed import open_fabric
-from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.limits.training import refuse_crops, trains_on
 from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.student import untrained_student
 from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.training.objective import Objective
 from kdpipe.pipeline.training.optimizer import make_optimizer
 
 # Share of the available memory that steps on the CPU may take: loader workers and validation need some too, and a machine that swaps
@@ -160,15 +160,12 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     inside = torch.ones(size, crop, crop, dtype=torch.bool, device=device)
     distills = config.distill.mode != "none"
     targets = torch.full((size, classes, crop, crop), 1 / classes, device=device) if distills else None
+    objective = Objective(config, device)
     model.train()
     for _ in range(steps):
         start = time.perf_counter()
         output = model(student_inputs(images, config))
-        logits, auxiliary = output if isinstance(output, tuple) else (output, None)
-        terms = distillation_loss(
-            logits, mask, inside, targets, alpha=config.distill.alpha, temperature=config.distill.temperature,
-            ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary,
-        )  # fmt: skip
+        terms = objective(output, mask, inside, targets)
         fabric.backward(terms.total)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,150 @@
+"""What stage two minimises, as configured: labelled losses, class weights, and the loss of the soft targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.schema import Config
+from kdpipe.data.dataset import read_labels
+from kdpipe.data.declared.check import THREADS
+from kdpipe.data.rasters import image_size, read_data
+from kdpipe.data.survey import evenly
+from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.losses import DistillLoss, LossTerms, distillation_loss
+from kdpipe.pipeline.models.external.own_module import find_source, import_own
+from kdpipe.pipeline.progress import Progress
+from kdpipe.pipeline.runs.checkpoint import Record
+from kdpipe.pipeline.runs.record import OwnLoss
+
+MOST_COUNTED = (
+    1000  # masks, decoded in some ten seconds: shares of classes are known to a few percent of themselves by then
+)
+FEWEST, MOST = 0.1, 10.0  # a class of a few pixels must not outweigh all others
+
+
+class Objective:
+    """
+    The loss of a run, for batches on `device`.
+
+    `class_weights` are those of each class by name, None without `train.class_weights`; `own_loss` says which file a `distill.loss` of
+    the user's own comes from. Raises `ConfigError` where that cannot be imported.
+    """
+
+    def __init__(self, config: Config, device: torch.device, class_weights: Mapping[str, float] | None = None) -> None:
+        self._config, self.class_weights = config, class_weights
+        # Weights of one for all are no weights, to the last bit.
+        given = class_weights is not None and any(weight != 1 for weight in class_weights.values())
+        names = config.classes.names
+        self._weights_C = torch.tensor([class_weights[n] for n in names], device=device) if given else None  # type: ignore[index]
+        self.own_loss, self._function = _own_loss(config)
+
+    def __call__(
+        self,
+        output: Tensor | tuple[Tensor, Tensor],
+        mask_NHW: Tensor,
+        inside_NHW: Tensor,
+        targets_NCHW: Tensor | None,
+        entropy_error_N: Tensor | None = None,
+    ) -> LossTerms:
+        """The terms of a batch from a student's `output`, logits or a pair of them and its auxiliary head's (see `distillation_loss`)."""
+        logits_NCHW, auxiliary_NCHW = output if isinstance(output, tuple) else (output, None)
+        config = self._config
+        return distillation_loss(
+            logits_NCHW, mask_NHW, inside_NHW, targets_NCHW, entropy_error_N, alpha=config.distill.alpha,
+            temperature=config.distill.temperature, ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary_NCHW,
+            labelled_loss=config.train.labelled_loss, class_weights_C=self._weights_C, own_loss=self._function,
+        )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it; nothing for the usual losses."""
+        weights = dict(self.class_weights) if self.class_weights is not None else None
+        own = self.own_loss.model_dump() if self.own_loss is not None else None
+        return {key: value for key, value in (("class_weights", weights), ("own_loss", own)) if value is not None}
+
+
+def changed_loss_note(before: Record | None, own_loss: OwnLoss | None) -> str | None:
+    """A line for a resumed run whose `distill.loss` comes from a file that has changed since; None for other runs."""
+    if before is None or before.own_loss is None or own_loss is None or before.own_loss.sha256 == own_loss.sha256:
+        return None
+    return (
+        f"warning: since this run began, the file of distill.loss has changed: {own_loss.path} (sha256 was "
+        f"{before.own_loss.sha256[:12]}…, is {own_loss.sha256[:12]}…). The run goes on with the loss as it is now, and does not reach the "
+        "weights of an uninterrupted one unless it computes the same"
+    )
+
+
+def class_weights_of(
+    config: Config, tiles: Sequence[Tile], recorded: Mapping[str, float] | None, progress: Progress
+) -> dict[str, float] | None:
+    """
+    The weight of each class by name; None without `train.class_weights`.
+
+    Those of `auto` are `recorded` in a run that is resumed, else counted in the masks of `tiles`: of each labelled tile, or of
+    `MOST_COUNTED` evenly spread ones. Raises `DataError` for a mask that cannot be read.
+    """
+    chosen, names = config.train.class_weights, config.classes.names
+    if chosen is None:
+        return None
+    if chosen != "auto":
+        return {name: chosen.get(name, 1.0) for name in names}
+    if recorded is not None:
+        return dict(recorded)
+    masks = evenly([tile for tile in tiles if tile.mask is not None], MOST_COUNTED)
+    with progress.bar("labels", len(masks), "masks") as advance, ThreadPoolExecutor(THREADS) as threads:
+        counts = []
+        for found in threads.map(lambda tile: _count(tile, config), masks):
+            counts.append(found)
+            advance(1)
+    weights = balanced(np.array(counts).reshape(-1, len(names)))
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
+    progress.say(f"train.class_weights auto: {shown}; from {len(masks)} mask{'s' if len(masks) != 1 else ''}")
+    return dict(zip(names, weights, strict=True))
+
+
+def balanced(counts_KC: NDArray[np.int64]) -> list[float]:
+    """
+    Weights by median frequency balancing from the labelled pixels of each class in K tiles, within `FEWEST` and `MOST`.
+
+    The frequency of a class is its share of the labelled pixels of the tiles that show it; its weight is the median of all frequencies
+    divided by its own. A class that no tile shows has 1.
+    Source: Eigen and Fergus 2015, arXiv 1411.4734, on semantic labels.
+    """
+    shown_KC = counts_KC > 0
+    pixels_C = (counts_KC.sum(axis=1)[:, None] * shown_KC).sum(axis=0)
+    is_shown_C = pixels_C > 0
+    if not is_shown_C.any():
+        return [1.0] * counts_KC.shape[1]
+    frequency_C = counts_KC.sum(axis=0) / np.maximum(pixels_C, 1)
+    median = np.median(frequency_C[is_shown_C])
+    weight_C = np.clip(median / np.where(is_shown_C, frequency_C, median), FEWEST, MOST)
+    return [float(weight) for weight in np.where(is_shown_C, weight_C, 1.0)]
+
+
+def _count(tile: Tile, config: Config) -> NDArray[np.int64]:
+    """The labelled pixels of each class, int64 `(C,)`, as training sees them: where the image holds data."""
+    data_HW = read_data(tile.image, config.data.bands, config.data.alpha)
+    labels_HW = read_labels(tile, config, image_size(tile.image), data_HW)
+    known = labels_HW[labels_HW != config.classes.ignore_index]
+    return np.bincount(known, minlength=len(config.classes.names))
+
+
+def _own_loss(config: Config) -> tuple[OwnLoss | None, DistillLoss | None]:
+    """A `distill.loss` of the user's own, and its source; None for both where the run has none."""
+    name = config.distill.loss
+    if name == "kl" or config.distill.mode == "none":
+        return None, None
+    function = import_own(name, "distill.loss", "a loss")
+    source = find_source(name)
+    if source is None:
+        raise ConfigError(
+            f"distill.loss: {name} comes from no file, whose digest the run would record: put it in a module"
+        )
+    return OwnLoss(name=name, path=str(source.path), sha256=source.sha256, version=source.version), function
