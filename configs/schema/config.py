@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.data import Classes, Data
 from kdpipe.configs.schema.labels import MaskCodes, codes_of
+from kdpipe.configs.schema.losses import refuse_unknown_classes
 from kdpipe.configs.schema.section import Section
 from kdpipe.configs.schema.student import Distill, Student, Train
 from kdpipe.configs.schema.teacher import Cache, MeanStd, Teacher
@@ -98,6 +99,8 @@ class Config(Section):
     def _check_teachers(self) -> None:
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("one teacher goes under the key teacher, several under teachers; found both or neither")
+        if isinstance(self.train.class_weights, dict):
+            refuse_unknown_classes(self.train.class_weights, self.classes.names)
         if self.teacher is not None and self.teacher.weight != 1:
             raise ValueError(f"teacher.weight is for several teachers (teachers: [...]), found {self.teacher.weight:g}")
         for key, member in self.members.items():
