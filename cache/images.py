@@ -16,15 +16,15 @@ from kdpipe.configs.os_errors import NotAFile, explained
 
 
 class Crop(Protocol):
-    """An image that is not a file, but can be made from files again at any time."""
+    """Content that is not one file, but can be made from files again at any time."""
 
     @property
     def files(self) -> Sequence[Path]:
         """All files that it is made from."""
         ...
 
-    def pixels(self) -> NDArray[Any]:
-        """The image, uint8 `(band, row, column)`; `DataError` if it cannot be made."""
+    def has(self, digest: ImageDigest) -> bool:
+        """Whether the files give the content of this digest now; `DataError` if they give none."""
         ...
 
 
@@ -36,9 +36,9 @@ def digest_image(path: Path) -> ImageDigest:
     return ImageDigest(size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
-def digest_crop(crop: Crop, pixels: NDArray[Any]) -> ImageDigest:
-    """The total size in bytes of the files that a crop is made from, and the sha256 of its pixels."""
-    return ImageDigest(size_bytes=sum(file.stat().st_size for file in crop.files), sha256=digest_pixels(pixels))
+def digest_crop(files: Sequence[Path], pixels: NDArray[Any]) -> ImageDigest:
+    """The total size in bytes of the `files` that a crop is made from, and the sha256 of its pixels."""
+    return ImageDigest(size_bytes=sum(file.stat().st_size for file in files), sha256=digest_pixels(pixels))
 
 
 def digest_pixels(pixels: NDArray[Any]) -> str:
@@ -53,13 +53,13 @@ def files_of(source: Source) -> Sequence[Path]:
 
 def same_content(source: Source, record: TileRecord) -> bool:
     """
-    Whether an image is the one that its tile was computed from, by its sha256; a crop's is that of the pixels that its files give now.
+    Whether an image is the one that its tile was computed from, by its sha256; a crop's is that of what its files give now.
 
     False for an image that is missing or can no longer be made. Raises `DataError` where the system refuses to read it.
     """
     try:
         if not isinstance(source, Path):
-            return digest_pixels(source.pixels()) == record.image.sha256
+            return source.has(record.image)
         with explained("reading", source, DataError):
             return source.stat().st_size == record.image.size_bytes and digest_image(source) == record.image
     except DataError as err:  # the crop can no longer be made, or nothing is there

@@ -63,6 +63,9 @@ class TeacherRecord(Record):
     source_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
     source_version: Annotated[str | None, Field(exclude_if=_is_none)] = None
     files_sha256: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
+    # What files of predictions hold, whose content is in each tile's digest; the user's name of a network that was passed in Python.
+    predictions: Annotated[Literal["logits", "probabilities", "classes"] | None, Field(exclude_if=_is_none)] = None
+    given: Annotated[str | None, Field(exclude_if=_is_none)] = None
     # What a program of the user's own said of itself (see `writer.own_recipe`).
     made_by: Annotated[dict[str, str] | None, Field(exclude_if=_is_none)] = None
     classes: list[str]

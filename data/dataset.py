@@ -31,7 +31,7 @@ class TargetSource(Protocol):
     """A source of soft targets: the cache, or a teacher."""
 
     def read(self, tile_id: str, window: Window) -> NDArray[np.float32]:
-        """The soft target in a window `(top, left, h, w)` of a tile, float32 `(C, h, w)`, which sums to 1 over axis 0."""
+        """The soft target in a window `(top, left, h, w)` of a tile, float32 `(C, h, w)`; sums to 1 over axis 0, or 0 without one."""
         ...
 
     def entropy_error(self, tile_id: str, window: Window) -> float:
@@ -44,7 +44,7 @@ class TrainSample(TypedDict):
 
     image: NDArray[np.uint8]  # (B, h, w), all of `data.bands`
     mask: NDArray[np.int64]  # (h, w), ignore_index outside and in tiles without mask
-    inside: NDArray[np.bool_]  # (h, w), False over padding and where the image holds no data
+    inside: NDArray[np.bool_]  # (h, w), False over padding and where the image holds no data, or the tile no target
     target: NotRequired[NDArray[np.float32]]  # (C, h, w), sums to 1 inside, 0 outside
     entropy_error: NotRequired[np.float32]  # mean over the pixels inside, nats; with target
 
@@ -120,6 +120,7 @@ class TrainTiles:
         image = np.zeros((crop, crop, len(self._config.data.bands)), dtype=np.uint8)
         mask = np.full((crop, crop), ignore_index, dtype=np.int32)
         inside = np.zeros((crop, crop), dtype=np.bool_)
+        without_target = np.zeros((crop, crop), dtype=np.bool_)
         target: NDArray[np.float32] | None = None
         entropy_error, whole = 0.0, True
         for view in plan.views:
@@ -136,15 +137,23 @@ class TrainTiles:
                 mask[place] = resampler.mask(labels[source], ignore_index)
             if self.targets is not None:
                 tile_id, window = self.tiles[view.tile].id, resampler.window
-                probs = resampler.target(self.targets.read(tile_id, window=window))
+                probs_CHW = self.targets.read(tile_id, window=window)
+                has_target_HW = probs_CHW.max(axis=0) > 0
+                if not has_target_HW.all():  # labels teach there all the same
+                    without_target[place] = ~resampler.inside(has_target_HW)
+                probs = resampler.target(probs_CHW)
                 if target is None:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
-                entropy_error += int(inside[place].sum()) * self.targets.entropy_error(tile_id, window=window)
+                taught = int((inside[place] & ~without_target[place]).sum())
+                entropy_error += taught * self.targets.entropy_error(tile_id, window=window)
         if not whole:  # labels and targets of pixels without data mean nothing
             mask[~inside] = ignore_index
             if target is not None:
                 target[:, ~inside] = 0
+        if target is not None and without_target.any():
+            inside &= ~without_target
+            target[:, without_target] = 0
         image = orient(image, plan)
         if plan.photometric_seed is not None:
             image = with_changed_colours(image, self._config.data.visible_places, plan.photometric_seed)

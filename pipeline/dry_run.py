@@ -23,7 +23,7 @@ from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice, traini
 from kdpipe.pipeline.precompute.batches import teacher_batch_size
 from kdpipe.pipeline.precompute.plan import Plan, make_plan
 from kdpipe.pipeline.precompute.run import stage_threads
-from kdpipe.pipeline.precompute.subjects import Subject, subject_noun
+from kdpipe.pipeline.precompute.subjects import Seen, Subject, subject_noun
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher, open_teacher, predicts_in_bands
@@ -93,7 +93,8 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
     readable = [tile for tile in plan.missing if tile.id in areas]
     chosen: Any = np.random.default_rng(config.seed).permutation(len(readable))[:SAMPLED_TILES] if readable else []
     sampled = [readable[index] for index in chosen]
-    trials, worth = _Trials(), None
+    trials = _Trials()
+    worth: Worth | str | None = None
     seconds = share = 0.0
     if sampled:
         teacher = open_teacher(config, plan.recipe, device)
@@ -104,7 +105,12 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         sampled_sizes = {tile.size() for tile in sampled}
         seconds = trials.seconds * share + trials.set_up_seconds / len(sampled_sizes) * len(set(sizes.values()))
         tile_seconds = trials.teacher_seconds * share / len(areas)
-        worth = measure_worth(config, device, teacher, trials.image_HWC, plan.samples, seconds, tile_seconds, progress)
+        if config.has_predictions:
+            worth = "the predictions are there already, and there is no live teacher to compare a cache with"
+        else:
+            worth = measure_worth(
+                config, device, teacher, trials.image_HWC, plan.samples, seconds, tile_seconds, progress
+            )
     in_windows = [
         areas[tile]
         for tile, size in sizes.items()
@@ -122,14 +128,14 @@ def estimate(config: Config, device: torch.device, progress: Progress | None = N
         free_bytes=plan.storage.free_bytes(),
         unreadable=unreadable,
         worth=worth,
+        limit=config.data.limit,
+        configured=len(plan.configured),
     )
 
 
 def measure_worth(
-    config: Config, device: torch.device, teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], samples: int,
+    config: Config, device: torch.device, teacher: FrozenTeacher, image_HWC: Seen, samples: int,
     precompute_seconds: float, tile_seconds: float, progress: Progress,
-        limit=config.data.limit,
-        configured=len(plan.configured),
 ) -> Worth | str:  # fmt: skip
     """
     Worth of a cache from timed steps of the student and predictions of a crop of `image_HWC`; an epoch has `samples` samples.
@@ -170,7 +176,7 @@ class _Trials:
     teacher_seconds: float = 0.0
     set_up_seconds: float = 0.0
     unreadable: dict[str, str] = field(default_factory=dict)
-    image_HWC: NDArray[np.uint8] | None = None
+    image_HWC: Seen | None = None
 
 
 def _try_tiles(
@@ -221,7 +227,7 @@ class _Prediction:
     set_up_seconds: float = 0.0
 
 
-def _predict(teacher: FrozenTeacher, image_HWC: NDArray[np.uint8], batch_size: int) -> _Prediction:
+def _predict(teacher: FrozenTeacher, image_HWC: Seen, batch_size: int) -> _Prediction:
     start = time.perf_counter()
     if not teacher.rounds_on_device:
         (encode,) = teacher.encoded(image_HWC[None])

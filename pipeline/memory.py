@@ -116,6 +116,8 @@ def teacher_advice(config: Config, batch_size: int, device: torch.device, side_p
     """
     advice = [f"{next(iter(config.members))}.batch_size: 1 (now {batch_size})"] if batch_size > 1 else []
     for key, teacher in config.members.items():
+        if teacher.predictions is not None:
+            continue
         limit = min(side_px or math.inf, teacher.window or math.inf)
         smaller = next((window for window in WINDOWS_PX if window < limit), None)
         if smaller is not None:

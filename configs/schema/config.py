@@ -57,6 +57,11 @@ class Config(Section):
         return {f"teachers.{i}": member for i, member in enumerate(self.teachers)}
 
     @property
+    def has_predictions(self) -> bool:
+        """Whether the teacher is not a network, but predictions that another program made."""
+        return any(member.predictions is not None for member in self.members.values())
+
+    @property
     def teacher_classes(self) -> list[str]:
         """The first teacher's classes without those dropped: the rows of the class map, in their order."""
         return next(iter(self.members.values())).kept_classes
@@ -94,13 +99,13 @@ class Config(Section):
         self._check_bands()
         self._check_mask_codes()
         self._check_views()
+        if isinstance(self.train.class_weights, dict):
+            refuse_unknown_classes(self.train.class_weights, self.classes.names)
         return self
 
     def _check_teachers(self) -> None:
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("one teacher goes under the key teacher, several under teachers; found both or neither")
-        if isinstance(self.train.class_weights, dict):
-            refuse_unknown_classes(self.train.class_weights, self.classes.names)
         if self.teacher is not None and self.teacher.weight != 1:
             raise ValueError(f"teacher.weight is for several teachers (teachers: [...]), found {self.teacher.weight:g}")
         for key, member in self.members.items():
@@ -109,6 +114,28 @@ class Config(Section):
                     f"{key} must predict the same classes as the first teacher, in any order: {sorted(self.teacher_classes)}; "
                     f"found {sorted(member.kept_classes)}"
                 )
+
+        self._check_predictions()
+
+    def _check_predictions(self) -> None:
+        key = next((key for key, member in self.members.items() if member.predictions is not None), None)
+        if key is None:
+            return
+        if len(self.members) > 1:
+            raise ValueError(
+                f"{key}.predictions stand alone, as they are not computed beside the logits of other teachers: average them in the "
+                "program that makes them, and set teacher"
+            )
+        if self.distill.teacher_view == "crop":
+            raise ValueError(
+                f"distill.teacher_view: crop needs a network, which predicts crops in changed colours; {key}.predictions are of whole "
+                "tiles: leave it out. Crops, scales and flips of training are applied to them too"
+            )
+        if self.distill.mode == "online":
+            raise ValueError(
+                f"distill.mode: online asks a network at each step, and {key}.predictions were made already: set mode: cached, which "
+                "trains from the same values"
+            )
 
     def _check_class_map(self) -> None:
         predicted = self.teacher_classes
@@ -133,11 +160,11 @@ class Config(Section):
     def _check_student(self) -> None:
         student, num_classes = self.student, len(self.classes.names)
         for key, teacher in self.members.items():
-            same = (teacher.architecture, teacher.encoder, len(teacher.classes))
+            same = (teacher.architecture, teacher.encoder, teacher.model, len(teacher.classes))
             if (
                 student.checkpoint is not None
                 and student.checkpoint == teacher.checkpoint
-                and (student.architecture, student.encoder, num_classes) != same
+                and (student.architecture, student.encoder, student.model, num_classes) != same
             ):
                 network = teacher.model or f"{teacher.architecture} with {teacher.encoder}"
                 raise ValueError(

@@ -21,7 +21,14 @@ KEYS_OF_KIND: dict[str, tuple[list[str], list[str]]] = {
     "model": (["checkpoint"], ["options", "weights"]),
     "pretrained": ([], []),
     "file": ([], []),
+    "predictions": (["are"], []),
+    "given": ([], []),
 }
+Kind = Literal["smp", "model", "pretrained", "file", "predictions", "given"]
+FOREIGN: tuple[Kind, ...] = ("model", "pretrained", "file", "predictions", "given")
+Are = Literal["logits", "probabilities", "classes"]
+# Keys that say how a network is run, which predictions were made without.
+OF_A_RUN = ("bands", "normalize", "precision", "tta", "scales", "window")
 
 MAX_VIEWS = 10_000  # per tile: four digits name them, and more would cost more than the live teacher
 
@@ -61,6 +68,12 @@ class Teacher(Section):
     """A folder that transformers' `save_pretrained` wrote, or a repository of its hub. It brings its own normalisation."""
     file: str | None = Field(None, exclude_if=is_none)
     """A whole exported network, `.onnx` or `.pt2` (torch.export)."""
+    predictions: str | Annotated[list[str], Field(min_length=1)] | None = Field(None, exclude_if=is_none)
+    """Predictions that another program made: a folder with a file for each tile, a large GeoTIFF to cut from, or several. Needs `are`."""
+    are: Are | None = Field(None, exclude_if=is_none)
+    """What `predictions` hold: `logits`, `probabilities`, or `classes`, the index of one class for each pixel."""
+    given: Annotated[str, Field(min_length=1)] | None = Field(None, exclude_if=is_none)
+    """Your name and version of a network that is passed in Python, as `precompute(config, teacher=network)`."""
     weights: Literal["raw", "ema"] | None = Field(None, exclude_if=is_none)
     """The weights of a file that holds `raw` and averaged ones (`ema`). Null takes the raw ones, or the only ones."""
     classes: list[str] = Field(min_length=2)
@@ -93,37 +106,54 @@ class Teacher(Section):
         return options if info.data.get("model") is not None else refuse_own(options, SET_BY_TEACHER)
 
     @property
-    def kind(self) -> Literal["smp", "model", "pretrained", "file"]:
+    def kind(self) -> Kind:
         """Which of the keys names the network; `smp` for `architecture`."""
-        if self.model is not None:
-            return "model"
-        if self.pretrained is not None:
-            return "pretrained"
-        return "smp" if self.file is None else "file"
+        for name in FOREIGN:
+            if getattr(self, name) is not None:
+                return name
+        return "smp"
 
     @property
     def origin(self) -> str:
         """Where its weights come from, for messages."""
-        return self.checkpoint or self.pretrained or self.file or ""
+        return self.checkpoint or self.pretrained or self.file or self.given or ", ".join(self.places)
+
+    @property
+    def places(self) -> list[str]:
+        """The folders and files of `predictions`; empty for a network."""
+        if self.predictions is None:
+            return []
+        return [self.predictions] if isinstance(self.predictions, str) else list(self.predictions)
 
     def _check_kind(self) -> None:
-        given = [name for name in ("architecture", "model", "pretrained", "file") if getattr(self, name) is not None]
+        given = [name for name in KEYS_OF_KIND if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                "needs one of architecture (with encoder), model, pretrained and file to name the network, "
+                "needs one of architecture (with encoder), model, pretrained, file, predictions and given to name the network, "
                 f"found {' and '.join(given) or 'none'}"
             )
         needed, taken = KEYS_OF_KIND[given[0]]
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing: {given[0]} needs it")
-        for name in ("encoder", "checkpoint", "options", "weights"):
+        for name in ("encoder", "checkpoint", "options", "weights", "are"):
             if getattr(self, name) and name not in needed + taken:
                 raise ValueError(f"{name} does not go with {given[0]}: leave it out")
         if self.pretrained is not None and self.normalize != "unit":
             raise ValueError(
                 f"normalize is {self.normalize}, but {self.pretrained} brings a normalisation of its own: leave it out"
             )
+        if self.predictions is not None:
+            self._check_predictions()
+
+    def _check_predictions(self) -> None:
+        refuse_repeats(self.places, "teacher.predictions")
+        for name in OF_A_RUN:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {value}, but predictions were made already, by a program that chose it: leave it out"
+                )
 
     @model_validator(mode="after")
     def _check(self) -> Teacher:

@@ -35,6 +35,7 @@ from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import STRIDE, averaged_logits
 from kdpipe.pipeline.models.windows import blended_logits
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.precompute.subjects import PredictedTile, predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import load_trained
 from kdpipe.pipeline.teacher.frozen import open_teacher
@@ -42,8 +43,8 @@ from kdpipe.pipeline.teacher.frozen import open_teacher
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
 MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
-Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""From an image, uint8 `(H, W, B)`, to the probabilities of the student's classes, float32 `(C, H, W)`."""
+Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""From an image, uint8 `(H, W, B)`, or its stored prediction, to the probabilities of the student's classes, float32 `(C, H, W)`."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def teacher_model(config: Config, device: torch.device, *, tta: str | None, wind
         config=config,
         stretch=stretch,
         trained_on=[],  # unknown: a config does not name the teacher's training data
+        predicted=predicted_tiles(config, stretch) if config.has_predictions else None,
     )
 
 
@@ -210,10 +212,12 @@ def evaluate(
     roots = list(roots) or config.data.val
     check_roots(roots)
     tiles_of = {root: labelled_tiles(root, config) for root in roots}
-    check_headers(config, [], [tile for tiles, _ in tiles_of.values() for tile in tiles], progress)
-    results = []
     labelled = {root: len(tiles) for root, (tiles, _) in tiles_of.items()}
     tiles_of = {root: (limited(tiles, config.data.limit), rest) for root, (tiles, rest) in tiles_of.items()}
+    check_headers(config, [], [tile for tiles, _ in tiles_of.values() for tile in tiles], progress)
+    if model.predicted is not None:
+        require_predictions(config, [model.predicted(tile) for tiles, _ in tiles_of.values() for tile in tiles])
+    results = []
     with progress.bar("evaluate", sum(len(tiles) for tiles, _ in tiles_of.values()), "tiles") as advance:
         total = Counts.zero(len(names))
         for root, (tiles, without_mask) in tiles_of.items():
@@ -227,19 +231,19 @@ def evaluate(
                 counts += of_tile
                 advance(1)
             result = _scored(root, len(tiles), counts, config, boundary_width_px)
+            result.labelled = labelled[root]
             result.without_mask, result.without_label = without_mask, without_label
             result.trained_on = is_among(root, model.trained_on)
             results.append(result)
             total += counts
-            result.labelled = labelled[root]
     together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
+    together.labelled = sum(labelled.values())
     together.without_mask = [tile for result in results for tile in result.without_mask]
     together.without_label = [tile for result in results for tile in result.without_label]
     together.trained_on = any(result.trained_on for result in results)
     return Evaluation(
         model=model.description, networks=model.networks, classes=names, roots=results, together=together, limit=config.data.limit
     )  # fmt: skip
-    together.labelled = sum(labelled.values())
 
 
 def _plain(root: RootScores) -> dict[str, Any]:
@@ -271,10 +275,14 @@ def _student_predict(student: nn.Module, network: Network, config: Config, devic
 def _count(
     model: Model, image_CHW: NDArray[np.uint8], labels_HW: NDArray[np.int64], boundary_width_px: int, tile: Tile
 ) -> Counts:
-    """The counts of one tile."""
+    """The counts of one tile; where a prediction was made before, of its pixels that have one."""
+    image_HWC: NDArray[Any] = np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
+    if model.predicted is not None:
+        subject = model.predicted(tile)
+        image_HWC, labels_HW = subject.seen(image_HWC), subject.labels().astype(np.int64)
     num_classes, ignore_index = len(model.config.classes.names), model.config.classes.ignore_index
     with fits_in_memory(f"while evaluating {sized('tile', 1, *labels_HW.shape)}", MEMORY_ADVICE):
-        probs_CHW = model.predict(np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
+        probs_CHW = model.predict(image_HWC)
     if not np.isfinite(probs_CHW).all():
         raise KdpipeError(
             f"{model.description} predicts {tile.id} with numbers that are not finite, which cannot be scored"

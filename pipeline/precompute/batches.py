@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import batches_of_equal_size
-from kdpipe.pipeline.precompute.subjects import Subject, WholeTile
+from kdpipe.pipeline.precompute.subjects import Seen, Subject, WholeTile
 from kdpipe.pipeline.teacher.frozen import predicts_in_bands
 
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass on an accelerator
@@ -26,14 +27,16 @@ HEADERS_AT_ONCE = 4096
 @dataclass(frozen=True)
 class LoadedBatch:
     """
-    The images of a batch, uint8 `(N, H, W, 3)`, None if no tile is readable; each tile has a digest or a cause of failure.
+    What the teacher is given of a batch (see `Seen`), `(N, H, W, B)`; None if no tile is readable.
+
+    Each tile has a digest or a cause of failure.
 
     A `scene` has neither: it is read while the teacher predicts it.
     """
 
     tiles: list[Subject]
     digests: dict[str, ImageDigest]
-    images_NHWC: NDArray[np.uint8] | None
+    images_NHWC: NDArray[Any] | None
     failed: dict[str, str]
     scene: WholeTile | None = None
 
@@ -98,7 +101,7 @@ def load_batch(batch: list[Subject]) -> LoadedBatch:
     An unreadable tile keeps its place, in black, and its prediction is discarded. Without it the others would be computed in a smaller
     batch than in an undisturbed run, and their last bits could differ.
     """
-    images: list[NDArray[np.uint8] | None] = []
+    images: list[Seen | None] = []
     digests, failed = {}, {}
     for tile in batch:
         try:
@@ -114,5 +117,5 @@ def load_batch(batch: list[Subject]) -> LoadedBatch:
         return LoadedBatch(batch, digests, None, failed)
     if len(images) == 1:
         return LoadedBatch(batch, digests, whole[None], failed)
-    images_NHWC = np.stack([np.zeros_like(whole) if image is None else image for image in images])
+    images_NHWC: NDArray[Any] = np.stack([np.zeros_like(whole) if image is None else image for image in images])
     return LoadedBatch(batch, digests, images_NHWC, failed)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdpipe.cache.encoding.logits import Softening, is_one_to_one
+from kdpipe.cache.encoding.many_classes import levels_of
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
-from kdpipe.cache.encoding.simplex import levels_of
 from kdpipe.cache.recipe import CacheRecipe, Recipe, differences, parse_recipe
 from kdpipe.cache.tile import CHUNK_PX
 from kdpipe.configs.errors import StaleCache
@@ -39,7 +39,7 @@ def expected_fields(
         "class_map": config.class_map_matrix().tolist(),
         "temperature": config.distill.temperature,
         "temperature_applied": "after class_map",
-        "levels": levels_of(config.cache.bits, len(config.classes.names)),
+        "levels": _levels(config, recorded),
         "key_row_px": KEY_ROW_PX,
     }
     fields = {
@@ -58,6 +58,8 @@ def expected_fields(
     }
     if recorded is not None and recorded.decoder is None and not any(is_jpeg(tile.image) for tile in tiles):
         del fields["decoder"]
+    if config.has_predictions:  # they depend on no band that is read here
+        fields |= {"bands": [], "stretch": None}
     differ = len({config.data.places(member.bands) for member in config.members.values()}) > 1
     for teacher, member in zip(fields["teachers"], config.members.values(), strict=True):
         teacher["bands"] = list(config.data.numbers(member.bands)) if differ else None
@@ -65,6 +67,14 @@ def expected_fields(
     if isinstance(recorded, Recipe) and recorded.temperature_applied is None and commutes:
         fields.pop("temperature_applied", None)
     return fields
+
+
+def _levels(config: Config, recorded: CacheRecipe | None) -> int:
+    """The levels of the configured bits and classes; a recorded cache of as many, also of an older kdpipe, goes on with its own."""
+    bits, count = config.cache.bits, len(config.classes.names)
+    if isinstance(recorded, Recipe) and (recorded.bits, len(recorded.classes)) == (bits, count):
+        return recorded.levels
+    return levels_of(bits, count)
 
 
 def complete_recipe(
@@ -104,7 +114,8 @@ def _teacher_fields(key: str, teacher: Teacher, num_bands: int, required: bool) 
         from kdpipe.pipeline.models.options import check_options
 
         check_options(teacher.architecture, teacher.options, key=key)
-    mean, std = mean_std(teacher.normalize, num_bands)
+    is_network = teacher.predictions is None
+    mean, std = mean_std(teacher.normalize, num_bands) if is_network else ([], [])
     fields: dict[str, Any] = {
         **source_fields(teacher, key, required=required),
         "classes": teacher.classes,
@@ -116,8 +127,8 @@ def _teacher_fields(key: str, teacher: Teacher, num_bands: int, required: bool) 
         "scales": teacher.scales,
         "window": teacher.window,
     }
-    if teacher.precision != "auto":
-        fields["precision"] = teacher.precision
+    if teacher.precision != "auto" or not is_network:
+        fields["precision"] = teacher.precision if is_network else "fp32"
     return fields
 
 

@@ -37,7 +37,7 @@ from kdpipe.cache.writer import (
     restore_root,
     whole_manifest,
 )
-from kdpipe.configs.errors import DataError, DiskFull, Interrupted, summarise
+from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
@@ -52,6 +52,7 @@ from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, predictions_
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_teacher
+from kdpipe.pipeline.teacher.given import GivenTeacher, handed
 from kdpipe.pipeline.teacher.trial import try_teacher
 from kdpipe.pipeline.text import size_text
 from kdpipe.pipeline.versions import library_versions
@@ -82,23 +83,34 @@ class Workers(Protocol):
 
 def precompute(
     config: Config,
-    device: torch.device,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     *,
     repair: bool = False,
     workers: Workers | None = None,
+    teacher: GivenTeacher | None = None,
 ) -> Summary:
     """
     Complete the cache and return what was done; does nothing if the cache is complete.
 
+    `device` is where the teacher computes; None takes the first available of CUDA, Apple's MPS and the CPU. `teacher` is the network of a
+    configuration whose `teacher.given` is the caller's name for it: an `nn.Module`, or any callable, from normalised images, float32
+    `(N, B, H, W)`, to logits `(N, C, h, w)`. The fingerprint holds that name, and of an `nn.Module` the digests of its weights and of the
+    file of its class.
     With `repair` every byte of the finished tiles is read first, and damaged tiles (`damaged` in the summary) are computed again.
     With `workers`, other processes compute the tiles on their own device. The stored bytes are the same. Unreadable images are
     `failed` in the summary, and the cache stays incomplete. Raises what `make_plan` raises, `CacheLocked`, `DiskFull`, and
     `Interrupted` once `stop` is set; finished tiles are kept in every case.
     """
     progress, stop = progress or Silent(), stop or threading.Event()
-    with ExitStack() as set_up:
+    if teacher is not None and workers is not None:
+        raise ConfigError(
+            "a network that is passed in Python cannot be sent to other processes: leave workers out, or name it by teacher.model, which "
+            "each of them imports"
+        )
+    device = device if isinstance(device, torch.device) else resolve_device(device)
+    with ExitStack() as set_up, handed(config, teacher):
         set_up.enter_context(at_once(stop, "stopped before a tile was computed; run the same command again"))
         return _precompute(config, device, progress, stop, set_up.close, repair=repair, workers=workers)
 
@@ -270,11 +282,12 @@ def _recorded_costs(summary: Summary, config: Config, plan: Plan, start: float) 
         yield
     finally:
         summary.seconds = time.perf_counter() - start
-        if summary.computed:
+        if summary.computed and not config.has_predictions:  # of which no live teacher would take any time
             tile, crop = teacher_seconds(config, summary.teacher_seconds, summary.computed, summary.pixels)
             summary.online_seconds = plan.samples * predictions_per_sample(config) * tile
             summary.crops_seconds = plan.samples * crop
-        record_costs(config.cache.path, plan.recipe.digest(), summary)
+        if not config.has_predictions:
+            record_costs(config.cache.path, plan.recipe.digest(), summary)
 
 
 def _compute(

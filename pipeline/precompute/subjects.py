@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.images import Source, digest_crop, digest_image
+from kdpipe.cache.images import Source, digest_crop, digest_image, digest_pixels
 from kdpipe.cache.records import ImageDigest
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
@@ -20,9 +20,15 @@ from kdpipe.data.dataset import read_labels
 from kdpipe.data.rasters import Rows, Stretch, image_size, open_rows, read_data, read_image
 from kdpipe.data.recorded_views import RecordedView, RecordedViews, tiles_of_mosaics
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.teacher.predictions.files import PredictionFiles
+from kdpipe.pipeline.teacher.predictions.prediction import Prediction
 
 _FileState = tuple[int, int, int]
 """Inode, size and time of the last change of a file; a file that is written to gets another one."""
+
+
+Seen = NDArray[np.uint8] | NDArray[np.float32]
+"""What a teacher is given of a subject: pixels, uint8 `(H, W, B)`; or logits that were predicted before, float32 `(H, W, C)`."""
 
 
 class Subject(Protocol):
@@ -56,8 +62,12 @@ class Subject(Protocol):
         """The pixels, uint8 `(H, W, B)`; raises `DataError` for an unreadable image."""
         ...
 
-    def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
-        """The pixels, and the digest of what they were made from; raises `DataError` if that changed meanwhile."""
+    def seen(self, image_HWB: NDArray[np.uint8]) -> Seen:
+        """What the teacher is given: its pixels, which are `image_HWB`, or their stored prediction."""
+        ...
+
+    def load(self) -> tuple[Seen, ImageDigest]:
+        """What the teacher is given, and the digest of what that was made from; raises `DataError` if that changed meanwhile."""
         ...
 
     def labels(self) -> NDArray[np.integer[Any]]:
@@ -68,10 +78,31 @@ class Subject(Protocol):
 def subjects(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> list[Subject]:
     """The subjects of a configuration, in the order of the cache."""
     if config.distill.teacher_view == "tile":
-        return [WholeTile(tile, config, stretch) for tile in tiles]
+        return list(whole_tiles(config, tiles, stretch))
     states: dict[Path, _FileState] = {}
     views = RecordedViews(tiles, config, stretch, among=tiles_of_mosaics(config)).all_views()
     return [ViewOfTile(view, view.id, config.train.crop, states, config.teachers_places) for view in views]
+
+
+def whole_tiles(config: Config, tiles: Sequence[Tile], stretch: Stretch) -> list[WholeTile]:
+    """The tiles as subjects; with `teacher.predictions` each with its prediction, which need not be there (see `require_predictions`)."""
+    if not config.has_predictions:
+        return [WholeTile(tile, config, stretch) for tile in tiles]
+    predictions = PredictionFiles(config).of(tiles)
+    return [PredictedTile(tile, config, stretch, found) for tile, found in zip(tiles, predictions, strict=True)]
+
+
+def require_predictions(config: Config, wanted: Sequence[Subject]) -> None:
+    """Raise `DataError` where `teacher.predictions` lack one of the `wanted` subjects; does nothing for networks."""
+    if config.has_predictions:
+        stored = ((subject.id, subject.prediction) for subject in wanted if isinstance(subject, PredictedTile))
+        PredictionFiles(config).require(stored)
+
+
+def predicted_tiles(config: Config, stretch: Stretch) -> Callable[[Tile], PredictedTile]:
+    """A function that gives tiles their predictions one by one, for a configuration with `teacher.predictions`."""
+    files = PredictionFiles(config)
+    return lambda tile: PredictedTile(tile, config, stretch, next(files.of([tile])))
 
 
 def subject_noun(config: Config) -> str:
@@ -97,7 +128,7 @@ class WholeTile:
         return self.tile.id
 
     @property
-    def source(self) -> Path:
+    def source(self) -> Source:
         return self.tile.image
 
     @property
@@ -114,7 +145,10 @@ class WholeTile:
     def image(self) -> NDArray[np.uint8]:
         return read_image(self.tile.image, self.config.data.bands, self.stretch, self.config.data.alpha)
 
-    def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
+    def seen(self, image_HWB: NDArray[np.uint8]) -> Seen:
+        return image_HWB
+
+    def load(self) -> tuple[Seen, ImageDigest]:
         before = _file_state(self.tile.image)
         image_HWB = self.image()
         digest = digest_image(self.tile.image)
@@ -133,6 +167,37 @@ class WholeTile:
         """The mask's labels, as `read_labels` returns them."""
         data_HW = read_data(self.tile.image, self.config.data.bands, self.config.data.alpha)
         return read_labels(self.tile, self.config, self.size(), data_HW)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedTile(WholeTile):
+    """A tile whose prediction another program stored; pixels without a prediction count as unlabelled."""
+
+    prediction: Prediction
+
+    @property
+    def source(self) -> Source:
+        return self.prediction
+
+    @property
+    def files(self) -> list[Path]:
+        return self.prediction.files
+
+    def seen(self, image_HWB: NDArray[np.uint8]) -> Seen:
+        return self.prediction.logits(self.prediction.read())
+
+    def load(self) -> tuple[Seen, ImageDigest]:
+        before = {file: _file_state(file) for file in self.files}
+        stored = self.prediction.read()
+        logits_HWC, digest = self.prediction.logits(stored), self.prediction.digest_of(stored)
+        for file, state in before.items():
+            _refuse_changed(file, state)
+        return logits_HWC, digest
+
+    def labels(self) -> NDArray[np.integer[Any]]:
+        labels_HW = WholeTile.labels(self)  # `super()` knows no class that slots have made anew
+        labels_HW[~self.prediction.read().known_HW] = self.config.classes.ignore_index
+        return labels_HW
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +233,15 @@ class ViewOfTile:
     def image(self) -> NDArray[np.uint8]:
         return np.ascontiguousarray(self.view.pixels().transpose(1, 2, 0))
 
-    def load(self) -> tuple[NDArray[np.uint8], ImageDigest]:
+    def seen(self, image_HWB: NDArray[np.uint8]) -> Seen:
+        return image_HWB
+
+    def load(self) -> tuple[Seen, ImageDigest]:
         """The view, and the digest of its pixels and of the sizes of its files."""
         # Decoded tiles are kept: a file that changed since the first view would not be read again.
         before = {file: self.states.setdefault(file, _file_state(file)) for file in self.view.files}
         pixels_BHW = self.view.pixels()
-        digest = digest_crop(self.view, seen_by_teachers(pixels_BHW, self.teachers_places))
+        digest = digest_crop(self.view.files, seen_by_teachers(pixels_BHW, self.teachers_places))
         for file, state in before.items():
             _refuse_changed(file, state)
         return np.ascontiguousarray(pixels_BHW.transpose(1, 2, 0)), digest
@@ -198,6 +266,10 @@ class SeenByTeachers:
         """The bands, uint8 `(B, H, W)`."""
         return seen_by_teachers(self.view.pixels(), self.places)
 
+    def has(self, digest: ImageDigest) -> bool:
+        """Whether the bands are those of this digest."""
+        return digest_pixels(self.pixels()) == digest.sha256
+
     def __str__(self) -> str:
         return str(self.view)
 
@@ -216,7 +288,20 @@ class ViewReference:
     number: int
 
 
-Reference = Tile | ViewReference
+@dataclass(frozen=True, slots=True)
+class PredictedReference:
+    """A tile and its stored prediction, found by this process, for another one."""
+
+    tile: Tile
+    prediction: Prediction
+
+    @property
+    def id(self) -> str:
+        """The tile's id."""
+        return self.tile.id
+
+
+Reference = Tile | PredictedReference | ViewReference
 """A subject as it is sent to another process; each has an `id`."""
 
 
@@ -225,7 +310,8 @@ def reference_to(subject: Subject) -> Reference:
     if isinstance(subject, ViewOfTile):
         return ViewReference(subject.id, subject.view.tile, subject.view.number)
     assert isinstance(subject, WholeTile)
-    return absolute_tile(subject.tile)
+    tile = absolute_tile(subject.tile)
+    return PredictedReference(tile, subject.prediction.of(tile)) if isinstance(subject, PredictedTile) else tile
 
 
 class RemoteSubjects:
@@ -244,6 +330,8 @@ class RemoteSubjects:
         """The subject whose `reference_to` was sent."""
         if isinstance(reference, Tile):
             return WholeTile(reference, self._config, self._stretch)
+        if isinstance(reference, PredictedReference):
+            return PredictedTile(reference.tile, self._config, self._stretch, reference.prediction)
         assert self._views is not None
         view = RecordedView(self._views, reference.tile, reference.number)
         return ViewOfTile(view, reference.id, self._config.train.crop, self._states, self._config.teachers_places)

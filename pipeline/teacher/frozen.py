@@ -36,7 +36,7 @@ from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
 TRIAL_PX = 256  # side of the part of the first image on which an optimised network is compared with the original
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Images = NDArray[np.uint8] | PendingCopy  # what `FrozenTeacher.send` returns
+Images = NDArray[Any] | PendingCopy  # what `FrozenTeacher.send` returns
 # A tile's integers and lost entropy, as `codec.encode` returns them.
 Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]
 
@@ -45,12 +45,14 @@ def open_teacher(
     config: Config, recipe: CacheRecipe, device: torch.device, say: Callable[[str], None] = lambda line: None
 ) -> FrozenTeacher:
     """The configured teacher, or the mean of several, on `device`; says and raises what `load_teacher` does."""
+    softening = Softening(config.distill.temperature, config.class_map_matrix())
+    if config.has_predictions:
+        return StoredTeacher([], recipe, softening, device)
     places = [config.data.places(member.bands) for member in config.members.values()]
     models = [
         load_teacher(member, key, say, in_channels=len(seen))
         for (key, member), seen in zip(config.members.items(), places, strict=True)
     ]
-    softening = Softening(config.distill.temperature, config.class_map_matrix())
     return FrozenTeacher(models, recipe, softening, device, places)
 
 
@@ -112,7 +114,7 @@ class FrozenTeacher:
         return self._clock.taken()
 
     @torch.inference_mode()
-    def logits(self, images_NHWC: NDArray[np.uint8] | Tensor) -> Tensor:
+    def logits(self, images_NHWC: NDArray[Any] | Tensor) -> Tensor:
         """
         Logits, float32 `(N, C_t, H, W)`, averaged over views and teachers in the image's own frame.
 
@@ -121,7 +123,7 @@ class FrozenTeacher:
         """
         return self._logits(images_NHWC, checked=True)
 
-    def soft_targets(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def soft_targets(self, images_NHWC: NDArray[Any]) -> NDArray[np.float32]:
         """Soft targets, float32 `(N, C_s, H, W)`, which sum to one over axis 1, of uint8 images `(N, H, W, B)`."""
         return self.targets_of(self.logits(images_NHWC))
 
@@ -145,7 +147,7 @@ class FrozenTeacher:
             targets_NSHW[..., top : top + rows, :] = soft_targets(band_NThW).cpu().numpy()
         return targets_NSHW
 
-    def cached_values(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def cached_values(self, images_NHWC: NDArray[Any]) -> NDArray[np.float32]:
         """The values that a cache of the recipe's kind stores, float32: soft targets `(N, C_s, H, W)` or logits `(N, C_t, H, W)`."""
         if predicts_in_bands(self._recipe, images_NHWC.shape):
             image_HWC = images_NHWC[0]
@@ -175,7 +177,7 @@ class FrozenTeacher:
             logits_1ThW = sum(band * share for band, share in zip(bands, self._shares, strict=True))
             yield self._values_of(logits_1ThW)[0]
 
-    def send(self, images_NHWC: NDArray[np.uint8]) -> Images:
+    def send(self, images_NHWC: NDArray[Any]) -> Images:
         """The images for `encoded`; to a CUDA device they are copied while it computes. May be called in any thread."""
         return images_NHWC if self._transfers is None else self._transfers.send(images_NHWC)
 
@@ -215,7 +217,7 @@ class FrozenTeacher:
             return values_NTHW
         return self.targets_of(logits_NTHW)
 
-    def _logits(self, images_NHWC: NDArray[np.uint8] | Tensor, *, checked: bool) -> Tensor:
+    def _logits(self, images_NHWC: NDArray[Any] | Tensor, *, checked: bool) -> Tensor:
         """`logits`; unless `checked`, it accepts logits that are not finite and does not wait for a CUDA device."""
         images_NCHW = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2)
         total_NTHW: Tensor | None = None
@@ -247,6 +249,22 @@ class FrozenTeacher:
             if checked and not torch.isfinite(logits_NTHW.sum()) and not torch.isfinite(logits_NTHW).all():
                 raise KdpipeError(not_finite_text(record.precision))
             return logits_NTHW
+
+        return predict
+
+
+class StoredTeacher(FrozenTeacher):
+    """
+    A teacher that predicted before, in another program: it is given logits in place of images, float32 `(N, H, W, C)`, all zero in
+    pixels without a prediction.
+    """
+
+    def _network(self, number: int, *, checked: bool) -> Callable[[Tensor], Tensor]:
+        channels = self._channels[number]
+
+        def predict(logits_NTHW: Tensor) -> Tensor:
+            logits_NTHW = logits_NTHW.to(self._device)
+            return logits_NTHW.clone() if channels is None else logits_NTHW.index_select(1, channels)
 
         return predict
 

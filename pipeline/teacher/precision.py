@@ -40,7 +40,7 @@ def resolve_on(
     config: Config, recipe: CacheRecipe, tried: Sequence[Tile], stretch: Stretch, device: torch.device
 ) -> CacheRecipe:
     """`resolve` with the tiles that `drawn` returns."""
-    auto = [member.precision == "auto" for member in config.members.values()]
+    auto = [member.precision == "auto" and member.predictions is None for member in config.members.values()]
     if not any(auto) or not is_fast_at_bf16(device):
         return recipe
     records = zip(recipe.teachers, auto, strict=True)

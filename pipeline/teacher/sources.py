@@ -1,5 +1,6 @@
 """
-Teachers that are not networks of smp: a module of the user's own, a folder of transformers, an exported file.
+Teachers that are not networks of smp: a module of the user's own, a folder of transformers, an exported file, a network that is passed in
+Python, stored predictions.
 
 For each: the network, and the fields of a recipe that say what determines its values.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Teacher
+from kdpipe.pipeline.teacher.given import given_fields, given_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def load_foreign(teacher: Teacher, key: str, say: Callable[[str], None]) -> nn.Module:
     """
-    The network of a teacher that `model`, `pretrained` or `file` names, with logits at the size of its images.
+    The network of a teacher that `model`, `pretrained`, `file` or `given` names, with logits at the size of its images.
 
     `say` is called with a sentence on what is not taken as it is. Raises `ConfigError` and `CheckpointError`, which name `key`.
     """
@@ -31,6 +33,8 @@ def load_foreign(teacher: Teacher, key: str, say: Callable[[str], None]) -> nn.M
 
 
 def _network(teacher: Teacher, key: str, say: Callable[[str], None]) -> nn.Module:
+    if teacher.given is not None:
+        return given_network(key, teacher.given)
     if teacher.pretrained is not None:
         from kdpipe.pipeline.models.external.transformers_folder import load_pretrained
 
@@ -39,17 +43,12 @@ def _network(teacher: Teacher, key: str, say: Callable[[str], None]) -> nn.Modul
         from kdpipe.pipeline.models.external.exported import load_exported
 
         return load_exported(teacher.file, key)
-    from kdpipe.pipeline.models.external.own_module import build_own
-    from kdpipe.pipeline.models.unwrap import unwrapped
-    from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
+    from kdpipe.pipeline.models.external.own_module import build_own, load_own_weights
 
     assert teacher.model is not None
     assert teacher.checkpoint is not None
     network = build_own(teacher.model, teacher.options, f"{key}.model")
-    weights = unwrapped(read_checkpoint(teacher.checkpoint), teacher.checkpoint, teacher.weights, key)
-    notes = load_strictly(network, weights.state, origin=teacher.checkpoint)
-    for note in weights.notes(teacher.checkpoint, key) + notes:
-        say(note)
+    load_own_weights(network, teacher.checkpoint, teacher.weights, key, say)
     return network
 
 
@@ -66,7 +65,13 @@ def source_fields(teacher: Teacher, key: str, *, required: bool = False) -> dict
         "model": teacher.model,
         "options": teacher.options,
         "weights": teacher.weights,
+        "predictions": teacher.are,
+        "given": teacher.given,
     }
+    if teacher.predictions is not None:  # their content is in the digest of each tile
+        return fields | {"checkpoint_sha256": None, "files_sha256": None}
+    if teacher.given is not None:
+        return fields | given_fields(key, teacher.given, required=required) | {"files_sha256": None}
     if teacher.pretrained is not None:
         from kdpipe.pipeline.models.external.transformers_folder import digests, local_folder
 

@@ -29,6 +29,7 @@ from kdpipe.pipeline.precompute.expected_recipe import (
 from kdpipe.pipeline.precompute.subjects import seen_by_teachers, subjects
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.teacher.predictions.gaps import WithoutGaps
 from kdpipe.pipeline.training.loaders import OnlineTargets
 from kdpipe.pipeline.versions import library_note
 
@@ -41,7 +42,7 @@ class Targets:
     For a cache also its fingerprint, a note on libraries whose version differs now, and the cost of stage one, where it is recorded.
     """
 
-    source: SoftTargetCache | CachedViews | OnlineTargets | None
+    source: SoftTargetCache | WithoutGaps | CachedViews | OnlineTargets | None
     fingerprint: str | None = None
     note: str | None = None
     costs: StageOneCosts | None = None
@@ -61,7 +62,10 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
         teacher = open_teacher(config, recipe, device)
         return Targets(OnlineTargets(teacher, tiles, config, stretch))
     cache = open_fresh_cache(config, tiles, stretch)
+    source: SoftTargetCache | WithoutGaps | CachedViews
     source = cache if config.distill.teacher_view == "tile" else CachedViews(cache, config.teachers_places)
+    if config.has_predictions:
+        source = WithoutGaps(cache, config)
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
     if costs:  # a repaired tile is paid for twice and stored once
@@ -73,7 +77,7 @@ def training_samples(
     config: Config,
     tiles: Sequence[Tile],
     stretch: Stretch,
-    source: SoftTargetCache | CachedViews | OnlineTargets | None,
+    source: SoftTargetCache | WithoutGaps | CachedViews | OnlineTargets | None,
 ) -> TrainTiles:
     """
     The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or recorded views.

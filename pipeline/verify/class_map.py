@@ -27,7 +27,7 @@ from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.evaluation.confusion import count_pairs, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.subjects import WholeTile
+from kdpipe.pipeline.precompute.subjects import require_predictions, whole_tiles
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
@@ -180,15 +180,16 @@ def suggest_map(
         chosen = np.random.default_rng(config.seed).permutation(len(tiles))[:sample]
         tiles = [tiles[i] for i in sorted(chosen)]
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
+    wholes = whole_tiles(config, tiles, stretch)
+    require_predictions(config, wholes)
     teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
     counts_ST = np.zeros((len(config.classes.names), len(config.teacher_classes)), dtype=np.int64)
     with progress.bar("teacher", len(tiles), "tiles") as advance:
-        for tile in tiles:
-            whole = WholeTile(tile, config, stretch)
+        for whole in wholes:
             image_HWC = whole.image()
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while the teacher predicted {sized('tile', 1, *image_HWC.shape[:2])}", advice):
-                predicted_HW = teacher.logits(image_HWC[None])[0].argmax(dim=0).cpu().numpy()
+                predicted_HW = teacher.logits(whole.seen(image_HWC)[None])[0].argmax(dim=0).cpu().numpy()
             counts_ST += count_teacher_classes(predicted_HW, whole.labels(), config)
             advance()
     if not counts_ST.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,9 +28,10 @@ from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import configured_softening, expected_fields
-from kdpipe.pipeline.precompute.subjects import Subject, subject_noun, subjects
+from kdpipe.pipeline.precompute.subjects import Subject, require_predictions, subject_noun, subjects
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import open_teacher
+from kdpipe.pipeline.teacher.given import GivenTeacher, handed
 from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_teacher_classes
 from kdpipe.pipeline.verify.parity import PRECISION_SLACK, Measure, TileParity, compare, middle_window
 from kdpipe.pipeline.verify.reference import ReferenceReport, compare_with_reference
@@ -70,10 +72,10 @@ class Report:
     teacher_classes: list[TeacherClass] = field(default_factory=list)
     cache_checked: bool = True
     reference: ReferenceReport | None = None
-
-    @property
     limit: int | None = None
     configured: int = 0
+
+    @property
     def passes(self) -> bool:
         """Whether there are no findings."""
         return not self.findings
@@ -100,14 +102,15 @@ class Compared:
 
 def verify(
     config: Config,
-    level: Level,
-    device: torch.device,
+    level: Level = "full",
+    device: torch.device | str | None = None,
     *,
     sample: int = DEFAULT_SAMPLE,
-    student: str | None = None,
+    student: str | os.PathLike[str] | None = None,
     on_parity: Callable[[Compared], None] | None = None,
-    reference: Path | None = None,
+    reference: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    teacher: GivenTeacher | None = None,
 ) -> Report:
     """
     Check a cache against its configuration; the report's findings say what is wrong.
@@ -115,11 +118,20 @@ def verify(
     Level `quick` reads names, sizes and times, `full` reads every byte. `parity` also runs the teacher again on `sample`
     tiles chosen by the seed, compares loss and gradient of a student (the checkpoint `student`, or a fresh one), and
     compares the class map with the labels; `on_parity` is called with each tile of the sample. With `reference`, a folder of
-    scores that the teacher's owner saved, the teacher is compared with them too, and a missing cache is no finding. Raises
+    scores that the teacher's owner saved, the teacher is compared with them too, and a missing cache is no finding. `device` and `teacher`
+    are those of `precompute`; without `teacher`, the cache of a network that was passed in Python is checked by its name alone. Raises
     `DataError` or `ConfigError` where the data cannot be listed or the scores do not fit, `CheckpointError` for a missing
     teacher at level parity or with a reference.
     """
-    progress = progress or Silent()
+    device = device if isinstance(device, torch.device) else resolve_device(device)
+    with handed(config, teacher):
+        return _verify(config, level, device, sample, student, on_parity, reference, progress or Silent())
+
+
+def _verify(
+    config: Config, level: Level, device: torch.device, sample: int, student: str | os.PathLike[str] | None,
+    on_parity: Callable[[Compared], None] | None, reference: str | os.PathLike[str] | None, progress: Progress,
+) -> Report:  # fmt: skip
     tiles = list_tiles(config.data, "train")
     stretch = resolve_stretch(config.data, tiles)
     storage = open_storage(config.cache.path)
@@ -127,9 +139,10 @@ def verify(
     if reference is not None and not storage.children(""):
         report.cache_checked = False
     else:
-        _check_cache(config, storage, tiles, stretch, device, sample, student, report, progress, on_parity)
+        checkpoint = None if student is None else os.fspath(student)
+        _check_cache(config, storage, tiles, stretch, device, sample, checkpoint, report, progress, on_parity)
     if reference is not None:
-        report.reference = compare_with_reference(config, reference, stretch, device, progress)
+        report.reference = compare_with_reference(config, Path(reference), stretch, device, progress)
         report.findings += report.reference.findings
     return report
 
@@ -160,6 +173,11 @@ def _check_cache(
         Finding("stale-recipe", None, line)
         for line in differences(manifest.recipe, expected_fields(config, stretch, manifest.recipe, tiles))
     ]
+    if manifest.partial_of is not None and report.limit is None:
+        advice = "run `kdpipe precompute-teacher` without --limit, or verify with the same --limit"
+        report.findings.append(
+            Finding("incomplete", None, f"a trial computed the cache: {partial_text(manifest)}; {advice}")
+        )
     report.findings += _check_files(storage, manifest, images, report, progress)
     if report.level == "parity" and not report.findings:
         cache = SoftTargetCache(storage, manifest, configured_softening(config))
@@ -173,12 +191,8 @@ def _check_cache(
 
 def _check_files(
     storage: Storage, manifest: Manifest, images: Mapping[str, Source], report: Report, progress: Progress
-    if manifest.partial_of is not None and report.limit is None:
-        advice = "run `kdpipe precompute-teacher` without --limit, or verify with the same --limit"
-        report.findings.append(
-            Finding("incomplete", None, f"a trial computed the cache: {partial_text(manifest)}; {advice}")
-        )
 ) -> list[Finding]:
+    of_trial = report.limit is not None
     if report.level == "quick":
         return check_quick(storage, manifest, images, only_these=of_trial)
     held = sum(record.id in images for record in manifest.tiles) if of_trial else len(manifest.tiles)
@@ -191,33 +205,28 @@ def _check_parity(
     sample: int, checkpoint: str | None, report: Report, progress: Progress, on_parity: Callable[[Compared], None],
 ) -> None:  # fmt: skip
     """Run the teacher again on a sample; fills the report's `parity` and `teacher_classes`."""
-    from kdpipe.pipeline.models.student import build_student  # slow to import, and not needed below parity
+    from kdpipe.pipeline.models import student as students  # slow to import, and not needed below parity
 
-    of_trial = report.limit is not None
     manifest = cache.manifest
     teacher = open_teacher(config, manifest.recipe, device)
     torch.manual_seed(config.seed)
-    student = build_student(
-        config.student.architecture,
-        len(config.classes.names),
-        in_channels=len(config.data.places(config.student.bands)),
-        encoder=config.student.encoder,
-        checkpoint=checkpoint or config.student.checkpoint,
-        replace_head=config.student.replace_head,
-        options=config.student.options,
-    )
+    config = students.with_own_normalization(config)
+    student, weights = students.untrained_student(config), checkpoint or config.student.checkpoint
+    if weights is not None:
+        students.load_student_weights(student, weights, replace_head=config.student.replace_head)
     student.to(device).eval()
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
     bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
+    require_predictions(config, chosen)
     with progress.bar("parity", len(chosen), report.noun) as advance:
         for tile in chosen:
             image_HWC = tile.image()
             size = sized("tile", 1, *image_HWC.shape[:2])
             advice = teacher_advice(config, 1, device, max(image_HWC.shape[:2]))
             with fits_in_memory(f"while {size} was compared with the teacher", advice):
-                logits_NTHW = teacher.logits(image_HWC[None])
+                logits_NTHW = teacher.logits(tile.seen(image_HWC)[None])
                 live_CHW = teacher.targets_of(logits_NTHW)[0]
                 probs_CHW = teacher.probabilities_of(logits_NTHW)[0]
                 lost = cache.entropy_error(tile.id, middle_window(*image_HWC.shape[:2]))

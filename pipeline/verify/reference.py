@@ -25,6 +25,7 @@ from kdpipe.data.rasters import Stretch, image_size, read_image
 from kdpipe.data.tiles import Tile, limited, list_tiles, without_limit
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.precompute.subjects import PredictedTile, require_predictions, whole_tiles
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.teacher.loading import load_teacher
@@ -131,10 +132,13 @@ def _compare_teacher(
     report: ReferenceReport, progress: Progress,
 ) -> None:  # fmt: skip
     matched, strangers = match_files(folder, tiles)
-    if strangers:
     matched = limited(matched, config.data.limit)
+    if strangers:
         report.notes.append(f"not compared, as named after no tile: {summarise(str(path) for path in strangers)}")
     targets = [Target(tile, read_scores(path, member.classes, *image_size(tile.image))) for tile, path in matched]
+    if member.predictions is not None:
+        _compare_predictions(config, key, targets, stretch, report, progress)
+        return
     model = load_teacher(member, key, in_channels=len(config.data.places(member.bands)))
     # In the memory layout that scripts use: in half precision another one gives other numbers.
     runner = Runner(copy.deepcopy(model).to(device), key, member, config, stretch, device)
@@ -158,6 +162,36 @@ def _compare_teacher(
     report.tiles += rows
     report.causes += causes
     report.findings += _findings(key, rows, causes)
+
+
+def _compare_predictions(
+    config: Config, key: str, targets: Sequence[Target], stretch: Stretch, report: ReferenceReport, progress: Progress
+) -> None:
+    """Compare stored predictions, which no search could explain, as there is no network to run otherwise; gaps are left out."""
+    wholes = whole_tiles(config, [target.tile for target in targets], stretch)
+    require_predictions(config, wholes)
+    rows = []
+    with progress.bar(f"reference, {key}", len(targets), "tiles") as advance:
+        for target, whole in zip(targets, wholes, strict=True):
+            assert isinstance(whole, PredictedTile)
+            stored = whole.prediction.read()
+            logits_CHW = torch.from_numpy(whole.prediction.logits(stored).transpose(2, 0, 1))
+            saved_CHW = target.saved("softmax")
+            probs_CHW = torch.where(torch.from_numpy(stored.known_HW), torch.softmax(logits_CHW, dim=0), saved_CHW)
+            rows.append(_row(key, target, difference(probs_CHW, saved_CHW), _allowed(target)))
+            advance()
+    report.tiles += rows
+    failing = [row for row in rows if not row.max_abs.passes]
+    if failing:
+        largest = max(row.max_abs.value for row in failing)
+        report.findings.append(
+            Finding(
+                "reference",
+                None,
+                f"the largest |Δp| is {_figure(largest)} on {_tiles_text([row.tile for row in failing])}: {key}.predictions and the scores "
+                f"are not of one network. Were both saved in one order of channels, and does {key}.are say what the predictions hold?",
+            )
+        )
 
 
 def _row(key: str, target: Target, result: Difference, allowed: float) -> TileReference:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import unicodedata
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.configs.errors import DataError, KdpipeError, summarise
+from kdpipe.configs.errors import DataError, summarise
 from kdpipe.data.declared.header import read_declared
 from kdpipe.data.rasters import read_bands
 from kdpipe.data.tiles import Tile
+from kdpipe.pipeline.teacher.predictions.arrays import (
+    ARRAYS,
+    SUM_TOLERANCE,
+    most_bytes,
+    read_array,
+    same_name,
+    shape_hint,
+)
 
-SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
-SUM_TOLERANCE = 1e-2  # of a pixel's probabilities, which float16 may have rounded
-LEAST_LIMIT_BYTES = 2**26  # of an array that is read; larger where the scores of the tile may be
+SUFFIXES = (*ARRAYS, ".tif", ".tiff")
 FLOAT16_STEP = 2.0**-11  # the largest relative error of a number stored in float16
 
 Kind = Literal["logits", "probabilities", "log-probabilities", "values in 0..1"]
@@ -51,13 +54,13 @@ def match_files(folder: Path, tiles: Sequence[Tile]) -> tuple[list[tuple[Tile, P
     """
     by_name: dict[str, list[Tile]] = {}
     for tile in tiles:
-        for name in {_same(tile.id), _same(tile.id.rpartition("/")[2])}:
+        for name in {same_name(tile.id), same_name(tile.id.rpartition("/")[2])}:
             by_name.setdefault(name, []).append(tile)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     found: dict[str, tuple[Tile, Path]] = {}
     strangers = []
     for path in files:
-        name = _same(path.relative_to(folder).with_suffix("").as_posix())
+        name = same_name(path.relative_to(folder).with_suffix("").as_posix())
         named = by_name.get(name, [])
         if not named:
             strangers.append(path)
@@ -90,7 +93,7 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
     if path.suffix.lower() in (".tif", ".tiff"):
         raw = _raster(path, classes, height, width)
     else:
-        raw = _array(path, max(LEAST_LIMIT_BYTES, 16 * (len(classes) + 16) * height * width))
+        raw = read_array(path, most_bytes(len(classes), height, width))
     _require_scores(path, raw.shape, raw.dtype, classes, height, width)
     values_CHW = np.ascontiguousarray(raw, dtype=np.float32)
     strange = np.count_nonzero(~np.isfinite(values_CHW))
@@ -112,53 +115,6 @@ def read_scores(path: Path, classes: Sequence[str], height: int, width: int) -> 
     if raw.dtype != np.float16:
         return Scores(path, values_CHW, kind, 0.0, _precision_of(values_CHW))
     return Scores(path, values_CHW, kind, _rounding(values_CHW, kind), None)
-
-
-def _same(name: str) -> str:
-    """A name in one Unicode form, as systems write names in several."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _array(path: Path, most_bytes: int) -> NDArray[Any]:
-    """The one array of a `.npy` or `.npz` file, whose header is checked before memory is asked for."""
-    try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                _require_size(path, file, most_bytes)
-                loaded: NDArray[Any] = np.load(path, allow_pickle=False)
-                return loaded
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            named = [name.removesuffix(".npy") for name in names]
-            if len(names) != 1:
-                raise DataError(
-                    f"{path} holds {len(names)} arrays ({summarise(named)}): save one, with np.savez(file, scores)"
-                )
-            with archive.open(names[0]) as part:
-                _require_size(path, part, most_bytes)
-            with archive.open(names[0]) as part:
-                array: NDArray[Any] = np.lib.format.read_array(part, allow_pickle=False)
-                return array
-    except KdpipeError:
-        raise
-    except Exception as err:  # those of NumPy, zipfile and zlib have no class in common
-        if "pickle" in str(err) or "Object arrays" in str(err):  # so NumPy calls everything that is not its own
-            raise DataError(
-                f"{path} is damaged, or holds Python objects, which could execute code and are not read: save one float array, with "
-                "np.save(file, scores)"
-            ) from err
-        raise DataError(f"cannot read {path} as a NumPy file: {err}") from err
-
-
-def _require_size(path: Path, file: IO[bytes], most_bytes: int) -> None:
-    """Raise `DataError` where the header at the start of `file` claims a larger array."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if prod(shape) * dtype.itemsize > most_bytes:
-        raise DataError(
-            f"{path} declares an array of {dtype} {shape}, far larger than the scores of its tile: save those of one tile"
-        )
 
 
 def _raster(path: Path, classes: Sequence[str], height: int, width: int) -> NDArray[Any]:
@@ -185,23 +141,8 @@ def _require_scores(
         return
     raise DataError(
         f"{path} has the shape {shape}, and its tile needs {wanted}: one channel for each of the teacher's classes "
-        f"({', '.join(classes)}), then height and width{_shape_hint(shape, wanted)}"
+        f"({', '.join(classes)}), then height and width{shape_hint(shape, wanted)}"
     )
-
-
-def _shape_hint(shape: tuple[int, ...], wanted: tuple[int, int, int]) -> str:
-    channels, height, width = wanted
-    if shape == (height, width, channels):
-        return ". This is (H, W, C): save scores.transpose(2, 0, 1)"
-    if shape == (1, *wanted):
-        return ". This is a batch of one: save scores[0]"
-    if len(shape) == 2:
-        return ". These are no scores of classes but one value for each pixel"
-    if len(shape) != 3:
-        return ""
-    if shape[0] != channels:
-        return ". Save every channel that the network predicts, those of teacher.drop_channels too"
-    return ". Resize the scores to the tile's size, or crop what was padded, before they are saved"
 
 
 def _rounding(values_CHW: NDArray[np.float32], kind: Kind) -> float:
