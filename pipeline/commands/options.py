@@ -103,6 +103,19 @@ window_option = click.option(
 )
 
 
+def _trusting(context: click.Context, option: click.Parameter, trusts: bool) -> None:
+    if trusts:
+        from kdpipe.pipeline.runs.trust import trusting_code
+
+        context.with_resource(trusting_code())
+
+
+trust_option = click.option(
+    "--trust-code", is_flag=True, expose_value=False, callback=_trusting,
+    help="Import modules that a checkpoint names. Only if you know where it came from.",
+)  # fmt: skip
+
+
 def limit_option(nouns: str = "tiles") -> Callable[[Command], Command]:
     """The option `--limit N` of a command that goes over `nouns`."""
     help_text = f"For a trial: take at most N {nouns}, spread evenly over all."

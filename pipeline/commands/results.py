@@ -15,6 +15,7 @@ from kdpipe.pipeline.commands.options import (
     load,
     run,
     set_option,
+    trust_option,
     window_option,
     with_config,
 )
@@ -23,8 +24,10 @@ from kdpipe.pipeline.commands.options import (
 @click.command("evaluate")
 @click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [ROOT]...", shell_complete=completion.checkpoint_then_roots)
 @click.option("--teacher", is_flag=True, help="Score the mapped teacher of CONFIG instead of a CHECKPOINT.")
-@config_option("The teacher's config. A CHECKPOINT carries its own.", "-c", "--config")
+@config_option("The config of a teacher, or of a student that kdpipe did not train. A CHECKPOINT of kdpipe carries its own.",
+               "-c", "--config")  # fmt: skip
 @set_option
+@trust_option
 @limit_option()
 @window_option
 @click.option("--tta", type=click.Choice(["none", "flips", "d4"]), help="Views over which logits are averaged.")
@@ -38,18 +41,20 @@ def evaluate(
     """
     Score a student or a teacher on labelled tiles.
 
-    ROOT is a folder of images and masks (default: data.val of the config). Each is scored by itself, then all together.
-    By default a student predicts whole tiles without TTA, and a teacher as its config says.
+    CHECKPOINT is of train-student, or with -c CONFIG an ONNX file, a .pt2 file or a student's weights of any origin. ROOT is a
+    folder of images and masks (default: data.val of the config). Each is scored by itself, then all together. By default a
+    student predicts whole tiles without TTA, and a teacher as its config says.
 
     Exit codes: 0 done, 2 usage, config, data or checkpoint.
     """
-    if teacher != (source is not None):
-        raise click.UsageError("--teacher and -c CONFIG go together: a student's CHECKPOINT carries its own config")
+    if teacher and source is None:
+        raise click.UsageError("--teacher needs -c CONFIG, which describes the teacher")
     if overrides and source is None:
         raise click.UsageError("--set overrides a key of -c CONFIG, and a student's CHECKPOINT carries its own config")
     if not teacher and not paths:
         raise click.UsageError("Missing argument 'CHECKPOINT', such as model_weights/<group>/<name>/best.ckpt")
-    run("results.evaluate_model", paths, load(source, overrides) if source is not None else None, **options)
+    config = load(source, overrides) if source is not None else None
+    run("results.evaluate_model", paths, config, teacher=teacher, **options)
 
 
 @click.command("forecast")
@@ -63,6 +68,7 @@ def evaluate(
     help="Folder of labelled tiles of one scene, that no network has seen. Repeatable. Default: data.val.",
 )
 @window_option
+@trust_option
 def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ...], **options: Any) -> None:
     """
     Say whether distillation can pay: what the teacher knows beyond a student that was trained without it.
@@ -83,6 +89,7 @@ def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ..
 @click.option("--tiles", type=click.IntRange(0), default=12, show_default=True, metavar="N",
               help="Validation tiles shown with the predictions of every arm.")  # fmt: skip
 @click.option("--png", is_flag=True, help="Draw curves and differences as PNG files too.")
+@trust_option
 @common_options(device=True)
 def compare(**options: Any) -> None:
     """
@@ -103,6 +110,7 @@ def compare(**options: Any) -> None:
               help="Tiles shown for each run.")  # fmt: skip
 @click.option("--teacher", is_flag=True, help="Run the teacher on the validation tiles shown.")
 @window_option
+@trust_option
 @limit_option()
 @common_options(device=True)
 def report(**options: Any) -> None:

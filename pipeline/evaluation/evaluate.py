@@ -38,6 +38,7 @@ from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import PredictedTile, predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import load_trained
+from kdpipe.pipeline.runs.elsewhere import trained_elsewhere
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
@@ -118,8 +119,8 @@ class RootScores:
     without_mask: list[str] = field(default_factory=list)
     without_label: list[str] = field(default_factory=list)
     trained_on: bool = False
-
     labelled: int = 0
+
 
 @dataclass
 class Evaluation:
@@ -130,8 +131,8 @@ class Evaluation:
     classes: list[str]
     roots: list[RootScores]
     together: RootScores
-
     limit: int | None = None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         roots, together = [_plain(root) for root in self.roots], _plain(self.together)
@@ -139,25 +140,34 @@ class Evaluation:
 
 
 def student_model(
-    checkpoint: str | Path, device: torch.device, *, tta: str | None, window: int | None, alone: bool = False
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    tta: str | None,
+    window: int | None,
+    alone: bool = False,
+    config: Config | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """
     The student of a checkpoint of `train-student`, in float32; no TTA and whole tiles where `tta` and `window` are None.
 
-    Logits are averaged over views in the image's own frame, as for a teacher, and softmax comes last. With `alone`, images are read for
-    the student alone, and may lack the bands that only its teacher saw. Raises `CheckpointError` where the file is no such checkpoint.
+    With `config`, the file is one of another origin that it describes: weights, or an exported network (see `trained_elsewhere`). Logits
+    are averaged over views in the image's own frame, as for a teacher, and softmax comes last. With `alone`, images are read for the
+    student alone, and may lack the bands that only its teacher saw. `say` is that of `load_trained`. Raises `CheckpointError` where the
+    file is no such checkpoint.
     """
-    trained = load_trained(checkpoint)
+    trained = load_trained(checkpoint, say) if config is None else trained_elsewhere(checkpoint, config, say)
     trained = trained.alone() if alone else trained
     config = trained.config
     network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
     return Model(
-        description=f"{config.name} after step {trained.position.steps}",
+        description=trained.description,
         networks=[network],
         predict=_student_predict(trained.student, network, config, device),
         config=config,
         stretch=trained.stretch,
-        trained_on=_wholly_trained_on(config),
+        trained_on=[] if trained.file else _wholly_trained_on(config),
     )
 
 

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, summarise
 from kdpipe.configs.files import file_sha256
-from kdpipe.configs.schema import Alpha, MeanStd
-from kdpipe.configs.schema.options import options_text
+from kdpipe.configs.schema import Alpha, Config, MeanStd
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.external.onnx_file import (
+    CLASSES,
     INPUT,
-    OUTPUT,
     described,
     first_line,
     open_session,
@@ -35,8 +34,10 @@ from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
 from kdpipe.pipeline.runs.checkpoint import Ends, Trained, load_trained
+from kdpipe.pipeline.runs.elsewhere import trained_elsewhere
 
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
+Precision = Literal["fp32", "fp16", "int8"]
 Byte = Annotated[int, Field(ge=0, le=255)]
 ONNX_SUFFIX, OTHER_SUFFIXES = ".onnx", (".torchscript", ".pt2")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -47,9 +48,10 @@ class Card(BaseModel):
     Description of a network, its input and its output.
 
     Input: float32 `(N, len(bands), H, W)`, `(x / 255 - mean) / std` of the image's `bands`, numbers from 1 of which `band_names` names
-    some; `stretch` maps each band linearly from its (low, high) to 0..255, rounded, unless it is None. Output: float32 logits `(N,
-    len(classes), H, W)`. `sizes` describes the allowed H and W, `colours` what the training images called `bands`, `image_bands` how many
-    bands they had; None if that is not recorded. `alpha` is `data.alpha`.
+    some; `stretch` maps each band linearly from its (low, high) to 0..255, rounded, unless it is None. `output` is `logits`, float32 `(N,
+    len(classes), H, W)`, or `classes`, uint8 `(N, H, W)`; `precision` is what the network computes with. `sizes` describes the allowed H
+    and W, `colours` what the training images called `bands`, `image_bands` how many bands they had; None if that is not recorded. `alpha`
+    is `data.alpha`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +73,9 @@ class Card(BaseModel):
     mean: tuple[FiniteFloat, ...]
     std: tuple[Annotated[PositiveFloat, Field(allow_inf_nan=False)], ...]
     sizes: str
+    input_dtype: Literal["float32"] = "float32"
+    output: Literal["logits", "classes"] = "logits"
+    precision: Precision = "fp32"
     kdpipe: str
 
     @model_validator(mode="after")
@@ -91,7 +96,8 @@ class Predictor:
     """
     `logits` maps uint8 images `(N, B, H, W)` of the card's bands to float32 logits `(N, C, H, W)`, both in main memory.
 
-    It computes on `device`.
+    It computes on `device`. For a network whose `card.output` is classes, the logits are 1 for its class and 0 for the others: they have
+    the same argmax, and must not be averaged.
     """
 
     origin: str
@@ -106,13 +112,12 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
     trained = trained.alone()
     config, bands = trained.config, trained.config.data.bands
     mean, std = mean_std(config.student.normalize, len(bands))
-    encoder = f" with {config.student.encoder}" if config.student.encoder else ""
     palette = colours(len(config.classes.names)).astype(int).tolist()
     return Card.model_validate(
         {
             "run": config.name,
             "step": trained.position.steps,
-            "network": config.student.architecture + encoder + options_text(config.student.options),
+            "network": trained.file or config.student.network,
             "checkpoint_sha256": file_sha256(checkpoint),
             "classes": config.classes.names,
             "palette": palette,
@@ -131,24 +136,51 @@ def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
     )
 
 
-def open_predictor(path: str | Path, device: str | None, *, tta: str = "none") -> Predictor:
+def open_predictor(
+    path: str | Path,
+    device: str | None,
+    *,
+    tta: str = "none",
+    config: Config | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Predictor:
     """
     A predictor from a checkpoint or an ONNX file, in float32; `device` None is the best one available.
 
-    Logits are averaged over the views of `tta`. Raises `CheckpointError` if the file is neither, `ConfigError` if the device is
-    missing or onnxruntime is not installed.
+    `config` describes a file of another origin: weights, or an exported network (see `trained_elsewhere`). A file that describes itself
+    needs none, and must have its classes. Logits are averaged over the views of `tta`; `say` is that of `load_trained`. Raises
+    `CheckpointError` if the file is neither, `ConfigError` if the device is missing or onnxruntime is not installed.
     """
     suffix = Path(path).suffix
-    if suffix in OTHER_SUFFIXES:
+    if suffix in OTHER_SUFFIXES and config is None:
         raise CheckpointError(
             f"{path} is an exported file that predict cannot run: name the checkpoint, or an ONNX file (`kdpipe export --format onnx`)"
         )
-    return _onnx_predictor(Path(path), device, tta) if suffix == ONNX_SUFFIX else _student(path, device, tta)
+    if suffix == ONNX_SUFFIX and (text := described(Path(path), CARD_KEY)) is not None:
+        found = _onnx_predictor(Path(path), text, device, tta)
+        _refuse_other_classes(found, config)
+        return found
+    if suffix == ONNX_SUFFIX and config is None:
+        raise CheckpointError(
+            f"{path} does not say what its classes, bands and normalisation are (metadata key {CARD_KEY!r}, which `kdpipe export` "
+            "writes): add -c CONFIG, whose classes.names, data.bands, data.stretch, student.bands and student.normalize are those of the "
+            "network"
+        )
+    if config is None:
+        return _student(path, load_trained(path, say), device, tta)
+    return _student(path, trained_elsewhere(path, config, say), device, tta)
 
 
-def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
-    trained = load_trained(path).alone()
-    device = resolve_device(name)
+def _refuse_other_classes(predictor: Predictor, config: Config | None) -> None:
+    if config is not None and config.classes.names != predictor.card.classes:
+        raise ConfigError(
+            f"{predictor.origin} says that its classes are {', '.join(predictor.card.classes)}, and classes.names has "
+            f"{', '.join(config.classes.names)}: take the configuration that it was trained with"
+        )
+
+
+def _student(path: str | Path, trained: Trained, name: str | None, tta: str) -> Predictor:
+    trained, device = trained.alone(), resolve_device(name)
     student = trained.student.to(device).to(memory_format=torch.channels_last)
     normalize = trained.config.student.normalize
 
@@ -162,14 +194,8 @@ def _student(path: str | Path, name: str | None, tta: str) -> Predictor:
     return Predictor(str(path), card_of(trained, path, sizes="any"), str(device), tta, logits)
 
 
-def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
+def _onnx_predictor(path: Path, text: str, name: str | None, tta: str) -> Predictor:
     device, provider = _provider(name)
-    text = described(path, CARD_KEY)
-    if text is None:
-        raise CheckpointError(
-            f"{path} does not name its classes and normalisation (metadata key {CARD_KEY!r}): predict takes ONNX files that "
-            "`kdpipe export` wrote"
-        )
     try:
         card = Card.model_validate_json(text)
     except ValidationError as err:
@@ -180,24 +206,35 @@ def _onnx_predictor(path: Path, name: str | None, tta: str) -> Predictor:
         raise CheckpointError(
             f"{path} has a description that this version cannot read: {summarise(faults, 3)}"
         ) from err
+    if card.output == CLASSES and tta != "none":
+        raise ConfigError(
+            f"--tta {tta} averages logits, and {path} answers with classes: leave --tta out, or take a file that was exported without "
+            "--argmax"
+        )
     session, normalize = open_session(path, [provider]), MeanStd(mean=card.mean, std=card.std)
 
     def run(inputs_NCHW: Tensor) -> Tensor:
         try:
-            (logits_NCHW,) = session.run([OUTPUT], {INPUT: inputs_NCHW.contiguous().numpy()})
+            (found,) = session.run([card.output], {INPUT: inputs_NCHW.contiguous().numpy()})
         except Exception as err:  # onnxruntime's errors have no class in common
             if is_out_of_memory(err):
                 raise
             raise CheckpointError(
                 f"{path} cannot predict images of {tuple(inputs_NCHW.shape)}: {first_line(err)}"
             ) from err
-        expected = (len(inputs_NCHW), len(card.classes), *inputs_NCHW.shape[2:])
-        if not isinstance(logits_NCHW, np.ndarray) or logits_NCHW.shape != expected or logits_NCHW.dtype != np.float32:
+        of_classes, count = card.output == CLASSES, len(card.classes)
+        expected = (len(inputs_NCHW), *([] if of_classes else [count]), *inputs_NCHW.shape[2:])
+        dtype = "uint8" if of_classes else "float32"
+        if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != dtype:
             raise CheckpointError(
-                f"{path} answers images of {tuple(inputs_NCHW.shape)} by {getattr(logits_NCHW, 'shape', type(logits_NCHW).__name__)}, "
-                f"expected float32 logits of {expected}: take a file that `kdpipe export` wrote"
+                f"{path} answers images of {tuple(inputs_NCHW.shape)} by {getattr(found, 'shape', type(found).__name__)}, "
+                f"expected {dtype} {card.output} of {expected}: take a file that `kdpipe export` wrote"
             )
-        return torch.from_numpy(logits_NCHW)
+        if not of_classes:
+            return torch.from_numpy(found)
+        if found.max() >= count:
+            raise CheckpointError(f"{path} answers with the class {found.max()}, and describes {count} classes from 0")
+        return (torch.from_numpy(found)[:, None] == torch.arange(count)[:, None, None]).float()
 
     @torch.inference_mode()
     def logits(images_NCHW: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from kdpipe.pipeline.models.student import STUDENT_PREFIX, untrained_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
 from kdpipe.pipeline.runs.record import OwnLoss
+from kdpipe.pipeline.runs.trust import require_trust
 
 FORMAT = 1
 MAX_MISSING = 2**24  # numbers beyond twice those stored, of a network that is built only to say what does not fit
@@ -234,7 +235,7 @@ class Trained:
     A trained student in eval mode, float32, on the CPU, with its configuration and the stretch that its images need.
 
     `colours` are what the training images called `data.bands`, and `image_bands` how many bands they had that are not alpha; None in a
-    checkpoint of an earlier version.
+    checkpoint of an earlier version. `file` is the name of the file of a student that kdpipe did not train.
     """
 
     student: nn.Module
@@ -243,6 +244,12 @@ class Trained:
     position: Position
     colours: list[str] | None = None
     image_bands: int | None = None
+    file: str | None = None
+
+    @property
+    def description(self) -> str:
+        """The student in words, for tables."""
+        return self.file or f"{self.config.name} after step {self.position.steps}"
 
     def alone(self) -> Trained:
         """The same student where images are read for it alone: `data.bands` are just those that it sees, in its order."""
@@ -257,15 +264,13 @@ class Trained:
         return replace(self, config=config, stretch=stretch, colours=colours)
 
 
-def load_trained(
-    path: str | Path, *, trust_code: bool = False, say: Callable[[str], None] = lambda line: None
-) -> Trained:
+def load_trained(path: str | Path, say: Callable[[str], None] = lambda line: None) -> Trained:
     """
     The student in a checkpoint of `train-student`, built from the configuration in it.
 
-    A module that the checkpoint names as `student.model` is imported only with `trust_code`; `say` is called with a warning if its file has
-    changed. Raises `CheckpointError` where the file is not such a checkpoint, or names a module without `trust_code`, and `ConfigError`
-    where its configuration is not valid today.
+    A module that the checkpoint names as `student.model` is imported only within `trust.trusting_code`; `say` is called with a warning if
+    its file has changed. Raises `CheckpointError` where the file is not such a checkpoint, or names a module that is not to be imported,
+    and `ConfigError` where its configuration is not valid today.
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path} is a folder, and a checkpoint is a file in it, such as {Path(path) / BEST}")
@@ -273,7 +278,7 @@ def load_trained(
     if not is_of_a_student(content):
         raise CheckpointError(
             f"{path} is not a checkpoint of `kdpipe train-student` (format {reprlib.repr(content.get('format'))}), and does not say what "
-            "network, classes and normalisation its weights are for"
+            "network, classes and normalisation its weights are for. For those of a student of another origin, add -c CONFIG, which does"
         )
     header = header_of(content, path)
     record = header.kdpipe
@@ -290,7 +295,7 @@ def load_trained(
             f"{path} does not fit its own configuration: its stretch or its bands are not those of {list(bands)}"
         )
     if config.student.model is not None:
-        require_trust(config.student.model, path, trust_code=trust_code)
+        require_trust(config.student.model, path)
         if note := source_note(record, config, path):
             say(note)
     if config.student.pretrained is not None and record.transformers is None:
@@ -311,15 +316,6 @@ def load_trained(
         colours=[called[band - 1] for band in bands] if called else record.colours,
         image_bands=count_of(called) if called else None,
     )
-
-
-def require_trust(module: str, path: str | Path, *, trust_code: bool) -> None:
-    """Raise `CheckpointError` for a module that a checkpoint names, unless its user trusts what the checkpoint names."""
-    if not trust_code:
-        raise CheckpointError(
-            f"{path} needs the network {module}, code that is not part of kdpipe. A file may come from anyone, so a module "
-            "that it names is not imported unasked: if you know where the checkpoint came from, and what the module does, add --trust-code"
-        )
 
 
 def _built(config: Config, description: str | None, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:

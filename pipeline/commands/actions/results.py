@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdpipe.configs import Config
+from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.outputs import output_path
 from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.evaluation.compare import compare
-from kdpipe.pipeline.evaluation.evaluate import evaluate, student_model, teacher_model
+from kdpipe.pipeline.evaluation.evaluate import Model, evaluate, student_model, teacher_model
+from kdpipe.pipeline.prediction.model import ONNX_SUFFIX
+from kdpipe.pipeline.prediction.scored import exported_model
 from kdpipe.pipeline.reports.html.comparison import comparison_tiles, write_comparison
 from kdpipe.pipeline.reports.html.run import report_run, write_report
 from kdpipe.pipeline.reports.plots import draw_comparison, draw_confusion
@@ -24,22 +27,36 @@ from kdpipe.pipeline.verify.forecast import forecast
 
 
 def evaluate_model(
-    paths: Sequence[str], teachers_config: Config | None, *, limit: int | None, window: int | None, tta: str | None,
+    paths: Sequence[str], config: Config | None, *, teacher: bool, limit: int | None, window: int | None, tta: str | None,
     boundary_width: int, json_path: str | None, png_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
-    """Score the teacher of a config, through its class map, on the roots `paths`; without a config, the student `paths[0]` on the rest."""
+    """Score the teacher of a config, through its class map, on the roots `paths`, or the student `paths[0]` on the rest."""
     terminal = Terminal()
-    where = resolve_device(device)
-    if teachers_config is not None:
-        roots, model = paths, teacher_model(teachers_config, where, tta=tta, window=window)
-        limit = teachers_config.data.limit if limit is None else limit
-    else:
-        roots, model = paths[1:], student_model(paths[0], where, tta=tta, window=window, alone=True)
+    limit = config.data.limit if config is not None and limit is None else limit
+    roots = paths if teacher else paths[1:]
+    model = _model(paths, config, device, teacher=teacher, tta=tta, window=window, terminal=terminal)
     result = evaluate(model.limited(limit), roots, boundary_width_px=boundary_width, progress=terminal)
     write_json(json_path, result.as_dict())
     if png_path is not None:
         draw_confusion(result, Path(png_path))
     terminal.show(*evaluation_tables(result))
+
+
+def _model(
+    paths: Sequence[str], config: Config | None, device: str | None, *, teacher: bool, tta: str | None, window: int | None,
+    terminal: Terminal,
+) -> Model:  # fmt: skip
+    if teacher and config is not None:
+        return teacher_model(config, resolve_device(device), tta=tta, window=window)
+    if Path(paths[0]).suffix != ONNX_SUFFIX:
+        where = resolve_device(device)
+        return student_model(paths[0], where, tta=tta, window=window, alone=True, config=config, say=terminal.say)
+    if config is None:
+        raise ConfigError(
+            f"{paths[0]} does not say where masks lie and what is in them: add -c CONFIG, such as the config.yaml of its run, "
+            "model_weights/<group>/<name>/config.yaml"
+        )
+    return exported_model(paths[0], config, device, tta=tta, window=window, say=terminal.say)
 
 
 def forecast_gain(

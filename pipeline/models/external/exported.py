@@ -59,6 +59,8 @@ class OnnxNetwork(nn.Module):
         self._key = key
         self._sessions: dict[str, Any] = {}
         self._input = self._checked_input()
+        self.img_size = self._input.shape[2:]  # read by `limits.sizes.fixed_side`
+        self.strict_img_size = all(isinstance(side, int) for side in self.img_size)
 
     def forward(self, images_NBHW: Tensor) -> Tensor:
         session = self._session(images_NBHW.device.type)
@@ -91,7 +93,7 @@ class OnnxNetwork(nn.Module):
         if not fits:
             told = ", ".join(f"{each.name}: {each.type} {each.shape}" for each in inputs)
             raise CheckpointError(
-                f"{self._key}.file: {self._path} should have one input, float32 images (N, bands, H, W), normalised outside the "
+                f"{_at(self._key)}{self._path} should have one input, float32 images (N, bands, H, W), normalised outside the "
                 f"network; found {told or 'none'}"
             )
         return inputs[0]
@@ -108,7 +110,7 @@ class OnnxNetwork(nn.Module):
                 self._sessions[device] = onnxruntime.InferenceSession(self._path, options, providers=providers)
             except Exception as err:  # onnxruntime's errors have no common class of their own
                 raise CheckpointError(
-                    f"{self._key}.file: {self._path} is not an ONNX network that onnxruntime can run: {_first(err)}"
+                    f"{_at(self._key)}{self._path} is not an ONNX network that onnxruntime can run: {_first(err)}"
                 ) from err
         return self._sessions[device]
 
@@ -117,10 +119,10 @@ class OnnxNetwork(nn.Module):
         for what, wanted, found in zip(named, self._input.shape[1:], images_NBHW.shape[1:], strict=True):
             if isinstance(wanted, int) and wanted != found:
                 advice = (
-                    f"the file has {wanted}: choose as many in {self._key}.bands" if what == "bands"
+                    f"the file has {wanted}: choose as many in {self._key or 'student'}.bands" if what == "bands"
                     else _size_advice(self._key, self._input.shape[2:])
                 )  # fmt: skip
-                raise ConfigError(f"{self._key}.file: {self._path} cannot predict an image of {found} {what}; {advice}")
+                raise ConfigError(f"{_at(self._key)}{self._path} cannot predict an image of {found} {what}; {advice}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # it is never changed, and onnxruntime's sessions cannot be copied
@@ -136,7 +138,7 @@ class ExportedNetwork(nn.Module):
             program = torch.export.load(path)
             self.network = program.module()
         except Exception as err:  # whatever a damaged archive makes it stumble on
-            raise CheckpointError(f"{key}.file: torch.export cannot load {path}: {_first(err)}") from err
+            raise CheckpointError(f"{_at(key)}torch.export cannot load {path}: {_first(err)}") from err
         self._key, self._path = key, path
         self.input_shape = _input_shape(program)
         self.channels = _channels(program)
@@ -150,10 +152,10 @@ class ExportedNetwork(nn.Module):
             found = [self.network(image[None]) for image in images_NBHW]
         except Exception as err:
             raise ConfigError(
-                f"{self._key}.file: {self._path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was "
+                f"{_at(self._key)}{self._path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was "
                 f"exported for {tuple(map(str, self.input_shape))}; {_size_advice(self._key, self.input_shape[2:])}"
             ) from err
-        return torch.cat([logits_in(each, self._key) for each in found])
+        return torch.cat([logits_in(each, self._key or self._path) for each in found])
 
     def train(self, mode: bool = True) -> Self:
         return self  # exported in the mode that it stays in
@@ -168,22 +170,24 @@ def load_exported(path: str, key: str) -> nn.Module:
     """
     file = Path(path)
     if not file.is_file():
-        raise CheckpointError(f"{key}.file: no file at {file.absolute()}; relative paths start at the current folder")
+        raise CheckpointError(f"{_at(key)}no file at {file.absolute()}; relative paths start at the current folder")
     if file.suffix == ".onnx":
         digests(path, key)  # refuses weights that are missing or outside its folder
         try:
             require_runs(file)
         except CheckpointError as err:
-            raise CheckpointError(f"{key}.file: {err}") from err
+            raise CheckpointError(f"{_at(key)}{err}") from err
         return OnnxNetwork(path, key)
     if _is_torchscript(file):
         lines = EXPORT.format(path=path, target=str(file.with_suffix(".onnx")))
         raise CheckpointError(
-            f"{key}.file: {path} is TorchScript, a compiled program. Export it to ONNX where it can do no harm, and name that file:\n\n"
+            f"{_at(key)}{path} is TorchScript, a compiled program. Export it to ONNX where it can do no harm, and name that file:\n\n"
             + "\n".join(f"    {line}" for line in lines.splitlines())
         )
     if file.suffix == ".pt2":
         return ExportedNetwork(path, key)
+    if not key:
+        raise CheckpointError(f"{path} is no readable .onnx or .pt2 file (torch.export)")
     raise CheckpointError(
         f"{key}.file takes .onnx and .pt2 (torch.export), found {file.name}; weights alone go under {key}.checkpoint, with "
         f"{key}.architecture or {key}.model"
@@ -196,7 +200,7 @@ def digests(path: str, key: str) -> dict[str, str]:
     names = [file.name, *(_external_data(file, key) if file.suffix == ".onnx" else ())]
     missing = [name for name in names if not (file.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{key}.file: {path} needs the file {missing[0]} beside it, which is not there")
+        raise CheckpointError(f"{_at(key)}{path} needs the file {missing[0]} beside it, which is not there")
     return {name: file_sha256(str(file.parent / name)) for name in names}
 
 
@@ -205,17 +209,17 @@ def _external_data(file: Path, key: str) -> list[str]:
     try:
         onnx: Any = importlib.import_module("onnx")
     except ImportError as err:
-        raise ConfigError(f"{key}.file: an ONNX file needs the package onnx; {extra_text('export')}") from err
+        raise ConfigError(f"{_at(key)}an ONNX file needs the package onnx; {extra_text('export')}") from err
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as err:  # protobuf's errors, and whatever else damage leads to
-        raise CheckpointError(f"{key}.file: {file} is not a readable ONNX file: {_first(err)}") from err
+        raise CheckpointError(f"{_at(key)}{file} is not a readable ONNX file: {_first(err)}") from err
     helper: Any = importlib.import_module("onnx.external_data_helper")
     used = [each for each in helper._get_all_tensors(model) if helper.uses_external_data(each)]
     names = sorted({entry.value for each in used for entry in each.external_data if entry.key == "location"})
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
-        raise CheckpointError(f"{key}.file: {file} keeps weights outside its folder, in {outside[0]}")
+        raise CheckpointError(f"{_at(key)}{file} keeps weights outside its folder, in {outside[0]}")
     return names
 
 
@@ -226,14 +230,14 @@ def _refuse_code(path: str, key: str) -> None:
             check_archive(Path(path), archive)  # torch reads the very records that are examined here
             bad = _first_code(archive)
     except CheckpointError as err:
-        raise CheckpointError(f"{key}.file: {err}") from err
+        raise CheckpointError(f"{_at(key)}{err}") from err
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, RecursionError, RuntimeError, EOFError) as err:
         raise CheckpointError(
-            f"{key}.file: {path} is not a readable archive of torch.export: {type(err).__name__}: {_first(err)}"
+            f"{_at(key)}{path} is not a readable archive of torch.export: {type(err).__name__}: {_first(err)}"
         ) from err
     if bad:
         raise CheckpointError(
-            f"{key}.file: {path} holds {bad}, and kdpipe runs no code and no pickle from a file. Export the network to ONNX"
+            f"{_at(key)}{path} holds {bad}, and kdpipe runs no code and no pickle from a file. Export the network to ONNX"
         )
 
 
@@ -295,8 +299,14 @@ def _channels(program: Any) -> int | None:
 def _size_advice(key: str, sizes: tuple[Any, ...] | list[Any]) -> str:
     fixed = [size for size in sizes if isinstance(size, int)]
     if len(set(fixed)) == 1 and len(fixed) == 2 and fixed[0] % 32 == 0:
-        return f"set {key}.window: {fixed[0]}, or export it for any size"
+        window = f"{key}.window:" if key else "--window"
+        return f"set {window} {fixed[0]}, or export it for any size"
     return "export it for any number of rows and columns"
+
+
+def _at(key: str) -> str:
+    """The beginning of an error about `file` in the section `key`; empty for a file that a command names."""
+    return f"{key}.file: " if key else ""
 
 
 def _is_torchscript(file: Path) -> bool:

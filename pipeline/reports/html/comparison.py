@@ -49,7 +49,7 @@ def comparison_tiles(
     for arm in comparison.arms:
         file = folders[id(arm.first)] / LAST
         if file.is_file():
-            models[arm.label] = student_model(file, device, tta=None, window=None)
+            models[arm.label] = student_model(file, device, tta=None, window=None, say=(progress or Silent()).say)
         else:
             notes.append(f"No predictions of {arm.label}: there is no {file}.")
     if not models:

@@ -46,6 +46,7 @@ from kdpipe.pipeline.reports.html.tiles import (
 from kdpipe.pipeline.runs.curves import Curve, read_curves
 from kdpipe.pipeline.runs.layout import BEST, RUN, logs_folder, run_folder
 from kdpipe.pipeline.runs.record import Run, read_run
+from kdpipe.pipeline.runs.trust import require_trust
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.text import duration_text, limit_text, pace_text, percent_cell, percent_text
 
@@ -105,9 +106,12 @@ def report_run(
             f"no {BEST} in {place.absolute()}, only {RUN}: expected the folder as `kdpipe train-student` left it, with the "
             "student's best weights"
         )
-    model = student_model(place / BEST, device, tta=None, window=window)
+    model = student_model(place / BEST, device, tta=None, window=window, say=progress.say)
     model = model if limit is None else model.limited(limit)
     config = model.config
+    if teacher:
+        for module in filter(None, (member.model for member in config.members.values())):
+            require_trust(module, place / BEST)
     live = _live_targets(config, model.stretch, device) if teacher else None
     evaluation = evaluate(model, progress=progress)
     cache, why_not = _run_cache(run, config)

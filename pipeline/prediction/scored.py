@@ -1,0 +1,54 @@
+"""ONNX files as models of `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.configs.schema import Config, MeanStd
+from kdpipe.pipeline.evaluation.evaluate import Model, Network
+from kdpipe.pipeline.models.windows import blended_logits
+from kdpipe.pipeline.prediction.model import open_predictor
+
+
+def exported_model(
+    path: str | Path,
+    config: Config,
+    device: str | None,
+    *,
+    tta: str | None,
+    window: int | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Model:
+    """
+    The student of an ONNX file; `config` says how tiles and masks are laid out, and what the network is where the file does not.
+
+    Raises what `open_predictor` raises.
+    """
+    predictor = open_predictor(path, device, tta=tta or "none", config=config, say=say)
+    card = predictor.card
+    data = config.data.model_copy(
+        update={"bands": card.bands, "band_names": card.band_names, "visible": None, "alpha": card.alpha}
+    )
+    student = config.student.model_copy(update={"bands": None, "normalize": MeanStd(mean=card.mean, std=card.std)})
+
+    def predict(image_HWB: NDArray[np.uint8]) -> NDArray[np.float32]:
+        image_NBHW = torch.from_numpy(image_HWB).permute(2, 0, 1)[None]
+        logits_NCHW = (
+            predictor.logits(image_NBHW) if window is None else blended_logits(predictor.logits, image_NBHW, window)
+        )
+        probs_CHW: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].numpy()
+        return probs_CHW
+
+    return Model(
+        description=Path(path).name,
+        networks=[Network(str(path), window, tta or "none", scales=[1.0])],
+        predict=predict,
+        config=config.model_copy(update={"data": data, "student": student}),
+        stretch=card.stretch,
+        trained_on=[],  # unknown
+    )
