@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def refuse_divergence(
     """
     Raise `TrainingDiverged` if the loss of a step is infinite or NaN, naming the keys to change and their values.
 
-    If the soft targets are not finite, the error names them instead of any key.
+    If the soft targets are not finite, or a `distill.loss` of the user's own alone, the error names them instead of any key.
     """
     if torch.isfinite(terms.total):
         return
@@ -35,6 +36,11 @@ def refuse_divergence(
         raise TrainingDiverged(
             f"{found}: the soft targets of this batch are not finite, which no setting can fix; "
             "run `kdpipe verify-cache --level full`"
+        )
+    if config.distill.loss != "kl" and math.isfinite(hard) and not math.isfinite(soft):
+        raise TrainingDiverged(
+            f"{found}: {config.distill.loss} (distill.loss) returned {soft}, while the loss of the labels is finite; look in it for "
+            "divisions by zero and logarithms of zero"
         )
     raise TrainingDiverged(
         f"{found}; try {', or '.join(_advice(config, precision))}. Start again with --overwrite: a resumed run would repeat the "
@@ -73,6 +79,6 @@ def _advice(config: Config, precision: Precision) -> list[str]:
         advice.append(f"train.clip_norm: 1.0 (now {'none' if train.clip_norm is None else f'{train.clip_norm:g}'})")
     if precision != "fp32":
         advice.append(f"train.precision: fp32 (now {precision})")
-    if config.distill.mode != "none" and config.distill.temperature > 4:
+    if config.distill.mode != "none" and config.distill.loss == "kl" and config.distill.temperature > 4:
         advice.append(f"distill.temperature: 2 (now {config.distill.temperature:g}, squared in the loss)")
     return advice
