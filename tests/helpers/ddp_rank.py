@@ -17,8 +17,22 @@ from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loop import Loop
 
-CASES = ("labelled", "one rank without labels", "no labels", "padded", "with auxiliary head")
+SUMS = ("labelled", "one rank without labels", "no labels", "padded", "with auxiliary head", "weighted", "other losses")
+MEANS = ("means", "means with one rank without labels", "means with one rank without data")  # over the ranks
+CASES = SUMS + MEANS
 SIDE, CLASSES = 24, 6
+WEIGHTS = torch.tensor([0.1, 0.5, 1, 2, 4, 10])
+
+
+def squared(logits, targets, counts):
+    """A distillation loss of one's own."""
+    return (logits.softmax(dim=1) - targets).square().sum(dim=1)[counts].mean()
+
+
+LOSSES = {
+    "weighted": {"labelled_loss": {"ce": 1.0, "focal": 2.0}, "class_weights_C": WEIGHTS},
+    "other losses": {"labelled_loss": {"focal": 3.0, "jaccard": 1.0, "tversky": 0.5}},
+} | {name: {"labelled_loss": {"lovasz": 1.0}, "own_loss": squared} for name in MEANS}
 
 
 def case_batch(name):
@@ -30,8 +44,10 @@ def case_batch(name):
     mask[3][mask[3] == 2] = 1
     inside = torch.ones(4, SIDE, SIDE, dtype=torch.bool)
     targets = torch.softmax(3 * torch.randn(4, CLASSES, SIDE, SIDE, generator=g), dim=1)
-    if name == "one rank without labels":
+    if name.endswith("one rank without labels"):
         mask[2:] = 255
+    if name.endswith("one rank without data"):
+        mask[:2], inside[:2] = 255, False
     if name == "no labels":
         mask[:] = 255
     if name == "padded":
@@ -44,7 +60,7 @@ def gradients(student, name, part):
     logits = student(images)
     terms = distillation_loss(
         logits, mask, inside, targets, entropy_error, alpha=0.6, temperature=2.0, ignore_index=255,
-        auxiliary_NCHW=logits * 0.5 if name == "with auxiliary head" else None,
+        auxiliary_NCHW=logits * 0.5 if name == "with auxiliary head" else None, **LOSSES.get(name, {}),
     )  # fmt: skip
     terms.total.backward()
     found = [parameter.grad.numpy().copy() for parameter in student.parameters()]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.ddp_rank import CASES, fresh, gradients, with_unused
+from helpers.ddp_rank import MEANS, SUMS, fresh, gradients, with_unused
 from helpers.doubles import Lines
 from helpers.ports import free_port
 from helpers.runs import Small, assert_same_weights
@@ -63,7 +63,7 @@ def two_ranks(make_config, tmp_path, tmp_path_factory, monkeypatch):
     return _RUN
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SUMS)
 def test_the_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(two_ranks, name):
     expected, terms = gradients(fresh(), name, slice(0, 4))
     for rank in two_ranks["ranks"]:
@@ -71,6 +71,29 @@ def test_the_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(tw
             np.testing.assert_allclose(rank[f"{name}/{i}"], gradient, rtol=2e-5, atol=1e-8)
         for term in ("total", "hard", "soft"):
             assert rank[f"{name}/{term}"] == pytest.approx(getattr(terms, term).item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_loss_that_is_no_sum_is_the_mean_over_the_processes_that_have_a_pixel_for_it(two_ranks, name):
+    parts = [gradients(fresh(), name, part) for part in (slice(0, 2), slice(2, 4))]
+    labelled = [part for part in parts if part[1].hard > 0]
+    taught = [part for part in parts if part[1].soft > 0]
+    assert len(labelled) == (2 if name == "means" else 1)
+    assert len(taught) == (1 if name.endswith("data") else 2)
+    hard, soft = (
+        np.mean([getattr(terms, term).item() for _, terms in having])
+        for term, having in (("hard", labelled), ("soft", taught))
+    )
+    for rank in two_ranks["ranks"]:
+        assert rank[f"{name}/hard"] == pytest.approx(hard, rel=1e-6)
+        assert rank[f"{name}/soft"] == pytest.approx(soft, rel=1e-6)
+        assert rank[f"{name}/total"] == pytest.approx(0.4 * hard + 0.6 * soft, rel=1e-6)
+        if name == "means":
+            for i, (one, two) in enumerate(zip(*(grads for grads, _ in parts), strict=True)):
+                np.testing.assert_allclose(rank[f"{name}/{i}"], (one + two) / 2, rtol=2e-5, atol=1e-8)
+        elif name.endswith("data"):  # all of both losses is the second process's
+            for i, gradient in enumerate(parts[1][0]):
+                np.testing.assert_allclose(rank[f"{name}/{i}"], gradient, rtol=2e-5, atol=1e-8)
 
 
 def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
