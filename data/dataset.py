@@ -7,7 +7,7 @@ datasets are picklable, hold no open file and can be read from several threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -225,6 +225,42 @@ def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of the `n` samples of an epoch: a permutation of 0..n-1, int64 `(n,)`."""
     # [seed, epoch] would be the stream of sample 0, because NumPy pads the entropy with zeros.
     return np.random.default_rng([seed, epoch, 0, 1]).permutation(n)
+
+
+class EpochSampler:
+    """
+    The sample numbers of one epoch after the other, for the argument `sampler` of a torch `DataLoader` over `TrainTiles`.
+
+    Each pass yields the epoch after the last one, in the order of `epoch_order`; `set_epoch`, which trainers call, says which one comes
+    next. The numbers say their epoch, so that its crops come from any worker, also one that lives through all epochs.
+
+    Args:
+        samples: the length of the data set.
+        seed: of the order. That of the crops is `config.seed`.
+        rank: number of this process among `ranks` that train together. Each yields its own part of every epoch, as long as the others';
+            samples beyond that are dropped.
+        ranks: number of processes.
+    """
+
+    def __init__(self, samples: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        if not 0 <= rank < ranks:
+            raise ValueError(f"expected a rank from 0 to {ranks - 1} (ranks - 1), found {rank}")
+        self._samples, self._seed, self._rank, self._ranks = samples, seed, rank, ranks
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass yield the samples of an epoch, counted from 0."""
+        if epoch < 0:
+            raise ValueError(f"epochs are counted from 0, found {epoch}")
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._samples // self._ranks
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        numbers = epoch_order(self._samples, self._seed, epoch) + epoch * self._samples
+        return iter(numbers[self._rank :: self._ranks][: len(self)].tolist())
 
 
 def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
