@@ -205,6 +205,7 @@ def _check_content(storage: Storage, recipe: CacheRecipe, record: TileRecord) ->
         shard = open_tile(recipe, record, metadata, in_memory(file))
         if not isinstance(recipe, LogitsRecipe):
             tile.read_entropy_error(shard.attributes, record)
+        tile.read_gaps(shard.attributes, record)
         if tile.SEAL in shard.attributes[tile.ATTRIBUTE] and not tile.is_sealed(metadata):
             raise ValueError(f"its metadata ({tile.METADATA_NAME}) was changed and vouched for again")
         stored = shard.read((0, 0, record.height, record.width), in_memory(file))

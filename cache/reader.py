@@ -142,6 +142,20 @@ class SoftTargetCache:
             )
         return codec.soft_targets(self.read_units(tile_id, window), recipe, self._softening)
 
+    def gaps(self, tile_id: str, window: Window | None = None) -> NDArray[np.bool_] | None:
+        """
+        Which pixels have no target, bool `(H, W)`, so that `read` says nothing of them; None if all have one.
+
+        Predictions that another program made may lack pixels. `window` and errors are those of `read`.
+        """
+        record = self._record(tile_id)
+        top, left, height, width = _checked(record, window)
+        try:
+            gaps_HW = tile.read_gaps(self._shard(record).attributes, record)
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
+            raise self._unusable(tile_id, str(err)) from err
+        return None if gaps_HW is None else gaps_HW[top : top + height, left : left + width]
+
     def read_logits(self, tile_id: str, window: Window | None = None) -> NDArray[np.float32]:
         """
         The teacher's logits, float32 `(C_t, H, W)`, shifted so that the largest of each pixel is zero.

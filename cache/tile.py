@@ -39,6 +39,12 @@ ZSTD_LEVEL = 7
 ENTROPY_UNIT = 1e-6  # nats; as integers they are short, and far finer than the blocks' own resolution
 
 
+Encoded = (
+    tuple[NDArray[Any], NDArray[np.float64] | None] | tuple[NDArray[Any], NDArray[np.float64] | None, NDArray[np.bool_]]
+)
+"""A tile's integers and lost entropy, as `codec.encode` returns them, and where a target is missing, bool `(H, W)`, if any is."""
+
+
 def tile_path(tile_id: str) -> str:
     """The folder of a tile, relative to the cache."""
     return f"{TILES}/{tile_id}"
@@ -91,15 +97,16 @@ def encode_tile(
     image: ImageDigest,
     recipe: CacheRecipe,
     entropy_error: NDArray[np.float64] | None,
+    gaps_HW: NDArray[np.bool_] | None = None,
 ) -> tuple[bytes, bytes, TileRecord]:
     """
     The bytes of a tile's shard, the bytes of its metadata, and its record.
 
-    `units_CHW` and `entropy_error` come from `codec.encode`. The digest is taken of the shard in memory, so that it vouches for
-    the bytes that were meant to be written.
+    `units_CHW` and `entropy_error` come from `codec.encode`; `gaps_HW` is True in pixels without a target. The digest is taken of the
+    shard in memory, so that it vouches for the bytes that were meant to be written.
     """
     shard = encode_shard(units_CHW, _chunk_px(*units_CHW.shape[1:]), ZSTD_LEVEL)
-    return shard, *encode_receipt(units_CHW, len(shard), sha256(shard), tile_id, image, recipe, entropy_error)
+    return shard, *encode_receipt(units_CHW, len(shard), sha256(shard), tile_id, image, recipe, entropy_error, gaps_HW)
 
 
 def encode_receipt(
@@ -110,6 +117,7 @@ def encode_receipt(
     image: ImageDigest,
     recipe: CacheRecipe,
     entropy_error: NDArray[np.float64] | None,
+    gaps_HW: NDArray[np.bool_] | None = None,
 ) -> tuple[bytes, TileRecord]:
     """The bytes of a tile's metadata, and its record; `units` are integers as in `encode_tile`, or a shard from `encode_bands`."""
     num_classes, height, width = units.shape
@@ -125,6 +133,8 @@ def encode_receipt(
     }
     if entropy_error is not None:
         receipt["entropy_error"] = np.rint(entropy_error / ENTROPY_UNIT).astype(int).tolist()
+    if gaps_HW is not None and gaps_HW.any():
+        receipt["gaps"] = _runs_of(gaps_HW)
     metadata["attributes"] = {ATTRIBUTE: receipt}
     receipt[SEAL] = sha256(canonical(metadata))
     metadata_bytes = canonical(metadata)
@@ -166,6 +176,29 @@ def read_entropy_error(attributes: Mapping[str, Any], record: TileRecord) -> NDA
     if blocks.shape != entropy_grid(record):
         raise ValueError(f"{blocks.shape} blocks, not {entropy_grid(record)}")
     return blocks
+
+
+def read_gaps(attributes: Mapping[str, Any], record: TileRecord) -> NDArray[np.bool_] | None:
+    """Which pixels have no target, bool `(H, W)`, from the attributes of a tile's metadata; None if all have one. `ValueError` if wrong."""
+    if "gaps" not in attributes[ATTRIBUTE]:
+        return None
+    runs = np.asarray(attributes[ATTRIBUTE]["gaps"])
+    if (
+        runs.ndim != 1
+        or runs.dtype.kind != "i"
+        or runs.min(initial=0) < 0
+        or runs.sum() != record.height * record.width
+    ):
+        raise ValueError(f"its gaps do not fill {record.height} x {record.width} px")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(record.height, record.width)
+
+
+def _runs_of(gaps_HW: NDArray[np.bool_]) -> list[int]:
+    """The lengths of runs of pixels, row after row: with a target, without, with, …"""
+    flat = gaps_HW.ravel()
+    starts = np.flatnonzero(np.diff(flat)) + 1
+    runs: list[int] = np.diff([0, *starts.tolist(), flat.size]).tolist()
+    return [0, *runs] if flat[0] else runs
 
 
 def entropy_grid(record: TileRecord) -> tuple[int, int]:

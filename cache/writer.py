@@ -191,7 +191,7 @@ def open_writer(
 def store_tile(
     storage: Storage,
     tile_id: str,
-    encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None],
+    encoded: tile.Encoded | tuple[SpilledShard, NDArray[np.float64] | None],
     image: ImageDigest,
     recipe: CacheRecipe,
 ) -> TileRecord:
@@ -200,7 +200,7 @@ def store_tile(
 
     `encoded` is the result of `codec.encode` or `tile.encode_bands`. Once this returns, the tile survives a power cut.
     """
-    units, entropy_error = encoded
+    units, entropy_error, *gaps = encoded
     path = tile.tile_path(tile_id)
     if isinstance(units, SpilledShard):
         digest = hashlib.sha256()
@@ -208,7 +208,7 @@ def store_tile(
         vouched = units.size, digest.hexdigest()
         metadata, record = tile.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
     else:
-        shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error)
+        shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error, *gaps)
         storage.write(f"{path}/{tile.SHARD_NAME}", shard)
     storage.write(f"{path}/{tile.METADATA_NAME}", metadata)
     return record
@@ -328,9 +328,12 @@ class CacheWriter:
         return self.write_encoded(tile_id, encode(values_CHW, self.recipe), image)
 
     def write_encoded(
-        self, tile_id: str, encoded: tuple[NDArray[Any] | SpilledShard, NDArray[np.float64] | None], image: ImageDigest
+        self,
+        tile_id: str,
+        encoded: tile.Encoded | tuple[SpilledShard, NDArray[np.float64] | None],
+        image: ImageDigest,
     ) -> TileRecord:
-        """Store one tile as `write` does, from the result of `codec.encode` or `tile.encode_bands`."""
+        """Store one tile as `write` does, from the result of `codec.encode` or `tile.encode_bands`, perhaps with the tile's gaps."""
         self._require()
         if self.storage.children(tile.tile_path(tile_id)):
             self._clear(tile_id)

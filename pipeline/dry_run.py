@@ -231,13 +231,13 @@ def _predict(teacher: FrozenTeacher, image_HWC: Seen, batch_size: int) -> _Predi
     start = time.perf_counter()
     if not teacher.rounds_on_device:
         (encode,) = teacher.encoded(image_HWC[None])
-        units_CHW, lost = encode()
+        units_CHW, lost, *_ = encode()
         return _Prediction(units_CHW, lost, time.perf_counter() - start, teacher.seconds_taken())
     images_NHWC = np.repeat(image_HWC[None], batch_size, axis=0)
     batches, alone = [], []
     for _ in range(TRIALS):
         start = time.perf_counter()
-        units_CHW, lost = teacher.encoded(images_NHWC)[0]()
+        units_CHW, lost, *_ = teacher.encoded(images_NHWC)[0]()
         batches.append(time.perf_counter() - start)
     for _ in range(TRIALS - 1):
         start = time.perf_counter()

@@ -139,17 +139,17 @@ def _is_coloured(image: Declared) -> bool:
 def _place_text(image: Declared, mask: Declared) -> str | None:
     """How a mask lies elsewhere than its image; None if their corners agree within `GRID_PX`."""
     pixels = _CORNERS * (image.width, image.height)
-    found, note = _moved(mask.transform, pixels), ""
+    found, note = moved(mask.transform, pixels), ""
     if image.crs is not None and mask.crs is not None and image.crs != mask.crs:
         from rasterio.errors import RasterioError
         from rasterio.warp import transform
 
-        note = f" (the mask is in {_crs_text(mask)}, the image in {_crs_text(image)})"
+        note = f" (the mask is in {crs_text(mask)}, the image in {crs_text(image)})"
         try:
             found = np.column_stack(transform(mask.crs, image.crs, found[:, 0], found[:, 1]))
         except RasterioError:
             return f"lies in another CRS than its image{note}"
-    seen = _moved(~image.transform, found)
+    seen = moved(~image.transform, found)
     if not np.isfinite(seen).all():
         return f"lies elsewhere than its image{note}"
     if np.abs(seen - pixels).max() <= GRID_PX:
@@ -160,13 +160,14 @@ def _place_text(image: Declared, mask: Declared) -> str | None:
     return f"lies {x:+.6g} px in x and {y:+.6g} px in y from its image{note}"
 
 
-def _moved(affine: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
+def moved(affine: Any, points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Points `(N, 2)`, x before y, after an `Affine`."""
     a, b, c, d, e, f = affine[:6]
     moved: NDArray[np.float64] = points @ np.array([(a, d), (b, e)]) + (c, f)
     return moved
 
 
-def _crs_text(declared: Declared) -> str:
+def crs_text(declared: Declared) -> str:
+    """`EPSG:32633`, or that a CRS has no such code."""
     code = declared.crs.to_epsg()
     return f"EPSG:{code}" if code else "a CRS without an EPSG code"

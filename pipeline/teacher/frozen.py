@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kdpipe.cache import codec
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
+from kdpipe.cache.tile import Encoded
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.configs.schema import Config, MeanStd
 from kdpipe.pipeline.models.normalize import normalized
@@ -37,8 +38,6 @@ CPU_SOFTMAX_PX, SOFTMAX_PX = 2**16, 2**20
 TRIAL_PX = 256  # side of the part of the first image on which an optimised network is compared with the original
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Images = NDArray[Any] | PendingCopy  # what `FrozenTeacher.send` returns
-# A tile's integers and lost entropy, as `codec.encode` returns them.
-Encoded = tuple[NDArray[Any], NDArray[np.float64] | None]
 
 
 def open_teacher(
@@ -47,7 +46,7 @@ def open_teacher(
     """The configured teacher, or the mean of several, on `device`; says and raises what `load_teacher` does."""
     softening = Softening(config.distill.temperature, config.class_map_matrix())
     if config.has_predictions:
-        return StoredTeacher([], recipe, softening, device)
+        return StoredTeacher([], recipe, softening, torch.device("cpu"))
     places = [config.data.places(member.bands) for member in config.members.values()]
     models = [
         load_teacher(member, key, say, in_channels=len(seen))
@@ -255,9 +254,20 @@ class FrozenTeacher:
 
 class StoredTeacher(FrozenTeacher):
     """
-    A teacher that predicted before, in another program: it is given logits in place of images, float32 `(N, H, W, C)`, all zero in
-    pixels without a prediction.
+    A teacher that predicted before, in another program: it is given logits in place of images, float32 `(N, H, W, C)`.
+
+    Pixels whose logits are all alike have no prediction, and `encoded` says so. On a CPU, as there is no network to run.
     """
+
+    def encoded(self, images: Images) -> list[Callable[[], Encoded]]:
+        with self._clock.timed():
+            logits_NTHW = self.logits(images)
+            gaps_NHW = (logits_NTHW.amax(dim=1) == logits_NTHW.amin(dim=1)).numpy()
+            values_NCHW = self._values_of(logits_NTHW)
+        return [
+            lambda values=values_CHW, gaps=gaps_HW: (*codec.encode(values, self._recipe), gaps)  # type: ignore[misc]
+            for values_CHW, gaps_HW in zip(values_NCHW, gaps_NHW, strict=True)
+        ]
 
     def _network(self, number: int, *, checked: bool) -> Callable[[Tensor], Tensor]:
         channels = self._channels[number]

@@ -65,7 +65,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     source: SoftTargetCache | WithoutGaps | CachedViews
     source = cache if config.distill.teacher_view == "tile" else CachedViews(cache, config.teachers_places)
     if config.has_predictions:
-        source = WithoutGaps(cache, config)
+        source = WithoutGaps(cache)
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
     if costs:  # a repaired tile is paid for twice and stored once

@@ -16,6 +16,7 @@ from kdpipe.data.declared.drivers import drivers_for
 from kdpipe.data.declared.header import Declared, declared_by, read_declared
 from kdpipe.data.declared.opening import GDAL_OPTIONS, explained
 from kdpipe.data.declared.plausible import require_plausible
+from kdpipe.data.declared.tile import crs_text, moved
 from kdpipe.data.decoders import quiet_reader
 
 if TYPE_CHECKING:
@@ -141,12 +142,11 @@ def _overlap(image: Path, tile: Declared, path: Path, raster: Declared) -> _Over
             )
     if tile.crs is not None and raster.crs is not None and tile.crs != raster.crs:
         raise DataError(
-            f"{path} is in {_crs_text(raster)}, and the tile {image} in {_crs_text(tile)}: predictions are not resampled, so warp them "
+            f"{path} is in {crs_text(raster)}, and the tile {image} in {crs_text(tile)}: predictions are not resampled, so warp them "
             "to the CRS and grid of the tiles (`gdalwarp -r near`)"
         )
     corners = np.array([(0, 0), (tile.width, 0), (0, tile.height), (tile.width, tile.height)], dtype=np.float64)
-    to_raster = ~raster.transform * tile.transform
-    seen = np.array([to_raster * tuple(corner) for corner in corners])
+    seen = moved(~raster.transform, moved(tile.transform, corners))
     left, top = np.rint(seen[0]).astype(int).tolist()
     off = np.abs(seen - (corners + np.array([left, top])))
     if not np.isfinite(seen).all() or off.max() > OFF_GRID_PX:
@@ -176,11 +176,6 @@ def _opened(path: Path) -> Iterator[DatasetReader]:
     ):
         require_plausible(path, raster, whole=False)
         yield raster
-
-
-def _crs_text(declared: Declared) -> str:
-    code = declared.crs.to_epsg()
-    return f"EPSG:{code}" if code else "a CRS without an EPSG code"
 
 
 def _pixel_text(declared: Declared) -> str:

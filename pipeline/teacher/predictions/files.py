@@ -63,10 +63,10 @@ class PredictionFiles:
 
         The first one is read. An image that cannot be read is left to stage one, which names it and computes the others.
         """
-        for place in self._places:
+        listed = list(predictions)
+        for place in self._places if listed else ():
             if not place.exists():
                 raise DataError(f"{self._key}.predictions: there is no file or folder {place.absolute()}")
-        listed = list(predictions)
         missing = [tile for tile, prediction in listed if not prediction.stored]
         cut = [(tile, prediction) for tile, prediction in listed if prediction.stored and prediction.is_cut]
         with ThreadPoolExecutor(THREADS) as threads:
