@@ -56,8 +56,9 @@ class Root:
     `sizes_HW`, `bands`, `dtypes`, `rgb` and `alpha` count the `headers` images whose header was read. Of these images' bands
     called alpha, `alpha_values` were read, `alpha_between` of them lie between 0 and the largest. `values` counts pixels by mask
     value in the `masks_read` masks that were decoded. `ranges` are the `PERCENTILES` of each band over the `images_read` images, in
-    the files' own units; empty if all are 8-bit. `pixels_without_data` of these images' `pixels` are transparent, masked or nodata,
-    `hidden_by_alpha` the first alone; where `alpha_is_band`, none is transparent.
+    the files' own units; empty if all are 8-bit. `images_tried` and `masks_tried` count those that could not be read too.
+    `pixels_without_data` of these images' `pixels` are transparent, masked or nodata, `hidden_by_alpha` the first alone; where
+    `alpha_is_band`, none is transparent.
     `seen` are the headers of the opened images and masks. `problems` describe faults that a run would stop at, or that would spoil it.
     """
 
@@ -77,6 +78,8 @@ class Root:
     pixels_without_data: int = 0
     hidden_by_alpha: int = 0
     masks_read: int = 0
+    images_tried: int = 0
+    masks_tried: int = 0
     values: Counter[int] = field(default_factory=Counter)
     mask_nodata: Counter[float | None] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -158,6 +161,7 @@ def survey_root(
     # Chosen from the labelled tiles, which may be few among many.
     labelled = [tile for tile in root.tiles if tile.mask is not None]
     with_labels = {tile.id for tile in evenly(labelled, min(limit or MAX_READ, MAX_READ))}
+    root.images_tried, root.masks_tried = len(with_pixels), len(with_labels)
     samples: list[list[NDArray[Any]]] = []
     for headers in read_headers(opened):
         _look(root, headers, of_colours=codes is not None)

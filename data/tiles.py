@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from kdpipe.configs import schema
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, counted
 from kdpipe.configs.node_names import why_unstorable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -99,34 +99,61 @@ def _listed(tiles: Sequence[Tile], roots: Iterable[str], data: schema.Data, key:
     """
     The tiles that the list of a split names, in the order of the tiles; all of them without a list.
 
-    A line is the name of a tile within its root, of its image's file, or its id. Raises `DataError` for a line that names no tile.
+    A line is the name of a tile within its root, its id, or the path of its image or the end of it. Raises `DataError` for a line that
+    names no tile.
     """
     path = getattr(data.split, key) if data.split is not None else None
     if path is None or not getattr(data, key):
         return list(tiles)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"data.split.{key}: cannot read {Path(path).absolute()}: {err}") from err
-    wanted = {unicodedata.normalize("NFC", line.strip()) for line in lines} - {""}
-    if not wanted:
-        raise DataError(f"data.split.{key}: {path} names no tile")
+        wanted = set(read_names(Path(path)))
+    except DataError as err:
+        raise DataError(f"data.split.{key}: {err}") from err
+    depth = max(name.count("/") for name in wanted) + 1
     prefixes = sorted((f"{root}/" for root in roots), key=len, reverse=True)
     chosen, met = [], set()
     for tile in tiles:
         within = next((tile.id.removeprefix(prefix) for prefix in prefixes if tile.id.startswith(prefix)), tile.id)
-        called = {tile.id, within, tile.image.name, tile.image.stem} & wanted
+        ending = tile.image.suffix
+        called = {tile.id, within, tile.id + ending, within + ending, *_ends(tile.image, depth)} & wanted
         if called:
             chosen.append(tile)
             met |= called
     missing = sorted(wanted - met)
     if missing:
+        shown = f"{', '.join(missing[:_SHOWN_NAMES])}{', …' if len(missing) > _SHOWN_NAMES else ''}"
         raise DataError(
-            f"data.split.{key}: {len(missing)} of the {len(wanted)} names in {path} are no tile of data.{key} "
-            f"({', '.join(missing[:_SHOWN_NAMES])}{', …' if len(missing) > _SHOWN_NAMES else ''}): expected names such as "
-            f"{tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}"
+            f"data.split.{key}: {len(missing)} of the {counted(len(wanted), 'names')} in {path} {'is' if len(missing) == 1 else 'are'} no "
+            f"tile of data.{key} ({shown}): expected one name a line, such as "
+            f"{tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}, or the path of its image"
         )
     return chosen
+
+
+def read_names(path: Path) -> list[str]:
+    """
+    The lines of a list of tiles, without empty ones and those that begin with `#`; a byte order mark does not count.
+
+    Raises `DataError` where the file cannot be read or holds no line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"cannot read {path.absolute()}: {err}") from err
+    names = [unicodedata.normalize("NFC", line.strip()).removeprefix("./").replace("\\", "/") for line in lines]
+    found = [name for name in names if name and not name.startswith("#")]
+    if not found:
+        raise DataError(f"{path} names no tile")
+    return found
+
+
+def _ends(image: Path, depth: int) -> Iterator[str]:
+    """The path of an image from its last `depth` names on, and shorter ends of it, each with and without the file's ending."""
+    parts = [unicodedata.normalize("NFC", part) for part in image.parts]
+    for start in range(max(0, len(parts) - depth), len(parts)):
+        path = "/".join(parts[start:]).replace("//", "/")
+        yield path
+        yield path.removesuffix(image.suffix)
 
 
 def _refuse_repeated(tiles: Sequence[Tile]) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, summarise
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.declared.tile import RECIPE
 from kdpipe.data.survey import Root
@@ -14,16 +14,23 @@ from kdpipe.pipeline.starter.yaml import Item, Key
 from kdpipe.pipeline.text import part_text
 
 NO_LABEL_VALUES = (255, 65535)  # the largest of 8 and of 16 bits, which nearly everyone writes for unlabelled pixels
-MAX_LISTED = 64  # classes; larger values are codes or colours rather than indices
+MAX_LISTED = 64  # classes
+MOST_CLASSES = 200  # of 8 bits, more values are greys
+ROUNDED = {0, 1, 254, 255}  # what compression that loses makes of black and white
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The keys of `classes`, their number, and the names if they are known. `problems` would stop a run; `notes` would not."""
+    """
+    The keys of `classes`, their number, and the names if they are known. `problems` would stop a run; `notes` would not.
+
+    `remap` is the key `data.remap`, of masks that hold codes instead of indices.
+    """
 
     keys: list[Key]
     names: list[str] | None
     count: int
+    remap: list[Key] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -42,22 +49,24 @@ def read_labels(
     read = sum(root.masks_read for root in used if roles[root.path] == "train")
     no_label = ignore_index if ignore_index is not None else _no_label(used, values)
     classes = sorted(value for value in values if value != no_label)
-    problems, notes = _oddities(used, classes, no_label, values)
+    codes = classes if _are_codes(classes) and (names is None or len(names) == len(classes)) else []
+    problems, notes = _oddities(used, classes, no_label, values, are_codes=bool(codes))
     if names is not None:
-        _require_named(used, names, classes)
+        _require_named(used, names, [] if codes else classes)
         count = len(names)
     else:
-        count = max(classes, default=-1) + 1
+        count = len(codes) or max(classes, default=-1) + 1
     listed = names is not None or (2 <= count <= MAX_LISTED and not problems)
     total = sum(count for value, count in trained.items() if value != no_label)
-    why = ("Given" if names else "Asked") + ": the names, in the order of the indices in the masks, counted from 0."
+    order = "values in the masks" if codes else "indices in the masks, counted from 0"
+    why = ("Given" if names else "Asked") + f": the names, in the order of the {order}."
     if trained:
         why += f" Measured: shares of the labelled pixels in {read} training masks."
     entries: object = FILL_IN
     if listed:
         entries = [
-            Item(names[i] if names else FILL_IN, f"{i}{_share(trained, i, total)}" if trained else str(i))
-            for i in range(count)
+            Item(names[i] if names else FILL_IN, f"{value}{_share(trained, value, total)}" if trained else str(value))
+            for i, value in enumerate(codes or range(count))
         ]
     keys = [Key("names", entries, why)]
     if no_label is not None:
@@ -70,7 +79,26 @@ def read_labels(
                 f"{source}: mask value of pixels without a label, {share} of the training pixels.",
             )
         )
-    return Labels(keys, names, count, problems, notes)
+    return Labels(keys, names, count, _remap(codes), problems, notes)
+
+
+def _are_codes(values: Sequence[int]) -> bool:
+    """Whether values in masks are codes of classes rather than indices, by the many between them that are missing."""
+    if len(values) < 2 or values[0] < 0 or len(values) > MAX_LISTED or set(values) >= ROUNDED:
+        return False
+    missing = values[-1] + 1 - len(values)
+    return missing > len(values) or (len(values) == 2 and missing > 0)
+
+
+def _remap(codes: Sequence[int]) -> list[Key]:
+    """The key `data.remap` for masks that hold these codes."""
+    why = "Measured: the masks hold these codes, which are no indices. Each is given the class at a place of classes.names, counted from 0."
+    return [Key("remap", {code: place for place, code in enumerate(codes)}, why)] if codes else []
+
+
+def _are_many_classes(values: Sequence[int]) -> bool:
+    """Whether values beyond `MAX_LISTED` are the indices of a data set of many classes, such as ADE20K, and no greys."""
+    return len(values) <= MOST_CLASSES and 2 * len(values) > values[-1]
 
 
 def _no_label(roots: Sequence[Root], values: Counter[int]) -> int | None:
@@ -93,23 +121,28 @@ def _require_named(roots: Sequence[Root], names: list[str], classes: list[int]) 
 
 
 def _oddities(
-    roots: Sequence[Root], classes: list[int], no_label: int | None, values: Counter[int]
+    roots: Sequence[Root], classes: list[int], no_label: int | None, values: Counter[int], *, are_codes: bool
 ) -> tuple[list[str], list[str]]:
     problems, notes = [], []
-    if any(value < 0 for value in classes):
+    if are_codes:
+        shown = ", ".join(map(str, classes[:6])) + (", …" if len(classes) > 6 else "")
+        notes.append(
+            f"masks hold {shown}, codes rather than indices: the config has data.remap, which gives each a class. If one of them means no "
+            "label, write `ignore` there, and take its name out of classes.names"
+        )
+    elif any(value < 0 for value in classes):
         problems.append(f"masks hold {classes[0]}: class indices are counted from 0 up, so recode negative values")
-    elif classes and (classes[-1] >= MAX_LISTED or (len(classes) == 2 and classes[-1] > 1)):
-        shown = ", ".join(map(str, classes[:6])) + (", ..." if len(classes) > 6 else "")
-        hint = "with two classes, recode 255 to 1" if classes == [0, 255] else f"recode them ({RECIPE})"
+    elif classes and classes[-1] >= MAX_LISTED and not _are_many_classes(classes):
+        shown = ", ".join(map(str, classes[:6])) + (", …" if len(classes) > 6 else "")
         problems.append(
-            f"masks hold {shown}, which are not class indices counted from 0: {hint}, or pass --ignore-index"
+            f"masks hold {shown}, which are not class indices counted from 0: recode them ({RECIPE}), or pass --ignore-index"
         )
     elif len(classes) == 1:
         problems.append(f"all masks hold only {classes[0]}: a student needs two classes")
     missing = [value for value in range(max(classes, default=0)) if value not in values]
-    if missing and not problems:
+    if missing and not problems and not are_codes:
         notes.append(
-            f"no mask that was read holds {', '.join(map(str, missing))}: a class without labels is never scored"
+            f"no mask that was read holds {summarise(map(str, missing), 12)}: a class without labels is never scored"
         )
     declared = {nodata for root in roots for nodata in root.mask_nodata if nodata is not None} - {no_label}
     if declared & set(classes):

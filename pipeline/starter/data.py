@@ -10,6 +10,7 @@ from typing import Any
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import PERCENTILES, Root
+from kdpipe.data.tiles import has_star
 from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.starter.given import Given
 from kdpipe.pipeline.starter.layouts import Layout
@@ -51,9 +52,7 @@ def data_keys(
     train = [root for root in roots if roles[root.path] == "train"]
     held = "colours" if given.colours else "class indices"
     layout = (
-        f"each a folder with {given.images}/ and {given.masks}/ paired by stem; masks hold {held}"
-        if any(root.masks for root in train)
-        else "none with masks"
+        f"{_folders_text(train, given)}; masks hold {held}" if any(root.masks for root in train) else "none with masks"
     )
     keys = [
         Key("train", paths["train"], f"Roots of training tiles, {layout}."),
@@ -84,12 +83,21 @@ def data_keys(
     return keys + _bands_and_stretch(used, given.bands, wanted, notes, problems)
 
 
+def _folders_text(roots: Sequence[Root], given: Given) -> str:
+    """Where images and masks lie in roots."""
+    if given.images == given.masks:
+        return "which hold images and masks, paired by what their names begin with"
+    if any(has_star(root.path) for root in roots):
+        return f"in which * stands for {given.images!r} and for {given.masks!r}; images and masks are paired by stem"
+    return f"each a folder with {given.images}/ and {given.masks}/ paired by stem"
+
+
 def _layout_keys(given: Given, paths: Mapping[str, Sequence[str]]) -> list[Key]:
     """The keys that say how images and masks lie in the roots, where they differ from the defaults."""
     layout = given.layout or Layout([], given.images, given.masks)
     source = f"Measured: {layout.source}" if layout.source else "Given"
     keys = [
-        Key(name, value, f"{source}: the folder of {name} in each root.")
+        Key(name, value, f"{source}: {_name_text(name, value)}.")
         for name, value in (("images", layout.images), ("masks", layout.masks))
         if value != name
     ]
@@ -109,6 +117,10 @@ def _layout_keys(given: Given, paths: Mapping[str, Sequence[str]]) -> list[Key]:
         entries = [Key(name, rgb) for name, rgb in given.colours.items()]
         keys.append(Key("colours", entries, "Given: the colour of each class in the masks; ignore is no label."))
     return keys
+
+
+def _name_text(name: str, value: str) -> str:
+    return f"the root itself holds the {name}" if value == "." else f"what names the folder of {name} in each root"
 
 
 def _alpha(roots: Sequence[Root], notes: list[str]) -> list[Key]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.fill_in import FILL_IN
@@ -24,12 +23,10 @@ from kdpipe.pipeline.inspection.external import External
 from kdpipe.pipeline.starter.classes import Labels, read_labels
 from kdpipe.pipeline.starter.data import data_keys
 from kdpipe.pipeline.starter.given import Given
+from kdpipe.pipeline.starter.layouts import split_of
 from kdpipe.pipeline.starter.teacher import class_map_key, teacher_classes, teacher_keys, wanted_bands
 from kdpipe.pipeline.starter.training import train_keys
 from kdpipe.pipeline.starter.yaml import Key, as_yaml, comment
-
-VAL_NAMES = ("val", "valid", "validation")
-TEST_NAMES = ("test", "testing")
 
 HEADER = """\
 Written by `kdpipe init` from {tiles} tiles in {roots} and {teacher}.
@@ -80,10 +77,13 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, g
     channels = teacher_classes(teacher, given)
     problems = [problem for root in roots for problem in root.problems] + labels.problems
     notes = list(labels.notes)
+    if given.layout is not None:
+        problems += given.layout.problems
+        notes += given.layout.notes
     keys = [
         Key("name", given.name, f"Given: the name of this file. The run's weights go to model_weights/default/{given.name}."),
         Key("classes", labels.keys),
-        Key("data", data_keys(roots, roles, given, notes, problems, wanted_bands(teacher))),
+        Key("data", [*data_keys(roots, roles, given, notes, problems, wanted_bands(teacher)), *labels.remap]),
         Key("teacher", teacher_keys(teacher, channels, train, given)),
         class_map_key(channels, labels.names),
         Key("cache", [
@@ -162,10 +162,10 @@ def assign_roles(roots: Sequence[Root], val: Sequence[str] = ()) -> dict[str, st
     """
     roles = {}
     for root in roots:
-        name = PurePath(root.path).name.lower()
-        if root.path in val or (name in VAL_NAMES and root.masks):
+        split = split_of(root.path, [other.path for other in roots])
+        if root.path in val or (split == "val" and root.masks):
             roles[root.path] = "val"
-        elif name in TEST_NAMES:
+        elif split == "test":
             roles[root.path] = "not used"
         else:
             roles[root.path] = "train" if root.masks else "unlabelled"

@@ -19,7 +19,7 @@ from kdpipe.pipeline.inspection.external import External, inspect_external, is_e
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.starter.draft import Draft, draft_config
 from kdpipe.pipeline.starter.given import Given
-from kdpipe.pipeline.starter.layouts import Layout, paired, recognise
+from kdpipe.pipeline.starter.layouts import Layout, paired, recognise, with_lists
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def _laid_out(folders: Sequence[str], given: Given) -> Given:
     if found is None:
         roots = [path for folder in folders for path in find_roots(folder, given.images, given.masks)]
         found = paired(Layout(roots, given.images, given.masks))
+    found = with_lists(found, folders)
     val = [path for folder in given.val for path in find_roots(folder, found.images, found.masks)]
     return replace(given, val=val, images=found.images, masks=found.masks, layout=found)
 

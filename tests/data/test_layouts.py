@@ -86,6 +86,30 @@ class TestFolders:
         with pytest.raises(DataError, match="data.train and data.val"):
             listed(tmp_path, train=[root], val=[root], split={"train": f"{root}/train.txt"})
 
+    def test_a_list_may_hold_paths_comments_and_a_byte_order_mark(self, tmp_path):
+        """OpenEarthMap lists files of regions, others paths; a name that two roots have takes both, a path one."""
+        write(
+            tmp_path,
+            *(f"{root}/{kind}/{stem}.tif" for root in ("r", "s") for stem in "ab" for kind in ("images", "masks")),
+        )
+        roots = [str(tmp_path / "r"), str(tmp_path / "s")]
+
+        def taken(text):
+            (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+            return sorted(listed(tmp_path, train=roots, split={"train": str(tmp_path / "train.txt")}))
+
+        assert taken("\ufeffa.tif\n") == ["r/a", "s/a"]
+        assert taken("# of region r\r\nr/a.tif\r\nr/a.tif\r\n") == ["r/a"]
+        assert taken("./r/images/a.tif\ns\\images\\b.tif\n") == ["r/a", "s/b"]
+        assert taken(f"{tmp_path}/s/images/b.tif\nr/images/b\n") == ["r/b", "s/b"]
+        with pytest.raises(
+            DataError,
+            match=r"1 of the 1 name in .* is no tile of data.train \(r/a.tif s/a.tif\): expected one name a line",
+        ):
+            taken("r/a.tif s/a.tif\n")
+        with pytest.raises(DataError, match=r"data.split.train: .*train.txt names no tile"):
+            taken("# nothing\n\n")
+
     def test_a_wrong_suffix_names_a_file(self, tmp_path):
         write(tmp_path, "images/a_img.png")
         with pytest.raises(DataError, match=r"ends in _sat, data.image_suffix; there is a_img.png"):

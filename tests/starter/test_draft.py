@@ -150,8 +150,7 @@ def test_options_that_weights_do_not_show_are_asked_of_a_file_and_known_of_a_stu
         (((0, 1), (2, 3)), 4, None, None),
         (((0, 1), (2, 255)), 3, 255, None),
         (((0, 1), (254, 255)), None, None, "masks hold 0, 1, 254, 255, which are not class indices"),
-        (((0, 255), (0, 255)), None, None, "with two classes, recode 255 to 1"),
-        (((0, 50), (100, 150)), None, None, "masks hold 0, 50, 100, 150, which are not class indices"),
+        (((0, 3), (9, 255)), 3, 255, None),
         (((1, 1), (1, 1)), None, None, "all masks hold only 1: a student"),
         (((0, 1), (3, 3)), 4, None, None),
     ],
@@ -169,6 +168,39 @@ def test_classes_follow_from_the_values_of_masks(tmp_path, values, classes, igno
     assert (found.draft.notes[0] == "no mask that was read holds 2: a class without labels is never scored") == (
         3 in values[1] and 2 not in values[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "remap", "ignore"),
+    [
+        (((0, 255), (0, 255)), 2, {0: 0, 255: 1}, None),
+        (((11, 41), (42, 11)), 3, {11: 0, 41: 1, 42: 2}, None),
+        (((10, 20), (50, 255)), 3, {10: 0, 20: 1, 50: 2}, 255),
+        (((1, 2), (1, 2)), 2, {1: 0, 2: 1}, None),
+    ],
+)
+def test_codes_in_masks_become_classes(tmp_path, values, names, remap, ignore):
+    found = init(small(tmp_path / "tiles", values))
+    keys = as_plain(found.draft.keys)
+    assert (keys["classes"]["names"], keys["data"]["remap"]) == (["FILL_IN"] * names, remap)
+    assert keys["classes"].get("ignore_index") == ignore
+    assert not found.draft.problems
+    assert "codes rather than indices: the config has data.remap" in found.draft.notes[0]
+    named = as_plain(init(tmp_path / "tiles", classes=list("abc")[:names], overwrite=True).draft.keys)
+    assert (named["classes"]["names"], named["data"]["remap"]) == (list("abc")[:names], remap)
+
+
+def test_many_classes_are_no_codes_and_greys_no_classes(tmp_path):
+    ramp = np.arange(151)
+    root = small(tmp_path / "many")
+    for path in (root / "masks").iterdir():
+        write_mask(path, np.resize(ramp, (64, 64)))
+    found = init(root)
+    assert "remap" not in as_plain(found.draft.keys)["data"]
+    assert not found.draft.problems
+    for path in (root / "masks").iterdir():
+        write_mask(path, np.resize(np.arange(256), (64, 64)))
+    assert "which are not class indices" in " ".join(init(root, overwrite=True).draft.problems)
 
 
 def test_values_beyond_the_given_classes_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """`init` recognises data sets as they are laid out, and writes a configuration that lists the same tiles."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers.commands import run_command
@@ -32,6 +34,9 @@ LAYOUTS = {
         {},
     ),
     "nnU-Net": (["imagesTr/a_0000.png", "imagesTr/b_0000.png"], ["labelsTr/a.png", "labelsTr/b.png"], {}),
+    "Potsdam": (["2_Ortho_RGB/a_RGB.tif", "2_Ortho_RGB/b_RGB.tif"], ["5_Labels_all/a_label.tif", "5_Labels_all/b_label.tif"], {}),
+    "GID": (["image_RGB/a-MSS1.tif", "image_RGB/b-MSS1.tif"], ["label_5classes/a-MSS1_label.tif", "label_5classes/b-MSS1_label.tif"], {}),
+    "Vaihingen": (["top/area1.tif", "top/area3.tif"], ["gts_for_participants/area1.tif", "gts_for_participants/area3.tif"], {}),
     "VOC": (
         ["JPEGImages/a.png", "JPEGImages/b.png"],
         ["SegmentationClass/a.png", "SegmentationClass/b.png"],
@@ -41,11 +46,44 @@ LAYOUTS = {
         ["Train/images_png/1.png", "Val/images_png/2.png"], ["Train/masks_png/1.png", "Val/masks_png/2.png"], {}
     ),
     "images and labels": (["train/images/a.png", "val/images/b.png"], ["train/labels/a.png", "val/labels/b.png"], {}),
+    "LoveDA as it is unpacked": (
+        ["Train/Urban/images_png/1.png", "Val/Urban/images_png/2.png"],
+        ["Train/Urban/masks_png/1.png", "Val/Urban/masks_png/2.png"], {},
+    ),
+    "ADE20K": (
+        ["images/training/a.jpg", "images/validation/b.jpg"], ["annotations/training/a.png", "annotations/validation/b.png"], {}
+    ),
+    "Cityscapes": (
+        ["leftImg8bit/train/ulm/u_1_leftImg8bit.png", "leftImg8bit/val/bonn/b_1_leftImg8bit.png"],
+        ["gtFine/train/ulm/u_1_gtFine_labelIds.png", "gtFine/val/bonn/b_1_gtFine_labelIds.png"], {},
+    ),
+    "CamVid": (["train/a.png", "val/b.png"], ["trainannot/a.png", "valannot/b.png"], {}),
+    "CamVid with suffixes": (["train/a.png", "val/b.png"], ["train_labels/a_L.png", "val_labels/b_L.png"], {}),
+    "FloodNet": (
+        ["train/train-org-img/a.jpg", "val/val-org-img/b.jpg"],
+        ["train/train-label-img/a_lab.png", "val/val-label-img/b_lab.png"], {},
+    ),
+    "UAVid": (
+        ["uavid_train/seq1/Images/0.png", "uavid_val/seq2/Images/0.png"],
+        ["uavid_train/seq1/Labels/0.png", "uavid_val/seq2/Labels/0.png"], {},
+    ),
+    "DeepGlobe": (["train/1_sat.jpg", "val/2_sat.jpg"], ["train/1_mask.png", "val/2_mask.png"], {}),
+    "OpenEarthMap": (
+        ["aachen/images/aachen_1.tif", "accra/images/accra_1.tif"], ["aachen/labels/aachen_1.tif", "accra/labels/accra_1.tif"],
+        {"train.txt": "aachen_1.tif\n", "val.txt": "accra_1.tif\n"},
+    ),
+    "lists beside kdpipe's own folders": (
+        ["images/a.png", "images/b.png"], ["masks/a.png", "masks/b.png"], {"train.txt": "a\n", "val.txt": "b\n"}
+    ),
+    "Inria": (["train/images/a.tif", "val/images/b.tif"], ["train/gt/a.tif", "val/gt/b.tif"], {}),
     "nested": (["train/images/x/a.png", "val/images/x/b.png"], ["train/labels/x/a.png", "val/labels/x/b.png"], {}),
     "suffixes in kdpipe's own folders": (
         ["Train/images/a_sat.png", "Val/images/b_sat.png"], ["Train/masks/a_mask.png", "Val/masks/b_mask.png"], {}
     ),
 }  # fmt: skip
+
+
+WITHOUT_VAL = {"nnU-Net", "Potsdam", "GID", "Vaihingen"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -59,12 +97,16 @@ def test_the_layout_is_recognised(name, tmp_path, monkeypatch):
     done = run_command("init", "mine", "--classes", "Ground,Forest,Water")
     assert done.returncode == 0, done.stderr + done.stdout
     data = data_of(tmp_path / "mine.yaml")
+    folder = tmp_path / "mine"
     found = {
-        split: [(tile.image.name, tile.mask.name) for tile in list_tiles(data, split)]
-        for split in (("train", "val") if name != "nnU-Net" else ("train",))
+        split: [
+            tuple(path.relative_to(folder).as_posix() for path in (tile.image, tile.mask))
+            for tile in list_tiles(data, split)
+        ]
+        for split in ("train", "val")
     }
-    pairs = [(image.rpartition("/")[2], mask.rpartition("/")[2]) for image, mask in zip(images, masks, strict=True)]
-    assert found == ({"train": pairs} if name == "nnU-Net" else {"train": pairs[:1], "val": pairs[1:]})
+    pairs = list(zip(images, masks, strict=True))
+    assert found == ({"train": pairs, "val": []} if name in WITHOUT_VAL else {"train": pairs[:1], "val": pairs[1:]})
 
 
 def data_of(path):
@@ -140,7 +182,49 @@ def test_masks_of_colours_without_a_table_name_the_option(tmp_path, monkeypatch)
         (["a", "b"], ["a", "b"], ("", "")),
         (["one", "two"], ["three", "four"], ("", "")),
         ([], ["a"], ("", "")),
+        (
+            ["a_img", "b_img"],
+            ["a_color", "a_instanceIds", "a_labelIds", "b_color", "b_instanceIds", "b_labelIds"],
+            ("_img", "_labelIds"),
+        ),
+        (["1_sat", "10_sat"], ["1_mask", "10_mask"], ("_sat", "_mask")),
     ],
 )
 def test_suffixes_are_those_that_pair_the_names(images, masks, found):
     assert suffixes_of(images, masks) == found
+
+
+def test_what_a_layout_leaves_out_is_said(tmp_path, monkeypatch):
+    """Cityscapes has masks for viewers beside the labels, nnU-Net may have a file for each band."""
+    monkeypatch.chdir(tmp_path)
+    kinds = ("labelIds", "color")
+    write(
+        tmp_path / "city",
+        ["leftImg8bit/train/ulm/1_leftImg8bit.png"],
+        [f"gtFine/train/ulm/1_gtFine_{kind}.png" for kind in kinds],
+    )
+    done = run_command("init", "city")
+    assert "those that end in _gtFine_labelIds are taken; 1 other is left out, such as 1_gtFine_color" in " ".join(
+        done.stdout.split()
+    )
+    write(
+        tmp_path / "bands",
+        [f"imagesTr/case_{i}_{band:04d}.png" for i in (1, 2) for band in (0, 1, 2)],
+        [f"labelsTr/case_{i}.png" for i in (1, 2)],
+    )
+    done = run_command("init", "bands", "--overwrite")
+    assert done.returncode == 1
+    assert "To fix: each image lies in 3 files, _0000, _0001, _0002, one for each of its bands" in " ".join(
+        done.stdout.split()
+    )
+
+
+def test_images_without_masks_are_kept_apart_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path / "mine", ["img_dir/train/a.png", "img_dir/test/b.png", "img_dir/more/c.png"], ["ann_dir/train/a.png"]
+    )
+    done = run_command("init", "mine", "--json", "found.json")
+    roles = {root["path"]: root["role"] for root in json.loads((tmp_path / "found.json").read_text())["roots"]}
+    assert done.returncode == 0
+    assert roles == {"mine/*/train": "train", "mine/*/test": "not used", "mine/*/more": "unlabelled"}

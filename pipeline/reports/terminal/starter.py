@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
 
 from rich.table import Table
 
+from kdpipe.configs.errors import counted
 from kdpipe.configs.fill_in import FILL_IN, places_text
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.starter.write import FirstConfig
 
-SHOWN = 5  # problems; the others are in the JSON
+SHOWN = 5  # kinds of problems; the others are in the JSON
+FILE = re.compile(r"/.*?\.[A-Za-z]{3,4}\b")  # by which problems of one kind differ
 SHOWN_VALUES = 12
 
 
@@ -30,9 +33,9 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
         )  # fmt: skip
     yield table
     partly = [
-        f"{root.headers} headers, {root.images_read} images and {root.masks_read} masks of {root.path}"
+        f"{counted(root.headers, 'headers')}, {counted(root.images_read, 'images')} and {counted(root.masks_read, 'masks')} of {root.path}"
         for root in found.roots
-        if root.images_read < len(root.tiles) or root.masks_read < root.masks
+        if root.images_tried < len(root.tiles) or root.masks_tried < root.masks
     ]
     if partly:
         yield f"Only a sample was read, evenly spread: {'; '.join(partly)}."
@@ -40,11 +43,14 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
         yield f"Teacher: {found.teacher.path} is {found.teacher.network}."
     for note in found.draft.notes:
         yield f"Note: {note}."
-    problems = found.draft.problems
-    for problem in problems[:SHOWN]:
-        yield f"To fix: {problem}"
-    if len(problems) > SHOWN:
-        yield f"To fix: {len(problems) - SHOWN} more (--json FILE lists all)."
+    kinds: dict[str, list[str]] = {}
+    for problem in found.draft.problems:
+        kinds.setdefault(FILE.sub("", problem), []).append(problem)
+    for alike in list(kinds.values())[:SHOWN]:
+        more = f" (and {counted(len(alike) - 1, 'more files')}: --json FILE lists all)" if len(alike) > 1 else ""
+        yield f"To fix: {alike[0]}{more}"
+    if len(kinds) > SHOWN:
+        yield f"To fix: {len(kinds) - SHOWN} more (--json FILE lists all)."
     yield from _next(found)
 
 
