@@ -107,7 +107,8 @@ def recognise(folders: Sequence[str]) -> Layout | None:
     else:
         source = f"its folders {names[0]} and {names[1]}"
     roots, nested = sorted(path for path, _ in found), any(is_nested for _, is_nested in found)
-    return replace(Layout(roots, images, masks, *suffixes, nested, source=source), **_remarks(pairs, suffixes))
+    notes, problems = _remarks(pairs, suffixes)
+    return Layout(roots, images, masks, *suffixes, nested, source=source, notes=tuple(notes), problems=tuple(problems))
 
 
 def paired(layout: Layout) -> Layout:
@@ -275,7 +276,7 @@ def _differing(one: str, other: str) -> tuple[str, str, str, str]:
     return one[:start], one[start : len(one) - end], other[start : len(other) - end], one[len(one) - end :]
 
 
-def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> dict[str, tuple[str, ...]]:
+def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> tuple[list[str], list[str]]:
     """`notes` and `problems` of the files that a layout leaves out."""
     notes, problems = [], []
     image_suffix, mask_suffix = suffixes
@@ -296,7 +297,7 @@ def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> dict[str, tup
                 "(`gdal_merge.py -separate`, `rio stack`). As it is, only "
                 f"{image_suffix} is read"
             )
-    return {"notes": tuple(notes), "problems": tuple(problems)}
+    return notes, problems
 
 
 def _end(stem: str) -> str:
