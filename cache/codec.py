@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.encoding import implied_class, logits, row_deltas, simplex, steady_rounding
+from kdpipe.cache.encoding import implied_class, logits, many_classes, row_deltas, simplex, steady_rounding
 from kdpipe.cache.encoding.logits import DEPTH, Softening
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
@@ -29,7 +29,9 @@ def units_of(values_CHW: NDArray[np.float32], recipe: CacheRecipe) -> tuple[NDAr
     """The integers of all classes of a tile, and the entropy error of each block, empty for logits."""
     if isinstance(recipe, LogitsRecipe):
         return logits.encode(values_CHW, recipe.bits), np.empty((0, 0))
-    if recipe.bits <= steady_rounding.MAX_BITS:
+    if recipe.has_parts:
+        units_CHW: NDArray[Any] = many_classes.encode(values_CHW, recipe.levels)
+    elif recipe.bits <= steady_rounding.MAX_BITS:
         units_CHW = steady_rounding.encode(values_CHW, recipe.bits, recipe.levels)
     else:
         units_CHW = simplex.encode(values_CHW, recipe.levels)
@@ -103,7 +105,8 @@ def error_bound(recipe: CacheRecipe) -> float:
     if isinstance(recipe, LogitsRecipe):
         return logits.logit_bound(recipe.bits)
     if recipe.bits <= steady_rounding.MAX_BITS:
-        return steady_rounding.error_bound(recipe.bits, recipe.levels, len(recipe.classes))
+        whole = recipe.levels // many_classes.PARTS if recipe.has_parts else recipe.levels
+        return steady_rounding.error_bound(recipe.bits, whole, len(recipe.classes))
     return simplex.error_bound(recipe.levels, len(recipe.classes))
 
 

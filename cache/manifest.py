@@ -19,9 +19,10 @@ from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
 from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
-# Major versions: 2 holds logits, 4 soft targets. Minor versions: 0 holds whole tiles, 1 recorded views; 2 holds either, and its
+# Major versions: 2 holds logits, 4 soft targets, 5 those of many classes at 8 bits.
+# Minor versions: 0 holds whole tiles, 1 recorded views; 2 holds either, and its
 # recipe says how images are decoded and in which order temperature and class map are applied; 3 is any of them with a part of the tiles.
-VERSIONS = ("2.0", "2.1", "2.2", "2.3", "4.0", "4.1", "4.2", "4.3")
+VERSIONS = ("2.0", "2.1", "2.2", "2.3", "4.0", "4.1", "4.2", "4.3", "5.2", "5.3")
 UNRELEASED = (1, 3)  # soft targets as unreleased versions of kdpipe wrote them
 MANIFEST_NAME = "manifest.json"
 
@@ -193,7 +194,7 @@ def is_newer_minor(version: Any, origin: str) -> bool:
         )
     if major not in newest_minors:
         raise UnknownFormat(
-            f"{origin} has format version {version}, and this kdpipe reads {'.x and '.join(map(str, newest_minors))}.x: "
+            f"{origin} has format version {version}, and this kdpipe reads {', '.join(f'{known}.x' for known in newest_minors)}: "
             "install a kdpipe that reads it, or compute the cache again at another cache.path"
         )
     return minor > newest_minors[major]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -30,8 +30,8 @@ from pydantic import (
     model_validator,
 )
 
+from kdpipe.cache.encoding import many_classes, simplex
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
-from kdpipe.cache.encoding.simplex import levels_of, storage_type
 from kdpipe.cache.records import Sha256, digest_of
 
 
@@ -113,7 +113,6 @@ class _Recipe(Record):
     # Minor version 0 knows neither of these fields, and its digests must not change: they are left out where they are None.
     views: Annotated[ViewsRecord | None, Field(exclude_if=_is_none)] = None
     decoder: Annotated[Literal["pillow"] | None, Field(exclude_if=_is_none)] = None
-    major_version: ClassVar[int]
 
     @property
     def teacher_classes(self) -> list[str]:
@@ -129,9 +128,19 @@ class _Recipe(Record):
         return f"{self.major_version}.{minor}"
 
     @property
+    def major_version(self) -> int:
+        """The major version of the format."""
+        raise NotImplementedError
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether levels have parts, as 8 bits of many classes have since format 5 (see `many_classes`)."""
+        return False
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The data type of the stored integers."""
-        return storage_type(self.bits)
+        return np.dtype(np.uint16) if self.has_parts else simplex.storage_type(self.bits)
 
     def digest(self) -> str:
         """The sha256 of the recipe alone, which every tile carries."""
@@ -149,7 +158,15 @@ class Recipe(_Recipe):
     bits: Literal[4, 6, 8, 16]
     levels: int
     key_row_px: int
-    major_version = 4
+
+    @property
+    def has_parts(self) -> bool:
+        return self.levels != simplex.levels_of(self.bits, len(self.classes))
+
+    @property
+    def major_version(self) -> int:
+        """The major version of the format."""
+        return 5 if self.has_parts else 4
 
     @property
     def channels(self) -> list[str]:
@@ -158,9 +175,11 @@ class Recipe(_Recipe):
 
     @model_validator(mode="after")
     def _refuse_other_levels_and_key_rows(self) -> Self:
-        fewest = levels_of(self.bits, len(self.classes))
-        if self.levels != fewest:
-            raise ValueError(f"{self.bits} bits of {len(self.classes)} classes have {fewest} levels, not {self.levels}")
+        written = many_classes.levels_of(self.bits, len(self.classes))
+        if self.levels not in (written, simplex.levels_of(self.bits, len(self.classes))):
+            raise ValueError(
+                f"{self.bits} bits of {len(self.classes)} classes have {written} levels, not {self.levels}"
+            )
         if self.key_row_px != KEY_ROW_PX:
             raise ValueError(f"every {KEY_ROW_PX}th row is a key row, not every {self.key_row_px}th")
         return self
@@ -171,7 +190,11 @@ class LogitsRecipe(_Recipe):
 
     kind: Literal["logits"]
     bits: Literal[8, 16]
-    major_version = 2
+
+    @property
+    def major_version(self) -> int:
+        """The major version of the format."""
+        return 2
 
     @property
     def channels(self) -> list[str]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import tile
 from kdpipe.cache.codec import encode, error_bound
+from kdpipe.cache.encoding.many_classes import levels_of
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
-from kdpipe.cache.encoding.simplex import levels_of
 from kdpipe.cache.images import Source, digest_image, same_content
 from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import (

@@ -32,19 +32,29 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
     """
     Fixed-point integers `(C, H, W)`, uint8, that sum to `levels` over axis 0, none off by more than `error_bound`.
 
+    Pixels that 8 bits would move too much of (see `simplex.MOST_MOVED`; only with more than ten classes) are rounded plainly.
+
     `probs_CHW` is float32 in 0..1 and sums to one over axis 0; `ValueError` otherwise. The first row processed in each block (the
     top one, or the bottom one in columns processed upwards) is rounded as in `simplex.encode`.
     """
     simplex.refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=simplex.storage_type(bits))
     room_units = room(bits, levels, len(probs_CHW))
-    for rows in simplex.bands(*probs_CHW.shape[1:]):
+    for rows in simplex.bands(*probs_CHW.shape[1:], len(probs_CHW)):
         band_ChW, out_ChW = probs_CHW[:, rows], stored_CHW[:, rows]
         whole = band_ChW.shape[1] - band_ChW.shape[1] % KEY_ROW_PX
         for part in (slice(0, whole), slice(whole, None)):
             if out_ChW[:, part].size:
                 _encode_blocks(band_ChW[:, part], levels, room_units, out_CHW=out_ChW[:, part])
+        if may_move_too_much(bits, levels, len(probs_CHW)):
+            plainly_hW = simplex.moves_too_much(band_ChW, out_ChW, levels)
+            out_ChW[:, plainly_hW] = simplex.encode(band_ChW[:, plainly_hW][:, None], levels)[:, 0]
     return stored_CHW
+
+
+def may_move_too_much(bits: int, levels: int, num_classes: int) -> bool:
+    """Whether integers within the tolerance can move more of a pixel than 8 bits promise; fewer bits promise nothing."""
+    return bits == MAX_BITS and num_classes * _tolerance(bits, levels, num_classes) / 2 > simplex.MOST_MOVED
 
 
 def room(bits: int, levels: int, num_classes: int) -> np.float32:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.cache.encoding import logits, simplex, steady_rounding
+from kdpipe.cache.encoding import logits, many_classes, simplex, steady_rounding
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 
@@ -34,14 +34,14 @@ class Rounded(NamedTuple):
 
 def rounded(values_NCHW: Tensor, recipe: CacheRecipe) -> Rounded:
     """`codec.units_of` of every tile of a float32 batch, without waiting for the device."""
-    storage = torch.uint8 if recipe.bits <= 8 else torch.uint16
+    storage = torch.uint8 if recipe.dtype == np.uint8 else torch.uint16
     if isinstance(recipe, LogitsRecipe):
         units_NCHW, lost = _logits(values_NCHW, recipe.bits), values_NCHW.new_empty(len(values_NCHW), 0, 0)
         return Rounded(units_NCHW.to(storage), lost.double(), torch.isfinite(values_NCHW).all())
     sums_NHW, tolerance = values_NCHW.sum(dim=1), simplex.SUM_TOLERANCE
     valid = ((sums_NHW - 1).abs() <= tolerance).all() & (values_NCHW >= -tolerance).all()
-    units_NCHW = _plain(values_NCHW, recipe.levels)
-    if recipe.bits <= steady_rounding.MAX_BITS:
+    units_NCHW = (_with_parts if recipe.has_parts else _plain)(values_NCHW, recipe.levels)
+    if not recipe.has_parts and recipe.bits <= steady_rounding.MAX_BITS:
         units_NCHW = _steady(values_NCHW, units_NCHW, recipe.bits, recipe.levels)
     return Rounded(units_NCHW.to(storage), _entropy_error(values_NCHW, units_NCHW, recipe.levels), valid)
 
@@ -54,10 +54,16 @@ def _logits(logits_NCHW: Tensor, bits: int) -> Tensor:
 
 def _plain(probs_NCHW: Tensor, levels: int) -> Tensor:
     """Integers by largest remainder, int32."""
+    if levels * simplex.SUM_TOLERANCE > simplex.MOST_OFF:
+        sums_N1HW = probs_NCHW.sum(dim=1, keepdim=True)
+        off_N1HW = (sums_N1HW - 1).abs() * levels > simplex.MOST_OFF
+        probs_NCHW = probs_NCHW / torch.where(off_N1HW, sums_N1HW, torch.ones_like(sums_N1HW))
     remainders_NCHW = probs_NCHW.clamp(0, 1) * levels
     floors_NCHW = remainders_NCHW.floor()
     remainders_NCHW -= floors_NCHW
     missing_N1HW = levels - floors_NCHW.sum(dim=1, keepdim=True)
+    if probs_NCHW.shape[1] > simplex.MOST_PAIRED:
+        return floors_NCHW.int() + _sorted(remainders_NCHW, missing_N1HW)
     rank_NCHW = torch.zeros_like(probs_NCHW, dtype=torch.int16)
     for i in range(probs_NCHW.shape[1]):
         for j in range(i):
@@ -65,6 +71,35 @@ def _plain(probs_NCHW: Tensor, levels: int) -> Tensor:
             rank_NCHW[:, i] += lower_first_NHW
             rank_NCHW[:, j] += ~lower_first_NHW
     return floors_NCHW.int() + (rank_NCHW < missing_N1HW)
+
+
+def _sorted(remainders_NCHW: Tensor, missing_N1HW: Tensor) -> Tensor:
+    """Which classes get one of the missing units, as `simplex` finds them for many classes."""
+    rising_NCHW = remainders_NCHW.sort(dim=1).values
+    last_N1HW = remainders_NCHW.shape[1] - missing_N1HW.clamp(min=1).long()
+    least_N1HW = rising_NCHW.take_along_dim(last_N1HW, dim=1).masked_fill(missing_N1HW < 1, torch.inf)
+    served_NCHW, equal_NCHW = remainders_NCHW > least_N1HW, remainders_NCHW == least_N1HW
+    left_N1HW = missing_N1HW - served_NCHW.sum(dim=1, keepdim=True)
+    return served_NCHW | (equal_NCHW & (equal_NCHW.cumsum(dim=1, dtype=torch.int16) <= left_N1HW))
+
+
+def _with_parts(probs_NCHW: Tensor, levels: int) -> Tensor:
+    """Integers, int32, as `many_classes.encode` rounds them."""
+    first, *finer = many_classes.STEPS
+    units_NCHW = _plain(probs_NCHW, levels // first) * first
+    for step in finer:
+        finer_N1HW = _moves_too_much(probs_NCHW, units_NCHW, levels)
+        units_NCHW = torch.where(finer_N1HW, _plain(probs_NCHW, levels // step) * step, units_NCHW)
+    return units_NCHW
+
+
+def _moves_too_much(probs_NCHW: Tensor, units_NCHW: Tensor, levels: int) -> Tensor:
+    """`simplex.moves_too_much` of every tile, bool `(N, 1, H, W)`; classes are added up in the same order."""
+    moved_N1HW = torch.zeros_like(probs_NCHW[:, :1])
+    for channel in range(probs_NCHW.shape[1]):
+        this = slice(channel, channel + 1)
+        moved_N1HW += (probs_NCHW[:, this] * levels - units_NCHW[:, this]).abs()
+    return moved_N1HW > float(np.float32(2 * simplex.MOST_MOVED * levels))
 
 
 def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> Tensor:
@@ -77,7 +112,10 @@ def _steady(probs_NCHW: Tensor, plain_NCHW: Tensor, bits: int, levels: int) -> T
         for part in (slice(0, whole), slice(whole, height))
         if part.stop > part.start
     ]
-    return torch.cat(parts, dim=2)
+    units_NCHW = torch.cat(parts, dim=2)
+    if not steady_rounding.may_move_too_much(bits, levels, probs_NCHW.shape[1]):
+        return units_NCHW
+    return torch.where(_moves_too_much(probs_NCHW, units_NCHW, levels), plain_NCHW.short(), units_NCHW)
 
 
 def _steady_blocks(probs_NCHW: Tensor, plain_NCHW: Tensor, levels: int, room: np.float32) -> Tensor:

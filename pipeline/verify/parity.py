@@ -49,7 +49,9 @@ class TileParity:
     The comparison of one tile. `kl` is KL(cached || live) in nats, averaged over pixels.
 
     `class_change` is the share of pixels whose likeliest class at T 1 is not the likeliest of the live target; the temperature must
-    not change it. `cached_class_change` is that share for the cached target, where rounding may decide between nearly equal classes.
+    not change it. `moved_mean` and `moved_most` are the shares of a pixel's probability that the cached target has in other classes than
+    the live one: half the sum of |Δp| over classes. `cached_class_change` is that share of pixels for the cached target, where rounding
+    may decide between nearly equal classes.
     """
 
     tile: str
@@ -62,6 +64,8 @@ class TileParity:
     class_change: Measure
     argmax_agreement: float
     cached_class_change: float
+    moved_mean: float
+    moved_most: float
 
     def measures(self) -> dict[str, Measure]:
         """The figures that have a tolerance, by name."""
@@ -88,6 +92,7 @@ def compare(
     difference = np.abs(cached_CHW - live_CHW)
     num_classes = live_CHW.shape[0]
     top_two = np.partition(live_CHW, num_classes - 2, axis=0)[-2:]
+    moved_HW = difference.sum(axis=0, dtype=np.float64) / 2
     agree = cached_CHW.argmax(axis=0) == live_CHW.argmax(axis=0)
     # The likeliest class cannot change where the two best are further apart than both may move.
     decided = top_two[1] - top_two[0] > 2 * delta
@@ -108,6 +113,8 @@ def compare(
         class_change=Measure(_class_change(probs_CHW, live_CHW), 0.0),
         argmax_agreement=float(agree.mean()),
         cached_class_change=_class_change(probs_CHW, cached_CHW),
+        moved_mean=float(moved_HW.mean()),
+        moved_most=float(moved_HW.max()),
     )
 
 

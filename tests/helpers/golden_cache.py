@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from helpers import plain_reader
 
-from kdpipe.cache.encoding.simplex import levels_of
+from kdpipe.cache.encoding.many_classes import levels_of
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, Recipe, TeacherRecord
 from kdpipe.cache.records import ImageDigest
@@ -19,15 +19,21 @@ CLASSES = {
     8: ["water", "forest", "meadow"],
     16: ["water", "forest", "meadow", "field", "town"],
 }
-BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,)}
-"""The caches of each format version; major version 4 holds soft targets, 2 logits."""
+MANY = [f"class {number}" for number in range(40)]
+BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,), "5.2": (8,)}
+"""The caches of each format version; major version 4 holds soft targets, 2 logits, 5 soft targets of many classes."""
 FOLDERS = {version: GOLDEN.with_name(f"cache-{version}") for version in BITS}
 CACHES = [(version, bits) for version in BITS for bits in BITS[version]]
 
 
-def probs(bits: int, height: int, width: int) -> np.ndarray:
+def classes_of(bits: int, version: str) -> list[str]:
+    """The student's classes of a golden cache."""
+    return MANY if version[0] == "5" else CLASSES[bits]
+
+
+def probs(bits: int, height: int, width: int, version: str = "4.0") -> np.ndarray:
     """Soft targets, float32 `(C, H, W)`: ratios of small integers, and squares of 40 px where one class is certain."""
-    num_classes = len(CLASSES[bits])
+    num_classes = len(classes_of(bits, version))
     row, column = np.mgrid[:height, :width]
     weights = np.stack([
         1 + (row // (32 + c) * (c + 3) + column // (40 + c) + c) % (4 + c) for c in range(num_classes)
@@ -40,8 +46,8 @@ def probs(bits: int, height: int, width: int) -> np.ndarray:
 
 def recipe(bits: int, version: str = "4.0") -> Recipe:
     """The recipe of the soft targets: one teacher up to 8 bits; at 16 two teachers, a stretch and a window."""
-    added = {"decoder": "pillow", "temperature_applied": "after class_map"} if version == "4.2" else {}
-    classes = CLASSES[bits]
+    added = {"decoder": "pillow", "temperature_applied": "after class_map"} if version[2] == "2" else {}
+    classes = classes_of(bits, version)
     first = TeacherRecord(
         checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
         drop_channels=[0], weight=1.0, normalize_mean=[0.485, 0.456, 0.406], normalize_std=[0.229, 0.224, 0.225],
@@ -75,11 +81,13 @@ def logits_recipe(bits: int, version: str = "2.0") -> LogitsRecipe:
 
 def write(path: Path, bits: int, version: str = "4.0") -> Manifest:
     """Write the golden content with the current writer."""
-    made, values = (recipe(bits, version), probs) if version[0] == "4" else (logits_recipe(bits, version), logits)
+    is_soft = version[0] != "2"
+    made, values = (recipe(bits, version), probs) if is_soft else (logits_recipe(bits, version), logits)
+    given = {"version": version} if is_soft else {}
     with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
         writer.begin()
         return writer.finish([
-            writer.write(tile, values(bits, *size), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
+            writer.write(tile, values(bits, *size, **given), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))
             for number, (tile, size) in enumerate(SIZES.items(), start=1)
         ])  # fmt: skip
 

@@ -60,7 +60,7 @@ class Cache:
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
         self.major, kind = int(manifest["format_version"].split(".")[0]), manifest["recipe"]["kind"]
-        assert kind == {2: "logits", 4: "soft"}[self.major], kind
+        assert kind == {2: "logits", 4: "soft", 5: "soft"}[self.major], kind
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
@@ -97,7 +97,7 @@ class Cache:
             channels = [name for i, name in enumerate(teacher["classes"]) if i not in teacher["drop_channels"]]
         shape = len(channels), record["height"], record["width"]
         assert tuple(array["shape"]) == shape
-        width = 8 if recipe["bits"] <= 8 else 16
+        width = 8 if recipe["bits"] <= 8 and self.major != 5 else 16
         assert array["data_type"] == f"uint{width}"
         (sharding,) = array["codecs"]
         assert sharding["name"] == "sharding_indexed"
@@ -140,7 +140,8 @@ class Cache:
         mark = 2 ** (8 if recipe["bits"] <= 8 else 16) - 1
         count, share = len(recipe["classes"]), 2 ** recipe["bits"] - 1
         fewest = min(n for n in range(1, share + 1) if (count - 1) * share <= count * n)
-        assert recipe["levels"] == min(fewest, mark - 1)
+        assert self.major == 4 or (recipe["bits"] == 8 and count > 19)
+        assert recipe["levels"] == min(fewest, mark - 1) * (256 if self.major == 5 else 1)
         return recipe["levels"]
 
     def probabilities(self, tile_id: str) -> np.ndarray:

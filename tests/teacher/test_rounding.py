@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdpipe.cache import codec
-from kdpipe.cache.encoding import simplex
+from kdpipe.cache.encoding import many_classes, simplex
 from kdpipe.configs.errors import KdpipeError
 from kdpipe.pipeline import dry_run
 from kdpipe.pipeline.dry_run import estimate
@@ -27,7 +27,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 def recipe_of(bits, num_classes):
     """The fields of a recipe that rounding reads."""
-    return SimpleNamespace(bits=bits, levels=simplex.levels_of(bits, num_classes))
+    whole, levels = simplex.levels_of(bits, num_classes), many_classes.levels_of(bits, num_classes)
+    dtype = np.dtype("uint8" if levels < 255 else "uint16")
+    return SimpleNamespace(bits=bits, levels=levels, has_parts=levels != whole, dtype=dtype)
 
 
 def assert_same(batch_NCHW, recipe, device):
@@ -64,9 +66,18 @@ def test_smooth_values_repeat_the_row_above_in_the_same_places(device, bits):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("total", [1 - 9e-5, 1 + 9e-5])
-@pytest.mark.parametrize("num_classes", [2, 6, 200])
-def test_sums_a_little_off_one_become_the_same_integers(device, num_classes, total):
+@pytest.mark.parametrize(("num_classes", "bits"), [(2, 8), (6, 8), (6, 16), (200, 8)])
+def test_sums_a_little_off_one_become_the_same_integers(device, num_classes, bits, total):
     batch = distributions(num_classes, 70, 20, sharpness=0.1)[None] * np.float32(total)
+    assert_same(batch, recipe_of(bits, num_classes), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_classes", [11, 17, 19, 20, 150])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_many_classes_become_the_same_integers(device, num_classes, sharpness):
+    batch = np.stack([distributions(num_classes, 70, 40, seed, sharpness) for seed in range(2)])
+    batch[:, :, :5] = np.float32(1 / num_classes)  # whose remainders are equal
     assert_same(batch, recipe_of(8, num_classes), device)
 
 

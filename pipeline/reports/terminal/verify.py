@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.reports.terminal.scores import score_table
 from kdpipe.pipeline.text import limit_text, percent_cell, percent_text
 
@@ -38,7 +38,7 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
             )  # fmt: skip
         yield table
     if report.labels:
-        title = f"Cached targets against the labels of {counted(report.label_tiles, report.noun)}"
+        title = f"Cached targets against the labels of {count_text(report.label_tiles, report.noun)}"
         found = report.labels
         yield score_table(title, found.iou, found.f1, found.left_out, (found.miou, found.mean_f1))
     if report.reference:
@@ -49,13 +49,13 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
     if report.findings:
         where = report.cache if report.cache_checked or report.reference is None else report.reference.folder
         of_trial = f", of which {_looked_at(report)} were looked at" if report.limit is not None else ""
-        yield f"{counted(len(report.findings), 'findings')} in {where}{of_trial}:"
+        yield f"{count_text(len(report.findings), 'findings')} in {where}{of_trial}:"
         for finding in report.findings[:SHOWN_FINDINGS]:
             yield f"  {finding.code}{f' {finding.tile}' if finding.tile else ''}: {finding.message}"
         if len(report.findings) > SHOWN_FINDINGS:
             yield f"  and {len(report.findings) - SHOWN_FINDINGS} more; all of them with --json FILE"
     elif not report.cache_checked and report.reference:
-        count = counted(len(report.reference.tiles), "tiles")
+        count = count_text(len(report.reference.tiles), "tiles")
         yield f"PASS (reference): the teacher predicts what {report.reference.folder} holds of {count}"
     else:
         bound = f", |Δp| at most {report.error_bound:.5f} from encoding" if report.error_bound else ""
@@ -65,13 +65,13 @@ def verify_tables(report: Report) -> Iterator[Table | str]:
 
 
 def _looked_at(report: Report) -> str:
-    return f"{counted(report.tiles, report.noun)}{limit_text(report.limit, report.configured)}"
+    return f"{count_text(report.tiles, report.noun)}{limit_text(report.limit, report.configured)}"
 
 
 def suggestion_tables(result: Suggestion) -> Iterator[Table | str]:
     """The labels of each teacher class beside its configured row, and the suggested map as YAML."""
     table = Table(
-        title=f"Labels by teacher class, {result.pixels:,} labelled px of {counted(result.tiles, 'tiles')}",
+        title=f"Labels by teacher class, {result.pixels:,} labelled px of {count_text(result.tiles, 'tiles')}",
         title_justify="left",
     )
     for column in ("teacher class", "px", "labels, %", "configured, %"):
@@ -130,9 +130,11 @@ def _parity_table(rows: list[TileParity]) -> Table:
     decided = min(row.decided_agreement.value for row in rows)
     changed = sum(row.class_change.value for row in rows) / len(rows)
     rounded = sum(row.cached_class_change for row in rows) / len(rows)
+    moved, most = sum(row.moved_mean for row in rows) / len(rows), max(row.moved_most for row in rows)
     table.caption = (
         f"argmax agrees on {percent_text(mean_agreement, 2)} of all pixels, "
         f"and on {percent_text(decided, 2)} of those that are decided by more than |Δp| allows; "
+        f"{percent_text(moved, 2)} of a pixel's probability lies in other classes than the teacher's, at most {percent_text(most, 2)}; "
         f"the temperature changes the class of {percent_text(changed, 2)} of all pixels, with rounding {percent_text(rounded, 2)}"
     )
     table.caption_justify = "left"
