@@ -23,7 +23,7 @@ from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import ReadRanges, Shard, open_shard
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.local import LocalStorage
-from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
+from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache, count_text
 
 if TYPE_CHECKING:
     from kdpipe.cache.writer import OwnCache
@@ -337,7 +337,7 @@ def in_memory(file: bytes) -> ReadRanges:
 
 def partial_text(manifest: Manifest) -> str:
     """How many of a configuration's tiles a cache holds, where `--limit` chose them."""
-    return f"it holds {len(manifest.tiles)} of {manifest.partial_of} tiles, as --limit asked"
+    return f"it holds {len(manifest.tiles)} of {count_text(manifest.partial_of or 0, 'tiles')}, as --limit asked"
 
 
 def read_manifest(storage: Storage) -> Manifest:

@@ -115,7 +115,7 @@ class DiskFull(CacheError):
     """The disk has no room for the cache."""
 
 
-def counted(count: int, nouns: str) -> str:
+def count_text(count: int, nouns: str) -> str:
     """A number and a noun that is given in the plural: `2 tiles`, `1 tile`, `1 class`, `1 entry`."""
     if count != 1:
         return f"{count} {nouns}"

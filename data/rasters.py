@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.schema import Alpha
 from kdpipe.configs.schema.labels import MaskCodes
 from kdpipe.data.declared.header import declared_by
@@ -228,7 +228,7 @@ def _decoded(path: Path, codes_HW: NDArray[Any], known: Mapping[int, int], key: 
         shown = [list(_unpacked(code)) if key == "data.colours" else code for code in first]
         what = "colours" if key == "data.colours" else "values"
         raise DataError(
-            f"the mask {path} holds {len(found)} {what} that {key} does not list, on {counts.sum()} of its pixels: "
+            f"the mask {path} holds {count_text(len(found), what)} that {key} does not list, on {counts.sum()} of its pixels: "
             f"{', '.join(map(str, shown))}{', …' if len(found) > len(shown) else ''}. Add each with its class, or with `ignore`"
         )
     return labels_HW
@@ -355,6 +355,7 @@ def _require_finite(
     if strange_HW.any():
         row, column = np.argwhere(strange_HW)[0].tolist()
         raise DataError(
-            f"{path} holds NaN or infinity in band {band} at {np.count_nonzero(strange_HW)} pixels, the first at row {first_row + row}, "
+            f"{path} holds NaN or infinity in band {band} at {count_text(np.count_nonzero(strange_HW), 'pixels')}, the first at row "
+            f"{first_row + row}, "
             f"column {column}: fill them, or declare them as the file's nodata"
         )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs import schema
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.data.rasters import read_bands
 from kdpipe.data.tiles import Tile, list_tiles, without_limit
 
@@ -42,12 +42,14 @@ def resolve_stretch(data: schema.Data, tiles: Sequence[Tile]) -> list[tuple[floa
     for band, sample in zip(data.bands, zip(*samples, strict=True), strict=True):
         values = np.concatenate(sample)
         if values.size == 0:
-            raise DataError(f"band {band} holds only nodata in all {len(tiles)} images, such as {tiles[0].image}")
+            raise DataError(
+                f"band {band} holds only nodata in all {count_text(len(tiles), 'images')}, such as {tiles[0].image}"
+            )
         low, high = np.percentile(values, data.stretch.percentiles).tolist()
         if not low < high:
             raise DataError(
                 f"band {band} is {low:g} from percentile {data.stretch.percentiles[0]:g} to {data.stretch.percentiles[1]:g} of "
-                f"the {len(tiles)} images, such as {tiles[0].image}, and cannot be stretched: choose other data.bands, or a "
+                f"the {count_text(len(tiles), 'images')}, such as {tiles[0].image}, and cannot be stretched: choose other data.bands, or a "
                 "data.stretch.range"
             )
         pairs.append((low, high))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from kdpipe.configs import schema
-from kdpipe.configs.errors import DataError, counted
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.node_names import why_unstorable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -123,7 +123,8 @@ def _listed(tiles: Sequence[Tile], roots: Iterable[str], data: schema.Data, key:
     if missing:
         shown = f"{', '.join(missing[:_SHOWN_NAMES])}{', …' if len(missing) > _SHOWN_NAMES else ''}"
         raise DataError(
-            f"data.split.{key}: {len(missing)} of the {counted(len(wanted), 'names')} in {path} {'is' if len(missing) == 1 else 'are'} no "
+            f"data.split.{key}: {len(missing)} of the {count_text(len(wanted), 'names')} in {path} {'is' if len(missing) == 1 else 'are'} "
+            "no "
             f"tile of data.{key} ({shown}): expected one name a line, such as "
             f"{tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}, or the path of its image"
         )

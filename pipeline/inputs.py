@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.declared.check import THREADS, Comparison, Findings, Headers, read_headers, refuse, tile_faults
 from kdpipe.data.rasters import read_mask
@@ -135,6 +135,7 @@ def _has_labels(masks: Sequence[Path], config: Config) -> Iterator[bool]:
 
 def _no_label_text(kind: str, masks: Sequence[Path], config: Config) -> str:
     return (
-        f"all pixels of the {len(masks)} {kind} masks are {config.classes.ignore_index}, classes.ignore_index, so that not one is labelled "
+        f"all pixels of the {count_text(len(masks), f'{kind} masks')} are {config.classes.ignore_index}, classes.ignore_index, so that "
+        "not one is labelled "
         f"(the first is {masks[0]}): correct classes.ignore_index, or recode the masks"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kdpipe.configs.errors import KdpipeError, OutOfMemory
+from kdpipe.configs.errors import KdpipeError, OutOfMemory, count_text
 from kdpipe.configs.schema import Config, Precision
 
 # In the message of a plain RuntimeError: torch's CPU allocator, cuBLAS, the driver, Apple's MPS, C++ itself, and NumPy in a worker,
@@ -73,7 +73,7 @@ def is_out_of_memory(err: BaseException) -> bool:
 
 def sized(noun: str, count: int, height: int, width: int) -> str:
     """`4 crops of 512 x 512 px`."""
-    return f"{count} {noun}{'s' if count != 1 else ''} of {height} x {width} px"
+    return f"{count_text(count, f'{noun}s')} of {height} x {width} px"
 
 
 def training_advice(config: Config, precision: Precision) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.data import Classes, Data
 from kdpipe.configs.schema.labels import MaskCodes, codes_of
@@ -186,7 +187,7 @@ class Config(Section):
             except ValueError as err:
                 raise ValueError(f"{key}.bands {err}") from err
             count, normalize = len(numbers), network.normalize
-            seen = f"it sees {count} band{'s' if count > 1 else ''}: {text_of(numbers, self.data.band_names)}"
+            seen = f"it sees {count_text(count, 'bands')}: {text_of(numbers, self.data.band_names)}"
             if isinstance(normalize, MeanStd) and len(normalize.mean) != count:
                 raise ValueError(f"{key}.normalize has {len(normalize.mean)} means and deviations, and {seen}")
             if normalize == "imagenet" and count != 3 and isinstance(network, Teacher):

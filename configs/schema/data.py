@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.schema.bands import COLOURS, Bands, Choice, Names, numbers_of
 from kdpipe.configs.schema.labels import Colour
 from kdpipe.configs.schema.section import Section, is_none, refuse_repeats
@@ -142,7 +143,7 @@ class Data(Section):
         refuse_repeats(list(self.band_names.values()), "data.band_names")
         if isinstance(self.stretch, FixedRange) and len(self.stretch.pairs(len(self.bands))) != len(self.bands):
             raise ValueError(
-                f"stretch.range needs one pair, or one for each of the {len(self.bands)} bands, found {self.stretch.range}"
+                f"stretch.range needs one pair, or one for each of the {count_text(len(self.bands), 'bands')}, found {self.stretch.range}"
             )
         if self.visible is not None and len(self.visible) not in (1, 3):
             raise ValueError(f"visible needs three bands, or one that is shown as grey, found {self.visible}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -57,7 +57,8 @@ def require_plausible(path: Path | str, raster: DatasetReader, *, whole: bool) -
 
 def _implausible(path: Path | str, raster: DatasetReader, why: str) -> DataError:
     return DataError(
-        f"{path} declares {raster.height} x {raster.width} px of {raster.count} bands, {why}: its header is damaged, or the file was cut "
+        f"{path} declares {raster.height} x {raster.width} px of {count_text(raster.count, 'bands')}, {why}: its header is damaged, or "
+        "the file was cut "
         "off. Copy it again"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.schema import Alpha
 from kdpipe.data.declared.header import NAMELESS, called, read_declared
 
@@ -50,7 +50,7 @@ def bands_of_scene(
     if max(bands) > len(colours):
         of = f" of images with {trained_count}" if trained_count is not None else ""
         raise DataError(
-            f"{path} has {len(colours)} band{'s' if len(colours) > 1 else ''}, and the student was trained on bands {list(bands)}{of}: map "
+            f"{path} has {count_text(len(colours), 'bands')}, and the student was trained on bands {list(bands)}{of}: map "
             "scenes that have these bands in the same places (`gdal_translate -b …`, `gdalbuildvrt -separate`)"
         )
     found = [colours[band - 1] for band in bands]
@@ -85,7 +85,7 @@ def _count_note(bands: Sequence[int], count: int, trained_count: int | None) -> 
     if trained_count is None or count == trained_count:
         return None
     return (
-        f"it has {count} band{'s' if count > 1 else ''} and the training images had {trained_count}: bands {_text(bands)} are taken by "
+        f"it has {count_text(count, 'bands')} and the training images had {trained_count}: bands {_text(bands)} are taken by "
         "their numbers, which is wrong if they are in another order than in training"
     )
 

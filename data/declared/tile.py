@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.data.declared.header import Declared, read_declared
 
 RECIPE = "give each class its colour in data.colours (`kdpipe init --colours FILE`)"
@@ -61,14 +61,15 @@ def mask_faults(path: Path, mask: Declared, *, of_colours: bool = False) -> list
     if of_colours:
         if (mask.bands in (3, 4) and set(mask.dtypes) == {"uint8"}) or (mask.bands == 1 and _is_coloured(mask)):
             return []
-        bands = f"{mask.bands} band{'s' if mask.bands > 1 else ''} of {mask.dtype}"
+        bands = f"{count_text(mask.bands, 'bands')} of {mask.dtype}"
         return [
             f"data.colours is given, but the mask {path} holds no colours: {bands} "
             f"({colours_text(mask.colours)}). Leave data.colours out for masks of indices, or use data.remap for other codes"
         ]
     if mask.bands != 1:
         return [
-            f"the mask {path} should have 1 band of class indices, found {mask.bands} bands ({colours_text(mask.colours)}): {RECIPE}"
+            f"the mask {path} should have 1 band of class indices, found {count_text(mask.bands, 'bands')} "
+            f"({colours_text(mask.colours)}): {RECIPE}"
         ]
     if np.dtype(mask.dtype).kind not in "iu":
         return [f"the mask {path} should hold integers, class indices, found {mask.dtype}"]
@@ -96,7 +97,7 @@ def require_same_size(image_path: Path, size: tuple[int, int], mask_path: Path, 
 def lacks_bands_text(path: Path | str, count: int, bands: Sequence[int]) -> str:
     """The text for an image of `count` bands, which lacks one of `data.bands`."""
     return (
-        f"{path} has {count} band{'s' if count > 1 else ''}, and data.bands asks for {list(bands)}: leave the image out, or set "
+        f"{path} has {count_text(count, 'bands')}, and data.bands asks for {list(bands)}: leave the image out, or set "
         "data.bands to bands that all images have"
     )
 

@@ -30,7 +30,15 @@ from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.fence import open_fence
 from kdpipe.cache.writer import CacheWriter, sweep
-from kdpipe.configs.errors import ClusterUnreachable, ConfigError, Interrupted, KdpipeError, OutOfMemory, summarise
+from kdpipe.configs.errors import (
+    ClusterUnreachable,
+    ConfigError,
+    Interrupted,
+    KdpipeError,
+    OutOfMemory,
+    count_text,
+    summarise,
+)
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile
@@ -105,7 +113,7 @@ class Cluster:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self._local:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self._progress.say(f"starting {self._local} worker{'s' if self._local > 1 else ''}")
+            self._progress.say(f"starting {count_text(self._local, 'workers')}")
             cluster = self._open.enter_context(
                 local_cluster(self._local, max(1, cores // self._local), self._device_name)
             )
@@ -120,15 +128,15 @@ class Cluster:
         first = next(iter(facts.values()))
         processors = {found.processor for found in facts.values()}
         self._progress.say(
-            f"{len(facts)} worker{'s' if len(facts) > 1 else ''} on {self._device} ({', '.join(sorted(processors))}), "
-            f"{sum(found.threads for found in facts.values())} threads"
+            f"{count_text(len(facts), 'workers')} on {self._device} ({', '.join(sorted(processors))}), "
+            f"{count_text(sum(found.threads for found in facts.values()), 'threads')}"
         )
         # On a CPU torch computes with as many threads, unless the workers are of this machine (see `Job.threads`).
         counted = self._device.type == "cpu" and not self._local
         if len({(found.processor, found.threads if counted else 0) for found in facts.values()}) > 1:
             self._progress.say(
                 "note: the workers differ in processor or threads: values agree within the error bound, but the last bits, and "
-                f"so the bytes of a tile, can depend on its worker (first: {first.processor}, {first.threads} threads)"
+                f"so the bytes of a tile, can depend on its worker (first: {first.processor}, {count_text(first.threads, 'threads')})"
             )
         self._started, self._fast_bf16 = True, all(found.fast_bf16 for found in facts.values())
         return self._device
@@ -182,7 +190,7 @@ class Cluster:
                 with open_fence(plan.storage) as token:
                     yield from self._session(replace(job, token=token), pending, missing, summary, stop)
             except _SchedulerLost as err:
-                done = f"{summary.kept + summary.computed} of {summary.tiles} {summary.noun}"
+                done = f"{summary.kept + summary.computed} of {count_text(summary.tiles, summary.noun)}"
                 self._progress.say(
                     f"lost the scheduler at {self._address} ({err}) with {done} finished; waiting for it"
                 )
@@ -332,7 +340,7 @@ class Cluster:
     def _no_workers_text(self, summary: Summary) -> str:
         return (
             f"the dask scheduler at {self._address} has no workers left (waited {PATIENCE_SECONDS:.0f} s); "
-            f"{summary.kept + summary.computed} of {summary.tiles} {summary.noun} are finished and kept. Start workers "
+            f"{summary.kept + summary.computed} of {count_text(summary.tiles, summary.noun)} are finished and kept. Start workers "
             f"(`dask worker {self._address}`; their logs say why they ended), and run the same command again"
         )
 

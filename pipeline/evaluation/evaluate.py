@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import ConfigError, DataError, KdpipeError, counted
+from kdpipe.configs.errors import ConfigError, DataError, KdpipeError, count_text
 from kdpipe.configs.schema import Config, Percentiles
 from kdpipe.data.dataset import ValTiles
 from kdpipe.data.rasters import Stretch
@@ -317,7 +317,7 @@ def _scored(root: str, tiles: int, counts: Counts, config: Config, boundary_widt
     )
     if set(result.scores.left_out) == set(classes.names):
         reasons = ", ".join(f"{name} {reason}" for name, reason in result.scores.left_out.items())
-        raise DataError(f"{root} has nothing to score in its {counted(tiles, 'tiles')} with a mask: {reasons}")
+        raise DataError(f"{root} has nothing to score in its {count_text(tiles, 'tiles')} with a mask: {reasons}")
     return result
 
 
@@ -354,7 +354,8 @@ def labelled_tiles(root: str, config: Config) -> tuple[list[Tile], list[str]]:
     labelled = [tile for tile in tiles if tile.mask is not None]
     if not labelled:
         raise DataError(
-            f"none of the {counted(len(tiles), 'images')} of {root} has a mask: scores need {folders_of(root, data)[1]}, with masks named "
+            f"none of the {count_text(len(tiles), 'images')} of {root} has a mask: scores need {folders_of(root, data)[1]}, with masks "
+            "named "
             "like the images"
         )
     return labelled, [tile.id for tile in tiles if tile.mask is None]

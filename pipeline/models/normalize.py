@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.schema import Config, MeanStd
 from kdpipe.configs.schema.student import StudentNormalize
 
@@ -95,7 +96,8 @@ def other_bands_text(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str
     if len(found) != 4 or found[1] == ours[1] or found[::2] != ours[::2]:
         return ""
     return (
-        f"It is for images of {found[1]} bands, and the network sees {ours[1]}: set the bands of teacher or student, or data.bands, to "
+        f"It is for images of {count_text(found[1], 'bands')}, and the network sees {ours[1]}: set the bands of teacher or student, or "
+        "data.bands, to "
         "as many, in the order that it was trained on"
     )
 

@@ -18,7 +18,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, count_text
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.models.options import options_of, untraced_options
@@ -55,9 +55,9 @@ class Network:
         """`unet with efficientnet-b4 and scSE attention, 4 bands, 9 channels`; three bands go without saying."""
         encoder = f" with {self.encoder}" if self.encoder else ""
         attention = " and scSE attention" if self.attention else ""
-        channels = f", {self.in_channels} bands" if self.in_channels != COLOURS else ""
+        channels = f", {count_text(self.in_channels, 'bands')}" if self.in_channels != COLOURS else ""
         if self.channels is not None:
-            channels += f", {self.channels} channel{'s' if self.channels != 1 else ''}"
+            channels += f", {count_text(self.channels, 'channels')}"
         if self.architecture is None:
             unknown = " whose decoder is not recognised" if self.encoder else " that is not recognised"
             return f"a network{encoder}{unknown}{channels}"

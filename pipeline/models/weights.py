@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import CheckpointError, summarise
+from kdpipe.configs.errors import CheckpointError, count_text, summarise
 from kdpipe.pipeline.models.container import UNREADABLE, load_pickled, names_in_archive, readable
 from kdpipe.pipeline.models.normalize import adapted_to_bands, other_bands_text
 from kdpipe.pipeline.models.unwrap import bare_state
@@ -131,7 +131,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Any], origin: str) -> li
     if found:
         reason = (isinstance(model, Explains) and model.explain_misfit(state)) or other_bands_text(own, state)
         raise Misfit(
-            f"{origin} does not fit the model; of {len(own)} tensors {'; '.join(found)}"
+            f"{origin} does not fit the model; of {count_text(len(own), 'tensors')} {'; '.join(found)}"
             + (f". {reason}" if reason else "")
         )
     _refuse_not_finite(own, state, origin)
@@ -219,9 +219,13 @@ def load_encoder(encoder: nn.Module, content: Mapping[str, Any], *, origin: str)
     state = adapted_to_bands(encoder, state, origin, notes.append)
     load_strictly(encoder, {**state, **{name: own[name] for name in initial + computed}}, origin=origin)
     if ignored:
-        notes.append(f"{origin}: {len(ignored)} tensors outside the encoder were ignored: {summarise(ignored, 3)}")
+        count = count_text(len(ignored), "tensors")
+        were = "was" if len(ignored) == 1 else "were"
+        notes.append(f"{origin}: {count} outside the encoder {were} ignored: {summarise(ignored, 3)}")
     if initial:
-        notes.append(f"{origin} lacks {len(initial)} tensors, which keep initial values: {summarise(initial, 3)}")
+        count = count_text(len(initial), "tensors")
+        keep = "keeps" if len(initial) == 1 else "keep"
+        notes.append(f"{origin} lacks {count}, which {keep} initial values: {summarise(initial, 3)}")
     return notes
 
 

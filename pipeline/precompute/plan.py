@@ -17,7 +17,7 @@ from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.cache.writer import finished_tiles, partial_files, sweep, whole_manifest
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
@@ -184,8 +184,12 @@ def complete_summary(plan: Plan, config: Config) -> Summary:
 def complete_text(summary: Summary) -> str:
     """The message of a run that finds its cache complete."""
     of_trial = "" if summary.limit is None else " of this trial"
-    one = summary.tiles == 1
-    return f"{'the' if one else 'all'} {counted(summary.tiles, summary.noun)}{of_trial} {'is' if one else 'are'} in {summary.cache} already"
+    what = f"{count_text(summary.tiles, summary.noun)}{of_trial}"
+    return (
+        f"the {what} is in {summary.cache} already"
+        if summary.tiles == 1
+        else f"all {what} are in {summary.cache} already"
+    )
 
 
 def find_complete(config: Config) -> Summary | None:

@@ -37,7 +37,7 @@ from kdpipe.cache.writer import (
     restore_root,
     whole_manifest,
 )
-from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, summarise
+from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, count_text, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
@@ -159,7 +159,9 @@ def _precompute(
         begin()
         writer.begin()
         if plan.finished:
-            progress.say(f"{len(plan.finished)} of {len(plan.tiles)} {summary.noun} are finished already and kept")
+            progress.say(
+                f"{len(plan.finished)} of {count_text(len(plan.tiles), summary.noun)} are finished already and kept"
+            )
         records = dict(plan.finished)
         if plan.missing:
             batches = _batches_with_missing(plan, batch_size, summary)
@@ -194,7 +196,7 @@ def stopped_text(summary: Summary) -> str:
     """The message of a run that was stopped."""
     kept = summary.kept + summary.computed
     return (
-        f"stopped; {kept} of {summary.tiles} {summary.noun} are finished and kept in {summary.cache}. "
+        f"stopped; {kept} of {count_text(summary.tiles, summary.noun)} are finished and kept in {summary.cache}. "
         "Run the same command again to continue"
     )
 
@@ -203,7 +205,7 @@ def failure_report(summary: Summary) -> str:
     """One paragraph that names the unreadable tiles and what to do about them."""
     causes = "; ".join(list(summary.failed.values())[:5])
     return (
-        f"{len(summary.failed)} of {summary.tiles} tiles could not be computed: {summarise(summary.failed)}. {causes}. "
+        f"{len(summary.failed)} of {count_text(summary.tiles, summary.noun)} could not be computed: {summarise(summary.failed)}. {causes}. "
         "Repair or remove these images and run the same command again; the other tiles are finished"
     )
 
@@ -270,8 +272,9 @@ def _refuse_small_disk(plan: Plan, summary: Summary) -> None:
     needed = summary.bytes_written * left // summary.computed
     if free is not None and needed > free:
         raise DiskFull(
-            f"{plan.storage.url} needs about {size_text(needed)} more for {left} tiles, and its disk has {size_text(free)} free; "
-            f"make room and run the same command again: the {summary.computed + summary.kept} finished tiles are kept"
+            f"{plan.storage.url} needs about {size_text(needed)} more for {count_text(left, summary.noun)}, and its disk has "
+            f"{size_text(free)} free; "
+            f"make room and run the same command again: the {summary.computed + summary.kept} finished {summary.noun} are kept"
         )
 
 

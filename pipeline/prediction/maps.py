@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.configs.errors import ConfigError, DataError, Interrupted, KdpipeError
+from kdpipe.configs.errors import ConfigError, DataError, Interrupted, KdpipeError, count_text
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_layer, new_map, probability_layer
 from kdpipe.data.scenes import Scene, list_scenes, open_scene
@@ -134,7 +134,8 @@ def predict(
                 advance(total - counted.done)
             except Interrupted as err:
                 raise Interrupted(
-                    f"stopped in {scene_path}, which has no map yet; {len(summary.maps)} of {len(targets)} scenes have their map in "
+                    f"stopped in {scene_path}, which has no map yet; {len(summary.maps)} of {count_text(len(targets), 'scenes')} have "
+                    "their map in "
                     f"{folder}: name the others to go on"
                 ) from err
     say_notes(range_notes, "warning", progress)

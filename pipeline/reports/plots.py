@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from kdpipe.cache.reader import SoftTargetCache
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.files import write_file
 from kdpipe.pipeline.inspection.statistics import CacheStatistics, TileStatistics
 from kdpipe.pipeline.pictures import colours, entropy, paint_classes
@@ -56,7 +57,7 @@ def draw_statistics(statistics: CacheStatistics, cache: SoftTargetCache, path: P
     """Write a PNG: class shares and histograms above; below, the most uncertain tiles as likeliest class and as entropy."""
     figure = _figure(13, 8.5)
     figure.suptitle(
-        f"{len(statistics.tiles)} tiles, {statistics.pixels / 1e6:.1f} MP: mean entropy {statistics.entropy:.3f} nats, mean "
+        f"{count_text(len(statistics.tiles), 'tiles')}, {statistics.pixels / 1e6:.1f} MP: mean entropy {statistics.entropy:.3f} nats, mean "
         f"confidence {statistics.confidence:.3f}",
         fontsize=10,
     )
@@ -130,7 +131,7 @@ def _draw_confusion_panel(ax: Axes, root: RootScores, names: list[str]) -> None:
     ax.tick_params(length=0, labelsize=8)
     ax.set_xlabel("predicted")
     ax.set_ylabel("labelled")
-    ax.set_title(f"{root.root}: {root.tiles} tiles, mIoU {100 * root.scores.miou:.1f}", fontsize=10)
+    ax.set_title(f"{root.root}: {count_text(root.tiles, 'tiles')}, mIoU {100 * root.scores.miou:.1f}", fontsize=10)
 
 
 def _draw_shares(ax: Axes, statistics: CacheStatistics) -> None:
@@ -168,7 +169,7 @@ def _draw_cached_tile(axes: NDArray[Any], tile: TileStatistics, cache: SoftTarge
 
 def _draw_curves(ax: Axes, comparison: Comparison, against: str) -> None:
     for arm, colour in zip(comparison.arms, _colours(len(comparison.arms)), strict=True):
-        label = f"{arm.label} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})"
+        label = f"{arm.label} ({count_text(len(arm.runs), 'seeds')})"
         singles = [(run.history, {"linewidth": 0.6, "alpha": 0.35}) for run in arm.runs.values()]
         mean: tuple[Any, dict[str, Any]] = (
             arm.curve(),

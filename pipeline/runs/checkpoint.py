@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from torch import Tensor, nn
 
 from kdpipe.configs import dump_config, parse_config
-from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, summarise
+from kdpipe.configs.errors import CheckpointError, ConfigError, StaleCache, count_text, summarise
 from kdpipe.configs.files import write_atomically
 from kdpipe.configs.load import parse_mapping
 from kdpipe.configs.schema import Config, MeanStd
@@ -306,7 +306,7 @@ def load_trained(path: str | Path, say: Callable[[str], None] = lambda line: Non
     load_strictly(student, header.student, origin=str(path))
     if called is not None and len(called) < max(config.data.bands):
         raise CheckpointError(
-            f"{path} names {len(called)} bands of its images, and its data.bands are {list(config.data.bands)}"
+            f"{path} names {count_text(len(called), 'bands')} of its images, and its data.bands are {list(config.data.bands)}"
         )
     return Trained(
         student=student.eval().requires_grad_(False),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kdpipe.configs.errors import ConfigError, summarise
+from kdpipe.configs.errors import ConfigError, count_text, summarise
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.declared.tile import RECIPE
 from kdpipe.data.survey import Root
@@ -61,7 +61,7 @@ def read_labels(
     order = "values in the masks" if codes else "indices in the masks, counted from 0"
     why = ("Given" if names else "Asked") + f": the names, in the order of the {order}."
     if trained:
-        why += f" Measured: shares of the labelled pixels in {read} training masks."
+        why += f" Measured: shares of the labelled pixels in {count_text(read, 'training masks')}."
     entries: object = FILL_IN
     if listed:
         entries = [

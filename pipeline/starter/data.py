@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, count_text
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.data.survey import PERCENTILES, Root
 from kdpipe.data.tiles import has_star
@@ -70,14 +70,15 @@ def data_keys(
     keys += _layout_keys(given, paths)
     tiles, masks = sum(len(root.tiles) for root in train), sum(root.masks for root in train)
     if masks < tiles:
-        why = f"Measured: {tiles - masks} of {tiles} tiles have no mask; they train from the soft targets alone."
+        why = f"Measured: {tiles - masks} of {count_text(tiles, 'tiles')} have no mask; they train from the soft targets alone."
         keys.append(Key("allow_missing_masks", True, why))
     used = [root for root in roots if roles[root.path] != "not used"]
     pixels, empty = sum(root.pixels for root in used), sum(root.pixels_without_data for root in used)
     if empty:
         images = sum(root.images_read for root in used)
         notes.append(
-            f"{part_text(empty, pixels)} of the pixels of {images} images hold no data by their alpha, masks or nodata: no loss and no "
+            f"{part_text(empty, pixels)} of the pixels of {count_text(images, 'images')} hold no data by their alpha, masks or nodata: no "
+            "loss and no "
             "score counts them"
         )
     return keys + _bands_and_stretch(used, given.bands, wanted, notes, problems)
@@ -157,7 +158,8 @@ def _bands_and_stretch(
         )
     elif bands is None and count > max(max(counts), COLOURS):
         problems.append(
-            f"the teacher sees {count} bands, and images have {_counts_text(counts)}: give it images with the bands that it was "
+            f"the teacher sees {count_text(count, 'bands')}, and images have {_counts_text(counts)}: give it images with the bands that "
+            "it was "
             "trained on"
         )
     ranges = _ranges_text(roots)
@@ -182,7 +184,7 @@ def _given_bands(bands: tuple[int, ...], counts: Counter[Any], wanted: Wanted | 
         raise ConfigError(f"--bands is {list(bands)}, but images have {_counts_text(counts)} bands")
     if wanted is not None and len(bands) != wanted.count:
         raise ConfigError(
-            f"--bands is {list(bands)}, but the teacher sees {wanted.count} bands: name as many, in its order"
+            f"--bands is {list(bands)}, but the teacher sees {count_text(wanted.count, 'bands')}: name as many, in its order"
         )
     seen = (
         "the bands of red, green and blue"
@@ -199,7 +201,8 @@ def _bands_of_teacher(roots: Sequence[Root], wanted: Wanted, ranges: str) -> lis
     if own is not None and max(own) <= min(counts):
         return [Key("bands", list(own), OWN_RUN)]
     if min(counts) == max(counts) == count:
-        why = f"Guess: the teacher sees {count} bands and the images have as many. No file says whether it sees them in this order."
+        seen = count_text(count, "bands")
+        why = f"Guess: the teacher sees {seen} and the images have as many. No file says whether it sees them in this order."
         return [Key("bands", list(range(1, count + 1)), why)]
     why = (f"Asked: the {count} bands that the teacher sees, in its order, counted from 1, such as {list(range(count, 0, -1))}. The images "
            f"have {_counts_text(counts)}.")  # fmt: skip
@@ -246,11 +249,12 @@ def _ranges_text(roots: Sequence[Root]) -> str:
         return ""
     bands = ", ".join(f"{number}: {low:g} to {high:g}" for number, (low, high) in enumerate(sampled.ranges, start=1))
     low, high = PERCENTILES
-    return f" In {sampled.images_read} images of {sampled.path}, the percentiles {low:g} and {high:g} of each band are {bands}."
+    images = count_text(sampled.images_read, "images")
+    return f" In {images} of {sampled.path}, the percentiles {low:g} and {high:g} of each band are {bands}."
 
 
 def _counts_text(counts: Counter[Any]) -> str:
     """`uint16`, or `3 (20 images), 4 (1 image)`."""
     if len(counts) == 1:
         return str(next(iter(counts)))
-    return ", ".join(f"{key} ({n} image{'s' if n > 1 else ''})" for key, n in sorted(counts.items()))
+    return ", ".join(f"{key} ({count_text(n, 'images')})" for key, n in sorted(counts.items()))

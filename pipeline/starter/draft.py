@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kdpipe.configs.errors import ConfigError, DataError
+from kdpipe.configs.errors import ConfigError, DataError, count_text
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.configs.schema import Alpha, Data
 from kdpipe.configs.schema.labels import IGNORE
@@ -29,7 +29,7 @@ from kdpipe.pipeline.starter.training import train_keys
 from kdpipe.pipeline.starter.yaml import Key, as_yaml, comment
 
 HEADER = """\
-Written by `kdpipe init` from {tiles} tiles in {roots} and {teacher}.
+Written by `kdpipe init` from {tiles} in {roots} and {teacher}.
 A comment begins with the source of the value. Measured: counted in these files. Given: an option of the command. Guess: a common \
 starting point. Asked: only you know it. Every command stops at a {fill_in} and names its line. Keys that are left out have \
 their defaults.
@@ -105,7 +105,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, g
     notes += found.notes
     header = HEADER.format(
         fill_in=FILL_IN,
-        tiles=sum(len(root.tiles) for root in roots),
+        tiles=count_text(sum(len(root.tiles) for root in roots), "tiles"),
         roots=", ".join(root.path for root in roots),
         teacher="no teacher" if teacher is None else f"the teacher {teacher.path}",
     )

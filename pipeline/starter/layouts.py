@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdpipe.configs.errors import DataError, counted
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.data.tiles import EXTENSIONS, has_star, read_names
 
 SEPARATORS = "_-. "
@@ -285,7 +285,8 @@ def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> tuple[list[st
     if others:
         example = next(stem for stem in masks if not stem.endswith(mask_suffix))
         notes.append(
-            f"of the masks, those that end in {mask_suffix} are taken; {counted(others, 'others')} {'is' if others == 1 else 'are'} left "
+            f"of the masks, those that end in {mask_suffix} are taken; {count_text(others, 'others')} {'is' if others == 1 else 'are'} "
+            "left "
             f"out, such as {example}"
         )
     if CHANNEL.fullmatch(image_suffix):

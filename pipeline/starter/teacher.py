@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdpipe.configs.errors import CheckpointError, ConfigError
+from kdpipe.configs.errors import CheckpointError, ConfigError, count_text
 from kdpipe.configs.fill_in import FILL_IN
 from kdpipe.configs.schema import Data
 from kdpipe.data.survey import Root
@@ -30,7 +30,8 @@ def teacher_classes(teacher: Inspection | External | None, given: Given) -> list
     channels = _channels_of(teacher)
     if names is not None and channels is not None and len(names) != channels:
         raise ConfigError(
-            f"--teacher-classes names {len(names)} classes, but {teacher.path if teacher else ''} has {channels} channels: name "
+            f"--teacher-classes names {len(names)} classes, but {teacher.path if teacher else ''} has {count_text(channels, 'channels')}: "
+            "name "
             "every channel, in order (docs/teachers.md says how to drop one)"
         )
     return names

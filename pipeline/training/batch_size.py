@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import nn
 
-from kdpipe.configs.errors import ConfigError, OutOfMemory
+from kdpipe.configs.errors import ConfigError, OutOfMemory, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.pipeline.distributed import open_fabric
 from kdpipe.pipeline.memory import is_out_of_memory
@@ -63,7 +63,7 @@ def resolve_batch_size(
     start = time.perf_counter()
     size, why = largest_batch(config, device)
     progress.say(
-        f"train.batch_size auto: {size} sample{'s' if size > 1 else ''} at a time x {effective // size} accumulated = {effective} a step "
+        f"train.batch_size auto: {count_text(size, 'samples')} at a time x {effective // size} accumulated = {effective} a step "
         f"(train.effective_batch_size){why}; found in {time.perf_counter() - start:.0f} s"
     )
     return _with_sizes(config, size)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles, ValTiles, batches_of_equal_size, epoch_order
 from kdpipe.data.rasters import Stretch, read_image
@@ -111,7 +111,8 @@ def batches_per_epoch(config: Config, samples: int) -> int:
         accumulated = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
         on_devices = f" x train.devices {config.train.devices}" if config.train.devices > 1 else ""
         raise ConfigError(
-            f"an epoch has {samples} samples, fewer than train.batch_size {config.train.batch_size}{accumulated}{on_devices}; "
+            f"an epoch has {count_text(samples, 'samples')}, fewer than train.batch_size "
+            f"{config.train.batch_size}{accumulated}{on_devices}; "
             "raise train.crops_per_tile or lower the batch size"
         )
     return samples // per_step * accumulate

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.configs.errors import ConfigError
+from kdpipe.configs.errors import ConfigError, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import read_labels
 from kdpipe.data.declared.check import THREADS
@@ -105,7 +105,7 @@ def class_weights_of(
             advance(1)
     weights = balanced(np.array(counts).reshape(-1, len(names)))
     shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
-    progress.say(f"train.class_weights auto: {shown}; from {len(masks)} mask{'s' if len(masks) != 1 else ''}")
+    progress.say(f"train.class_weights auto: {shown}; from {count_text(len(masks), 'masks')}")
     return dict(zip(names, weights, strict=True))
 
 

@@ -13,7 +13,7 @@ from kdpipe.cache.images import digest_pixels
 from kdpipe.cache.integrity import check_quick
 from kdpipe.cache.reader import SoftTargetCache, partial_text, read_manifest
 from kdpipe.cache.storage.base import open_storage
-from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, counted, summarise
+from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, count_text, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
@@ -131,7 +131,11 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
             f"{storage.url}: {edited[0]}; restore it, or delete it and run `kdpipe precompute-teacher` again: finished tiles are kept"
         )
     limit = config.data.limit
-    if manifest.partial_of is not None and limit is None and any(finding.code == "missing-tile" for finding in findings):
+    if (
+        manifest.partial_of is not None
+        and limit is None
+        and any(finding.code == "missing-tile" for finding in findings)
+    ):
         raise IncompleteCache(
             f"{storage.url} is the cache of a trial: {partial_text(manifest)}; run `kdpipe precompute-teacher` without --limit, which goes "
             "on from it, or train with the same --limit"
@@ -143,6 +147,6 @@ def open_fresh_cache(config: Config, tiles: Sequence[Tile], stretch: Stretch) ->
         if found:
             names = summarise(finding.tile or "" for finding in found)
             raise error(
-                f"{storage.url}: {counted(len(found), f'{code} tiles')}: {names} ({found[0].message}); {advice}"
+                f"{storage.url}: {count_text(len(found), f'{code} tiles')}: {names} ({found[0].message}); {advice}"
             )
     return SoftTargetCache(storage, manifest, configured_softening(config))

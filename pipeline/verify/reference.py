@@ -19,7 +19,7 @@ from torch import nn
 
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.integrity import Finding
-from kdpipe.configs.errors import DataError, summarise
+from kdpipe.configs.errors import DataError, count_text, summarise
 from kdpipe.configs.schema import Config, Teacher
 from kdpipe.data.rasters import Stretch, image_size, read_image
 from kdpipe.data.tiles import Tile, limited, list_tiles, without_limit
@@ -335,4 +335,4 @@ def _figure(value: float) -> str:
 
 
 def _tiles_text(tiles: Sequence[str]) -> str:
-    return tiles[0] if len(tiles) == 1 else f"{len(tiles)} tiles"
+    return tiles[0] if len(tiles) == 1 else count_text(len(tiles), "tiles")

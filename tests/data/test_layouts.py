@@ -147,7 +147,7 @@ class TestColours:
         other[0, :2] = [1, 2, 3]
         Image.fromarray(other).save(tmp_path / "m.png")
         with pytest.raises(
-            DataError, match=r"1 colours that data.colours does not list, on 2 of its pixels: \[1, 2, 3\]"
+            DataError, match=r"1 colour that data.colours does not list, on 2 of its pixels: \[1, 2, 3\]"
         ):
             read_mask(tmp_path / "m.png", 3, 255, CODES)
 
@@ -166,7 +166,7 @@ class TestOtherCodes:
 
     def test_a_value_that_is_not_listed_is_never_taken_for_an_index(self, tmp_path):
         Image.fromarray(np.uint8([[10, 1, 1]])).save(tmp_path / "m.png")
-        with pytest.raises(DataError, match=r"1 values that data.remap does not list, on 2 of its pixels: 1\."):
+        with pytest.raises(DataError, match=r"1 value that data.remap does not list, on 2 of its pixels: 1\."):
             read_mask(tmp_path / "m.png", 3, 255, codes_of({}, {10: "Forest"}, NAMES, 255))
 
     def test_without_codes_masks_hold_indices(self, tmp_path):

@@ -277,10 +277,10 @@ def test_constant_or_empty_band_cannot_be_stretched(tmp_path):
     data = schema.Data(train=["x"], stretch={"percentiles": [2, 98]})
     values = np.random.default_rng(1).random((3, 30, 30), dtype=np.float32)
     values[1] = 4
-    with pytest.raises(DataError, match=r"band 2 is 4 from percentile 2 to 98 of the 1 images, such as .*0\.tif"):
+    with pytest.raises(DataError, match=r"band 2 is 4 from percentile 2 to 98 of the 1 image, such as .*0\.tif"):
         resolve_stretch(data, deep_tiles(tmp_path, [values]))
     values[1] = -9999
-    with pytest.raises(DataError, match=r"band 2 holds only nodata in all 1 images"):
+    with pytest.raises(DataError, match=r"band 2 holds only nodata in all 1 image"):
         resolve_stretch(data, deep_tiles(tmp_path, [values], nodata=-9999))
 
 

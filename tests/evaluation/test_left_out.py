@@ -81,9 +81,9 @@ def same(labels):
     ("labels_of", "roots", "probability", "error", "message"),
     [
         (lambda labels: np.full_like(labels, 255), ["A"], 0.9, DataError,
-         "A has nothing to score in its 1 tiles with a mask: Background absent from the labels, Forest"),
+         "A has nothing to score in its 1 tile with a mask: Background absent from the labels, Forest"),
         (lambda labels: None, ["A"], 0.9, DataError,
-         "none of the 1 images of .*A has a mask: scores need .*A/masks, with masks named like the images"),
+         "none of the 1 image of .*A has a mask: scores need .*A/masks, with masks named like the images"),
         (lambda labels: labels[:-1], ["A"], 0.9, DataError,
          r"the mask .*t\.png is 39 x 53 px, but its image .*t\.png is 40 x 53"),
         (same, ["C"], 0.9, DataError, "there is no folder .*C, which data names as a root of tiles"),

@@ -141,7 +141,7 @@ def test_tiles_without_labels_and_masks_of_another_size_are_refused(make_config,
     with pytest.raises(DataError, match=r"from labelled tiles, and data\.train has none: .*Bare; put masks into"):
         suggest_map(config, CPU)
     Image.fromarray(np.full((40, 50), 255, np.uint8)).save(root / "masks" / "a.png")
-    with pytest.raises(DataError, match=r"masks of 1 tiles hold nothing but classes\.ignore_index \(255\)"):
+    with pytest.raises(DataError, match=r"masks of 1 tile hold nothing but classes\.ignore_index \(255\)"):
         suggest_map(config, CPU)
     Image.fromarray(np.zeros((50, 40), np.uint8)).save(root / "masks" / "a.png")
     with pytest.raises(DataError, match=r"the mask .*a\.png is 50 x 40 px, but its image .*a\.png is 40 x 50"):

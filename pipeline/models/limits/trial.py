@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.limits.sizes import reason
 
@@ -47,7 +48,10 @@ def _confirmed(network: nn.Module, tensors: dict[str, torch.Tensor], shape: Sequ
     except (ValueError, RuntimeError, AssertionError, MemoryError) as err:
         if is_out_of_memory(err):
             return None
-        return reason(err, network, shape) or f"cannot compute {shape[0]} images of {shape[2]} x {shape[3]} px ({err})"
+        return (
+            reason(err, network, shape)
+            or f"cannot compute {count_text(shape[0], 'images')} of {shape[2]} x {shape[3]} px ({err})"
+        )
     return None
 
 

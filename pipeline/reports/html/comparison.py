@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdpipe.configs.errors import DataError
+from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.files import make_folder, write_file
 from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference, one_seed_text
 from kdpipe.pipeline.evaluation.evaluate import student_model
@@ -91,19 +91,23 @@ def cache_text(arm: Arm) -> str:
     run = arm.first
     if run.cache is None:
         return {"none": "no teacher", "online": "the live teacher"}.get(run.mode, run.mode)
-    return f"{run.cache.path} ({run.cache.tiles} tiles, fingerprint {run.cache.fingerprint[:12]})"
+    return f"{run.cache.path} ({count_text(run.cache.tiles, 'tiles')}, fingerprint {run.cache.fingerprint[:12]})"
 
 
 def reached_text(arm: Arm) -> str:
     """The steps and the training time after which an arm has the baseline's last mIoU."""
-    return f"{arm.reaches.steps} steps, {duration_text(arm.reaches.seconds)}" if arm.reaches else "not reached"
+    return (
+        f"{count_text(arm.reaches.steps, 'steps')}, {duration_text(arm.reaches.seconds)}"
+        if arm.reaches
+        else "not reached"
+    )
 
 
 def _page(comparison: Comparison, tiles: Sequence[TilePictures], notes: Sequence[str]) -> str:
     baseline = comparison.arms[0]
     intervals = comparison.has_intervals
     body = [
-        heading(1, f"{len(comparison.arms)} arms after {comparison.steps} steps"),
+        heading(1, f"{len(comparison.arms)} arms after {count_text(comparison.steps, 'steps')}"),
         table("Arms", list(_arm_rows(comparison))),
         paragraph(
             f"Baseline: {baseline.label}. Scores are those of the last step, not of the best one. Differences are taken "
@@ -133,7 +137,7 @@ def _page(comparison: Comparison, tiles: Sequence[TilePictures], notes: Sequence
 def _charts(comparison: Comparison) -> Iterator[str]:
     labels = {}
     for arm in comparison.arms:
-        labels[arm.label] = f"{arm.label} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})"
+        labels[arm.label] = f"{arm.label} ({count_text(len(arm.runs), 'seeds')})"
     for against, x_label in (
         ("steps", "steps"),
         ("seconds", "seconds of training, without validation and stage one"),

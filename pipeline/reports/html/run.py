@@ -12,7 +12,7 @@ import torch
 
 from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.configs import Config, dump_config
-from kdpipe.configs.errors import CacheError, CheckpointError, counted
+from kdpipe.configs.errors import CacheError, CheckpointError, count_text
 from kdpipe.configs.files import write_file
 from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.evaluation.compare import one_seed_text
@@ -193,14 +193,14 @@ def _run_cache(run: Run, config: Config) -> tuple[SoftTargetCache | None, str]:
 def _section(report: RunReport) -> str:
     run, config, together = report.run, report.config, report.evaluation.together
     names, best = config.classes.names, report.evaluation.model.rpartition(" ")[2]
-    scored = counted(together.tiles, "validation tiles") + limit_text(report.evaluation.limit, together.labelled)
+    scored = count_text(together.tiles, "validation tiles") + limit_text(report.evaluation.limit, together.labelled)
     parts = [
         figures({
             "mIoU": (percent_text(together.scores.miou), _left_out(together)),
             "overall accuracy": (percent_text(together.scores.overall_accuracy), "of all labelled pixels"),
             "boundary F1": (percent_text(together.boundary.mean_f1), f"within {together.boundary.width_px} px"),
             "calibration error": (percent_text(together.calibration.error), "0: as confident as accurate"),
-            "seed": (str(run.seed), f"{run.history[-1].steps} steps on {run.device}"),
+            "seed": (str(run.seed), f"{count_text(run.history[-1].steps, 'steps')} on {run.device}"),
             **_times(run),
         }),
         paragraph(f"{_trained_from(report)} Scores are those of {BEST}, from step {best} of {run.total_steps}, on {scored} "
@@ -298,10 +298,12 @@ def _trained_from(report: RunReport) -> str:
     run = report.run
     limit = run.config["data"].get("limit")
     trial = (
-        "" if limit is None else f"This is a trial on at most {counted(limit, 'tiles')} (data.limit), not a whole run. "
+        ""
+        if limit is None
+        else f"This is a trial on at most {count_text(limit, 'tiles')} (data.limit), not a whole run. "
     )
     if run.cache is not None:
-        tiles = counted(run.cache.tiles, "tiles")
+        tiles = count_text(run.cache.tiles, "tiles")
         return f"{trial}Trained from {run.cache.path} ({tiles}, fingerprint {run.cache.fingerprint[:16]})."
     return trial + ("Trained without a teacher." if run.mode == "none" else "Trained with the live teacher.")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdpipe.cache.integrity import Finding
 from kdpipe.cache.reader import SoftTargetCache
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.files import write_file
 from kdpipe.configs.schema import Config
 from kdpipe.data.stretch import resolve_stretch
@@ -80,7 +80,7 @@ def write_verification(report: Report, config: Config, tiles: Sequence[TilePictu
     """Write the page of a report, with `tiles` to browse."""
     count = len(report.findings)
     passes = "passes" if report.cache_checked else "no cache, and the teacher agrees with its reference"
-    verdict = passes if report.passes else counted(count, "findings")
+    verdict = passes if report.passes else count_text(count, "findings")
     parts = [
         heading(1, f"{report.cache}: {verdict}"),
         figures({
@@ -155,7 +155,7 @@ def _label_tables(report: Report, config: Config) -> list[str]:
     counts_LP = np.asarray(report.confusion, dtype=np.int64)
     caption = "What the teacher predicted for each label: percent of the row, and pixels"
     return [
-        table(f"Over {counted(report.label_tiles, f'labelled {report.noun}')}", rows),
+        table(f"Over {count_text(report.label_tiles, f'labelled {report.noun}')}", rows),
         confusion_table(caption, counts_LP, config.classes.names),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.evaluation.compare import MEAN, Comparison, one_seed_text
 from kdpipe.pipeline.reports.html.comparison import cache_text, points_text, reached_text
 from kdpipe.pipeline.text import pace_text, percent_cell
@@ -14,7 +15,7 @@ from kdpipe.pipeline.text import pace_text, percent_cell
 def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
     """Scores by arm, then by class, then the settings of each arm; three arms fit 80 columns."""
     interval = " [95 %]" if comparison.has_intervals else ""
-    arms = Table(title=f"After {comparison.steps} steps: mIoU in percent", title_justify="left")
+    arms = Table(title=f"After {count_text(comparison.steps, 'steps')}: mIoU in percent", title_justify="left")
     for column in ("arm", "seeds", "mIoU", f"difference{interval}", "step (median)", "reaches baseline's mIoU"):
         arms.add_column(column, justify="left" if column == "arm" else "right")
     for arm in comparison.arms:

@@ -12,7 +12,7 @@ from rich.table import Table
 from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, TeacherRecord
-from kdpipe.configs.errors import counted, summarise
+from kdpipe.configs.errors import count_text, summarise
 from kdpipe.configs.schema.bands import text_of
 from kdpipe.configs.schema.options import options_text
 from kdpipe.pipeline.inspection.statistics import MIN_TILES
@@ -120,12 +120,17 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         )
     for i, teacher in enumerate(recipe.teachers):
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
-        rows["teacher" if len(recipe.teachers) == 1 else f"teacher {i}"] = (
-            f"{_network_text(teacher)}, {len(teacher.classes)} channels, {teacher.precision}, {views}, "
+        rows[key] = (
+            f"{_network_text(teacher)}, {count_text(len(teacher.classes), 'channels')}, {teacher.precision}, {views}, "
             f"window {teacher.window or 'none'}{options_text(teacher.options)}; sha256 {_sha256_text(teacher) or 'of no file'}"
         )
     rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
     table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        key = "teacher" if len(recipe.teachers) == 1 else f"teacher {i}"
+        if teacher.predictions is not None:
+            what = f"{teacher.predictions} that another program predicted"
+            rows[key] = f"{what}, {count_text(len(teacher.classes), 'channels')}; each tile has the digest of its own"
+            continue
     for name, value in rows.items():
         table.add_row(name, value)
     yield table
@@ -173,7 +178,7 @@ def statistics_tables(found: CacheStatistics) -> Iterator[Table | str]:
     """Statistics of a cache: shares by class, entropy, confidence, rounding, sizes and outliers."""
     of_logits = found.kind == "logits"
     if found.limit is not None:
-        yield f"statistics of {counted(len(found.tiles), 'tiles')}{limit_text(found.limit, found.cached)}"
+        yield f"statistics of {count_text(len(found.tiles), 'tiles')}{limit_text(found.limit, found.cached)}"
     shares = Table(title="The teacher's classes, at T 1" if of_logits else "Classes", title_justify="left")
     for column in ("class", "mean probability", "likeliest"):
         shares.add_column(column, justify="left" if column == "class" else "right")
@@ -207,9 +212,7 @@ def statistics_tables(found: CacheStatistics) -> Iterator[Table | str]:
         if len(found.outliers) > SHOWN_OUTLIERS:
             yield f"and {len(found.outliers) - SHOWN_OUTLIERS} more, in --json and --table"
     else:
-        few = (
-            f"too few to tell, as there {'is' if len(found.tiles) == 1 else 'are'} {counted(len(found.tiles), 'tiles')}"
-        )
+        few = f"too few to tell, as there {'is' if len(found.tiles) == 1 else 'are'} {count_text(len(found.tiles), 'tiles')}"
         yield f"tiles unlike the others: {few if len(found.tiles) < MIN_TILES else 'none'}"
     if found.without_spread:
         yield f"not judged by {', '.join(found.without_spread)}, on which more than half of the tiles agree"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.text import duration_text, percent_cell, percent_text, size_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def map_tables(summary: MapSummary) -> Iterator[Table | str]:
     for map_ in summary.maps[:SHOWN_MAPS]:
         yield f"{map_.files['classes']}: {map_.height} x {map_.width} px in {duration_text(map_.seconds)}"
     if len(summary.maps) > SHOWN_MAPS:
-        yield f"and {len(summary.maps) - SHOWN_MAPS} more maps"
+        yield f"and {count_text(len(summary.maps) - SHOWN_MAPS, 'more maps')}"
     pixels = {name: sum(map_.pixels[name] for map_ in summary.maps) for name in summary.classes}
     mapped, empty = sum(pixels.values()), sum(map_.no_data for map_ in summary.maps)
     table = Table("class", title="Area by class", title_justify="left")
@@ -45,6 +46,7 @@ def export_table(result: Exported) -> str:
     size = size_text(Path(result.file).stat().st_size)
     return (
         f"{result.file}: {result.network}, {len(result.classes)} classes, {size}, images of {result.sizes}\n"
-        f"verified on {result.images} images of {result.tiles} tiles: largest difference in probability {result.largest_difference:.1e}, "
+        f"verified on {count_text(result.images, 'images')} of {count_text(result.tiles, 'tiles')}: largest difference in probability "
+        f"{result.largest_difference:.1e}, "
         f"same class for {percent_text(result.same_class, 4)} of {result.pixels / 1e6:.2f} MP"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.evaluation.calibration import BINS
 from kdpipe.pipeline.text import limit_text, percent_cell, percent_text
 
@@ -56,7 +56,7 @@ def _network_text(network: Network) -> str:
 def _scores_of(root: RootScores, names: list[str], limit: int | None) -> Iterator[Table | str]:
     scores, boundary = root.scores, root.boundary
     pixels = int(root.confusion_LP.sum())
-    tiles = f"{counted(root.tiles, 'tiles')}{limit_text(limit, root.labelled)}"
+    tiles = f"{count_text(root.tiles, 'tiles')}{limit_text(limit, root.labelled)}"
     table = Table(title=f"{root.root}: {tiles}, {pixels / 1e6:.2f} MP labelled; percent", title_justify="left")
     columns = ("class", "IoU", "F1", "prec.", "recall", f"F1 {boundary.width_px} px", "labels", "predicted")
     for column in columns:
@@ -110,4 +110,6 @@ def _reasons(left_out: Mapping[str, str]) -> str:
 
 def _some(tiles: list[str]) -> str:
     more = len(tiles) - SHOWN_TILES
-    return f"{counted(len(tiles), 'tiles')} ({', '.join(tiles[:SHOWN_TILES])}{f' and {more} more' if more > 0 else ''})"
+    return (
+        f"{count_text(len(tiles), 'tiles')} ({', '.join(tiles[:SHOWN_TILES])}{f' and {more} more' if more > 0 else ''})"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.text import duration_text, limit_text, pace_text, percent_text, size_text, stage_one_time_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def estimate_text(forecast: Estimate) -> str:
         temporary = f", and {size} for a moment, as the largest scene is predicted in windows"
     free = "no limit known" if forecast.free_bytes is None else f"{size_text(forecast.free_bytes)} free"
     lines = [
-        f"{counted(forecast.tiles, forecast.noun)}{limit_text(forecast.limit, forecast.configured)}, {forecast.finished} finished, "
+        f"{count_text(forecast.tiles, forecast.noun)}{limit_text(forecast.limit, forecast.configured)}, {forecast.finished} finished, "
         f"{forecast.tiles - forecast.finished} to do ({forecast.pixels / 1e6:.1f} MP)",
         f"about {size_text(forecast.bytes)} in {forecast.cache}{temporary} ({free}: {'fits' if forecast.fits else 'DOES NOT FIT'})",
         f"{stage_one_time_text(forecast.seconds)} (estimate); nothing was written",
@@ -40,7 +40,7 @@ def precompute_text(summary: Summary) -> str:
     if not summary.computed:
         if not summary.fingerprint:
             return "nothing computed"
-        done = f"nothing to do: {counted(summary.kept, summary.noun)}, fingerprint {summary.fingerprint}"
+        done = f"nothing to do: {count_text(summary.kept, summary.noun)}, fingerprint {summary.fingerprint}"
         return "\n".join([done, *_partial_lines(summary)])
     rate = (
         f"{summary.computed / summary.seconds:.2f} {summary.noun}/s, {summary.pixels / summary.seconds / 1e6:.2f} MP/s"
@@ -48,7 +48,7 @@ def precompute_text(summary: Summary) -> str:
     size = f"{size_text(summary.bytes_written)}, {summary.bytes_written / summary.pixels:.2f} bytes per pixel"
     # An earlier run computed the tiles that were kept, and took time of its own.
     time = duration_text(summary.seconds) if summary.kept else stage_one_time_text(summary.seconds)
-    lines = [f"{counted(summary.computed, summary.noun)}, {size}; {time} ({rate})"]
+    lines = [f"{count_text(summary.computed, summary.noun)}, {size}; {time} ({rate})"]
     if summary.paid_after_epochs is not None:
         online, crops = duration_text(summary.online_seconds), duration_text(summary.crops_seconds)
         live = (
@@ -69,7 +69,8 @@ def _partial_lines(summary: Summary) -> Iterator[str]:
     """What to do next with the cache of a trial."""
     if summary.is_partial and summary.limit is not None:
         yield (
-            f"it holds {summary.cached} of {counted(summary.configured, summary.noun)}: verify and train with --limit {summary.limit}, or "
+            f"it holds {summary.cached} of {count_text(summary.configured, summary.noun)}: verify and train with --limit {summary.limit}, "
+            "or "
             "run this command without it to compute the others"
         )
 
@@ -85,7 +86,7 @@ def worth_lines(found: Worth, size_bytes: int) -> list[str]:
     saved = found.saved_share
     return [
         "",
-        f"step: {pace_text(found.step_seconds)} for {found.samples_per_step} samples; teacher: {teacher}",
+        f"step: {pace_text(found.step_seconds)} for {count_text(found.samples_per_step, 'samples')}; teacher: {teacher}",
         f"{found.steps} steps ({found.epochs:.3g} epochs) take {duration_text(found.cached_seconds)} with the cache, stage one included,",
         f"without it {without}",
         f"worth it? {found.verdict}: a live teacher takes at least {percent_text(share)} of a step. The cache pays",

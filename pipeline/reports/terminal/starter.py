@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.configs.fill_in import FILL_IN, places_text
 from kdpipe.data.survey import Root
 from kdpipe.pipeline.starter.write import FirstConfig
@@ -33,7 +33,8 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
         )  # fmt: skip
     yield table
     partly = [
-        f"{counted(root.headers, 'headers')}, {counted(root.images_read, 'images')} and {counted(root.masks_read, 'masks')} of {root.path}"
+        f"{count_text(root.headers, 'headers')}, {count_text(root.images_read, 'images')} and {count_text(root.masks_read, 'masks')} of "
+        f"{root.path}"
         for root in found.roots
         if root.images_tried < len(root.tiles) or root.masks_tried < root.masks
     ]
@@ -47,7 +48,7 @@ def first_config_parts(found: FirstConfig) -> Iterator[Table | str]:
     for problem in found.draft.problems:
         kinds.setdefault(FILE.sub("", problem), []).append(problem)
     for alike in list(kinds.values())[:SHOWN]:
-        more = f" (and {counted(len(alike) - 1, 'more files')}: --json FILE lists all)" if len(alike) > 1 else ""
+        more = f" (and {count_text(len(alike) - 1, 'more files')}: --json FILE lists all)" if len(alike) > 1 else ""
         yield f"To fix: {alike[0]}{more}"
     if len(kinds) > SHOWN:
         yield f"To fix: {len(kinds) - SHOWN} more (--json FILE lists all)."

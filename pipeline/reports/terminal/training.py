@@ -10,7 +10,7 @@ import numpy as np
 import uniplot
 from rich.table import Table
 
-from kdpipe.configs.errors import counted
+from kdpipe.configs.errors import count_text
 from kdpipe.pipeline.reports.terminal.scores import score_table
 from kdpipe.pipeline.reports.terminal.stage_one import worth_lines
 from kdpipe.pipeline.runs.curves import Curve
@@ -39,9 +39,9 @@ def training_tables(summary: Summary) -> Iterator[Table | str]:
     best = ""
     if summary.best_miou is not None:
         best = f", best mIoU {percent_text(summary.best_miou)} at step {summary.best_step}"
-    yield f"{counted(summary.steps, 'steps')}{best}"
+    yield f"{count_text(summary.steps, 'steps')}{best}"
     if summary.limit is not None:
-        yield f"a trial on at most {counted(summary.limit, 'tiles')}: its scores say nothing about a run on all of them"
+        yield f"a trial on at most {count_text(summary.limit, 'tiles')}: its scores say nothing about a run on all of them"
     times = [run_time_text(summary.wall_seconds)]
     if summary.seconds_per_step:
         times.append(step_time_text(summary.seconds_per_step))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kdpipe.configs.errors import DataError, summarise
+from kdpipe.configs.errors import DataError, count_text, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import image_size
 from kdpipe.data.tiles import Tile
@@ -82,7 +82,8 @@ class PredictionFiles:
                     f"expected a file such as {missing[0].rpartition('/')[2]}.npy or {missing[0]}.tif, found {have}"
                 )
             raise DataError(
-                f"{self._key}.predictions ({where}) lack {len(missing)} of {len(listed)} tiles: {summarise(missing)}; {expected}. Predict "
+                f"{self._key}.predictions ({where}) lack {len(missing)} of {count_text(len(listed), 'tiles')}: {summarise(missing)}; "
+                f"{expected}. Predict "
                 "these tiles too, or leave them out of the data"
             )
         for _, prediction in listed[:1]:  # what is wrong with it, such as its channels, is mostly wrong with all
