@@ -70,6 +70,7 @@ class TrainTiles:
         stretch: from `resolve_stretch`.
         targets: soft targets, read by window; None leaves `target` out of the samples.
         sizes: the tiles' `(H, W)`; None reads them from the files' headers as needed.
+        samples: of an epoch, at least; tiles take further turns to reach it.
 
     Reading a sample raises `DataError` if a file is unusable, or if image and mask differ in size.
     """
@@ -81,6 +82,7 @@ class TrainTiles:
         stretch: Stretch = None,
         targets: TargetSource | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        samples: int = 0,
     ) -> None:
         if not tiles:
             raise DataError("there is no tile to train on: data.train and data.unlabelled hold no usable tile")
@@ -90,7 +92,7 @@ class TrainTiles:
         self.stretch = stretch
         self._sizes = dict(enumerate(sizes)) if sizes is not None else {}
         self._recent = Recent(KEPT_BYTES)
-        self._drawn = _drawn_tiles(self.tiles, config)
+        self._drawn = filled(_drawn_tiles(self.tiles, config), samples)
 
     def __len__(self) -> int:
         return len(self._drawn)
@@ -292,6 +294,11 @@ def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:
     labelled, unlabelled = config.train.crops_per_tile, config.train.unlabelled_crops_per_tile
     crops = [labelled if unlabelled is None or tile.mask is not None else unlabelled for tile in tiles]
     return [number for turn in range(max(crops)) for number, count in enumerate(crops) if turn < count]
+
+
+def filled(drawn: list[int], samples: int) -> list[int]:
+    """The tiles of an epoch, with further turns of all of them until there are `samples`."""
+    return drawn if len(drawn) >= samples else (drawn * (samples // len(drawn) + 1))[:samples]
 
 
 def read_labels(

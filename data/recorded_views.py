@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import Config
 from kdpipe.data.augment import sample_plan, source_tiles
-from kdpipe.data.dataset import TrainSample, TrainTiles
+from kdpipe.data.dataset import TrainSample, TrainTiles, filled
 from kdpipe.data.geometry import Plan
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.tiles import Tile, list_tiles, without_limit
@@ -47,7 +47,7 @@ class RecordedViews(TrainTiles):
     The views of a tile are taken in turn: with one crop per tile, epoch `e` shows view `e % cache.views` of each tile.
 
     Args:
-        tiles, config, stretch, sizes: see `TrainTiles`; `cache.views` is used too. `sizes` are those of `among` if it is given.
+        tiles, config, stretch, sizes, samples: see `TrainTiles`; `cache.views` is used too. `sizes` are those of `among` if it is given.
         view_targets: soft targets by view; None leaves `target` out of the samples.
         among: the tiles that mosaics show, where `tiles` are some of them (see `tiles_of_mosaics`); None: `tiles` alone.
     """
@@ -60,6 +60,7 @@ class RecordedViews(TrainTiles):
         view_targets: ViewTargets | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         among: Sequence[Tile] | None = None,
+        samples: int = 0,
     ) -> None:
         super().__init__(tiles if among is None else among, config, stretch, sizes=sizes)
         assert config.cache.views is not None  # the configuration has been checked
@@ -67,7 +68,7 @@ class RecordedViews(TrainTiles):
         self._view_targets = view_targets
         shown = {tile.id for tile in tiles}
         self._shown = [number for number, tile in enumerate(self.tiles) if tile.id in shown]
-        self._drawn = [number for number in self._drawn if self.tiles[number].id in shown]
+        self._drawn = filled([number for number in self._drawn if self.tiles[number].id in shown], samples)
         self._crops_of = [0] * len(self.tiles)  # crops of each tile per epoch
         self._turns = []  # for each sample of an epoch, the number of this crop among those of its tile
         for tile in self._drawn:

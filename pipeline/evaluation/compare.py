@@ -191,8 +191,8 @@ def _refuse_unlike(runs: Sequence[Run]) -> None:
     ]
     if unfinished:
         raise DataError(f"unfinished runs cannot be compared: {summarise(unfinished)} steps; finish them with --resume")
+    _refuse_other_lengths(runs)
     for what, value_of in (
-        ("steps", lambda run: run.total_steps),
         ("classes", lambda run: list(run.history[-1].iou)),
         ("data.val", lambda run: run.config["data"]["val"]),
         ("data.limit", lambda run: run.config["data"].get("limit")),
@@ -204,6 +204,23 @@ def _refuse_unlike(runs: Sequence[Run]) -> None:
         if len(values) > 1:
             found = "; ".join(f"{name} has {value}" for value, name in values.items())
             raise DataError(f"only runs with the same {what} can be compared: {found}")
+
+
+def _refuse_other_lengths(runs: Sequence[Run]) -> None:
+    """Raise `DataError` where runs differ in steps, with the command by which the shortest goes on to the length of the longest."""
+    shortest, longest = (chosen(runs, key=lambda run: run.total_steps) for chosen in (min, max))
+    if shortest.total_steps == longest.total_steps:
+        return
+    found = {run.total_steps: run.name for run in reversed(runs)}
+    told = "; ".join(f"{name} has {steps}" for steps, name in sorted(found.items()))
+    train = shortest.config.get("train", {})
+    epochs = -(-train.get("epochs", 1) * longest.total_steps // shortest.total_steps)  # as many as that surely takes
+    group = shortest.config.get("group", "default")
+    raise DataError(
+        f"only runs with the same steps can be compared: {told}. Let the shorter one go on, where its data lie as they did:\n\n"
+        f"    kdpipe train-student -c model_weights/{group}/{shortest.name}/config.yaml --resume \\\n"
+        f"        --set train.epochs={epochs} --set train.max_steps={longest.total_steps}"
+    )
 
 
 def _arms(runs: Sequence[Run]) -> list[Arm]:

@@ -26,7 +26,7 @@ class StudentRun:
     The run of `kdpipe train-student` that saved a checkpoint; best mIoU in 0..1.
 
     `classes` name its channels in order, `normalize` is its `student.normalize` and `options` its `student.options`; `bands` are the
-    numbers of the bands that it sees.
+    numbers of the bands that it sees. `model` and `pretrained` are keys of `student` too; None for a network of smp or kdpipe.
     """
 
     name: str
@@ -38,6 +38,8 @@ class StudentRun:
     normalize: Any
     options: dict[str, Any]
     bands: tuple[int, ...] = (1, 2, 3)
+    model: str | None = None
+    pretrained: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class _Classes(BaseModel):
 
 class _Student(BaseModel):
     encoder: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
     normalize: Any = None
     options: dict[str, Any] = {}
     bands: list[int | str] | None = None
@@ -147,6 +151,8 @@ def _run_of(header: Header, path: str) -> tuple[StudentRun, str | None]:
         student.normalize,
         student.options,
         bands,
+        student.model,
+        student.pretrained,
     )
     # timm would fetch `tu-hf-hub:…` from a hub.
     return run, None if encoder is None or ":" in encoder else encoder

@@ -127,7 +127,13 @@ def _set_up(
     resumed = (folder / layout.LAST).stat().st_mtime if resume else None
     if not is_further_process(config):
         _check_headers(config, tiles, val_tiles, progress, resumed)
-    stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
+    every_tile = list_tiles(config.data, "train")
+    if config.distill.mode == "none" and (without_mask := len(every_tile) - len(tiles)):
+        progress.say(
+            f"note: an epoch is as long as with a teacher: the labelled tiles, {len(tiles)}, take the turns of those without a mask, "
+            f"{without_mask}"
+        )
+    stretch = resolve_stretch(config.data, every_tile)
     targets = open_targets(config, tiles, stretch, device)
     if targets.note:
         progress.say(targets.note)

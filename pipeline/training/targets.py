@@ -18,7 +18,7 @@ from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.recorded_views import RecordedViews, tiles_of_mosaics
-from kdpipe.data.tiles import Tile
+from kdpipe.data.tiles import Tile, list_tiles
 from kdpipe.pipeline.precompute.costs import StageOneCosts, read_costs
 from kdpipe.pipeline.precompute.expected_recipe import (
     complete_recipe,
@@ -82,14 +82,17 @@ def training_samples(
     """
     The samples to train on, with the soft targets of `source`: fresh crops of the tiles, or recorded views.
 
-    `distill.teacher_view` alone decides, so that runs with and without a teacher see the same crops.
+    `distill.teacher_view` alone decides, so that runs with and without a teacher see the same crops. Without a teacher, labelled tiles take
+    the turns of those without a mask, so that an epoch has as many samples as with one.
     """
+    every_tile = list_tiles(config.data, "train") if config.distill.mode == "none" else tiles
+    samples = len(TrainTiles(every_tile, config)) if len(every_tile) > len(tiles) else 0
     if config.distill.teacher_view == "tile":
         assert not isinstance(source, CachedViews)
-        return TrainTiles(tiles, config, stretch, source)
+        return TrainTiles(tiles, config, stretch, source, samples=samples)
     assert not isinstance(source, SoftTargetCache | WithoutGaps)
     among = tiles_of_mosaics(config, labelled_only=config.distill.mode == "none")
-    return RecordedViews(tiles, config, stretch, source, among=among)
+    return RecordedViews(tiles, config, stretch, source, among=among, samples=samples)
 
 
 class CachedViews:

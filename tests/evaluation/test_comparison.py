@@ -96,7 +96,9 @@ def test_faster_convergence_is_said_in_steps_and_seconds():
     [
         ([run("a-1", 1, [0.1])], "needs at least two runs, found 1"),
         ([run("a-1", 1, [0.1]), run("a-2", 2, [0.1])], "belong to one arm, a: they differ in nothing but name, group, seed"),
-        ([run("a-1", 1, [0.1]), run("b-1", 1, [0.1, 0.2], mode="none")], r"same steps .*a-1 has 100; b-1 has 200"),
+        ([run("a-1", 1, [0.1]), run("b-1", 1, [0.1, 0.2], mode="none")], r"same steps .*a-1 has 100; b-1 has 200.*\n\n"
+         r"    kdpipe train-student -c model_weights/default/a-1/config.yaml --resume \\\n"
+         r"        --set train.epochs=2 --set train.max_steps=200$"),
         ([run("a", 1, [0.1]), run("b", 1, [0.1], mode="none", data={"val": ["w"]})], r"same data\.val can be compared"),
         ([run("a-1", 1, [0.1]), run("b-2", 2, [0.1], mode="none")], "have no seed in common"),
         ([run("a", 1, [0.1]), run("b", 1, [0.2])], r"a and b are two runs of one configuration and one seed \(1\)"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text, summarise
 from kdpipe.configs.schema import MeanStd
@@ -32,6 +33,7 @@ from kdpipe.pipeline.models.normalize import COLOURS, adapted_to_bands
 from kdpipe.pipeline.models.weights import load_strictly
 
 PROCESSOR = "preprocessor_config.json"
+OF_SQUARES = ("dpt",)  # types of networks that take square images alone, and whose logits have the images' size
 BANDS = "num_channels"  # in the configuration of a network, or of its backbone
 MAX_NUMBER = 2**20  # in a recorded configuration: no size of a network comes near
 # Keys of a configuration by which transformers or timm would fetch a network, or run code, and those that name where one came from.
@@ -51,6 +53,11 @@ class TransformersStudent(nn.Module):
         self.network = network
 
     def forward(self, images_NBHW: Tensor) -> Tensor:
+        height, width = images_NBHW.shape[-2:]
+        if self.network.config.model_type in OF_SQUARES and height != width:
+            side = max(height, width)
+            squares_NBSS = functional.pad(images_NBHW, (0, side - width, 0, side - height), mode="replicate")
+            return self(squares_NBSS)[..., :height, :width]
         outputs = self.network(pixel_values=images_NBHW)
         masks_NQhw = getattr(outputs, "masks_queries_logits", None)
         if masks_NQhw is None:
@@ -111,7 +118,7 @@ def described_student(description: str, origin: str) -> TransformersStudent:
         content = json.loads(description)
         fetching = [name for name, value in _pairs(content) if name in FETCHING and value]
         numbers = [value for _, value in _pairs(content) if isinstance(value, int) and abs(value) > MAX_NUMBER]
-        kind = content["model_type"]
+        kind, settings = content["model_type"], dict(_without_origin(content))
     except (ValueError, TypeError, LookupError, RecursionError) as err:
         raise CheckpointError(
             f"{origin} should hold the configuration of a network of transformers, found no JSON of one"
@@ -128,7 +135,7 @@ def described_student(description: str, origin: str) -> TransformersStudent:
         )
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.for_model(kind, **dict(_without_origin(content)))
+        config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in settings.items() if k != "model_type"})
     except Exception as err:  # transformers raises whatever an odd configuration makes it stumble on
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the network that {origin} describes, which was written with "

@@ -20,7 +20,7 @@ from kdpipe.pipeline.text import limit_text, percent_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.inspection.cache import CacheInspection
-    from kdpipe.pipeline.inspection.checkpoint import Inspection
+    from kdpipe.pipeline.inspection.checkpoint import Inspection, StudentRun
     from kdpipe.pipeline.inspection.external import External
     from kdpipe.pipeline.inspection.statistics import CacheStatistics
 
@@ -34,7 +34,7 @@ def checkpoint_table(found: Inspection) -> Table:
     unknown = "not recognised (no network of smp with default options, no FTUNetFormer)"
     rows = {
         "what": "weights of a network" if run is None else "a student's checkpoint of kdpipe train-student",
-        "architecture": network.architecture or unknown,
+        "architecture": network.architecture or (run and _of_another_library(run)) or unknown,
         "encoder": network.encoder or ("its own" if network.architecture == "ftunetformer" else "not recognised"),
         "attention": network.attention or "none",
         "bands": str(network.in_channels) + (f", {text_of(run.bands, {})} of the images" if run else ""),
@@ -86,6 +86,13 @@ def external_parts(found: External) -> Iterator[Table | str]:
     yield f"As a teacher:\n\n    teacher:\n      {found.key}: {found.path}\n      classes: [{', '.join(found.classes) or '...'}]"
 
 
+def _of_another_library(run: StudentRun) -> str:
+    """The network of a student that is neither smp's nor kdpipe's; empty for those."""
+    if run.model is not None:
+        return f"{run.model}, a module that other commands import with --trust-code alone"
+    return f"{run.pretrained}, of transformers, described in the checkpoint" if run.pretrained is not None else ""
+
+
 def _options_text(found: Inspection) -> str:
     """The options that are known, and those that the tensors cannot show."""
     if found.student is not None:
@@ -119,6 +126,11 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
             f"max_class_share {recipe.views.max_class_share:g}"
         )
     for i, teacher in enumerate(recipe.teachers):
+        key = "teacher" if len(recipe.teachers) == 1 else f"teacher {i}"
+        if teacher.predictions is not None:
+            what = f"{teacher.predictions} that another program predicted"
+            rows[key] = f"{what}, {count_text(len(teacher.classes), 'channels')}; each tile has the digest of its own"
+            continue
         views = f"tta {teacher.tta}, scales {', '.join(f'{scale:g}' for scale in teacher.scales)}"
         rows[key] = (
             f"{_network_text(teacher)}, {count_text(len(teacher.classes), 'channels')}, {teacher.precision}, {views}, "
@@ -126,11 +138,6 @@ def cache_tables(found: CacheInspection) -> Iterator[Table | str]:
         )
     rows["computed"] = f"on {manifest.device} by " + ", ".join(f"{n} {v}" for n, v in manifest.libraries.items())
     table = Table(title=found.url, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-        key = "teacher" if len(recipe.teachers) == 1 else f"teacher {i}"
-        if teacher.predictions is not None:
-            what = f"{teacher.predictions} that another program predicted"
-            rows[key] = f"{what}, {count_text(len(teacher.classes), 'channels')}; each tile has the digest of its own"
-            continue
     for name, value in rows.items():
         table.add_row(name, value)
     yield table
@@ -154,6 +161,8 @@ def _network_text(teacher: TeacherRecord) -> str:
         return f"{teacher.architecture}, {teacher.encoder}"
     if teacher.made_by is not None:
         return "a program of its own" + "".join(f", {name} {value}" for name, value in teacher.made_by.items())
+    if teacher.given is not None:
+        return f"{teacher.given}, passed in Python"
     return teacher.model or ", ".join(teacher.files_sha256 or ())
 
 
