@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,6 +82,23 @@ def spans(size: int, side: int, overlap: int, weights: Weights) -> list[Span]:
     for start, weight in zip(starts, drawn, strict=True):
         total[start : start + side] += weight
     return [Span(start, weight / total[start : start + side]) for start, weight in zip(starts, drawn, strict=True)]
+
+
+def cut_spans(size: int, side: int, overlap: int) -> list[Span]:
+    """
+    The windows of `spans`, with shares 0 and 1: two neighbours part in the middle of the pixels that they share.
+
+    For networks that answer with classes, which cannot be averaged.
+    """
+    starts = [span.start for span in spans(size, side, overlap, full_taper)]
+    padded = -(-size // STRIDE) * STRIDE
+    side = min(side, padded)
+    cuts = [0, *((before + side + behind) // 2 for before, behind in pairwise(starts)), padded]
+    place = torch.arange(padded)
+    return [
+        Span(start, ((place >= first) & (place < end)).float()[start : start + side])
+        for start, first, end in zip(starts, cuts[:-1], cuts[1:], strict=True)
+    ]
 
 
 def blended_logits(

@@ -9,6 +9,7 @@ although torch calls it deprecated.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,24 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpipe.configs.errors import ConfigError, DataError, KdpipeError, extra_text
-from kdpipe.configs.files import partial_path, publish
+from kdpipe.configs.errors import ConfigError, KdpipeError, extra_text
+from kdpipe.configs.files import partial_path, publish, try_to_write
+from kdpipe.configs.os_errors import explained
 from kdpipe.configs.outputs import output_path
-from kdpipe.data.rasters import read_image
-from kdpipe.data.scenes import list_scenes
-from kdpipe.data.tiles import folders_of
-from kdpipe.pipeline.models.external.onnx_file import (
-    INPUT,
-    OUTPUT,
-    SEAL_KEY,
-    UNSEALED,
-    open_session,
-    require_onnxruntime,
-    seal,
-)
+from kdpipe.data.dataset import ValTiles
+from kdpipe.pipeline.models.external.onnx_file import INPUT, OUTPUT, open_session, require_onnxruntime
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import STRIDE, padded_logits
-from kdpipe.pipeline.prediction.model import CARD_KEY, ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
+from kdpipe.pipeline.prediction.agreement import tiles_to_verify
+from kdpipe.pipeline.prediction.graphs import write_graph
+from kdpipe.pipeline.prediction.model import ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
@@ -115,58 +109,76 @@ def export_student(
     """
     progress = progress or Silent()
     if format_ == "onnx":
-        _require_onnx()
-    trained = load_trained(checkpoint).alone()
-    file = output_path(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), "--out")
-    if file.exists() and not overwrite:
-        raise ConfigError(f"{file} exists already: choose another --out, or add --overwrite to replace it")
-    images = _images(trained, tiles)
+        require_onnx()
+    trained = load_trained(checkpoint, progress.say).alone()
+    file = place_of(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), overwrite=overwrite)
+    images = images_of(trained, tiles)
     card = card_of(trained, checkpoint, SIZES[format_])
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(file)
     try:
-        progress.say(f"exporting {card.network} as {format_}")
-        with _explained(format_, card.network):
-            WRITERS[format_](trained.student, partial, card)
-        found = _compare(trained, READERS[format_](partial), images, format_, progress)
-        result = Exported(str(file), format_, card.network, card.classes, card.sizes, len(images), *found)
-        if not result.largest_difference <= MAX_DIFFERENCE:
-            raise KdpipeError(
-                f"the {format_} file of {checkpoint} predicts something else than the checkpoint: a probability differs by "
-                f"{result.largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
-            )
+        found = write_verified(trained, checkpoint, card, format_, partial, images, progress)
         publish(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-    return result
+    return Exported(str(file), format_, card.network, card.classes, card.sizes, len(images), *found)
+
+
+def place_of(path: str | Path, *, overwrite: bool) -> Path:
+    """The absolute path of a file to write; raises `ConfigError` if it exists or cannot be written."""
+    file = output_path(path, "--out")
+    if file.exists() and not overwrite:
+        raise ConfigError(f"{file} exists already: choose another --out, or add --overwrite to replace it")
+    try_to_write(file, path, "--out: writing")
+    return file
+
+
+def write_verified(
+    trained: Trained, checkpoint: str | Path, card: Card, format_: Format, file: Path,
+    images: Sequence[NDArray[np.uint8]], progress: Progress,
+) -> tuple[int, int, float, float]:  # fmt: skip
+    """
+    Write a student's file and compare its predictions with the student's; returns what `_compare` does.
+
+    Raises `KdpipeError` if it cannot be written, or predicts something else.
+    """
+    progress.say(f"exporting {card.network} as {format_}")
+    with explained("writing", file), _explained(format_, card.network):
+        WRITERS[format_](trained.student, file, card)
+    found = _compare(trained, READERS[format_](file), images, format_, progress)
+    largest_difference = found[2]
+    if not largest_difference <= MAX_DIFFERENCE:
+        raise KdpipeError(
+            f"the {format_} file of {checkpoint} predicts something else than the checkpoint: a probability differs by "
+            f"{largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
+        )
+    return found
 
 
 def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
     import onnx
 
     axes = {0: "n", 2: "height", 3: "width"}
-    torch.onnx.export(
+    content = io.BytesIO()
+    export: Any = torch.onnx.export  # its signature names paths alone
+    export(
         AnySize(student),
         (_example(card, *EXAMPLE_PX),),
-        str(file),
+        content,
         dynamo=False,
         opset_version=OPSET,
         input_names=[INPUT],
         output_names=[OUTPUT],
         dynamic_axes={INPUT: axes, OUTPUT: axes},
     )
-    model = onnx.load(str(file))
-    onnx.helper.set_model_props(model, {CARD_KEY: card.model_dump_json(), SEAL_KEY: UNSEALED})
-    model.producer_name, model.producer_version = "kdpipe", card.kdpipe
-    onnx.checker.check_model(model)
-    onnx.save(model, str(file))
-    seal(file)
+    write_graph(onnx.load_from_string(content.getvalue()), card, file)
 
 
 def _write_torchscript(student: nn.Module, file: Path, card: Card) -> None:
     trace: Any = torch.jit.trace
     graph = trace(AnySize(student), _example(card, *EXAMPLE_PX), check_trace=False)
-    torch.jit.save(graph, file, _extra_files={CARD_FILE: card.model_dump_json()})
+    content = io.BytesIO()  # torch would tell of a full disk by an error of its own
+    torch.jit.save(graph, content, _extra_files={CARD_FILE: card.model_dump_json()})
+    file.write_bytes(content.getvalue())
 
 
 def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
@@ -177,8 +189,9 @@ def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
     shapes = ({0: torch.export.Dim("n"), **sides},)
     example = _example(card, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
     program = torch.export.export(student, (example,), dynamic_shapes=shapes)
-    with file.open("wb") as stream:  # with a path, torch insists on its own suffix
-        torch.export.save(program, stream, extra_files={CARD_FILE: card.model_dump_json()})
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={CARD_FILE: card.model_dump_json()})
+    file.write_bytes(content.getvalue())
 
 
 def _example(card: Card, height: int, width: int) -> Tensor:
@@ -223,7 +236,8 @@ READERS: dict[Format, Callable[[Path], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
+    """Raise `ConfigError` unless the packages of the extra `export` are installed."""
     require_onnxruntime()
     try:
         import onnx  # noqa: F401
@@ -233,22 +247,10 @@ def _require_onnx() -> None:
         ) from err
 
 
-def _images(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
-    """A few tiles, uint8 `(H, W, B)`, evenly spread over all."""
-    data = trained.config.data
-    folders = tiles or [str(folders_of(root, data)[0]) for root in data.val]
-    if not folders:
-        raise ConfigError("there are no tiles to verify the file on, as data.val is empty: name images with --tiles")
-    try:
-        paths = list_scenes(folders)
-    except DataError as err:
-        raise ConfigError(f"there are no tiles to verify the file on: {err}; name images with --tiles") from err
-    chosen = (
-        [paths[i * len(paths) // VERIFIED_TILES] for i in range(VERIFIED_TILES)]
-        if len(paths) > VERIFIED_TILES
-        else paths
-    )
-    return [read_image(Path(path), data.bands, trained.stretch, data.alpha) for path in chosen]
+def images_of(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
+    """A few tiles, uint8 `(H, W, B)`, spread evenly over all."""
+    dataset = ValTiles(tiles_to_verify(trained.config.data, tiles, VERIFIED_TILES), trained.config, trained.stretch)
+    return [dataset[number]["image"].transpose(1, 2, 0) for number in range(len(dataset))]
 
 
 @torch.inference_mode()
@@ -306,7 +308,7 @@ def _explained(format_: Format, network: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except KdpipeError:
+    except (KdpipeError, OSError):
         raise
     except Exception as err:  # torch's exporters raise classes of many modules
         reason = str(err).strip().splitlines()[0]

@@ -2,7 +2,8 @@
 Maps of scenes of any size, from overlapping windows whose logits are blended.
 
 Memory does not grow with the height of a scene: a strip of one row of windows is held, a byte per pixel and band, and its logits, 4 bytes
-per pixel and class. Classes are the argmax of the blended logits, probabilities their softmax.
+per pixel and class. Classes are the argmax of the blended logits, probabilities their softmax. A network that answers with classes has
+no logits to blend: each pixel takes the class of one window, and two neighbours part in the middle of what they share.
 
 Shapes: N windows, C classes, B bands, H W pixels of a scene, h w of a strip or a window.
 """
@@ -28,10 +29,10 @@ from kdpipe.configs.errors import ConfigError, DataError, Interrupted, KdpipeErr
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_layer, new_map, probability_layer
 from kdpipe.data.scenes import Scene, list_scenes, open_scene
-from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.data.tiles import limited
+from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.models.views import STRIDE
-from kdpipe.pipeline.models.windows import Span, blended_rows, spans, tapered_overlap
+from kdpipe.pipeline.models.windows import Span, blended_rows, cut_spans, spans, tapered_overlap
 from kdpipe.pipeline.prediction.notes import range_note, say_notes
 from kdpipe.pipeline.progress import Advance, Progress, Silent
 from kdpipe.pipeline.text import size_text
@@ -76,6 +77,7 @@ class MapSummary:
     window: int
     overlap: int
     classes: list[str]
+    blended: bool = True
     maps: list[Map] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -91,19 +93,26 @@ def predict(
     confidence: bool = False,
     probabilities: bool = False,
     overwrite: bool = False,
+    limit: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
-    limit: int | None = None,
 ) -> MapSummary:
     """
     Write a map of each scene in `inputs` (see `list_scenes`) into the folder `out`.
 
     Windows have `window` px and share `overlap` px; `batch_size` of them are predicted at once. With `limit`, so many of the scenes are
     mapped (see `tiles.limited`). A scene that cannot be read is named in the result, and the others go on. Raises `ConfigError` for
-    invalid sizes, and for probabilities of a network that answers with classes; `DataError` if an input names nothing, two maps would have
-    the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite; `Interrupted` if `stop` was set.
+    invalid sizes, and for probabilities of a network that answers with classes; `DataError` if an input names nothing, two maps would
+    have the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite;
+    `Interrupted` if `stop` was set.
     """
     _check_sizes(window, overlap)
+    card = predictor.card
+    if (confidence or probabilities) and not _is_blended(card):
+        raise ConfigError(
+            f"{predictor.origin} answers with classes, and has no probabilities for --confidence or --probabilities: leave them out, or "
+            "take a file that was exported without --argmax"
+        )
     progress, stop = progress or Silent(), stop or threading.Event()
     folder = output_path(out, "--out")
     kinds = [CLASSES, *([CONFIDENCE] if confidence else []), *([PROBABILITIES] if probabilities else [])]
@@ -112,8 +121,9 @@ def predict(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
-    card = predictor.card
-    summary = MapSummary(predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes))
+    summary = MapSummary(
+        predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes), _is_blended(card)
+    )
     counts, bands_notes = _look_at(targets, card, window, overlap, summary)
     say_notes(bands_notes, "note", progress)
     range_notes = {}
@@ -151,7 +161,8 @@ def _look_at(
         try:
             with _open(scene_path, card) as scene:
                 _require_memory(scene, window, len(card.bands), len(card.classes))
-                counts[scene_path] = _num_windows(scene, window, overlap)
+                rows, columns = _windows_of(scene, window, overlap, card)
+                counts[scene_path] = len(rows) * len(columns)
                 if scene.bands_note:
                     bands_notes[scene_path] = scene.bands_note
         except DataError as err:
@@ -206,9 +217,7 @@ class _SceneMapper:
 
         Logits are zero where no window has data.
         """
-        rows, columns = (
-            spans(size, self._window, self._overlap, tapered_overlap) for size in (scene.height, scene.width)
-        )
+        rows, columns = _windows_of(scene, self._window, self._overlap, self._predictor.card)
         waiting_hW = np.empty((0, scene.width), np.bool_)  # of rows whose logits are not final
 
         def logits_of(row: Span) -> Iterator[tuple[Span, Tensor]]:
@@ -262,7 +271,8 @@ class _SceneMapper:
         tags = {
             "model": f"{card.run} after step {card.step}, {card.network}",
             "checkpoint_sha256": card.checkpoint_sha256,
-            "windows": f"{self._window} px, {self._overlap} px shared, TTA {self._predictor.tta}",
+            "windows": f"{self._window} px, {self._overlap} px shared, TTA {self._predictor.tta}"
+            + ("" if _is_blended(card) else ", not blended"),
             "TIFFTAG_SOFTWARE": f"kdpipe {card.kdpipe}",
         }
         if kind == CLASSES:
@@ -323,9 +333,19 @@ def _require_memory(scene: Scene, window: int, bands: int, classes: int) -> None
         )
 
 
-def _num_windows(scene: Scene, window: int, overlap: int) -> int:
-    rows, columns = (spans(size, window, overlap, tapered_overlap) for size in (scene.height, scene.width))
-    return len(rows) * len(columns)
+def _is_blended(card: Card) -> bool:
+    """Whether logits of overlapping windows are blended."""
+    return card.output == "logits"
+
+
+def _windows_of(scene: Scene, window: int, overlap: int, card: Card) -> tuple[list[Span], list[Span]]:
+    """The windows over the rows and over the columns of a scene."""
+    sides = (scene.height, scene.width)
+    if _is_blended(card):
+        rows, columns = (spans(size, window, overlap, tapered_overlap) for size in sides)
+    else:
+        rows, columns = (cut_spans(size, window, overlap) for size in sides)
+    return rows, columns
 
 
 def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrite: bool) -> dict[str, dict[str, Path]]:

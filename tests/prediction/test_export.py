@@ -240,8 +240,8 @@ def test_tiles_to_verify_on_are_required(trained, landscape, tmp_path, monkeypat
     data = loaded.config.data.model_copy(update={"val": []})
     without = export.Trained(loaded.student, loaded.config.model_copy(update={"data": data}), None, loaded.position)
     with pytest.raises(ConfigError, match=r"as data\.val is empty: name images with --tiles"):
-        export._images(without, [])
-    found = export._images(without, [str(landscape / "Train" / "images")])
+        export.images_of(without, [])
+    found = export.images_of(without, [str(landscape / "Train" / "images")])
     assert len(found) == export.VERIFIED_TILES
 
 
@@ -280,7 +280,11 @@ def test_other_onnx_files_and_missing_devices_are_refused(trained, tmp_path):
     [
         (["--checkpoint", "none.ckpt", "--format", "onnx"], "no checkpoint at"),
         (["--checkpoint", "none.ckpt", "--format", "coreml"], "'coreml' is not one of"),
-        (["--format", "onnx"], "Missing option '--checkpoint'"),
+        (["--format", "onnx"], "name RUN, the folder of a run or a checkpoint, or --checkpoint; found neither"),
+        (["a.ckpt", "--checkpoint", "a.ckpt"], "or --checkpoint; found both"),
+        (["a.ckpt", "--fp16", "--format", "pt2"], "write ONNX files, and --format is pt2"),
+        (["a.ckpt", "--fp16", "--calibrate", "here"], "--calibrate is for --int8: add it, or leave --calibrate out"),
+        (["a.ckpt", "--tolerance", "1"], "--tolerance is for --fp16, --int8 or --argmax"),
     ],
 )
 def test_mistakes_end_in_one_paragraph(arguments, message, tmp_path):

@@ -14,6 +14,7 @@ from kdpipe.pipeline.text import duration_text, percent_cell, percent_text, size
 if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.export import Exported
     from kdpipe.pipeline.prediction.maps import MapSummary
+    from kdpipe.pipeline.prediction.variants import Deployed
 
 SHOWN_MAPS = 20  # the rest is in --json
 
@@ -21,6 +22,7 @@ SHOWN_MAPS = 20  # the rest is in --json
 def map_tables(summary: MapSummary) -> Iterator[Table | str]:
     """The maps that were written, and the area of each class on all of them; fits 80 columns."""
     windows = f"windows of {summary.window} px, overlap {summary.overlap} px"
+    windows += "" if summary.blended else " (cut in the middle, as classes cannot be blended)"
     yield f"{summary.model} on {summary.device}: {windows}, TTA {summary.tta}"
     if not summary.maps:
         return
@@ -50,3 +52,29 @@ def export_table(result: Exported) -> str:
         f"{result.largest_difference:.1e}, "
         f"same class for {percent_text(result.same_class, 4)} of {result.pixels / 1e6:.2f} MP"
     )
+
+
+def deployed_tables(result: Deployed) -> Iterator[Table | str]:
+    """Size, latency and agreement of the exported files, and where they are; fits 80 columns."""
+    of_tiles = f"{count_text(result.tiles, 'tiles')}"
+    yield f"{result.network}, {len(result.classes)} classes; compared on {result.pixels / 1e6:.2f} MP of {of_tiles}"
+    table = Table(
+        "file", title=f"Latency: one image of {result.size_px} px, onnxruntime on the CPU", title_justify="left"
+    )
+    for column in ("size", "latency", "mIoU", "fall", "same class"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for each in result.files:
+        table.add_row(
+            each.name,
+            size_text(each.size_bytes),
+            f"{each.latency_ms:.1f} ms",
+            "–" if each.miou is None else f"{each.miou:.2f}",
+            "–" if each.fall is None or each.tolerance is None else f"{each.fall:.2f}",
+            percent_text(each.same_class, 2) if each.tolerance is not None else "–",
+            "to compare" if each.tolerance is None else "kept" if each.passes else "refused",
+        )
+    yield table
+    for each in result.files:
+        if each.file is not None:
+            yield f"{each.name}: {each.file}"
