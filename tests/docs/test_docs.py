@@ -49,6 +49,7 @@ def given(page):
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # the tutorial's scenes have no place
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec:FutureWarning")  # Lightning's
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(b.language in {"sh", "bash", "python"} for b in blocks(page))]
 )
