@@ -24,9 +24,7 @@ from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.runs.checkpoint import Record
 from kdpipe.pipeline.runs.record import OwnLoss
 
-MOST_COUNTED = (
-    1000  # masks, decoded in some ten seconds: shares of classes are known to a few percent of themselves by then
-)
+MOST_COUNTED = 1000  # masks, decoded in some ten seconds: by then shares of classes hardly change
 FEWEST, MOST = 0.1, 10.0  # a class of a few pixels must not outweigh all others
 
 
@@ -40,10 +38,9 @@ class Objective:
 
     def __init__(self, config: Config, device: torch.device, class_weights: Mapping[str, float] | None = None) -> None:
         self._config, self.class_weights = config, class_weights
+        weights = [(class_weights or {}).get(name, 1.0) for name in config.classes.names]
         # Weights of one for all are no weights, to the last bit.
-        given = class_weights is not None and any(weight != 1 for weight in class_weights.values())
-        names = config.classes.names
-        self._weights_C = torch.tensor([class_weights[n] for n in names], device=device) if given else None  # type: ignore[index]
+        self._weights_C = torch.tensor(weights, device=device) if any(weight != 1 for weight in weights) else None
         self.own_loss, self._function = _own_loss(config)
 
     def __call__(
