@@ -34,8 +34,7 @@ class AtImageSize(nn.Module):
         self.prepares_images = getattr(network, "prepares_images", False)
         self._num_classes = num_classes
         self._key = key
-        self._say = say
-        self._said = False
+        self._say = _Once(say)
 
     def forward(self, images_NBHW: Tensor) -> Tensor:
         logits = logits_in(self.network(images_NBHW), self._key)
@@ -51,13 +50,26 @@ class AtImageSize(nn.Module):
             raise ConfigError(f"{self._key} should return logits, floating-point numbers; found {logits.dtype}")
         if logits.shape[-2:] == (height, width):
             return logits
-        if not self._said:
-            self._said = True
-            self._say(
-                f"{self._key}: its logits have {logits.shape[-2]} x {logits.shape[-1]} px for an image of {height} x {width} px, and are "
-                "enlarged bilinearly"
-            )
+        self._say(
+            f"{self._key}: its logits have {logits.shape[-2]} x {logits.shape[-1]} px for an image of {height} x {width} px, and are "
+            "enlarged bilinearly"
+        )
         return F.interpolate(logits.float(), size=(height, width), mode="bilinear", align_corners=False)
+
+
+class _Once:
+    """Says the first sentence alone. Copies of a network share it: they say no more, and a terminal that is spoken to cannot be copied."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say: Callable[[str], None] | None = say
+
+    def __call__(self, sentence: str) -> None:
+        say, self._say = self._say, None
+        if say is not None:
+            say(sentence)
+
+    def __deepcopy__(self, memo: object) -> _Once:
+        return self
 
 
 def of_two_classes(z_N1HW: Tensor) -> Tensor:
