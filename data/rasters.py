@@ -209,8 +209,8 @@ def read_mask(path: Path, num_classes: int, ignore_index: int, codes: MaskCodes 
         shown = ", ".join(map(str, found[:_SHOWN_VALUES])) + (", …" if len(found) > _SHOWN_VALUES else "")
         raise DataError(
             f"the mask {path} holds {shown}, neither a class (0..{num_classes - 1}) nor ignore_index {ignore_index}: "
-            "recode it, or correct classes.names or classes.ignore_index (class_map maps the teacher's predictions, never masks). If these "
-            f"are greys or colours, {RECIPE}"
+            "give each value its class in data.remap, or correct classes.names or classes.ignore_index (class_map maps the teacher's "
+            f"predictions, never masks). If these are greys or colours, {RECIPE}"
         )
     labels_HW: NDArray[np.int32] = values_HW.astype(np.int32)
     return labels_HW

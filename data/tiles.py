@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from kdpipe.configs import schema
-from kdpipe.configs.errors import DataError, count_text
+from kdpipe.configs.errors import DataError
 from kdpipe.configs.node_names import why_unstorable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -54,14 +54,10 @@ def list_tiles(data: schema.Data, split: Literal["train", "val"], labelled_only:
     names = _root_names(data)
     without_unlabelled = split == "val" or (labelled_only and data.limit is None)
     keys: list[SplitKey] = [split] if without_unlabelled else ["train", "unlabelled"]
-    tiles: list[Tile] = []
-    for key in keys:
-        found: list[Tile] = []
-        for root in getattr(data, key):
-            folder = Path(root).resolve()
-            found += _tiles_of_root(folder, names[folder], data, labelled=key != "unlabelled")
-        tiles += _listed(found, names.values(), data, key)
+    tiles = [tile for key in keys for tile in _tiles_of(key, data, names)]
     _refuse_repeated(tiles)
+    if split == "val":
+        _refuse_leak(tiles, data, names)
     taken = _groups(names.values()) | (_groups(tile.id.rpartition("/")[0] for tile in tiles) if data.nested else set())
     for tile in tiles:
         if tile.id in taken:
@@ -122,11 +118,10 @@ def _listed(tiles: Sequence[Tile], roots: Iterable[str], data: schema.Data, key:
     missing = sorted(wanted - met)
     if missing:
         shown = f"{', '.join(missing[:_SHOWN_NAMES])}{', …' if len(missing) > _SHOWN_NAMES else ''}"
+        few = "the one name" if len(wanted) == 1 else f"{len(missing)} of the {len(wanted)} names"
         raise DataError(
-            f"data.split.{key}: {len(missing)} of the {count_text(len(wanted), 'names')} in {path} {'is' if len(missing) == 1 else 'are'} "
-            "no "
-            f"tile of data.{key} ({shown}): expected one name a line, such as "
-            f"{tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}, or the path of its image"
+            f"data.split.{key}: {few} in {path} {'is' if len(missing) == 1 else 'are'} no tile of data.{key} ({shown}): expected one name "
+            f"a line, such as {tiles[0].id.rpartition('/')[2] if tiles else 'tile_001'}, or the path of its image"
         )
     return chosen
 
@@ -140,7 +135,10 @@ def read_names(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"cannot read {path.absolute()}: {err}") from err
+        reason = "it is no text in UTF-8" if isinstance(err, UnicodeDecodeError) else err.strerror
+        raise DataError(
+            f"cannot read {path.absolute()}: {reason}; expected a text file with a name of a tile on each line"
+        ) from err
     names = [unicodedata.normalize("NFC", line.strip()).removeprefix("./").replace("\\", "/") for line in lines]
     found = [name for name in names if name and not name.startswith("#")]
     if not found:
@@ -155,6 +153,28 @@ def _ends(image: Path, depth: int) -> Iterator[str]:
         path = "/".join(parts[start:]).replace("//", "/")
         yield path
         yield path.removesuffix(image.suffix)
+
+
+def _tiles_of(key: SplitKey, data: schema.Data, names: dict[Path, str]) -> list[Tile]:
+    """The tiles of a key's roots that its list names; `names` are those of all roots."""
+    found: list[Tile] = []
+    for root in getattr(data, key):
+        folder = Path(root).resolve()
+        found += _tiles_of_root(folder, names[folder], data, labelled=key != "unlabelled")
+    return _listed(found, names.values(), data, key)
+
+
+def _refuse_leak(val: Sequence[Tile], data: schema.Data, names: dict[Path, str]) -> None:
+    """Raise `DataError` for tiles that the lists of `data.split` name to train on and to validate on."""
+    keys: list[SplitKey] = ["train", "unlabelled"]
+    roots = {key: {Path(root).resolve() for root in getattr(data, key)} for key in (*keys, "val")}
+    trained = {tile.id for key in keys if roots[key] & roots["val"] for tile in _tiles_of(key, data, names)}
+    both = [tile.id for tile in val if tile.id in trained]
+    if both:
+        raise DataError(
+            f"the lists of data.split name {_few(both, 'tile')} for training and for validation: scores on training tiles mean nothing; "
+            "leave each of them in one list"
+        )
 
 
 def _refuse_repeated(tiles: Sequence[Tile]) -> None:
@@ -189,7 +209,9 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
         raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
     images = _files_by_stem(image_dir, data.image_suffix, nested=data.nested)
     if not images:
-        raise DataError(f"no images in {image_dir}: {contents_text(image_dir, data.images, data.image_suffix)}")
+        raise DataError(
+            f"no images in {image_dir}: {contents_text(image_dir, data.images, data.image_suffix, 'data.image_suffix')}"
+        )
     if not labelled:
         return [Tile(f"{name}/{stem}", images[stem], None) for stem in sorted(images)]
     if not mask_dir.is_dir() and not data.allow_missing_masks:
@@ -198,6 +220,17 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
             "without masks under data.unlabelled"
         )
     masks = _files_by_stem(mask_dir, data.mask_suffix, nested=data.nested) if mask_dir.is_dir() else {}
+    if (
+        data.mask_suffix
+        and not masks
+        and mask_dir.is_dir()
+        and any(_is_image(entry.name) for entry in mask_dir.iterdir())
+    ):
+        raise DataError(
+            f"no masks in {mask_dir}: {contents_text(mask_dir, data.masks, data.mask_suffix, 'data.mask_suffix')}"
+        )
+    if image_dir == mask_dir:
+        images, masks = _parted(images, masks, data)
     without_image = [masks[stem].name for stem in sorted(masks.keys() - images.keys())]
     if without_image:
         raise DataError(f"{_few(without_image, 'mask')} in {mask_dir} without an image of the same stem in {image_dir}")
@@ -210,11 +243,24 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
     return [Tile(f"{name}/{stem}", images[stem], masks.get(stem)) for stem in sorted(images)]
 
 
-def contents_text(folder: Path, images: str, suffix: str = "") -> str:
-    """What a folder without images holds instead, and what to do, for an error."""
-    if suffix and any(_is_image(entry.name) for entry in folder.iterdir()):
-        other = next(entry.name for entry in sorted(folder.iterdir()) if _is_image(entry.name))
-        return f"none has a stem that ends in {suffix}, data.image_suffix; there is {other}, for one"
+def _parted(
+    images: dict[str, Path], masks: dict[str, Path], data: schema.Data
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and masks of one folder, without the files that the longer suffix gives to the others: `a` and `a_mask`."""
+    if len(data.mask_suffix) > len(data.image_suffix):
+        taken = set(masks.values())
+        return {stem: path for stem, path in images.items() if path not in taken}, masks
+    taken = set(images.values())
+    return images, {stem: path for stem, path in masks.items() if path not in taken}
+
+
+def contents_text(folder: Path, images: str, suffix: str = "", key: str = "") -> str:
+    """What a folder without images (or masks) holds instead, and what to do, for an error; `key` names the `suffix` of stems."""
+    there = sorted(entry.name for entry in folder.iterdir() if _is_image(entry.name)) if suffix else []
+    if there:
+        examples = {Path(name).stem[-len(suffix) :]: name for name in reversed(there)}  # one for each ending
+        shown = ", ".join(sorted(examples.values())[:_SHOWN_NAMES])
+        return f"none has a stem that ends in {suffix}, {key}; there are such as {shown}"
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     nested = [name for name in inner if any(_is_image(entry.name) for entry in (folder / name).iterdir())]
     if nested:

@@ -135,6 +135,10 @@ class Data(Section):
             refuse_repeats(getattr(self, key), f"data.{key}")
         if min(self.bands) < 1:
             raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
+        if self.images == self.masks and self.image_suffix == self.mask_suffix:
+            raise ValueError(
+                f"images and masks are both {self.images!r}, and nothing tells their files apart: give image_suffix or mask_suffix"
+            )
         if self.colours and self.remap:
             raise ValueError("colours are for masks of colours, and remap for masks of numbers: leave one of them out")
         for name in self.band_names:

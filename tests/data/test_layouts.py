@@ -9,7 +9,7 @@ from kdpipe.configs import schema
 from kdpipe.configs.errors import ConfigError, DataError
 from kdpipe.configs.schema.labels import MaskCodes, codes_of
 from kdpipe.data.rasters import read_mask
-from kdpipe.data.tiles import list_tiles
+from kdpipe.data.tiles import limited, list_tiles
 
 NAMES = ["Background", "Forest", "Water"]
 
@@ -104,7 +104,7 @@ class TestFolders:
         assert taken(f"{tmp_path}/s/images/b.tif\nr/images/b\n") == ["r/b", "s/b"]
         with pytest.raises(
             DataError,
-            match=r"1 of the 1 name in .* is no tile of data.train \(r/a.tif s/a.tif\): expected one name a line",
+            match=r"the one name in .* is no tile of data.train \(r/a.tif s/a.tif\): expected one name a line",
         ):
             taken("r/a.tif s/a.tif\n")
         with pytest.raises(DataError, match=r"data.split.train: .*train.txt names no tile"):
@@ -112,8 +112,83 @@ class TestFolders:
 
     def test_a_wrong_suffix_names_a_file(self, tmp_path):
         write(tmp_path, "images/a_img.png")
-        with pytest.raises(DataError, match=r"ends in _sat, data.image_suffix; there is a_img.png"):
+        with pytest.raises(DataError, match=r"ends in _sat, data.image_suffix; there are such as a_img.png"):
             listed(tmp_path, image_suffix="_sat")
+
+    @pytest.mark.parametrize("allowed", [False, True])
+    def test_a_wrong_suffix_of_masks_is_no_lack_of_masks(self, tmp_path, allowed):
+        write(tmp_path, "1_sat.png", "1_mask.png", "2_sat.png", "2_mask.png")
+        data = {"images": ".", "masks": ".", "image_suffix": "_sat", "allow_missing_masks": allowed}
+        with pytest.raises(
+            DataError,
+            match=r"no masks in .*: none has a stem that ends in _msk, data.mask_suffix; there are such as 1_mask.png, 1_sat",
+        ):
+            listed(tmp_path, **data, mask_suffix="_msk")
+
+    def test_one_folder_of_images_and_masks_needs_a_suffix_of_one_of_them(self, tmp_path):
+        write(tmp_path, "a.png", "a_mask.png", "b.png", "b_mask.png")
+        name = tmp_path.name
+        pairs = {f"{name}/a": ("a.png", "a_mask.png"), f"{name}/b": ("b.png", "b_mask.png")}
+        assert listed(tmp_path, images=".", masks=".", mask_suffix="_mask") == pairs
+        turned = {tile: (mask, image) for tile, (image, mask) in pairs.items()}
+        assert listed(tmp_path, images=".", masks=".", image_suffix="_mask") == turned
+        with pytest.raises(ValueError, match="images and masks are both '.', and nothing tells their files apart"):
+            listed(tmp_path, images=".", masks=".")
+
+    def test_a_tile_in_the_lists_of_training_and_of_validation_is_refused(self, tmp_path):
+        write(tmp_path, *(f"{kind}/{stem}.png" for stem in "abc" for kind in ("images", "masks")))
+        (tmp_path / "train.txt").write_text("a\nb\n")
+        (tmp_path / "val.txt").write_text("b\nc\n")
+        split = {"train": str(tmp_path / "train.txt"), "val": str(tmp_path / "val.txt")}
+        with pytest.raises(
+            DataError, match=rf"name the tile {tmp_path.name}/b for training and for validation: scores on training"
+        ):
+            listed(tmp_path, "val", train=[str(tmp_path)], val=[str(tmp_path)], split=split)
+
+    def test_a_list_that_is_no_text_is_named(self, tmp_path):
+        write(tmp_path, "images/a.png", "masks/a.png")
+        split = {"train": str(tmp_path / "train.txt")}
+        with pytest.raises(
+            DataError, match=r"data.split.train: cannot read .*train.txt: No such file or directory; expected a text"
+        ):
+            listed(tmp_path, split=split)
+        (tmp_path / "train.txt").write_text("a\n", encoding="utf-16")
+        with pytest.raises(
+            DataError,
+            match=r"train.txt: it is no text in UTF-8; expected a text file with a name of a tile on each line",
+        ):
+            listed(tmp_path, split=split)
+
+
+class TestSome:
+    """`data.limit` takes some of the tiles."""
+
+    def test_some_are_spread_evenly_and_a_smaller_number_is_among_a_larger(self):
+        items = list(range(1000))
+        before: set[int] = set()
+        for limit in range(1, 200):
+            some = limited(items, limit)
+            assert len(some) == limit
+            assert some == sorted(some)
+            assert before <= set(some)
+            before = set(some)
+        assert np.diff(limited(items, 128)).max() <= 2 * 1000 / 128
+        assert limited(items, None) == limited(items, 5000) == items
+        assert [limited(items[:5], limit) for limit in (1, 2, 3)] == [[0], [0, 4], [0, 2, 4]]
+
+    def test_training_and_validation_are_limited_each_and_labels_do_not_change_the_choice(self, tmp_path):
+        write(tmp_path, *(f"T/{kind}/{i}.png" for i in range(4) for kind in ("images", "masks")))
+        write(
+            tmp_path,
+            *(f"U/images/{i}.png" for i in range(4)),
+            *(f"V/images/{i}.png" for i in range(4)),
+            "V/masks/3.png",
+        )
+        roots = {"train": [str(tmp_path / "T")], "unlabelled": [str(tmp_path / "U")], "val": [str(tmp_path / "V")]}
+        data = schema.Data(**roots, allow_missing_masks=True, limit=2)
+        assert [tile.id for tile in list_tiles(data, "train")] == ["T/0", "U/0"]
+        assert [tile.id for tile in list_tiles(data, "train", labelled_only=True)] == ["T/0"]
+        assert [tile.id for tile in list_tiles(data, "val")] == ["V/3"]
 
 
 COLOURS = {

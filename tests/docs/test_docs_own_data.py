@@ -14,7 +14,7 @@ from kdpipe.configs.schema import Data
 from kdpipe.data import survey
 from kdpipe.pipeline.commands.main import cli
 from kdpipe.pipeline.starter.classes import NO_LABEL_VALUES
-from kdpipe.pipeline.starter.draft import TEST_NAMES, VAL_NAMES
+from kdpipe.pipeline.starter.layouts import split_of
 from kdpipe.pipeline.starter.teacher import WINDOW_FROM_PX
 from kdpipe.pipeline.training.run import with_mode
 
@@ -57,7 +57,7 @@ def test_the_yaml_of_the_page_is_what_is_written_of_the_dubai_tiles(dubai, tmp_p
 
 
 def test_the_keys_of_the_layouts_are_those_of_a_configuration():
-    table = PAGE[PAGE.index("| your data |") : PAGE.index("`init` recognises the layouts")]
+    table = PAGE[PAGE.index("| your data |") : PAGE.index("`init` finds these keys")]
     pieces = [piece for line in table.splitlines()[2:] for piece in re.findall(r"`([^`]+: [^`]+)`", line)]
     assert len(pieces) >= 9
     for piece in pieces:
@@ -78,9 +78,11 @@ def test_a_run_of_another_mode_has_the_name_that_the_page_says():
 
 
 def test_names_and_numbers_of_the_page_are_the_programs():
-    assert VAL_NAMES == ("val", "valid", "validation")
-    assert "Val, Valid or Validation" in PAGE
-    assert "test" in TEST_NAMES
+    assert "Val, Valid or Validation (also `city_val`, `Val/Urban`)" in PAGE
+    roots = [
+        f"mine/{name}" for name in ("Train", "Val", "Valid", "Validation", "city_val", "Val/Urban", "Test", "Valdivia")
+    ]
+    assert [split_of(root, roots) for root in roots] == ["train", *["val"] * 5, "test", None]
     assert f"up to {survey.MAX_HEADERS} tiles" in PAGE
     assert f"up to {survey.MAX_READ} images and {survey.MAX_READ} masks" in PAGE
     assert ", ".join(map(str, NO_LABEL_VALUES)) in PAGE
