@@ -82,7 +82,7 @@ def test_non_finite_value_is_refused_and_located(tmp_path, value):
     values = np.ones((3, 4, 5), np.float32)
     values[1, 2, 3] = value
     path = write_tiff(tmp_path / "holes.tif", values)
-    with pytest.raises(DataError, match=r"holes\.tif holds NaN or infinity in band 2 at 1 pixels.*row 2, column 3"):
+    with pytest.raises(DataError, match=r"holes\.tif holds NaN or infinity in band 2 at 1 pixel.*row 2, column 3"):
         read_image(path, stretch=[(0, 1)] * 3)
 
 
