@@ -184,7 +184,7 @@ def test_pixels_and_logits_that_are_not_finite_are_refused(tmp_path):
     values[1, 200, 7] = np.inf
     scene = write_scene(tmp_path / "scene.tif", values)
     summary = predict(predictor(stretch=[(0, 9)] * 3), [str(scene)], tmp_path / "out", window=64, overlap=32)
-    assert "NaN or infinity in band 2 at 1 pixels, the first at row 200, column 7" in summary.failed[str(scene)]
+    assert "NaN or infinity in band 2 at 1 pixel, the first at row 200, column 7" in summary.failed[str(scene)]
     bad = predictor(lambda images: torch.full((len(images), 3, *images.shape[-2:]), torch.nan), origin="bad.ckpt")
     fine = write_scene(tmp_path / "fine.tif", noise(40, 40))
     with pytest.raises(KdpipeError, match=r"bad\.ckpt gives logits that are not finite for .*fine\.tif, near row 0"):
