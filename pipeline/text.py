@@ -1,6 +1,7 @@
 """Sizes, shares, times and names from files as text, written one way everywhere."""
 
 import unicodedata
+from math import isnan
 from pathlib import Path
 
 # Characters that a terminal obeys instead of showing: controls (Cc) and marks that turn the direction of writing (in Cf), and halves of
@@ -23,13 +24,13 @@ def file_text(what: str, path: str | Path) -> str:
 
 
 def percent_text(share: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage: `12.3 %`; a dash for None."""
-    return "–" if share is None else f"{percent_cell(share, digits)} %"
+    """A share in [0, 1] as a percentage: `12.3 %`; a dash for None and NaN."""
+    return "–" if share is None or isnan(share) else f"{percent_cell(share, digits)} %"
 
 
 def percent_cell(share: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] in a table whose head says percent: `12.3`; a dash for None."""
-    return "–" if share is None else f"{100 * share:.{digits}f}"
+    """A share in [0, 1] in a table whose head says percent: `12.3`; a dash for None and NaN."""
+    return "–" if share is None or isnan(share) else f"{100 * share:.{digits}f}"
 
 
 def part_text(part: int, whole: int) -> str:

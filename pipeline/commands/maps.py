@@ -75,6 +75,7 @@ def predict(source: str | None, overrides: tuple[str, ...], **options: Any) -> N
               "Repeatable.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
 @trust_option
+@limit_option()
 @common_options(device=False)
 def export(**options: Any) -> None:
     """

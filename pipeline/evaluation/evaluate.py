@@ -38,7 +38,7 @@ from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import PredictedTile, predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import load_trained
-from kdpipe.pipeline.runs.elsewhere import trained_elsewhere
+from kdpipe.pipeline.runs.elsewhere import refuse_undescribed, trained_elsewhere
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
@@ -76,6 +76,7 @@ class Model:
     trained_on: list[str]  # roots
     # Of a teacher whose predictions were made before: the tile with its prediction, which `predict` is given in place of an image.
     predicted: Callable[[Tile], PredictedTile] | None = None
+    has_confidence: bool = True  # a network that answers with classes has none
 
     def limited(self, limit: int | None) -> Model:
         """The same model where `data.limit` is another: for a student, not the one that it was trained with."""
@@ -157,7 +158,11 @@ def student_model(
     student alone, and may lack the bands that only its teacher saw. `say` is that of `load_trained`. Raises `CheckpointError` where the
     file is no such checkpoint.
     """
-    trained = load_trained(checkpoint, say) if config is None else trained_elsewhere(checkpoint, config, say)
+    if config is None:
+        refuse_undescribed(checkpoint)
+        trained = load_trained(checkpoint, say)
+    else:
+        trained = trained_elsewhere(checkpoint, config, say)
     trained = trained.alone() if alone else trained
     config = trained.config
     network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
@@ -301,7 +306,9 @@ def _count(
     return Counts(
         count_pairs(labels_HW, predicted_HW, num_classes, num_classes, ignore_index),
         boundary_counts(labels_HW, predicted_HW, num_classes, ignore_index, boundary_width_px),
-        calibration_counts(labels_HW, predicted_HW, confidence_HW, ignore_index),
+        calibration_counts(labels_HW, predicted_HW, confidence_HW, ignore_index)
+        if model.has_confidence
+        else np.zeros((3, BINS)),
     )
 
 

@@ -34,7 +34,7 @@ Classify = Callable[[NDArray[np.uint8]], NDArray[Any]]
 Values = TypeVar("Values", bound=np.generic)
 
 
-def tiles_to_verify(data: Data, paths: Sequence[str], most: int = MOST_TILES) -> list[Tile]:
+def tiles_to_verify(data: Data, paths: Sequence[str], most: int) -> list[Tile]:
     """
     At most `most` tiles of `paths`, by default of `data.val`, spread evenly; those with masks, if there are any.
 
@@ -57,7 +57,7 @@ def tiles_to_verify(data: Data, paths: Sequence[str], most: int = MOST_TILES) ->
     return limited([tile for tile in tiles if tile.mask is not None] or tiles, most)
 
 
-def tiles_to_calibrate(data: Data, folder: str | None, most: int = MOST_TILES) -> list[Tile]:
+def tiles_to_calibrate(data: Data, folder: str | None, most: int) -> list[Tile]:
     """At most `most` tiles of `folder`, by default of `data.train`, spread evenly. Raises `ConfigError` where there is none."""
     try:
         if folder is None:

@@ -97,22 +97,24 @@ def export_student(
     out: str | Path | None = None,
     *,
     tiles: Sequence[str] = (),
+    limit: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """
     Export the student of a checkpoint to `out`, by default beside the checkpoint, and compare its predictions with the checkpoint's.
 
-    `tiles` are images, or folders of them, to compare on; by default `data.val` of the checkpoint's config. The file appears at `out`
-    once it has passed. Raises `CheckpointError` for the checkpoint; `ConfigError` if a package is missing, the file exists, or there
-    are no tiles to compare on; `DataError` for unreadable images; `KdpipeError` if the export fails or its predictions differ.
+    `tiles` are roots of tiles, images, or folders of images to compare on; by default `data.val` of the checkpoint's config. A few of them
+    are taken, at most `limit`. The file appears at `out` once it has passed. Raises `CheckpointError` for the checkpoint; `ConfigError` if
+    a package is missing, the file exists, or there are no tiles to compare on; `DataError` for unreadable images; `KdpipeError` if the
+    export fails or its predictions differ.
     """
     progress = progress or Silent()
     if format_ == "onnx":
         require_onnx()
     trained = load_trained(checkpoint, progress.say).alone()
     file = place_of(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), overwrite=overwrite)
-    images = images_of(trained, tiles)
+    images = images_of(trained, tiles, limit)
     card = card_of(trained, checkpoint, SIZES[format_])
     partial = partial_path(file)
     try:
@@ -247,9 +249,10 @@ def require_onnx() -> None:
         ) from err
 
 
-def images_of(trained: Trained, tiles: Sequence[str]) -> list[NDArray[np.uint8]]:
-    """A few tiles, uint8 `(H, W, B)`, spread evenly over all."""
-    dataset = ValTiles(tiles_to_verify(trained.config.data, tiles, VERIFIED_TILES), trained.config, trained.stretch)
+def images_of(trained: Trained, tiles: Sequence[str], limit: int | None = None) -> list[NDArray[np.uint8]]:
+    """A few tiles, at most `limit`, uint8 `(H, W, B)`, spread evenly over all."""
+    most = min(limit or VERIFIED_TILES, VERIFIED_TILES)
+    dataset = ValTiles(tiles_to_verify(trained.config.data, tiles, most), trained.config, trained.stretch)
     return [dataset[number]["image"].transpose(1, 2, 0) for number in range(len(dataset))]
 
 

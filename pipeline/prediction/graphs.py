@@ -58,7 +58,8 @@ def half(file: Path) -> ModelProto:
         warnings.simplefilter("ignore")  # of each clipped number
         convert: Any = convert_float_to_float16
         found: ModelProto = convert(onnx.load(str(file)), keep_io_types=True)
-    ONNXModel(found).topological_sort()  # the converter appends the casts of the input
+    sorted_model: Any = ONNXModel(found)
+    sorted_model.topological_sort()  # the converter appends the casts of the input
     return found
 
 

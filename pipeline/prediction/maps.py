@@ -69,7 +69,7 @@ class Map:
 
 @dataclass
 class MapSummary:
-    """The result of `predict`; `failed` holds the reason for each scene without a map."""
+    """The result of `predict`; `failed` holds the reason for each scene without a map. With `limit`, some of the `scenes` are mapped."""
 
     model: str
     device: str
@@ -80,6 +80,8 @@ class MapSummary:
     blended: bool = True
     maps: list[Map] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    scenes: int = 0
 
 
 def predict(
@@ -116,14 +118,16 @@ def predict(
     progress, stop = progress or Silent(), stop or threading.Event()
     folder = output_path(out, "--out")
     kinds = [CLASSES, *([CONFIDENCE] if confidence else []), *([PROBABILITIES] if probabilities else [])]
-    targets = _targets(limited(list_scenes(inputs), limit), folder, kinds, overwrite)
+    scenes = list_scenes(inputs)
+    targets = _targets(limited(scenes, limit), folder, kinds, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
     summary = MapSummary(
-        predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes), _is_blended(card)
-    )
+        predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes), _is_blended(card),
+        limit=limit, scenes=len(scenes),
+    )  # fmt: skip
     counts, bands_notes = _look_at(targets, card, window, overlap, summary)
     say_notes(bands_notes, "note", progress)
     range_notes = {}

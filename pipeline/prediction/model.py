@@ -34,7 +34,7 @@ from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
 from kdpipe.pipeline.runs.checkpoint import Ends, Trained, load_trained
-from kdpipe.pipeline.runs.elsewhere import trained_elsewhere
+from kdpipe.pipeline.runs.elsewhere import refuse_undescribed, trained_elsewhere
 
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
 Precision = Literal["fp32", "fp16", "int8"]
@@ -151,22 +151,12 @@ def open_predictor(
     needs none, and must have its classes. Logits are averaged over the views of `tta`; `say` is that of `load_trained`. Raises
     `CheckpointError` if the file is neither, `ConfigError` if the device is missing or onnxruntime is not installed.
     """
-    suffix = Path(path).suffix
-    if suffix in OTHER_SUFFIXES and config is None:
-        raise CheckpointError(
-            f"{path} is an exported file that predict cannot run: name the checkpoint, or an ONNX file (`kdpipe export --format onnx`)"
-        )
-    if suffix == ONNX_SUFFIX and (text := described(Path(path), CARD_KEY)) is not None:
+    if Path(path).suffix == ONNX_SUFFIX and (text := described(Path(path), CARD_KEY)) is not None:
         found = _onnx_predictor(Path(path), text, device, tta)
         _refuse_other_classes(found, config)
         return found
-    if suffix == ONNX_SUFFIX and config is None:
-        raise CheckpointError(
-            f"{path} does not say what its classes, bands and normalisation are (metadata key {CARD_KEY!r}, which `kdpipe export` "
-            "writes): add -c CONFIG, whose classes.names, data.bands, data.stretch, student.bands and student.normalize are those of the "
-            "network"
-        )
     if config is None:
+        refuse_undescribed(path)
         return _student(path, load_trained(path, say), device, tta)
     return _student(path, trained_elsewhere(path, config, say), device, tta)
 

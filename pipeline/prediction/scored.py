@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config, MeanStd
 from kdpipe.pipeline.evaluation.evaluate import Model, Network
+from kdpipe.pipeline.models.external.onnx_file import CLASSES
 from kdpipe.pipeline.models.windows import blended_logits
 from kdpipe.pipeline.prediction.model import open_predictor
 
@@ -27,10 +29,14 @@ def exported_model(
     """
     The student of an ONNX file; `config` says how tiles and masks are laid out, and what the network is where the file does not.
 
-    Raises what `open_predictor` raises.
+    A file that answers with classes has no calibration. Raises what `open_predictor` raises, and `ConfigError` for windows of such a file.
     """
     predictor = open_predictor(path, device, tta=tta or "none", config=config, say=say)
     card = predictor.card
+    if card.output == CLASSES and window is not None:
+        raise ConfigError(
+            f"--window blends logits, and {path} answers with classes: leave it out, or take a file that was exported without --argmax"
+        )
     data = config.data.model_copy(
         update={"bands": card.bands, "band_names": card.band_names, "visible": None, "alpha": card.alpha}
     )
@@ -51,4 +57,5 @@ def exported_model(
         config=config.model_copy(update={"data": data, "student": student}),
         stretch=card.stretch,
         trained_on=[],  # unknown
+        has_confidence=card.output != CLASSES,
     )

@@ -22,6 +22,7 @@ from kdpipe.configs.files import partial_path, publish
 from kdpipe.pipeline.models.external.onnx_file import CLASSES, INPUT, OUTPUT, open_session
 from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.prediction.agreement import (
+    MOST_TILES,
     Agreement,
     Classify,
     agreements,
@@ -143,6 +144,7 @@ def export_variants(
     calibrate: str | None = None,
     tolerance: float | None = None,
     size_px: int | None = None,
+    limit: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Deployed:
@@ -151,8 +153,8 @@ def export_variants(
 
     One file is written to `out`, and several beside it, named by their `parts`; by default the checkpoint's name is theirs. `tiles` are
     roots of tiles, images or folders of images to compare on, by default `data.val`; `calibrate` is a root or a folder of images for int8,
-    by default `data.train`. `tolerance` replaces `TOLERANCES`; `size_px` is the side of the image whose latency is measured, by default
-    that of the training's crops. Raises what `export_student` raises.
+    by default `data.train`. At most `limit` of each are taken, by default `MOST_TILES`. `tolerance` replaces `TOLERANCES`; `size_px` is the
+    side of the image whose latency is measured, by default that of the training's crops. Raises what `export_student` raises.
     """
     progress = progress or Silent()
     require_onnx()
@@ -167,9 +169,10 @@ def export_variants(
     is_given = out is not None and len(variants) == 1
     named = {each: base if is_given else base.with_name(_file_name(base, each)) for each in variants}
     files = {variant: place_of(path, overwrite=overwrite) for variant, path in named.items()}
-    verified_on = tiles_to_verify(config.data, tiles)
+    most = limit or MOST_TILES
+    verified_on = tiles_to_verify(config.data, tiles, most)
     calibrated_on = (
-        tiles_to_calibrate(config.data, calibrate) if any(each.precision == "int8" for each in variants) else []
+        tiles_to_calibrate(config.data, calibrate, most) if any(each.precision == "int8" for each in variants) else []
     )
     card = card_of(trained, checkpoint, SIZES["onnx"])
     folder = next(iter(files.values())).parent
@@ -178,7 +181,9 @@ def export_variants(
     with ExitStack() as stack:
         for partial in partials.values():
             stack.callback(partial.unlink, missing_ok=True)
-        write_verified(trained, checkpoint, card, "onnx", partials[REFERENCE], images_of(trained, tiles), progress)
+        write_verified(
+            trained, checkpoint, card, "onnx", partials[REFERENCE], images_of(trained, tiles, limit), progress
+        )
         for variant in files:
             progress.say(f"making {variant.name}")
             inputs = _inputs_of(trained, calibrated_on) if variant.precision == "int8" else []

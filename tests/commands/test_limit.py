@@ -9,7 +9,8 @@ from helpers.commands import arguments, run_command
 from kdpipe.pipeline.commands.main import cli
 
 WORDS = "For a trial: take at most N tiles, spread evenly over all."
-OVER_TILES = {"init", "inspect", "suggest-map", "precompute-teacher", "verify-cache", "train-student", "evaluate", "forecast", "report"}  # fmt: skip
+OVER_TILES = {"init", "inspect", "suggest-map", "precompute-teacher", "verify-cache", "train-student", "evaluate", "forecast",
+              "report", "export"}  # fmt: skip
 
 
 def test_every_command_over_tiles_has_the_option_in_the_same_words():
@@ -19,7 +20,7 @@ def test_every_command_over_tiles_has_the_option_in_the_same_words():
         for option in command.params
         if isinstance(option, click.Option) and "--limit" in option.opts
     }
-    assert OVER_TILES <= helps.keys()
+    assert helps.keys() >= OVER_TILES
     assert {helps[name] for name in OVER_TILES} == {WORDS}
     assert helps["predict"] == WORDS.replace("tiles", "scenes")
 
@@ -94,3 +95,23 @@ def test_the_cache_of_a_trial_is_refused_for_more_tiles_and_completed(run):
     run("verify-cache")
     _, said = run("precompute-teacher", "--limit", 1)
     assert "the 1 tile of this trial is in" in said
+
+
+def test_predict_and_init_take_some_and_say_so(run, landscape, tmp_path):
+    run("precompute-teacher", "--limit", 2)
+    run("train-student", "--limit", 2)
+    checkpoint = tmp_path / "model_weights/tests/tiny-limit-2/last.ckpt"
+    scenes = landscape / "Train/images"
+    done = run_command("predict", scenes, "--checkpoint", checkpoint, "--out", "maps", "--limit", 1, "--window", 128, "--overlap", 32,
+                       "--json", "maps.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a trial: 1 scene of 6 (--limit 1)" in done.stdout
+    found = json.loads((tmp_path / "maps.json").read_text())
+    assert (found["limit"], found["scenes"], len(list((tmp_path / "maps").glob("*.tif")))) == (1, 6, 1)
+
+    done = run_command("init", landscape, "--limit", 1, "--json", "first.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "first.json").read_text())
+    assert found["limit"] == 1
+    assert {root["headers_read"] for root in found["roots"]} == {1}
+    assert "Only a sample was read, evenly spread: 1 header, 1 image and 1 mask of" in done.stdout

@@ -11,12 +11,16 @@ import pytest
 import torch
 from helpers.commands import run_command
 from helpers.doubles import Lines
+from helpers.files import read_raster
 from PIL import Image
 from test_export import CARD, student
 
+from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, DiskFull, KdpipeError
 from kdpipe.pipeline.prediction import export, graphs, variants
 from kdpipe.pipeline.prediction.agreement import latencies, tiles_to_verify
+from kdpipe.pipeline.prediction.maps import predict
+from kdpipe.pipeline.prediction.model import open_predictor
 from kdpipe.pipeline.prediction.variants import Variant, export_variants
 
 ALL = [Variant(precision, argmax) for precision in ("fp16", "int8") for argmax in (False, True)]
@@ -185,6 +189,32 @@ def test_files_of_classes_lose_nothing(written, landscape):
     assert (card["output"], card["input_dtype"], card["precision"]) == ("classes", "float32", "fp32")
 
 
+def test_evaluate_and_predict_take_every_file(written, landscape):
+    folder, result, _ = written
+    assert (
+        run_command("export", "best.ckpt", "--int8", "--argmax", "--size", "32", "--tolerance", "100").returncode == 0
+    )
+    config = export.load_trained("best.ckpt").config
+    (folder / "mine.yaml").write_text(dump_config(config))
+    tile = next((landscape / "Val" / "images").iterdir())
+    for name in ("fp16", "int8", "int8.argmax"):
+        file = f"best.{name}.onnx"
+        done = run_command("evaluate", file, "-c", "mine.yaml", "--json", "e.json", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        found = json.loads((folder / "e.json").read_text())["together"]
+        expected = next(each["miou"] for each in result["files"] if each["name"] == name.split(".")[0])
+        assert 100 * found["scores"]["miou"] == pytest.approx(expected, abs=0.01)
+        is_known = "calibration error –" not in done.stdout
+        assert is_known == ("argmax" not in name)
+        predict(open_predictor(file, "cpu"), [str(tile)], folder / name)
+        classes = run(folder / "best.int8.onnx", np.asarray(Image.open(tile)), "logits").argmax(axis=0)
+        if name != "fp16":
+            assert (read_raster(folder / name / f"{tile.stem}.tif")[0] == classes).mean() > 0.999
+    done = run_command("evaluate", "best.int8.argmax.onnx", "-c", "mine.yaml", "--window", "64", "--device", "cpu")
+    assert done.returncode == 2
+    assert "--window blends logits, and best.int8.argmax.onnx answers with classes" in done.stderr
+
+
 def negated(file):
     """A graph that prefers what the network thinks the least likely."""
     model = onnx.load(str(file))
@@ -230,8 +260,9 @@ def test_without_labels_the_share_of_equal_classes_decides(trained, landscape, m
         in message
     )
     root = str(landscape / "Train")
-    assert tiles_to_verify(_data(trained), [root])[0].mask is not None
-    assert export_variants(trained, [Variant("fp32", argmax=True)], tiles=[root], size_px=32).labelled
+    assert tiles_to_verify(_data(trained), [root], 3)[0].mask is not None
+    limited = export_variants(trained, [Variant("fp32", argmax=True)], tiles=[root], size_px=32, limit=3)
+    assert (limited.labelled, limited.tiles) == (True, 3)
 
 
 def _data(trained):

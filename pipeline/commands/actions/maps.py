@@ -44,7 +44,7 @@ def predict_maps(
 def export_model(
     *, given: str | None, checkpoint: str | None, format_: Format, fp16: bool, int8: bool, argmax: bool,
     calibrate: str | None, tolerance: float | None, size_px: int | None, out: str | None, tiles: Sequence[str],
-    overwrite: bool, json_path: str | None,
+    overwrite: bool, limit: int | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Write a student's file or files, verified, and report them; ends the process with 1 where one was not kept."""
     terminal = Terminal()
@@ -53,7 +53,7 @@ def export_model(
     precisions = [precision for precision, wanted in flags.items() if wanted]
     if not precisions and not argmax:
         _refuse_alone(calibrate=calibrate, tolerance=tolerance, size=size_px)
-        result = export_student(path, format_, out, tiles=tiles, overwrite=overwrite, progress=terminal)
+        result = export_student(path, format_, out, tiles=tiles, limit=limit, overwrite=overwrite, progress=terminal)
         write_json(json_path, asdict(result))
         terminal.show(export_table(result))
         return
@@ -63,7 +63,7 @@ def export_model(
         _refuse_alone(calibrate=calibrate)
     deployed = export_variants(
         path, [Variant(each, argmax) for each in precisions] or [Variant("fp32", argmax)], out, tiles=tiles,
-        calibrate=calibrate, tolerance=tolerance, size_px=size_px, overwrite=overwrite, progress=terminal,
+        calibrate=calibrate, tolerance=tolerance, size_px=size_px, limit=limit, overwrite=overwrite, progress=terminal,
     )  # fmt: skip
     write_json(json_path, asdict(deployed))
     terminal.show(*deployed_tables(deployed))
