@@ -45,6 +45,15 @@ def trained_elsewhere(path: str | Path, config: Config, say: Callable[[str], Non
     )
 
 
+def refuse_undescribed(path: str | Path) -> None:
+    """Raise `CheckpointError` for an exported file, where no configuration describes it."""
+    if Path(path).suffix in EXPORTED:
+        raise CheckpointError(
+            f"{path} does not say what its classes, bands and normalisation are: add -c CONFIG, whose classes.names, data.bands, "
+            "data.stretch, student.bands and student.normalize are those of the network"
+        )
+
+
 def _exported(path: str | Path, config: Config, say: Callable[[str], None]) -> nn.Module:
     network = load_exported(str(path), "")
     assert isinstance(network, OnnxNetwork | ExportedNetwork)

@@ -63,8 +63,9 @@ def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path)
     ("arguments", "message"),
     [
         ([], "Missing argument 'CHECKPOINT'"),
-        (["-c", "demo"], "--teacher and -c CONFIG go together"),
-        (["x.ckpt", "--teacher"], "--teacher and -c CONFIG go together"),
+        (["-c", "demo"], "Missing argument 'CHECKPOINT'"),
+        (["x.ckpt", "--teacher"], "--teacher needs -c CONFIG"),
+        (["x.ckpt", "--set", "name=a"], "--set overrides a key of -c CONFIG"),
         (["x.ckpt"], "no checkpoint at "),
         (["x.ckpt", "--tta", "d8"], "'d8' is not one of"),
         (["x.ckpt", "--window", "3"], "3 is not in the range"),
@@ -89,7 +90,8 @@ def test_mistakes_end_with_exit_code_2(arguments, message, tmp_path, monkeypatch
 
 
 def test_options_and_keys_of_the_docs_exist(make_config, tmp_path):
-    options = {option for parameter in cli.commands["evaluate"].params for option in parameter.opts}
+    documented = [cli.commands[name] for name in ("evaluate", "forecast")]
+    options = {option for command in documented for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"`(--[a-z-]+)", DOCS)) <= options
     write_tile(tmp_path / "A", "t", *random_tile(1))
     content = evaluate(stub(make_config()), [str(tmp_path / "A")]).as_dict()

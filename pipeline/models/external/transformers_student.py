@@ -57,7 +57,8 @@ class TransformersStudent(nn.Module):
         if self.network.config.model_type in OF_SQUARES and height != width:
             side = max(height, width)
             squares_NBSS = functional.pad(images_NBHW, (0, side - width, 0, side - height), mode="replicate")
-            return self(squares_NBSS)[..., :height, :width]
+            whole_NCSS: Tensor = self(squares_NBSS)
+            return whole_NCSS[..., :height, :width]
         outputs = self.network(pixel_values=images_NBHW)
         masks_NQhw = getattr(outputs, "masks_queries_logits", None)
         if masks_NQhw is None:
