@@ -194,22 +194,21 @@ class TestOwnModule:
             "teacher.model: its logits have 32 x 48 px for an image of 64 x 96 px, and are enlarged bilinearly"
         ]
 
-    def test_a_copy_of_a_network_says_no_more_than_the_network_and_needs_no_copy_of_the_terminal():
-    class Terminal:
-        def __init__(self):
-            self.lock, self.said = threading.RLock(), []
+    def test_a_copy_says_no_more_than_the_network_and_needs_no_copy_of_the_terminal(self):
+        class Terminal:
+            def __init__(self):
+                self.lock, self.said = threading.RLock(), []
 
-        def say(self, sentence):
-            self.said.append(sentence)
+            def say(self, sentence):
+                self.said.append(sentence)
 
-    terminal = Terminal()
-    network = AtImageSize(Pooled(), 8, "teacher.model", terminal.say)
-    for each in (copy.deepcopy(network), network):
-        each(torch.zeros(1, 3, 32, 32))
-    assert len(terminal.said) == 1
+        terminal = Terminal()
+        network = AtImageSize(Pooled(), 8, "teacher.model", terminal.say)
+        for each in (copy.deepcopy(network), network):
+            each(torch.zeros(1, 3, 32, 32))
+        assert len(terminal.said) == 1
 
-
-def test_a_network_of_torchvision_returns_a_mapping(self):
+    def test_a_network_of_torchvision_returns_a_mapping(self):
         from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
         own = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=8).eval()
