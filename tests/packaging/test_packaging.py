@@ -83,6 +83,8 @@ def test_installed_wheel_runs_outside_of_the_checkout(installed, tmp_path):
     code = f"""
 import kdpipe.cache, kdpipe.configs
 assert {str(installed.parent)!r} in kdpipe.cache.__file__, kdpipe.cache.__file__
+for name in kdpipe.configs.shipped_configs():
+    kdpipe.configs.load_config(name)
 config = kdpipe.configs.load_config("dubai/linknet_kd")
 cache = kdpipe.cache.SoftTargetCache.open({str(ROOT / "tests/golden/cache-4.0/8-bits.zarr")!r})
 print(config.name, cache.read(cache.tile_ids[1]).shape)
