@@ -176,22 +176,18 @@ def teacher_of(kind: str, folder: Path) -> dict[str, object]:
 def owners_logits(teacher: dict[str, object], image_HW3: np.ndarray) -> np.ndarray:
     """Logits `(8, H, W)` of one image, by the library of the network's own kind and nothing of kdpipe."""
     if "pretrained" in teacher:
-        import transformers as tf
-
-        network = tf.AutoModelForSemanticSegmentation.from_pretrained(teacher["pretrained"]).eval()
-        processor = tf.AutoImageProcessor.from_pretrained(teacher["pretrained"])
-        with torch.inference_mode():
-            outputs = network(**processor(images=[Image.fromarray(image_HW3)], return_tensors="pt"))
-        size = [image_HW3.shape[:2]]
-        (found,) = processor.post_process_semantic_segmentation(
-            outputs, target_sizes=size, return_segmentation_scores=True
-        )
-        return found["segmentation_scores"].numpy()
+        return _logits_of_transformers(teacher["pretrained"], image_HW3)
     height, width = image_HW3.shape[:2]
     padded = np.pad(image_HW3, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
     x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
-        if "model" in teacher:
+        if "architecture" in teacher:
+            import segmentation_models_pytorch as smp
+
+            network = smp.Unet(teacher["encoder"], encoder_weights=None, classes=8).eval()
+            network.load_state_dict(torch.load(teacher["checkpoint"], weights_only=True))
+            logits = network(x)
+        elif "model" in teacher:
             network = Pooled().eval()
             network.load_state_dict(torch.load(teacher["checkpoint"], weights_only=True))
             logits = network(x)["out"]
@@ -204,3 +200,19 @@ def owners_logits(teacher: dict[str, object], image_HW3: np.ndarray) -> np.ndarr
             logits = torch.export.load(teacher["file"]).module()(x)
     logits = torch.nn.functional.interpolate(logits, size=padded.shape[:2], mode="bilinear", align_corners=False)
     return logits[0, :, :height, :width].numpy()
+
+
+def _logits_of_transformers(folder: str, image_HW3: np.ndarray) -> np.ndarray:
+    """Logits of a semantic network; of one that scores masks, the logarithms of its scores."""
+    import transformers as tf
+
+    scores_masks = "universal" in json.loads((Path(folder) / "config.json").read_text())["architectures"][0].lower()
+    auto = tf.AutoModelForUniversalSegmentation if scores_masks else tf.AutoModelForSemanticSegmentation
+    network = auto.from_pretrained(folder).eval()
+    processor = tf.AutoImageProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        outputs = network(**processor(images=[Image.fromarray(image_HW3)], return_tensors="pt"))
+    size = [image_HW3.shape[:2]]
+    (found,) = processor.post_process_semantic_segmentation(outputs, target_sizes=size, return_segmentation_scores=True)
+    scores = found["segmentation_scores"].numpy()
+    return np.log(scores) if scores_masks else scores

@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,14 @@ def _files_of(package: str, rest: list[str]) -> list[Path]:
     return [path for module in modules for path in (module / "__init__.py", module.with_suffix(".py"))]
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """The installed distributions of each package: reading them takes most of a second."""
+    return importlib.metadata.packages_distributions()
+
+
 def _version(package: str) -> str | None:
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
+    for distribution in _distributions().get(package, []):
         return importlib.metadata.version(distribution)
     return None
 
