@@ -78,7 +78,7 @@ def with_snippet(snippet: str) -> Config:
     """The guide's configuration with the keys of a YAML snippet."""
     given = yaml.safe_load(snippet)
     raw = load_config("biodiversity/ftunetformer_kd").model_dump(mode="json")
-    named = {"model", "pretrained", "file", "predictions"} & (given.get("teacher") or {}).keys()
+    named = {"model", "pretrained", "file", "predictions", "given"} & (given.get("teacher") or {}).keys()
     if named:  # in place of the guide's network
         raw["teacher"] = {key: raw["teacher"][key] for key in ("classes", "normalize")}
     if "pretrained" in named:
