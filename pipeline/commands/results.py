@@ -71,10 +71,10 @@ def evaluate(
 @trust_option
 def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ...], **options: Any) -> None:
     """
-    Say whether distillation can pay: what the teacher knows beyond a student that was trained without it.
+    Say whether distillation can pay.
 
-    CHECKPOINT is of a run of train-student --kd none, such as model_weights/dubai/NAME-none/last.ckpt: best one for each of
-    several seeds. By scene and class it prints teacher, student and difference, and advises.
+    Compares what the teacher knows with a student that was trained without it. CHECKPOINT is of a run of train-student
+    --kd none, such as model_weights/dubai/NAME-none/last.ckpt: best one for each of several seeds. By scene and class it prints teacher, student and difference, and advises.
 
     Exit codes: 0 done, whatever the advice, 2 usage, config, data or checkpoint.
     """

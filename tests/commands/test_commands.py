@@ -25,21 +25,21 @@ def run_process(*arguments, cwd=None):
 
 
 TAKES = {  # in the order of the work, as `kdpipe --help` lists them
-    "init": {"--json", "--debug"},
-    "inspect": {"--json", "--debug", "--set"},
-    "suggest-map": {"--json", "--debug", "--device", "--set"},
+    "init": {"--json", "--debug", "--limit"},
+    "inspect": {"--json", "--debug", "--set", "--limit"},
+    "suggest-map": {"--json", "--debug", "--device", "--set", "--limit"},
     "sample-data": {"--json", "--debug"},
     "demo": {"--json", "--debug"},
     "completion": set(),
-    "precompute-teacher": {"--json", "--debug", "--device", "--set"},
-    "verify-cache": {"--json", "--debug", "--device", "--set"},
-    "train-student": {"--json", "--debug", "--device", "--set"},
-    "evaluate": {"--json", "--debug", "--device", "--set"},
-    "forecast": {"--json", "--debug", "--device", "--set"},
+    "precompute-teacher": {"--json", "--debug", "--device", "--set", "--limit"},
+    "verify-cache": {"--json", "--debug", "--device", "--set", "--limit"},
+    "train-student": {"--json", "--debug", "--device", "--set", "--limit"},
+    "evaluate": {"--json", "--debug", "--device", "--set", "--limit"},
+    "forecast": {"--json", "--debug", "--device", "--set", "--limit"},
     "compare": {"--json", "--debug", "--device"},
-    "report": {"--json", "--debug", "--device"},
-    "predict": {"--json", "--debug", "--device"},
-    "export": {"--json", "--debug"},
+    "report": {"--json", "--debug", "--device", "--limit"},
+    "predict": {"--json", "--debug", "--device", "--set", "--limit"},
+    "export": {"--json", "--debug", "--limit"},
 }
 
 
@@ -86,8 +86,14 @@ def test_help_imports_nothing_heavy():
 
 
 def test_a_refused_override_imports_nothing_to_compute_with(tmp_path):
-    configured = [[name] for name, takes in TAKES.items() if "--set" in takes and name not in ("inspect", "evaluate")]
-    configured.append(["evaluate", "--teacher"])
+    given = {
+        "evaluate": ["--teacher"],
+        "forecast": ["a.ckpt"],
+        "predict": ["a.tif", "--checkpoint", "a.onnx", "--out", "maps"],
+    }
+    configured = [
+        [name, *given.get(name, [])] for name, takes in TAKES.items() if "--set" in takes and name != "inspect"
+    ]
     wrong = {"train.epoch=2": "did you mean train.epochs?", "train.epochs=many": "train.epochs: Input should be"}
     for override, message in wrong.items():
         commands = [[*command, "-c", "demo", "--set", override] for command in configured]
