@@ -97,6 +97,11 @@ class TrainTiles:
     def __len__(self) -> int:
         return len(self._drawn)
 
+    @property
+    def drawn_tiles(self) -> list[Tile]:
+        """The tiles that samples are drawn of, in the order of the first samples of an epoch, which has one of each first."""
+        return [self.tiles[number] for number in dict.fromkeys(self._drawn)]
+
     def __getitem__(self, k: int) -> TrainSample:
         """Sample `k`."""
         return self.render(self.plan(k))

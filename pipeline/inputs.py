@@ -95,6 +95,16 @@ def check_labels(
         raise DataError(_no_label_text("validation", masks, config))
 
 
+def note_masks(config: Config, train: Sequence[Tile], progress: Progress) -> None:
+    """Say if the first training mask cannot be read as configured: stage one needs no masks, but training refuses them, hours later."""
+    mask = next((tile.mask for tile in train if tile.mask is not None), None)
+    try:
+        if mask is not None:
+            next(_has_labels([mask], config))
+    except DataError as err:
+        progress.say(f"warning: stage one needs no masks, and training will refuse these: {err}")
+
+
 def _bar(progress: Progress, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
     return (progress if total >= SHOWN_FROM else Silent()).bar(title, total, unit)
 

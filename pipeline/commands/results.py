@@ -74,7 +74,8 @@ def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ..
     Say whether distillation can pay.
 
     Compares what the teacher knows with a student that was trained without it. CHECKPOINT is of a run of train-student
-    --kd none, such as model_weights/dubai/NAME-none/last.ckpt: best one for each of several seeds. By scene and class it prints teacher, student and difference, and advises.
+    --kd none, such as model_weights/dubai/NAME-none/last.ckpt: best one for each of several seeds. By scene and class it
+    prints teacher, student and difference, and advises.
 
     Exit codes: 0 done, whatever the advice, 2 usage, config, data or checkpoint.
     """

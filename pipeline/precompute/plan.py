@@ -23,7 +23,7 @@ from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles, without_limit
-from kdpipe.pipeline.inputs import check_headers
+from kdpipe.pipeline.inputs import check_headers, note_masks
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import Subject, require_predictions, subject_noun, subjects
 from kdpipe.pipeline.progress import Progress
@@ -136,6 +136,7 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Prog
     recorded = read_recipe(storage)
     if recorded is None and checked is not None:
         check_headers(config, tiles, list_tiles(config.data, "val"), checked, images_may_fail=True)
+        note_masks(config, tiles, checked)
     stretch = resolve_stretch(config.data, tiles)
     wanted = subjects(config, tiles, stretch)
     every = wanted if config.data.limit is None else subjects(config, every_tile, stretch)

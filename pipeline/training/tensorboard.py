@@ -86,12 +86,10 @@ class BoardPictures:
 
     def _read(self) -> list[Sample]:
         samples = []
-        # An epoch begins with one sample of each tile.
-        for number in _spread(len(self._dataset.tiles), TRAIN_SHOWN):
+        tiles = self._dataset.drawn_tiles
+        for number in _spread(len(tiles), TRAIN_SHOWN):
             crop = self._dataset[number]
-            samples.append(
-                Sample(self._dataset.tiles[number].id, crop["image"], crop["mask"], crop["inside"], crop.get("target"))
-            )
+            samples.append(Sample(tiles[number].id, crop["image"], crop["mask"], crop["inside"], crop.get("target")))
         for number in _spread(len(self._val_tiles), VAL_SHOWN):
             whole = self._val_tiles[number]
             image, mask = (_middle(array, self._config.train.crop) for array in (whole["image"], whole["mask"]))

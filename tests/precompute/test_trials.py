@@ -81,3 +81,11 @@ def test_percentiles_are_those_of_all_tiles(trial, make_config):
     )
     assert precompute(some, CPU).computed == 2
     assert precompute(every, CPU).kept == 2
+
+
+def test_masks_that_training_will_refuse_are_said_before_stage_one(trial):
+    said = Lines()
+    precompute(trial(1, data__remap={77: "Forest"}), CPU, said)
+    (line,) = [line for line in said.said if line.startswith("warning: ")]
+    assert "stage one needs no masks, and training will refuse these: the mask" in line
+    assert "values that data.remap does not list" in line

@@ -38,7 +38,7 @@ def init(
         teacher_classes=teacher_classes, teacher_normalize=teacher_normalize, limit=limit,
     )  # fmt: skip
     found = write_first_config(folders, teacher, out, given, overwrite=overwrite, progress=terminal)
-    write_json(json_path, found.as_dict())
+    write_json(json_path, found.as_dict() | {"limit": limit})
     terminal.show(*first_config_parts(found))
     if found.draft.problems:
         sys.exit(EXIT_FINDINGS)
@@ -63,7 +63,7 @@ def suggest_map(
     terminal = Terminal()
     where = resolve_device(device)
     result = class_map.suggest_map(config, where, sample=sample, unfilled=unfilled, progress=terminal)
-    write_json(json_path, result.as_dict())
+    write_json(json_path, result.as_dict() | {"limit": config.data.limit})
     terminal.show(*suggestion_tables(result), wrap_tables=True)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kdpipe.configs.errors import count_text
-from kdpipe.pipeline.text import duration_text, percent_cell, percent_text, size_text
+from kdpipe.pipeline.text import duration_text, limit_text, percent_cell, percent_text, size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.export import Exported
@@ -28,6 +28,8 @@ def map_tables(summary: MapSummary) -> Iterator[Table | str]:
         return
     for map_ in summary.maps[:SHOWN_MAPS]:
         yield f"{map_.files['classes']}: {map_.height} x {map_.width} px in {duration_text(map_.seconds)}"
+    if summary.limit is not None:
+        yield f"a trial: {count_text(len(summary.maps), 'scenes')}{limit_text(summary.limit, summary.scenes)}"
     if len(summary.maps) > SHOWN_MAPS:
         yield f"and {count_text(len(summary.maps) - SHOWN_MAPS, 'more maps')}"
     pixels = {name: sum(map_.pixels[name] for map_ in summary.maps) for name in summary.classes}
