@@ -65,6 +65,8 @@ CHANGES = {
     "distill.alpha": (0.1, "nothing"),
     "distill.loss": ("helpers.losses:mse", "nothing"),
     "student.architecture": ("linknet", "nothing"),
+    "student.model": ("helpers.foreign_networks:Pooled", "nothing"),
+    "student.pretrained": ("{data}/pretrained", "nothing"),
     "student.encoder": ("resnet18", "nothing"),
     "student.encoder_weights": ("x.pth", "nothing"),
     "student.checkpoint": ("x.pth", "nothing"),

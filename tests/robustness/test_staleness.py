@@ -84,7 +84,10 @@ def data(landscape, teacher_file, tmp_path_factory):
     (folder / "other.pt2").write_bytes(b"another network")
     (folder / "predictions").mkdir()
     for image in (folder / "Train/images").iterdir():  # as probabilities or as logits
-        np.save(folder / f"predictions/{image.stem}.npy", np.full((8, *Image.open(image).size[::-1]), 1 / 8, np.float32))
+        np.save(
+            folder / f"predictions/{image.stem}.npy",
+            np.full((8, *np.asarray(Image.open(image)).shape[:2]), 1 / 8, np.float32),
+        )
     (folder / "pretrained").mkdir()
     (folder / "pretrained/config.json").write_text("{}")
     return folder
@@ -122,6 +125,8 @@ def changed(raw, key, value, data, are="probabilities"):
     elif key in NETWORKS:
         raw["teacher"] = {name: kept for name, kept in raw["teacher"].items() if name not in NETWORKS[key]}
         raw["teacher"] |= {last: place(value)} | ({"are": are} if last == "predictions" else {})
+    elif key in ("student.model", "student.pretrained"):
+        raw["student"] = {last: place(value)}
     elif key == "teacher.are":
         return changed(raw, "teacher.predictions", "{data}/predictions", data, are=value)
     elif parents[1:] == ["normalize"]:
