@@ -8,6 +8,7 @@ from kdpipe.cache import IncompleteCache, SoftTargetCache
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.training.run import train
 from kdpipe.pipeline.verify.gate import verify
 
 CPU = torch.device("cpu")
@@ -33,6 +34,10 @@ def test_a_whole_run_goes_on_from_a_trial_and_ends_as_without_it(trial, tmp_path
     per_tile = overrides.get("cache__views", 1)
     first = precompute(trial(3, **overrides), CPU)
     assert (first.computed, first.configured, first.is_partial) == (3 * per_tile, 8 * per_tile, True)
+    assert verify(trial(3, **overrides), "full", CPU).passes
+    for mode in ("cached", "none"):
+        steps = trial(3, **overrides, name=mode, distill__mode=mode, train__max_steps=1)
+        assert train(steps, CPU).steps == 1
     more = precompute(trial(5, **overrides), CPU)
     assert (more.kept, more.computed) == (3 * per_tile, 2 * per_tile)
     done = precompute(trial(None, **overrides), CPU)

@@ -66,7 +66,7 @@ def forecast_gain(
     """Show the lead of a config's teacher over the students `checkpoints`, on the folders `roots`."""
     terminal = Terminal()
     result = forecast(config, checkpoints, roots, resolve_device(device), window=window, progress=terminal)
-    write_json(json_path, result.as_dict())
+    write_json(json_path, result.as_dict() | {"limit": config.data.limit})
     terminal.show(*forecast_tables(result))
 
 
