@@ -183,7 +183,7 @@ class Cache(Section):
     kind: Literal["soft", "logits"] = "soft"
     """`soft` stores targets for one temperature and class map. `logits` lets both change later, for 3.5 to 4 times the bytes."""
     bits: Literal[4, 6, 8, 16] = 8
-    """Bits per value. The error of a stored soft target is at most `1 / (2**bits - 1)`. Logits need 8 or 16."""
+    """Bits per value. A stored probability is off by at most `1 / (2**bits - 1)`; 8 move at most 2 % of a pixel's. Logits need 8 or 16."""
     views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
     """Recorded augmented crops per tile. Required with `distill.teacher_view: crop`, refused otherwise."""
 

@@ -195,6 +195,11 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
     done = subprocess.run([sys.executable, *where], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [*json.loads((tmp_path / "where.json").read_text())] == ["a tile", "a step"]
+    classes = [SCRIPTS / "classes.py", "demo", "--tiles", "1", "--classes", "6", "21", *overrides]
+    classes += ["--json", tmp_path / "classes.json"]
+    done = subprocess.run([sys.executable, *classes], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "classes.json").read_text())["21"]["8"]["moved_most"] <= 0.02 + 1e-6
     assert not (tmp_path / "many").exists()
     rows = bench.rows(found)
     assert len(rows) == 28 and all(row.reached == row.reached for row in rows)

@@ -10,48 +10,8 @@ SIDE = 72
 LOVEDA_CODES = range(8)  # 0 is no data
 # Red, green and blue of Potsdam's labels: impervious surface, building, low vegetation, tree, car, clutter.
 POTSDAM_COLOURS = np.uint8([[255, 255, 255], [0, 0, 255], [0, 255, 255], [0, 255, 0], [255, 255, 0], [255, 0, 0]])
-POTSDAM_TRAIN = [
-    "2_10",
-    "2_11",
-    "2_12",
-    "3_10",
-    "3_11",
-    "3_12",
-    "4_10",
-    "4_11",
-    "4_12",
-    "5_10",
-    "5_11",
-    "5_12",
-    "6_7",
-    "6_8",
-    "6_9",
-    "6_10",
-    "6_11",
-    "6_12",
-    "7_7",
-    "7_8",
-    "7_9",
-    "7_10",
-    "7_11",
-    "7_12",
-]
-POTSDAM_VAL = [
-    "2_13",
-    "2_14",
-    "3_13",
-    "3_14",
-    "4_13",
-    "4_14",
-    "4_15",
-    "5_13",
-    "5_14",
-    "5_15",
-    "6_13",
-    "6_14",
-    "6_15",
-    "7_13",
-]
+POTSDAM_TRAIN = [f"{row}_{column}" for row in range(2, 8) for column in range(7 if row > 5 else 10, 13)]
+POTSDAM_VAL = "2_13,2_14,3_13,3_14,4_13,4_14,4_15,5_13,5_14,5_15,6_13,6_14,6_15,7_13".split(",")  # noqa: SIM905 - shorter
 
 
 def squares(rng, count):
