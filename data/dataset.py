@@ -145,7 +145,7 @@ class TrainTiles:
             if self.targets is not None:
                 tile_id, window = self.tiles[view.tile].id, resampler.window
                 probs_CHW = self.targets.read(tile_id, window=window)
-                has_target_HW = probs_CHW.max(axis=0) > 0
+                has_target_HW = probs_CHW.max(axis=0) != 0  # NaN is a damaged target, which the loss shows
                 if not has_target_HW.all():  # labels teach there all the same
                     without_target[place] = ~resampler.inside(has_target_HW)
                 probs = resampler.target(probs_CHW)

@@ -132,7 +132,7 @@ def test_a_cache_without_one_of_the_tiles_is_refused(cached, make_config, landsc
 def test_a_damaged_tile_is_refused_by_name(cached):
     shard = next(Path(cached.cache.path).glob("tiles/Train/*/0.0.0"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CorruptCache, match=rf"1 damaged tiles: Train/{shard.parent.name}"):
+    with pytest.raises(CorruptCache, match=rf"1 damaged tile: Train/{shard.parent.name}"):
         train(cached, CPU)
 
 
