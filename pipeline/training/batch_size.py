@@ -26,7 +26,7 @@ from kdpipe.pipeline.distributed import open_fabric
 from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.limits.training import refuse_crops, trains_on
 from kdpipe.pipeline.models.normalize import student_inputs
-from kdpipe.pipeline.models.student import untrained_student
+from kdpipe.pipeline.models.student import untrained_student, with_own_normalization
 from kdpipe.pipeline.progress import Progress
 from kdpipe.pipeline.training.objective import Objective
 from kdpipe.pipeline.training.optimizer import make_optimizer
@@ -150,6 +150,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     The first step allocates. Raises `SizeRefused` for a batch or crop that the student cannot train on.
     """
     seconds = []
+    config = with_own_normalization(config)
     student = _built(config)
     refuse_crops(student, config, size)
     fabric = open_fabric(config, device)
