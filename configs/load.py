@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
@@ -26,7 +27,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 SHIPPED_DIR = Path(__file__).resolve().parent
 
 
-def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """
     The checked configuration from a file, or from a shipped config such as `dubai/linknet_kd`.
 
@@ -38,7 +39,7 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     return _checked(_raw_config(path, overrides), str(path))
 
 
-def load_open_config(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, list[str]]:
+def load_open_config(source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[Config, list[str]]:
     """
     The config, as `load_config` loads it, and the teacher classes whose rows of the class map are still `FILL_IN`.
 
@@ -118,8 +119,9 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def find_config(source: str | Path) -> Path:
+def find_config(source: str | os.PathLike[str]) -> Path:
     """The path of the file that `-c SOURCE` means: a file, or a shipped config by name, with or without `.yaml`."""
+    source = os.fspath(source)
     path = Path(source)
     with explained("looking for the config", path, ConfigError):
         if path.is_file():

@@ -27,8 +27,9 @@ from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.teacher.sources import source_fields
 
 if TYPE_CHECKING:
+    from kdpipe.cache.tile import Encoded
     from kdpipe.pipeline.precompute.subjects import Reference, Subject
-    from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher
+    from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 
 # Batches that a worker handles at once, given as many threads: one is predicted, the others are read, encoded and stored. Encoding
 # takes a core longer than a GPU takes to predict; more batches would cost memory, 4 bytes for each pixel and class.

@@ -12,6 +12,7 @@ To add an architecture to kdpipe itself (`student.model` and smp's need no chang
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def build_student(
     in_channels: int = 3,
     encoder: str | None = None,
     encoder_weights: str | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     replace_head: bool = False,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -191,13 +192,14 @@ def _at_image_size(network: nn.Module, config: Config, say: Callable[[str], None
 
 
 def load_student_weights(
-    model: nn.Module, path: str | Path, *, replace_head: bool = False, say: Callable[[str], None] = lambda line: None
+    model: nn.Module, path: str | os.PathLike[str], *, replace_head: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> None:
     """
     Load a student's weights from a trainer's file or from a checkpoint of `kdpipe train-student`, strictly.
 
     `say` is called with a sentence on each thing in the file that was not taken.
     """
+    path = os.fspath(path)
     if isinstance(model, AtImageSize):
         load_own_weights(innermost(model), path, say=say)
         return

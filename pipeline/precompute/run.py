@@ -30,7 +30,7 @@ from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import writer_lock
-from kdpipe.cache.tile import encode_bands
+from kdpipe.cache.tile import Encoded, encode_bands
 from kdpipe.cache.writer import (
     CacheWriter,
     open_writer,
@@ -51,7 +51,7 @@ from kdpipe.pipeline.precompute.plan import Plan, Summary, complete_summary, com
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, predictions_per_sample, subjects
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.teacher import precision
-from kdpipe.pipeline.teacher.frozen import Encoded, FrozenTeacher, Images, open_teacher
+from kdpipe.pipeline.teacher.frozen import FrozenTeacher, Images, open_teacher
 from kdpipe.pipeline.teacher.given import GivenTeacher, handed
 from kdpipe.pipeline.teacher.trial import try_teacher
 from kdpipe.pipeline.text import size_text

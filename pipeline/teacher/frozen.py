@@ -260,6 +260,7 @@ class StoredTeacher(FrozenTeacher):
     """
 
     def encoded(self, images: Images) -> list[Callable[[], Encoded]]:
+        assert isinstance(images, np.ndarray)  # `send` copies only to an accelerator
         with self._clock.timed():
             logits_NTHW = self.logits(images)
             gaps_NHW = (logits_NTHW.amax(dim=1) == logits_NTHW.amin(dim=1)).numpy()

@@ -204,7 +204,8 @@ class Prediction:
         if worst_HW.max(initial=0) > SUM_TOLERANCE + len(probs_CHW) * step / 2:
             worst = float(sums_HW[np.unravel_index(worst_HW.argmax(), worst_HW.shape)])
             raise self._no_probabilities(worst, "channels that sum to")
-        probs_CHW = np.maximum(probs_CHW, 0) / np.where(known_HW, sums_HW, np.float32(1))
+        total_HW: NDArray[np.float32] = np.where(known_HW, sums_HW, np.float32(1))
+        probs_CHW = np.maximum(probs_CHW, np.float32(0)) / total_HW
         with np.errstate(divide="ignore", invalid="ignore"):  # of pixels without a prediction too
             logits_CHW: NDArray[np.float32] = np.maximum(np.log(probs_CHW), LOG_ZERO)
         return logits_CHW
