@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdpipe.configs.schema.bands import Choice
-from kdpipe.configs.schema.losses import USUAL_LABELLED_LOSS, Weight, refuse_unknown_losses
+from kdpipe.configs.schema.losses import USUAL_LABELLED_LOSS, Weight, refuse_other_weights, refuse_unknown_losses
 from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, options_text, refuse_own
 from kdpipe.configs.schema.section import Section, is_none
 from kdpipe.configs.schema.teacher import OWN_MODEL, MeanStd, Precision, TeacherView
@@ -42,6 +43,13 @@ class Distill(Section):
     """Weight of the soft targets in the loss; the labels have the rest."""
     loss: Literal["kl"] | Annotated[str, Field(pattern=OWN_MODEL)] = Field("kl", exclude_if=lambda loss: loss == "kl")
     """Loss of the soft targets: `kl`, or a function of your own, as `package.module:name`, in place of `T² * KL`."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _kl_or_own(cls, value: Any) -> Any:
+        if value != "kl" and not (isinstance(value, str) and re.fullmatch(OWN_MODEL, value)):
+            raise ValueError(f"expected kl, or a function of your own as package.module:name, found {value!r}")
+        return value
 
 
 class Student(Section):
@@ -164,6 +172,12 @@ class Train(Section):
         refuse_unknown_losses(losses)
         return losses
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _auto_or_weights(cls, value: Any) -> Any:
+        refuse_other_weights(value)
+        return value
+
     @field_validator("batch_size", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
@@ -180,6 +194,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Train:
+        if self.class_weights is not None and not {"ce", "focal"} & self.labelled_loss.keys():
+            raise ValueError(
+                f"class_weights count in ce and focal, and labelled_loss has {' and '.join(self.labelled_loss)} alone, which weigh all "
+                "classes alike: leave class_weights out, or add one of them"
+            )
         if self.batch_size == "auto" and self.accumulate != 1:
             raise ValueError(
                 f"accumulate is {self.accumulate}, but batch_size: auto computes it: leave it out, and set "

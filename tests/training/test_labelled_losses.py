@@ -162,13 +162,26 @@ def test_usual_losses_leave_recorded_configurations_as_they_were(make_config):
             {"Forrest": 2},
             r"train\.class_weights names \['Forrest'\], not among classes\.names \['Background'",
         ),
-        ("class_weights", {"Forest": -1}, r"train\.class_weights"),
-        ("class_weights", "automatic", r"train\.class_weights"),
+        (
+            "class_weights",
+            {"Forest": -1},
+            r"train\.class_weights: expected auto, or .*, from 0\.000001 to 1000000, found Forest: -1",
+        ),
+        (
+            "class_weights",
+            "automatic",
+            r"train\.class_weights: expected auto, or weights of classes such as .*, found .automatic",
+        ),
     ],
 )
 def test_what_is_no_loss_or_class_is_refused(make_config, key, value, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**{f"train__{key}": value})
+
+
+def test_class_weights_that_no_loss_would_take_are_refused(make_config):
+    with pytest.raises(ConfigError, match="class_weights count in ce and focal, and labelled_loss has dice alone"):
+        make_config(train__labelled_loss={"dice": 1}, train__class_weights="auto")
 
 
 def test_median_frequency_balancing_is_that_of_the_paper_within_its_bounds():
