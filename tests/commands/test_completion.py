@@ -136,6 +136,16 @@ def test_every_key_offered_is_one_of_the_configuration_and_every_choice_is_accep
     config = load_config("demo")
     keys = _keys()
     assert {"name", "data.bands", "data.stretch", "teacher.normalize", "class_map", "train.lr"} <= keys.keys()
+    no_network = [f"teacher.{name}=null" for name in ("architecture", "encoder", "checkpoint")]
+    needed = {  # beside a key, or one of its values
+        ("distill.teacher_view", "crop"): ["cache.views=4"],
+        ("teacher.are", None): ["teacher.predictions=predicted", *no_network],
+        ("student.normalize", "pretrained"): [
+            "student.pretrained=a",
+            "student.architecture=null",
+            "student.encoder=null",
+        ],
+    }
     for key, choices in keys.items():
         value = config
         for part in key.split("."):
@@ -143,8 +153,7 @@ def test_every_key_offered_is_one_of_the_configuration_and_every_choice_is_accep
             assert hasattr(value, part), key
             value = getattr(value, part)
         for choice in choices:
-            extra = {"distill.teacher_view": ["cache.views=4"], "cache.bits": []}.get(key, [])
-            load_config("demo", [f"{key}={choice}", *(extra if choice == "crop" else [])])
+            load_config("demo", [f"{key}={choice}", *needed.get((key, choice), needed.get((key, None), []))])
     assert keys["teacher.tta"] == ["none", "flips", "d4"]
     assert keys["cache.bits"] == ["4", "6", "8", "16"]
     assert keys["teacher.normalize"] == ["unit", "imagenet"]

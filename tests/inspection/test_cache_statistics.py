@@ -183,7 +183,7 @@ def test_options_that_do_not_fit_are_refused(dozen, tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
     for arguments, message in (
         ([tmp_path / "w.pth", "--stats"], "--stats is for a cache"),
-        ([dozen, "--table", tmp_path / "t.csv"], "--table and --plot go with --stats"),
+        ([dozen, "--table", tmp_path / "t.csv"], "--table, --plot and --limit go with --stats"),
     ):
         result = inspected(*arguments)
         assert (result.exit_code, message in result.output) == (2, True)

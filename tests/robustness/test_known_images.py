@@ -92,7 +92,7 @@ def test_another_image_of_the_same_size_is_found_with_any_date(finished, images,
     assert quick(finished()) == []
     other_pixels(images[1], max(0, images[1].stat().st_mtime + seconds))
     assert quick(finished()) == STALE
-    with pytest.raises(StaleCache, match="1 stale tiles: Mine/t1"):
+    with pytest.raises(StaleCache, match="1 stale tile: Mine/t1"):
         open_fresh_cache(finished(), list_tiles(finished().data, "train"), None)
     assert precompute(finished(), CPU).computed == 1
     assert quick(finished()) == []
@@ -104,7 +104,7 @@ def test_a_copied_cache_is_as_old_as_its_images_say(finished, images, tmp_path, 
     shutil.copytree(tmp_path / "cache.zarr", tmp_path / "moved.zarr", copy_function=shutil.copyfile)
     config = finished(cache__path=str(tmp_path / "moved.zarr"))
     assert quick(config) == STALE
-    with pytest.raises(StaleCache, match="1 stale tiles: Mine/t1"):
+    with pytest.raises(StaleCache, match="1 stale tile: Mine/t1"):
         open_fresh_cache(config, list_tiles(config.data, "train"), None)
     assert len(reads) == 4  # the stale one twice
     assert precompute(config, CPU).computed == 1

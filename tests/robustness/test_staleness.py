@@ -247,7 +247,7 @@ def test_a_changed_image_is_found_by_content_by_whoever_uses_the_cache(own_image
     stale = ("stale-tile", f"Train/{images[0].stem}")
     assert found(config, "quick") == found(config, "full") == {stale}
     with pytest.raises(
-        StaleCache, match=f"1 stale tiles: {stale[1]} .*is not the image that the tile was computed from"
+        StaleCache, match=f"1 stale tile: {stale[1]} .*is not the image that the tile was computed from"
     ):
         open_for_training(config)
 
