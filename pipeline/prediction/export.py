@@ -27,7 +27,7 @@ from kdpipe.configs.files import partial_path, publish, try_to_write
 from kdpipe.configs.os_errors import explained
 from kdpipe.configs.outputs import output_path
 from kdpipe.data.dataset import ValTiles
-from kdpipe.pipeline.models.external.onnx_file import INPUT, OUTPUT, open_session, require_onnxruntime
+from kdpipe.pipeline.models.external.onnx_file import INPUT, OUTPUT, first_line, open_session, require_onnxruntime
 from kdpipe.pipeline.models.normalize import normalized
 from kdpipe.pipeline.models.views import STRIDE, padded_logits
 from kdpipe.pipeline.prediction.agreement import tiles_to_verify
@@ -144,7 +144,7 @@ def write_verified(
     Raises `KdpipeError` if it cannot be written, or predicts something else.
     """
     progress.say(f"exporting {card.network} as {format_}")
-    with explained("writing", file), _explained(format_, card.network):
+    with explained("writing", file), exporting(format_, card.network):
         WRITERS[format_](trained.student, file, card)
     found = _compare(trained, READERS[format_](file), images, format_, progress)
     largest_difference = found[2]
@@ -305,7 +305,7 @@ def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _explained(format_: Format, network: str) -> Iterator[None]:
+def exporting(form: str, network: str, advice: str = "Try another --format") -> Iterator[None]:
     """Turn any error of an exporter into a `KdpipeError`, and silence its warnings, which do not concern the user."""
     try:
         with warnings.catch_warnings():
@@ -314,7 +314,6 @@ def _explained(format_: Format, network: str) -> Iterator[None]:
     except (KdpipeError, OSError):
         raise
     except Exception as err:  # torch's exporters raise classes of many modules
-        reason = str(err).strip().splitlines()[0]
         raise KdpipeError(
-            f"{network} cannot be written as {format_}: {reason}. Try another --format, or --debug for the full error"
+            f"{network} cannot be written as {form}: {first_line(err)}. {advice}, or --debug for the full error"
         ) from err

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CARD_KEY = "kdpipe"  # in the metadata of an ONNX file
 MOST_CLASSES = 256  # that uint8 can tell apart
-QUANTISED_OPS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
+LAYERS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]  # with weights, but for the products of attention
 
 
 def write_graph(model: ModelProto, card: Card, file: Path) -> None:
@@ -65,13 +65,16 @@ def half(file: Path) -> ModelProto:
 
 def quantised(file: Path, inputs_1BHW: Sequence[NDArray[np.float32]]) -> ModelProto:
     """
-    The graph with 8-bit weights and activations in its convolutions and products with weights, calibrated on `inputs_1BHW`.
+    The graph with 8-bit weights and activations, calibrated on `inputs_1BHW`.
 
     Static quantisation of onnxruntime, in the form QDQ, which its CPU kernels are made for (since 1.11): activations uint8 in the range
     from their least to their largest value, weights int8 with a scale for each channel.
 
-    In float32 stay softmax, norms and GELU, and the products of two activations in attention: 8 bits cost transformers much there and
-    save little. The last layer stays too, as logits of 256 values would be tied.
+    The last layer stays in float32, as logits of 256 values would be tied. With attention or layer norms, all but the layers with weights
+    stays so: 8 bits cost transformers much in softmax, norms, GELU and products of two activations, and save little. Measured on the
+    Dubai tiles, with a LinkNet (RegNetX-200MF) and a U-Net (EfficientNet-B4): the class stays for 97.6 and 97.9 % of the pixels; for 97.0
+    and 97.5 % with the layers alone in 8 bits. One scale for all channels of a layer costs the LinkNet 1.4 points of mIoU. Ranges by a
+    moving average of the images keep 97.9 % in the LinkNet, and 95.1 % in the U-Net.
     """
     import onnx
     from onnxruntime.quantization.calibrate import CalibrationDataReader
@@ -89,6 +92,8 @@ def quantised(file: Path, inputs_1BHW: Sequence[NDArray[np.float32]]) -> ModelPr
     with TemporaryDirectory(prefix="kdpipe-") as name, explained("writing", name), _quiet():
         source, target = Path(name, "float.onnx"), Path(name, "int8.onnx")
         shutil.copyfile(file, source)
+        model = onnx.load(str(source))
+        has_attention = any(node.op_type in ("Softmax", "LayerNormalization") for node in model.graph.node)
         quantize_static(
             str(source),
             str(target),
@@ -97,8 +102,8 @@ def quantised(file: Path, inputs_1BHW: Sequence[NDArray[np.float32]]) -> ModelPr
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=QUANTISED_OPS,
-            nodes_to_exclude=_kept_in_float32(onnx.load(str(source))),
+            op_types_to_quantize=LAYERS if has_attention else None,  # None: all that it can
+            nodes_to_exclude=_kept_in_float32(model),
         )
         found: ModelProto = onnx.load(str(target))
     return found
@@ -120,7 +125,7 @@ def with_classes(model: ModelProto) -> ModelProto:
 def _kept_in_float32(model: ModelProto) -> list[str]:
     """The names of the products of two activations, and of the last layer; nodes are in the order of their computation."""
     constants = {each.name for each in model.graph.initializer}
-    layers = [node for node in model.graph.node if node.op_type in QUANTISED_OPS]
+    layers = [node for node in model.graph.node if node.op_type in LAYERS]
     products = [node.name for node in layers if node.op_type == "MatMul" and not constants & set(node.input)]
     return [*products, *(node.name for node in layers[-1:])]
 

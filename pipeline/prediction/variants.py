@@ -32,7 +32,7 @@ from kdpipe.pipeline.prediction.agreement import (
     tiles_to_calibrate,
     tiles_to_verify,
 )
-from kdpipe.pipeline.prediction.export import SIZES, images_of, place_of, require_onnx, write_verified
+from kdpipe.pipeline.prediction.export import SIZES, exporting, images_of, place_of, require_onnx, write_verified
 from kdpipe.pipeline.prediction.graphs import MOST_CLASSES, half, quantised, with_classes, write_graph
 from kdpipe.pipeline.prediction.model import ONNX_SUFFIX, PROVIDERS, Card, Precision, card_of
 from kdpipe.pipeline.progress import Progress, Silent
@@ -187,7 +187,8 @@ def export_variants(
         for variant in files:
             progress.say(f"making {variant.name}")
             inputs = _inputs_of(trained, calibrated_on) if variant.precision == "int8" else []
-            _write(variant, partials, card, inputs)
+            with exporting(f"{variant.name} ONNX", card.network, f"Leave out --{' and --'.join(variant.parts)}"):
+                _write(variant, partials, card, inputs)
         result, found = _measured(
             trained, partials, verified_on, size_px or config.train.crop, card, tolerance, progress
         )

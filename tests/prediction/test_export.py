@@ -145,7 +145,7 @@ def test_an_exported_file_is_verified_and_describes_itself(exported):
 @pytest.mark.parametrize("format_", ["torchscript", "pt2"])
 def test_other_formats_carry_the_card_too(format_, tmp_path):
     file = tmp_path / f"a.{format_}"
-    with export._explained(format_, "a network"):
+    with export.exporting(format_, "a network"):
         export.WRITERS[format_](student("halving"), file, CARD)
     assert read_card(file) == CARD
 
@@ -258,7 +258,7 @@ def test_other_onnx_files_and_missing_devices_are_refused(trained, tmp_path):
     onnx.save(model, str(tmp_path / "other.onnx"))
     with pytest.raises(
         CheckpointError,
-        match=r"other\.onnx does not name its classes .*predict takes ONNX files that `kdpipe export` wrote",
+        match=r"other\.onnx does not say what its classes, bands and normalisation are: add -c CONFIG",
     ):
         open_predictor(tmp_path / "other.onnx", None)
     onnx.helper.set_model_props(model, {"kdpipe": '{"format": 2}'})
@@ -272,7 +272,7 @@ def test_other_onnx_files_and_missing_devices_are_refused(trained, tmp_path):
         ConfigError,
         match=r"--device mps: the installed onnxruntime computes on cpu only; for cuda, install onnxruntime-gpu",
     ):
-        open_predictor(tmp_path / "other.onnx", "mps")
+        open_predictor(tmp_path / "later.onnx", "mps")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_mistakes_end_in_one_paragraph(arguments, message, tmp_path):
 def test_the_real_ftunetformer_is_one_onnx_graph_for_all_sizes(tmp_path):
     torch.manual_seed(0)
     model = build_student("ftunetformer", 6).eval().requires_grad_(False)
-    with export._explained("onnx", "ftunetformer"):
+    with export.exporting("onnx", "ftunetformer"):
         export.WRITERS["onnx"](model, tmp_path / "file", CARD)
     model_of_file = export.READERS["onnx"](tmp_path / "file")
     for size in ((1, 64, 64), (1, 300, 257), (2, 512, 512)):

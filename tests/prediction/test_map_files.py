@@ -151,7 +151,10 @@ def test_the_command_writes_maps_and_json_and_names_failures(trained, landscape,
     [
         (["--checkpoint", "none.ckpt", "--out", "m", "."], "no checkpoint at"),
         (["--checkpoint", "none.onnx", "--out", "m", "."], "no file at"),
-        (["--checkpoint", "a.pt2", "--out", "m", "."], "a.pt2 does not say what its classes, bands and normalisation are: add -c CONFIG"),
+        (
+            ["--checkpoint", "a.pt2", "--out", "m", "."],
+            "a.pt2 does not say what its classes, bands and normalisation are: add -c CONFIG",
+        ),
         (["--checkpoint", "x", "--out", "m"], "Missing argument 'INPUT...'"),
         (["--checkpoint", "x", "."], "Missing option '--out'"),
     ],

@@ -131,7 +131,7 @@ def ohio_student(tmp_path, monkeypatch):
 def test_maps_of_real_tiles_of_four_bands_are_those_of_onnxruntime_by_hand(ohio_student, tmp_path):
     trained = load_trained(ohio_student).alone()
     source = tmp_path / "student.onnx"
-    with export._explained("onnx", "a network"):
+    with export.exporting("onnx", "a network"):
         export.WRITERS["onnx"](trained.student, source, card_of(trained, ohio_student, "any size"))
     import onnx
 

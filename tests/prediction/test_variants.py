@@ -139,7 +139,7 @@ def test_activations_are_calibrated_on_the_images_that_are_given(tmp_path):
 
 
 def _written(model, folder):
-    with export._explained("onnx", "a network"):
+    with export.exporting("onnx", "a network"):
         export.WRITERS["onnx"](model, folder / "made.onnx", CARD)
     return (folder / "made.onnx").read_bytes()
 
@@ -292,6 +292,19 @@ def test_a_stop_leaves_nothing(trained, stopped_at, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_variants(trained, ALL[1:3])
     assert sorted(os.listdir(trained.parent)) == before
+
+
+def test_an_error_of_the_quantiser_becomes_one_line(trained, monkeypatch):
+    def fail(file, inputs):
+        raise ValueError("no range for a tensor\nmore")
+
+    monkeypatch.setattr(variants, "quantised", fail)
+    message = (
+        r"cannot be written as int8 argmax ONNX: no range for a tensor\. Leave out --int8 and --argmax, or --debug"
+    )
+    with pytest.raises(KdpipeError, match=message):
+        export_variants(trained, [Variant("int8", argmax=True)])
+    assert not list(trained.parent.rglob("*.onnx*"))
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(trained, monkeypatch):
