@@ -17,6 +17,7 @@ from helpers.own_students import CODE, KINDS, owners_network, owners_probabiliti
 from helpers.runs import assert_same_weights, weights
 from PIL import Image
 
+from kdpipe.configs import dump_config
 from kdpipe.configs.errors import CheckpointError
 from kdpipe.pipeline.evaluation.evaluate import student_model
 from kdpipe.pipeline.models.external.transformers_student import described_student
@@ -254,6 +255,13 @@ def test_the_report_asks_before_it_imports_the_teachers_module(runs, landscape, 
     torch.save(content, BEST)
     done = run_command("report", RUN, "--teacher", "--tiles", "1")
     assert (done.returncode, "needs the network strangers:build" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_dry_run_times_a_step_of_it(ran, kind, tmp_path):
+    (tmp_path / "c.yaml").write_text(dump_config(ran))
+    done = run_command("precompute-teacher", "-c", tmp_path / "c.yaml", "--dry-run", "--json", tmp_path / "d.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "d.json").read_text())["worth"]["step_seconds"] > 0
 
 
 def test_inspect_names_the_network(ran, kind, tmp_path):
