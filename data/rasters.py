@@ -355,7 +355,7 @@ def _require_finite(
     if strange_HW.any():
         row, column = np.argwhere(strange_HW)[0].tolist()
         raise DataError(
-            f"{path} holds NaN or infinity in band {band} at {count_text(np.count_nonzero(strange_HW), 'pixels')}, the first at row "
+            f"{path} holds NaN or infinity in band {band} at {count_text(int(np.count_nonzero(strange_HW)), 'pixels')}, the first at row "
             f"{first_row + row}, "
             f"column {column}: fill them, or declare them as the file's nodata"
         )
