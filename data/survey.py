@@ -280,10 +280,10 @@ def undeclared_text(path: Path, band: int, values: NDArray[Any]) -> str | None:
 
     None if there is nothing of the kind. One pixel alone is taken for data.
     """
-    odd = np.count_nonzero(~np.isfinite(values)) if values.dtype.kind == "f" else 0
+    odd = int(np.count_nonzero(~np.isfinite(values))) if values.dtype.kind == "f" else 0
     if odd:
         return (
-            f"{path} holds NaN or infinity in band {band} at {count_text(int(odd), 'pixels')}: fill them, or declare NaN as the file's nodata "
+            f"{path} holds NaN or infinity in band {band} at {count_text(odd, 'pixels')}: fill them, or declare NaN as the file's nodata "
             f"(`gdal_edit.py -a_nodata nan {path.name}`)"
         )
     if not values.size or values.dtype.kind == "u":
