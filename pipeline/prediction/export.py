@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -308,7 +308,8 @@ def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
 def exporting(form: str, network: str, advice: str = "Try another --format") -> Iterator[None]:
     """Turn any error of an exporter into a `KdpipeError`, and silence its warnings, which do not concern the user."""
     try:
-        with warnings.catch_warnings():
+        # torch prints the whole graph where it cannot export an operator.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     except (KdpipeError, OSError):

@@ -269,3 +269,14 @@ def test_inspect_names_the_network(ran, kind, tmp_path):
     named = "helpers.foreign_networks:Pooled" if kind == "model" else str(ran.student.pretrained)
     assert done.returncode == 0, done.stderr
     assert named in done.stdout.replace("\n", "")
+
+
+def test_a_network_that_cannot_be_exported_is_one_paragraph(landscape, teacher_file, tmp_path, monkeypatch):
+    """torch prints thousands of lines of the graph, here of a pooling to a fixed size."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(landscape, teacher_file, tmp_path, student=student_of("upernet", tmp_path), train__max_steps=1)
+    train(with_mode(config, "none"), CPU)
+    done = run_command("export", "--checkpoint", f"{RUN}/last.ckpt", "--format", "onnx")
+    assert done.returncode == 1
+    assert "cannot be written as onnx" in done.stderr
+    assert len(done.stdout) + len(done.stderr) < 1500
