@@ -57,7 +57,8 @@ def teacher_keys(
     """The keys of `teacher`; raises `CheckpointError` if the file holds a network that can only be a student."""
     if isinstance(teacher, External):
         keys = _external_keys(teacher, names, given)
-        return keys if keys[-1].name == "window" else keys + _window_keys(train)
+        has_side = keys[-1].name == "window" or teacher.key == "predictions"
+        return keys if has_side else keys + _window_keys(train)
     network = teacher.network if teacher else None
     if teacher and teacher.network.architecture in FORMERS:
         raise CheckpointError(
@@ -91,6 +92,13 @@ def _external_keys(teacher: External, names: list[str] | None, given: Given) -> 
         Key(teacher.key, teacher.path, f"Given: {teacher.network}."),
         _channels(teacher, names, given),
     ]
+    if teacher.key == "predictions":
+        why = (
+            "Measured: the first file holds what these are."
+            if teacher.are
+            else "Asked: logits, probabilities or classes."
+        )
+        keys.insert(1, Key("are", teacher.are or FILL_IN, why))
     if teacher.key == "file":
         keys.append(_normalize(teacher, given))
     sides = set(teacher.input_shape[2:]) if teacher.input_shape else set()

@@ -62,7 +62,9 @@ def test_the_cache_holds_what_the_network_says(config_named, network, kind):
         logits = network(x)["out"] if kind == "module" else torch.from_numpy(brightness(x))
     logits = F.interpolate(logits, size=padded.shape[:2], mode="bilinear", align_corners=False)
     expected = softened(logits[0, :, :height, :width].numpy(), config)
-    assert np.abs(SoftTargetCache.open(config.cache.path, partial=True).read(tile.id) - expected).max() <= 1 / 255 + 2e-5
+    assert (
+        np.abs(SoftTargetCache.open(config.cache.path, partial=True).read(tile.id) - expected).max() <= 1 / 255 + 2e-5
+    )
     report = verify(config, "parity", "cpu", teacher=teacher, sample=2)
     assert [finding for finding in report.findings if finding.code != "class-map"] == []
     assert len(report.parity) == 2

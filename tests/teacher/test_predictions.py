@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.stored_predictions import as_stored, logits_of, probabilities, write_prediction
+from helpers.commands import run_command
+from helpers.predicted_world import CPU, SIZES, TEACHER, T, config, image_of, logits_at, softened
+from helpers.stored_predictions import as_stored, probabilities, write_prediction
 from PIL import Image
-from rasterio import Affine
 
 from kdpipe.cache import SoftTargetCache, StaleCache
 from kdpipe.configs import parse_config
@@ -20,75 +21,11 @@ from kdpipe.pipeline.precompute.subjects import subjects
 from kdpipe.pipeline.training.targets import open_fresh_cache, open_targets, training_samples
 from kdpipe.pipeline.verify.gate import verify
 
-CPU = torch.device("cpu")
-TEACHER, STUDENT = ["tree", "field", "roof"], ["green", "grey"]
-CLASS_MAP = {"tree": {"green": 1}, "field": {"green": 0.75, "grey": 0.25}, "roof": {"grey": 1}}
-MAP = np.array([[1, 0], [0.75, 0.25], [0, 1]])
-T = 2.0
-SIZES = {"a": (40, 52), "b": (40, 52), "north/c": (33, 41)}
-UTM = "EPSG:32633"
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Three labelled tiles, of which one lies in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name, (height, width) in SIZES.items():
-        for kind, values in (
-            ("images", rng.integers(0, 256, (height, width, 3))),
-            ("masks", rng.integers(0, 2, (height, width))),
-        ):
-            path = tmp_path / f"data/Mine/{kind}/{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(values.astype(np.uint8)).save(path)
-    return tmp_path
-
-
-def config(folder, are="probabilities", predictions=None, **sections):
-    raw = {
-        "name": "predicted",
-        "classes": {"names": STUDENT},
-        "data": {"train": [str(folder / "data/Mine")], "nested": True},
-        "teacher": {"predictions": predictions or str(folder / "saved"), "are": are, "classes": TEACHER},
-        "class_map": CLASS_MAP,
-        "cache": {"path": str(folder / f"{are}.zarr")},
-        "distill": {"temperature": T},
-        "student": {"architecture": "unet", "encoder": "tu-test_resnet"},
-        "train": {
-            "crop": 32,
-            "batch_size": 1,
-            "epochs": 1,
-            "workers": 0,
-            "scales": [1.0],
-            "mosaic": 0.0,
-            "photometric": 0.0,
-        },
-    }
-    raw["class_map"] = sections.pop("class_map", CLASS_MAP)
-    for key, value in sections.items():
-        raw[key] = raw[key] | value if isinstance(raw.get(key), dict) else value
-    return parse_config(raw, "test")
-
-
-def image_of(folder, name):
-    return folder / f"data/Mine/images/{name}.png"
-
-
-def logits_at(folder, name):
-    return logits_of(Image.open(image_of(folder, name)).convert("RGB"), len(TEACHER))
-
 
 def write(folder, are, ending, change=lambda stored: stored, **options):
     for name in SIZES:
         stored = change(as_stored(logits_at(folder, name), are))
         write_prediction(folder / f"saved/{name}{ending}", stored, **options)
-
-
-def softened(probs_THW, temperature=T):
-    """`normalise((p @ M)^(1/T))`, in float64."""
-    mapped = np.einsum("thw,ts->shw", probs_THW, MAP) ** (1 / temperature)
-    return mapped / mapped.sum(axis=0)
 
 
 def expected(folder, name, are):
@@ -337,106 +274,28 @@ def test_several_teachers_are_refused_with_predictions(tmp_path):
         parse_config(one | {"teacher": None, "teachers": [one["teacher"], one["teacher"]]}, "test")
 
 
-PLACES = {"a": (0, 0), "b": (0, 52), "north/c": (40, 20)}  # row and column of each tile in the mosaic
-HEIGHT, WIDTH = 80, 110
-PIXEL, LEFT, TOP = 0.3, 500_000.0, 5_000_000.0
+FOUND = {
+    "logits": (".npy", "float32 (3, 40, 52)", "logits"),
+    "probabilities": (".tif", "float32 (3, 40, 52)", "probabilities"),
+    "classes": (".npz", "uint8 (40, 52)", "classes"),
+}
 
 
-def placed(row, column):
-    return Affine(PIXEL, 0, LEFT + column * PIXEL, 0, -PIXEL, TOP - row * PIXEL)
-
-
-@pytest.fixture
-def mapped(world):
-    """The tiles as GeoTIFFs cut from one scene, and a function that writes the logits of the scene as one large GeoTIFF."""
-    rng = np.random.default_rng(1)
-    scene = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    for name, (row, column) in PLACES.items():
-        height, width = SIZES[name]
-        image_of(world, name).unlink()
-        cut = scene[row : row + height, column : column + width].transpose(2, 0, 1)
-        path = image_of(world, name).with_suffix(".tif")
-        write_prediction(path, cut, transform=placed(row, column), crs=UTM)
-    logits = logits_of(scene, len(TEACHER))
-
-    def write_scene(
-        name="scene.tif", rows=slice(0, HEIGHT), columns=slice(0, WIDTH), change=lambda values: values, **options
-    ):
-        options = {"transform": placed(rows.start, columns.start), "crs": UTM} | options
-        return str(write_prediction(world / name, change(logits[:, rows, columns].copy()), **options))
-
-    return world, logits, write_scene
-
-
-def test_tiles_are_cut_from_a_large_raster_by_their_place(mapped):
-    world, logits, write_scene = mapped
-    made = config(world, "logits", write_scene())
-    assert precompute(made, CPU).computed == 3
-    cache = SoftTargetCache.open(made.cache.path)
-    for name, (row, column) in PLACES.items():
-        height, width = SIZES[name]
-        cut = logits[:, row : row + height, column : column + width]
-        assert np.abs(cache.read(f"Mine/{name}") - softened(probabilities(cut))).max() <= 1 / 255 + 1e-5
-    assert precompute(made, CPU).computed == 0
-
-    def other(values):
-        values[:, 45:50, 25:30] += 1  # within c alone
-        return values
-
-    write_scene(change=other)
-    assert precompute(made, CPU).computed == 1, "only the tile whose part has changed"
-
-
-def test_several_rasters_complete_each_other(mapped):
-    world, _, write_scene = mapped
-    left, right = slice(0, 60), slice(60, WIDTH)
-    made = config(world, "logits", [write_scene("left.tif", columns=left), write_scene("right.tif", columns=right)])
-    precompute(made, CPU)
-    whole = config(world, "logits", write_scene(), cache={"path": str(world / "whole.zarr")})
-    precompute(whole, CPU)
-    parts, one = SoftTargetCache.open(made.cache.path), SoftTargetCache.open(whole.cache.path)
-    assert all(np.array_equal(parts.read_units(tile), one.read_units(tile)) for tile in one.tile_ids)
-
-
-def test_pixels_outside_of_the_raster_have_no_prediction(mapped):
-    world, _, write_scene = mapped
-    made = config(world, "logits", write_scene(rows=slice(0, 60)))
-    precompute(made, CPU)
-    tiles = list_tiles(made.data, "train")
-    target = open_targets(made, tiles, None, CPU).source.read("Mine/north/c", (0, 0, *SIZES["north/c"]))
-    assert (target[:, :20].sum(axis=0) > 0.99).all()
-    assert (target[:, 20:] == 0).all()
-
-
-MISPLACED = {
-    "half a pixel off": ({"transform": placed(0, 0.5)}, r"does not lie on the grid of .*its corner is at column -0.500, row 0.000"),
-    "other pixels": ({"transform": Affine(0.6, 0, LEFT, 0, -0.6, TOP)}, r"its pixels have 0.3 x -0.3 against 0.6 x -0.6"),
-    "another CRS": ({"crs": "EPSG:32632"}, r"is in EPSG:32632, and the tile .* in EPSG:32633"),
-    "elsewhere": ({"transform": placed(500, 500)}, r"lack 3 of 3 tiles: .*the large rasters cover none of their pixels"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", MISPLACED)
-def test_a_raster_of_another_grid_is_refused_with_the_numbers(mapped, how):
-    world, _, write_scene = mapped
-    options, message = MISPLACED[how]
-    with pytest.raises(DataError, match=message):
-        precompute(config(world, "logits", write_scene(**options)), CPU)
-
-
-def test_images_without_a_place_cannot_be_cut(world):
-    path = write_prediction(world / "scene.tif", np.zeros((3, 90, 90), np.float32), transform=placed(0, 0), crs=UTM)
-    with pytest.raises(
-        DataError, match=r"a.png has no georeference, and a tile is cut from a large raster by its place"
-    ):
-        precompute(config(world, "logits", str(path)), CPU)
-
-
-def test_a_file_of_a_tile_that_says_that_it_lies_elsewhere_is_refused(mapped):
-    world, logits, _ = mapped
-    for name, (row, column) in PLACES.items():
-        height, width = SIZES[name]
-        cut = logits[:, row : row + height, column : column + width]
-        write_prediction(world / f"saved/{name}.tif", cut, transform=placed(row + 3, column), crs=UTM)
-    with pytest.raises(DataError, match=r"the prediction .*a.tif lies .* in y from its image"):
-        precompute(config(world, "logits"), CPU)
+@pytest.mark.parametrize("are", FOUND)
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_inspect_and_init_say_what_a_folder_of_predictions_holds(world, are):
+    ending, shape, guess = FOUND[are]
+    write(world, are, ending)
+    found = run_command("inspect", world / "saved")
+    assert found.returncode == 0, found.stderr
+    said = " ".join(found.stdout.split())
+    assert f"3 files of predictions, the first of {shape}" in said
+    assert f"predictions: {world / 'saved'} are: {guess}" in said
+    made = run_command(
+        "init", "data/Mine", "--teacher", "saved", "--teacher-classes", ",".join(TEACHER), "--out", "mine.yaml"
+    )
+    assert made.returncode == 0, made.stderr
+    text = (world / "mine.yaml").read_text()
+    assert "predictions: saved" in text
+    assert f"are: {guess}" in text
+    assert "normalize" not in text[text.index("teacher:") : text.index("class_map:")]

@@ -78,12 +78,14 @@ def external_parts(found: External) -> Iterator[Table | str]:
         steps = "; ".join(f"{key} {value}" for key, value in found.preprocessing.items())
         rows["preprocessing"] = f"its own: {steps}" if steps else "its own, by the defaults of its image processor"
     rows["size"] = f"{size_text(found.size_bytes)} ({found.size_bytes} bytes)"
-    rows["sha256"] = "\n".join(f"{digest}  {name}" for name, digest in found.sha256.items())
+    if found.sha256:
+        rows["sha256"] = "\n".join(f"{digest}  {name}" for name, digest in found.sha256.items())
     table = Table(title=found.path, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, value)
     yield table
-    yield f"As a teacher:\n\n    teacher:\n      {found.key}: {found.path}\n      classes: [{', '.join(found.classes) or '...'}]"
+    are = f"\n      are: {found.are or '...'}" if found.key == "predictions" else ""
+    yield f"As a teacher:\n\n    teacher:\n      {found.key}: {found.path}{are}\n      classes: [{', '.join(found.classes) or '...'}]"
 
 
 def _of_another_library(run: StudentRun) -> str:

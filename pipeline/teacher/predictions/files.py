@@ -37,7 +37,7 @@ class PredictionFiles:
                 )
         self._by_name: dict[str, list[Path]] = {}
         for folder in self._places:
-            for name, path in _files_in(folder) if folder.is_dir() else ():
+            for name, path in files_in(folder) if folder.is_dir() else ():
                 self._by_name.setdefault(name, []).append(path)
 
     def of(self, tiles: Iterable[Tile]) -> Iterator[Prediction]:
@@ -103,7 +103,7 @@ class PredictionFiles:
         return None
 
 
-def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
+def files_in(folder: Path) -> Iterator[tuple[str, Path]]:
     """Each file with one of `SUFFIXES` in a folder and the folders below, and its path within without the ending."""
     home = folder.absolute()
     for place, folders, names in os.walk(home):
