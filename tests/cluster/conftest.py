@@ -7,6 +7,7 @@ import torch
 from helpers.configs import tiny_config
 from helpers.dask_processes import DaskProcesses
 from helpers.files import tree, write_image
+from helpers.teacher_kinds import config_of, worlds  # noqa: F401 (fixtures)
 
 from kdpipe.pipeline.precompute.run import precompute
 

@@ -131,8 +131,9 @@ class DaskProcesses:
         self.errors = self.folder / "errors.txt"  # of schedulers and workers
         with self.errors.open("w") as errors:
             self._launcher = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},  # where networks of the tests are defined
+            )  # fmt: skip
         assert self._launcher.stdout.readline().strip() == "ready"
 
     def _fork(self, kind, **arguments):
