@@ -105,8 +105,9 @@ def _inspect_folder(folder: Path) -> External:
 def _inspect_predictions(folder: Path) -> External:
     """The number of files and their size in bytes, and the kind of the first one's values."""
     files = [path for _, path in files_in(folder)]
-    values = read_array(files[0], MOST_BYTES) if files[0].suffix.lower() in ARRAYS else read_bands_of(files[0])
-    channels, are = None, None
+    values = read_array(files[0], MOST_BYTES) if files[0].suffix.lower() in ARRAYS else _bands_of(files[0])
+    channels: int | None = None
+    are: Are | None = None
     if values.ndim == 2 or (values.ndim == 3 and len(values) == 1 and values.dtype.kind in "iu"):
         are = "classes"
     elif values.ndim == 3:
@@ -128,7 +129,7 @@ def _are_probabilities(values_CHW: NDArray[Any]) -> bool:
     return bool(probs_Cn.size and probs_Cn.min() >= 0 and np.abs(probs_Cn.sum(axis=0) - 1).max() <= SUM_TOLERANCE)
 
 
-def read_bands_of(path: Path) -> NDArray[Any]:
+def _bands_of(path: Path) -> NDArray[Any]:
     """All bands of a raster as stored, `(C, H, W)`."""
     return read_bands(path, range(1, read_declared(path).bands + 1), "band")[0]
 

@@ -29,10 +29,10 @@ def config_of(make, monkeypatch):
     """Makes the config of a cache at a path. Each shard is encoded only once."""
     encode, made = tile_module.encode_tile, {}
 
-    def encode_once(units, tile, image, recipe, lost):
+    def encode_once(units, tile, image, recipe, lost, gaps=None):
         key = (tile, units.tobytes(), image.sha256, recipe.digest())
         if key not in made:
-            made[key] = encode(units, tile, image, recipe, lost)
+            made[key] = encode(units, tile, image, recipe, lost, gaps)
         return made[key]
 
     monkeypatch.setattr(tile_module, "encode_tile", encode_once)

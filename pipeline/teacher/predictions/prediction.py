@@ -205,9 +205,9 @@ class Prediction:
             worst = float(sums_HW[np.unravel_index(worst_HW.argmax(), worst_HW.shape)])
             raise self._no_probabilities(worst, "channels that sum to")
         total_HW: NDArray[np.float32] = np.where(known_HW, sums_HW, np.float32(1))
-        probs_CHW = np.maximum(probs_CHW, np.float32(0)) / total_HW
+        shares_CHW: NDArray[np.float32] = np.maximum(probs_CHW, 0).astype(np.float32, copy=False) / total_HW
         with np.errstate(divide="ignore", invalid="ignore"):  # of pixels without a prediction too
-            logits_CHW: NDArray[np.float32] = np.maximum(np.log(probs_CHW), LOG_ZERO)
+            logits_CHW: NDArray[np.float32] = np.maximum(np.log(shares_CHW), LOG_ZERO)
         return logits_CHW
 
     def _no_probabilities(self, value: float, what: str) -> DataError:
