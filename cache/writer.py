@@ -200,7 +200,7 @@ def store_tile(
 
     `encoded` is the result of `codec.encode` or `tile.encode_bands`. Once this returns, the tile survives a power cut.
     """
-    units, entropy_error, *gaps = encoded
+    (units, entropy_error), gaps_HW = encoded[:2], encoded[2] if len(encoded) == 3 else None
     path = tile.tile_path(tile_id)
     if isinstance(units, SpilledShard):
         digest = hashlib.sha256()
@@ -208,7 +208,7 @@ def store_tile(
         vouched = units.size, digest.hexdigest()
         metadata, record = tile.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
     else:
-        shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error, *gaps)
+        shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error, gaps_HW)
         storage.write(f"{path}/{tile.SHARD_NAME}", shard)
     storage.write(f"{path}/{tile.METADATA_NAME}", metadata)
     return record

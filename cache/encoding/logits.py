@@ -46,7 +46,7 @@ def encode(logits_CHW: NDArray[np.float32], bits: int) -> NDArray[Any]:
     if not np.isfinite(logits_CHW).all():
         raise ValueError("logits must be finite")
     stored_CHW: NDArray[Any] = np.empty(logits_CHW.shape, dtype=np.uint8 if bits <= 8 else np.uint16)
-    for rows in bands(*logits_CHW.shape[1:], len(logits_CHW)):
+    for rows in bands(*logits_CHW.shape[1:], num_classes=len(logits_CHW)):
         exact_CHW = logits_CHW[:, rows].astype(np.float64)
         depth_CHW = exact_CHW.max(axis=0) - exact_CHW
         stored_CHW[:, rows] = total(bits) - np.rint(total(bits) * np.sqrt(np.minimum(depth_CHW / DEPTH[bits], 1)))

@@ -38,7 +38,7 @@ def encode(probs_CHW: NDArray[np.float32], levels: int) -> NDArray[np.uint16]:
     multiples of the first of `STEPS` that moves no more than `simplex.MOST_MOVED` of it.
     """
     stored_CHW = np.empty(probs_CHW.shape, dtype=np.uint16)
-    for rows in simplex.bands(*probs_CHW.shape[1:], len(probs_CHW)):
+    for rows in simplex.bands(*probs_CHW.shape[1:], num_classes=len(probs_CHW)):
         band_ChW, out_ChW = probs_CHW[:, rows], stored_CHW[:, rows]
         out_ChW[:] = _rounded(band_ChW, levels, STEPS[0])
         for step in STEPS[1:]:

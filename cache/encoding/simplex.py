@@ -73,7 +73,7 @@ def encode(probs_CHW: NDArray[np.float32], levels: int) -> NDArray[Any]:
     """
     refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=np.min_scalar_type(levels))
-    for rows in bands(*probs_CHW.shape[1:], len(probs_CHW)):
+    for rows in bands(*probs_CHW.shape[1:], num_classes=len(probs_CHW)):
         _encode_band(probs_CHW[:, rows], levels, out_CHW=stored_CHW[:, rows])
     return stored_CHW
 
@@ -92,7 +92,8 @@ def _encode_band(probs_CHW: NDArray[np.float32], levels: int, out_CHW: NDArray[A
         sums_HW = probs_CHW.sum(axis=0)
         off_HW = np.abs(sums_HW - 1) * levels > MOST_OFF
         if off_HW.any():
-            probs_CHW = probs_CHW / np.where(off_HW, sums_HW, np.float32(1))
+            sums_HW[~off_HW] = 1
+            probs_CHW = np.divide(probs_CHW, sums_HW)
     remainders_CHW = np.clip(probs_CHW, 0, 1, dtype=np.float32) * np.float32(levels)
     floors_CHW = np.floor(remainders_CHW)
     remainders_CHW -= floors_CHW
@@ -137,7 +138,7 @@ def moves_too_much(probs_CHW: NDArray[np.float32], units_CHW: NDArray[Any], leve
     return too_much_HW
 
 
-def bands(height: int, width: int, num_classes: int = BAND_CLASSES) -> list[slice]:
+def bands(height: int, width: int, *, num_classes: int = BAND_CLASSES) -> list[slice]:
     """Slices of rows that cover `height`, each of whole blocks and about `BAND_PX` pixels, or fewer of many classes."""
     pixels = BAND_PX * BAND_CLASSES // max(BAND_CLASSES, num_classes)
     rows = max(1, pixels // (ENTROPY_BLOCK_PX * max(1, width))) * ENTROPY_BLOCK_PX

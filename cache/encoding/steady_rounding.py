@@ -40,7 +40,7 @@ def encode(probs_CHW: NDArray[np.float32], bits: int, levels: int) -> NDArray[An
     simplex.refuse_other_than_distributions(probs_CHW)
     stored_CHW: NDArray[Any] = np.empty(probs_CHW.shape, dtype=simplex.storage_type(bits))
     room_units = room(bits, levels, len(probs_CHW))
-    for rows in simplex.bands(*probs_CHW.shape[1:], len(probs_CHW)):
+    for rows in simplex.bands(*probs_CHW.shape[1:], num_classes=len(probs_CHW)):
         band_ChW, out_ChW = probs_CHW[:, rows], stored_CHW[:, rows]
         whole = band_ChW.shape[1] - band_ChW.shape[1] % KEY_ROW_PX
         for part in (slice(0, whole), slice(whole, None)):
