@@ -71,8 +71,9 @@ def init(**options: Any) -> None:
     """
     Write a first config for your tiles and teacher.
 
-    FOLDER holds images/ and masks/, or several folders that do, such as Train and Val. Surveys the tiles, recognises the
-    teacher's network, and writes FILL_IN where no file holds the value.
+    FOLDER holds images/ and masks/, or several folders that do, such as Train and Val, or has another
+    layout, in which folders or files of masks are named as such. Surveys the tiles, recognises the teacher's network, and writes
+    FILL_IN where no file holds the value.
 
     Exit codes: 0 written, 1 written, but some files have problems (named), 2 usage, data or checkpoint.
     """
