@@ -192,7 +192,11 @@ def _at_image_size(network: nn.Module, config: Config, say: Callable[[str], None
 
 
 def load_student_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, replace_head: bool = False, say: Callable[[str], None] = lambda line: None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    replace_head: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """
     Load a student's weights from a trainer's file or from a checkpoint of `kdpipe train-student`, strictly.
