@@ -103,8 +103,7 @@ class Cluster:
         """
         Connect, wait for the first worker, and return the device that all workers compute on.
 
-        Raises `ClusterUnreachable` if there is none within `PATIENCE_SECONDS`, and `ConfigError` if workers differ in their
-        device, or from this process in their libraries.
+        Raises `ClusterUnreachable` if none comes, and `ConfigError` if they differ in device, or from this process in libraries.
         """
         if self._started:
             return self._device
@@ -114,9 +113,8 @@ class Cluster:
         if self._local:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             self._progress.say(f"starting {count_text(self._local, 'workers')}")
-            cluster = self._open.enter_context(
-                local_cluster(self._local, max(1, cores // self._local), self._device_name)
-            )
+            threads = max(1, cores // self._local)
+            cluster = self._open.enter_context(local_cluster(self._local, threads, self._device_name))
             self._address, self._security = cluster.scheduler_address, cluster.security
         elif is_open_to_others(self._address or ""):
             self._progress.say(
@@ -126,9 +124,8 @@ class Cluster:
         facts = self._connect(stop)
         self._device = torch.device(agreed_device(facts, library_versions()))
         first = next(iter(facts.values()))
-        processors = {found.processor for found in facts.values()}
         self._progress.say(
-            f"{count_text(len(facts), 'workers')} on {self._device} ({', '.join(sorted(processors))}), "
+            f"{count_text(len(facts), 'workers')} on {self._device} ({', '.join(sorted({each.processor for each in facts.values()}))}), "
             f"{count_text(sum(found.threads for found in facts.values()), 'threads')}"
         )
         # On a CPU torch computes with as many threads, unless the workers are of this machine (see `Job.threads`).

@@ -67,7 +67,7 @@ def made(kind, make_config, tmp_path):
 
 
 def probabilities(logits, image):
-    """Of one image `(H, W, 3)`, float32 `(6, H, W)`."""
+    """Float32 `(6, H, W)`, from an image `(H, W, 3)`."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)), mode="reflect")
     inputs = torch.from_numpy((padded / 255 - MEAN) / STD).permute(2, 0, 1)[None].float()
