@@ -18,6 +18,7 @@ from kdpipe.pipeline.teacher.loading import KNOWN_ORDERS
 
 WINDOW_FROM_PX = 2048**2  # a U-Net's feature maps of a whole tile of this size take several GB in float32
 WINDOW_PX = 1024
+OWN_TEACHER = "For a network of your own, model: my_package.teachers:build replaces it and encoder."
 
 
 def teacher_classes(teacher: Inspection | External | None, given: Given) -> list[str] | None:
@@ -74,7 +75,7 @@ def teacher_keys(
     keys = [
         Key("architecture", network.architecture, f"Measured: recognised from the names and shapes of its tensors.{unseen}")
         if network and network.architecture else
-        Key("architecture", FILL_IN, f"{asked} one of segmentation-models-pytorch's, such as unet."),
+        Key("architecture", FILL_IN, f"{asked} one of segmentation-models-pytorch's, such as unet. {OWN_TEACHER}"),
         Key("encoder", network.encoder, "Measured: likewise.") if network and network.encoder else
         Key("encoder", FILL_IN, f"{asked} such as efficientnet-b4, or tu-NAME for one of timm's."),
         Key("checkpoint", teacher.path, "Given: the file of its weights.") if teacher else
