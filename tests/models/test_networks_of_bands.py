@@ -89,7 +89,7 @@ def test_a_network_of_any_bands_is_recognised_from_its_tensors(bands):
         bands,
         5,
     )
-    assert f", {bands} bands, 5 channels" in str(found)
+    assert f", {bands} band{'s' if bands > 1 else ''}, 5 channels" in str(found)
 
 
 def test_normalisation_takes_chosen_bands_in_their_order_and_repeats_imagenets_values():

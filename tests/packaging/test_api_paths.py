@@ -16,6 +16,8 @@ from helpers.stored_predictions import write_all
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import dump_config, load_config
 from kdpipe.pipeline.models.student import build_student, load_student_weights
+from kdpipe.pipeline.runs.checkpoint import load_trained
+from kdpipe.pipeline.training.run import train
 from kdpipe.pipeline.verify import verify
 
 API = Path(__file__).resolve().parents[2] / "docs/api.md"
@@ -74,6 +76,13 @@ def load_weights(as_path, weights, **_):
     load_student_weights(build_student("unet", 6, encoder=ENCODER), as_path(weights))
 
 
+def load_a_trained_student(make_config, as_path, monkeypatch, tmp_path, **_):
+    monkeypatch.chdir(tmp_path)
+    config = make_config(distill__mode="none", data__val=[], train__max_steps=1)
+    folder = train(config, torch.device("cpu")).weights
+    assert load_trained(as_path(f"{folder}/last.ckpt")).position.steps == 1
+
+
 def verify_with_a_folder_and_a_checkpoint(make_config, landscape, as_path, weights, tmp_path, **_):
     images = sorted((landscape / "Train/images").iterdir())[:1]
     saved = write_all(tmp_path / "saved", images, "logits")
@@ -92,6 +101,7 @@ CALLS = {
     "kdpipe.configs.load_config": load_a_config,
     "kdpipe.pipeline.models.student.build_student": build_from_a_checkpoint,
     "kdpipe.pipeline.models.student.load_student_weights": load_weights,
+    "kdpipe.pipeline.runs.checkpoint.load_trained": load_a_trained_student,
     "kdpipe.pipeline.verify.verify": verify_with_a_folder_and_a_checkpoint,
 }
 
@@ -113,7 +123,10 @@ def test_every_public_name_that_takes_a_path_is_called_here():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_public_name_takes_a_path_of_any_kind(name, as_path, cached, make_config, landscape, weights, tmp_path):
+def test_a_public_name_takes_a_path_of_any_kind(
+    name, as_path, cached, make_config, landscape, weights, tmp_path, monkeypatch
+):
     CALLS[name](
-        as_path=as_path, cached=cached, make_config=make_config, landscape=landscape, weights=weights, tmp_path=tmp_path
-    )
+        as_path=as_path, cached=cached, make_config=make_config, landscape=landscape, weights=weights, tmp_path=tmp_path,
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
