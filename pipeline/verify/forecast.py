@@ -156,9 +156,10 @@ def forecast(
             by_students[root] = np.stack([theirs for _, theirs in counted])
     rng = np.random.default_rng(config.seed)
     scenes = [scene(root, by_teacher[root], by_students[root], config, rng) for root in roots]
-    together = scene(
-        "all roots", np.concatenate(list(by_teacher.values())), np.concatenate(list(by_students.values())), config, rng
-    )
+    together = scenes[0]
+    if len(scenes) > 1:
+        ours, theirs = (np.concatenate(list(found.values())) for found in (by_teacher, by_students))
+        together = scene("all roots", ours, theirs, config, rng)
     contradicted = [row for row in check_class_map(np.stack(channels), config) if row.clearly_better]
     return Forecast([str(path) for path in baselines], scenes, together, contradicted)
 

@@ -45,7 +45,9 @@ def advice_text(result: Forecast) -> str:
             "the map that fits the labels."
         )
     if advice == "distil":
-        return f"{advice}: {lead}. A student learns at most what its teacher knows, and gains a part of this."
+        return (
+            f"{advice}: {lead}. A student learns at most what its teacher knows: how much of it, kdpipe compare shows."
+        )
     if advice == "distil with care":
         return (
             f"{advice}: {lead}, but it is behind in {', '.join(together.behind)}. Give the labels more weight by a lower distill.alpha, "
