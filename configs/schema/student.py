@@ -74,7 +74,7 @@ class Student(Section):
     bands: Choice | None = Field(None, exclude_if=lambda choice: choice is None)
     """Bands that it sees, in its order, as in `teacher`. They need not be the teacher's."""
     normalize: StudentNormalize = Field(default_factory=_usual_normalization)
-    """As in `teacher`, or `pretrained`, the folder's own, usual with that key. For other bands than three, values repeat in turn."""
+    """Normalisation like the `teacher`'s, or `pretrained`, the folder's own. For other bands than three, values repeat in turn."""
     options: Options = Field({}, exclude_if=lambda options: not options)
     """Further arguments of the architecture's constructor, as in `teacher`."""
 

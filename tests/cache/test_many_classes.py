@@ -10,6 +10,7 @@ import zarr
 from helpers import plain_reader
 from helpers.caches import distributions
 from helpers.configs import ENCODER
+from helpers.rounding import largest_remainder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
@@ -85,16 +86,6 @@ def test_whole_levels_alone_would_move_more():
 )  # fmt: skip
 def test_levels_have_parts_at_8_bits_of_more_than_19_classes(bits, num_classes, levels):
     assert levels_of(bits, num_classes) == levels < 2**16 - 1
-
-
-def largest_remainder(probs, total):
-    """Hamilton's method for one pixel, step by step."""
-    scaled = [float(np.float32(p) * np.float32(total)) for p in probs]
-    units = [int(s) for s in scaled]
-    order = sorted(range(len(probs)), key=lambda i: (-(scaled[i] - units[i]), i))
-    for i in order[: total - sum(units)]:
-        units[i] += 1
-    return units
 
 
 @pytest.mark.parametrize("sharpness", [0.05, 1.0, 4.0])

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers.caches import distributions
+from helpers.rounding import largest_remainder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,16 +33,6 @@ def test_integers_sum_exactly_and_stay_within_the_bound(weights, bits):
     assert int(units.sum(dtype=np.int64)) == levels < np.iinfo(units.dtype).max
     largest = np.abs(decode(units, levels) - probs).max()
     assert largest <= error_bound(levels, len(weights)) <= 1 / (2**bits - 1) + 2 * FLOAT32_SLACK
-
-
-def largest_remainder(probs, total):
-    """Hamilton's method for one pixel, step by step."""
-    scaled = [float(np.float32(p) * np.float32(total)) for p in probs]
-    units = [int(s) for s in scaled]
-    order = sorted(range(len(probs)), key=lambda i: (-(scaled[i] - units[i]), i))
-    for i in order[: total - sum(units)]:
-        units[i] += 1
-    return units
 
 
 @pytest.mark.parametrize("levels", [213, 255, 65535])

@@ -29,18 +29,6 @@ def images_of(height, width, count=2):
     return np.random.default_rng(3).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("transformers"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_transformers(kind, root / kind)
-        return made[kind]
-
-    return folder
-
-
 @pytest.fixture
 def network():
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.foreign_networks import Pooled, save_transformers
+from helpers.foreign_networks import Pooled
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
@@ -19,18 +19,6 @@ from kdpipe.pipeline.models.external.transformers_student import (
 from kdpipe.pipeline.models.student import initial_student
 
 EIGHT = [f"c{i}" for i in range(8)]  # the classes of the folders
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("transformers"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_transformers(kind, root / kind)
-        return made[kind]
-
-    return folder
 
 
 def library_network(kind, folder):
