@@ -35,6 +35,7 @@ from kdpipe.pipeline.evaluation.evaluate import (
 )
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
+from kdpipe.pipeline.precompute.subjects import predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher, open_teacher
 from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_teacher_classes
@@ -135,6 +136,9 @@ def forecast(
         _refuse_unfit(str(path), student, config, roots)
     tiles_of = {root: limited(labelled_tiles(root, config)[0], config.data.limit) for root in roots}
     stretch = resolve_stretch(config.data, list_tiles(config.data, "train"))
+    stored = predicted_tiles(config, stretch) if config.has_predictions else None
+    if stored is not None:
+        require_predictions(config, [stored(tile) for tiles in tiles_of.values() for tile in tiles])
     teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
     by_teacher, by_students, channels = {}, {}, []
     with progress.bar("forecast", sum(map(len, tiles_of.values())), "tiles") as advance:
@@ -143,8 +147,12 @@ def forecast(
             counted = []
             for i, tile in enumerate(tiles):
                 first, *others = (samples[i] for samples in shown)
+                seen_HWB: NDArray[Any] = np.ascontiguousarray(first["image"].transpose(1, 2, 0))
                 labels_HW = first["mask"]
-                teachers_LP, channels_CT = _by_teacher(teacher, first["image"], labels_HW, config, tile)
+                if stored is not None:  # only pixels with a prediction count, for the students too
+                    subject = stored(tile)
+                    seen_HWB, labels_HW = subject.seen(seen_HWB), subject.labels().astype(np.int64)
+                teachers_LP, channels_CT = _by_teacher(teacher, seen_HWB, labels_HW, config, tile)
                 theirs_BLP = [
                     _pairs(labels_HW, _predicted(s, other["image"], tile), config)
                     for s, other in zip(students, others, strict=True)
@@ -235,12 +243,11 @@ def _lead(teacher: float, baseline: float, leads_R: NDArray[np.float64], tiles: 
 
 
 def _by_teacher(
-    teacher: FrozenTeacher, image_CHW: NDArray[np.uint8], labels_HW: NDArray[np.int64], config: Config, tile: Tile
+    teacher: FrozenTeacher, seen_HWB: NDArray[Any], labels_HW: NDArray[np.int64], config: Config, tile: Tile
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels by label and predicted student class, and by label and predicted teacher class."""
-    image_1HWC = np.ascontiguousarray(image_CHW.transpose(1, 2, 0))[None]
     with fits_in_memory(f"while the teacher predicted {tile.id}, {sized('tile', 1, *labels_HW.shape)}", MEMORY_ADVICE):
-        logits_1THW = teacher.logits(image_1HWC)
+        logits_1THW = teacher.logits(seen_HWB[None])
         predicted_HW = teacher.probabilities_of(logits_1THW)[0].argmax(axis=0)
         channels_HW = logits_1THW[0].argmax(dim=0).cpu().numpy()
     return _pairs(labels_HW, predicted_HW, config), count_teacher_classes(channels_HW, labels_HW, config)

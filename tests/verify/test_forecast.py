@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.commands import run_command
 from helpers.configs import tiny_config
+from helpers.stored_predictions import write_all
 from PIL import Image
 
+from kdpipe.configs import dump_config, parse_config
 from kdpipe.configs.errors import ConfigError
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.evaluation.evaluate import student_model, teacher_model
@@ -62,6 +65,20 @@ def test_leads_are_differences_of_iou_over_the_pixels_of_each_scene(world):
         )
     means = np.mean(list(teacher.values())), np.mean(list(student.values()))
     assert (only.miou.teacher, only.miou.baseline, only.miou.lead) == pytest.approx((*means, means[0] - means[1]))
+
+
+def test_predictions_made_elsewhere_are_a_teacher_too(world, tmp_path):
+    config, without, _ = world
+    tiles = list_tiles(config.data, "val")
+    saved = write_all(tmp_path / "saved", [tile.image for tile in tiles], "classes")
+    teacher = {"predictions": str(saved), "are": "classes", "classes": config.teacher.classes}
+    raw = yaml.safe_load(dump_config(config)) | {"teacher": teacher}
+    found = forecast(parse_config(raw, origin="mine"), [without]).together
+    matrix = np.array([[config.class_map[row].get(name, 0) for name in NAMES] for row in config.teacher.classes])
+    labels = np.concatenate([np.asarray(Image.open(tile.mask)).ravel() for tile in tiles])
+    stored = np.concatenate([np.load(saved / f"{tile.image.stem}.npy").ravel() for tile in tiles])
+    for c, iou in iou_by_hand(labels, matrix.argmax(axis=1)[stored]).items():
+        assert found.classes[NAMES[c]].teacher == pytest.approx(iou)
 
 
 def confusion(right, wrong, pixels=100):
@@ -153,8 +170,6 @@ def test_another_order_of_channels_is_found_before_anything_else(config, world, 
 def test_the_command_prints_the_advice_and_writes_it(world, tmp_path, monkeypatch):
     config, without, _ = world
     monkeypatch.chdir(tmp_path)
-    from kdpipe.configs import dump_config
-
     (tmp_path / "mine.yaml").write_text(dump_config(config))
     done = run_command("forecast", "-c", "mine.yaml", without, "--json", "found.json")
     assert done.returncode == 0, done.stderr
