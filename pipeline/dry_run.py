@@ -24,12 +24,12 @@ from kdpipe.pipeline.precompute.batches import teacher_batch_size
 from kdpipe.pipeline.precompute.plan import Plan, make_plan
 from kdpipe.pipeline.precompute.run import stage_threads
 from kdpipe.pipeline.precompute.subjects import Seen, Subject, subject_noun
+from kdpipe.pipeline.precompute.worth import Worth, worth_of
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher, open_teacher, predicts_in_bands
 from kdpipe.pipeline.training.batch_size import resolve_batch_size, take_steps
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in
-from kdpipe.pipeline.training.worth import Worth, worth_of
 
 SAMPLED_TILES = 3
 TRIALS = 3  # runs of a batch on CUDA: the first sets up its kernels

@@ -100,8 +100,12 @@ class Config(Section):
         self._check_bands()
         self._check_mask_codes()
         self._check_views()
-        if isinstance(self.train.class_weights, dict):
-            refuse_unknown_classes(self.train.class_weights, self.classes.names)
+        for key, weights in (
+            ("train.class_weights", self.train.class_weights),
+            ("distill.class_trust", self.distill.class_trust),
+        ):
+            if isinstance(weights, dict):
+                refuse_unknown_classes(key, weights, self.classes.names)
         return self
 
     def _check_teachers(self) -> None:

@@ -1,17 +1,25 @@
-"""The labelled losses and class weights of `train`, by name."""
+"""The losses of labels and of soft targets, and the weights of classes, by name."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
+
+from kdpipe.configs.schema.teacher import OWN_MODEL
 
 LEAST, MOST = 1e-6, 1e6  # products and ratios of two weights are finite numbers above zero
 Weight = Annotated[float, Field(ge=LEAST, le=MOST)]
 
 LABELLED_LOSSES = ("ce", "dice", "focal", "jaccard", "lovasz", "tversky")
 USUAL_LABELLED_LOSS = {"ce": 1.0, "dice": 1.0}  # the guide's
+
+SOFT_LOSSES = ("kl", "dice", "jaccard")
+USUAL_SOFT_LOSS = {"kl": 1.0}
+
+Trust = Literal["none", "confidence", "entropy", "threshold"]
 
 
 def refuse_unknown_losses(losses: Mapping[str, float]) -> None:
@@ -21,18 +29,35 @@ def refuse_unknown_losses(losses: Mapping[str, float]) -> None:
         raise ValueError(f"needs one or more of {', '.join(LABELLED_LOSSES)}, found {', '.join(unknown) or 'none'}")
 
 
-def refuse_other_weights(value: object) -> None:
-    """Raise `ValueError` where a `train.class_weights` as written is neither null, nor `auto`, nor a mapping to weights."""
-    expected = "expected auto, or weights of classes such as {Forest: 2.0}"
+def refuse_other_soft_losses(value: object) -> None:
+    """Raise `ValueError` where a `distill.loss` as written is neither a loss by name, nor weights of them, nor a function's name."""
+    names = ", ".join(SOFT_LOSSES)
+    if isinstance(value, Mapping):
+        unknown = [name for name in value if name not in SOFT_LOSSES]
+        if unknown or not value:
+            raise ValueError(f"needs one or more of {names}, found {', '.join(map(str, unknown)) or 'none'}")
+        for name, weight in value.items():
+            if not isinstance(weight, int | float) or not LEAST <= weight <= MOST:
+                raise ValueError(f"expected weights from {LEAST:f} to {MOST:.0f}, found {name}: {weight!r}")
+    elif value not in SOFT_LOSSES and not (isinstance(value, str) and re.fullmatch(OWN_MODEL, value)):
+        raise ValueError(
+            f"expected {names}, weights of them such as {{kl: 1.0, dice: 1.0}}, or a function of your own as package.module:name, "
+            f"found {value!r}"
+        )
+
+
+def refuse_other_weights(value: object, least: float = LEAST, most: float = MOST) -> None:
+    """Raise `ValueError` where weights of classes as written are neither null, nor `auto`, nor a mapping to numbers in a range."""
+    expected = f"expected auto, or weights of classes such as {{Forest: {min(2.0, most / 2):g}}}"
     if value not in (None, "auto") and not isinstance(value, Mapping):
         raise ValueError(f"{expected}, found {value!r}")
     for name, weight in value.items() if isinstance(value, Mapping) else ():
-        if not isinstance(weight, int | float) or not LEAST <= weight <= MOST:
-            raise ValueError(f"{expected}, from {LEAST:f} to {MOST:.0f}, found {name}: {weight!r}")
+        if not isinstance(weight, int | float) or not least <= weight <= most:
+            raise ValueError(f"{expected}, from {least:f} to {most:.0f}, found {name}: {weight!r}")
 
 
-def refuse_unknown_classes(weights: Mapping[str, float], names: Iterable[str]) -> None:
-    """Raise `ValueError` where `train.class_weights` names a class that is not one of the student's."""
+def refuse_unknown_classes(key: str, weights: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raise `ValueError` where `key`, weights of classes, names one that is not the student's."""
     unknown = [name for name in weights if name not in names]
     if unknown:
-        raise ValueError(f"train.class_weights names {unknown}, not among classes.names {list(names)}")
+        raise ValueError(f"{key} names {unknown}, not among classes.names {list(names)}")

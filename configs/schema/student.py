@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdpipe.configs.schema.bands import Choice
-from kdpipe.configs.schema.losses import USUAL_LABELLED_LOSS, Weight, refuse_other_weights, refuse_unknown_losses
+from kdpipe.configs.schema.losses import (
+    SOFT_LOSSES,
+    USUAL_LABELLED_LOSS,
+    Trust,
+    Weight,
+    refuse_other_soft_losses,
+    refuse_other_weights,
+    refuse_unknown_losses,
+)
 from kdpipe.configs.schema.options import SET_BY_STUDENT, Options, options_text, refuse_own
 from kdpipe.configs.schema.section import Section, is_none
 from kdpipe.configs.schema.teacher import OWN_MODEL, MeanStd, Precision, TeacherView
@@ -41,15 +48,58 @@ class Distill(Section):
     """Temperature T of both softmaxes, the teacher's and the student's."""
     alpha: float = Field(0.7, ge=0, le=1)
     """Weight of the soft targets in the loss; the labels have the rest."""
-    loss: Literal["kl"] | Annotated[str, Field(pattern=OWN_MODEL)] = Field("kl", exclude_if=lambda loss: loss == "kl")
-    """Loss of the soft targets: `kl`, or a function of your own, as `package.module:name`, in place of `T² * KL`."""
+    loss: Literal["kl", "dice", "jaccard"] | Annotated[str, Field(pattern=OWN_MODEL)] | dict[str, Weight] = Field(
+        "kl", exclude_if=lambda loss: loss == "kl"
+    )
+    """`kl`, `dice` or `jaccard`, weights of them such as `{kl: 1.0, dice: 1.0}`, or a function of your own, as `package.module:name`."""
+    targets: Literal["soft", "hard"] = Field("soft", exclude_if=lambda targets: targets == "soft")
+    """What is learnt: the teacher's probabilities, or its most likely class alone (`hard`, pseudo-labels)."""
+    trust: Trust = Field("none", exclude_if=lambda trust: trust == "none")
+    """Weighs each pixel's soft loss by the teacher's `confidence` or `entropy`, or leaves out those below a `threshold`."""
+    trust_threshold: float = Field(0.95, gt=0, le=1, exclude_if=lambda threshold: threshold == 0.95)
+    """The least probability of the most likely class with `trust: threshold`."""
+    class_trust: Literal["auto"] | dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None, exclude_if=is_none
+    )
+    """Weights of the soft loss by the teacher's class, in 0..1, such as `{Forest: 0.5}`. `auto`: its precision by the masks."""
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _kl_or_own(cls, value: Any) -> Any:
-        if value != "kl" and not (isinstance(value, str) and re.fullmatch(OWN_MODEL, value)):
-            raise ValueError(f"expected kl, or a function of your own as package.module:name, found {value!r}")
+    def _known_or_own(cls, value: Any) -> Any:
+        refuse_other_soft_losses(value)
         return value
+
+    @field_validator("class_trust", mode="before")
+    @classmethod
+    def _auto_or_shares(cls, value: Any) -> Any:
+        refuse_other_weights(value, least=0, most=1)
+        return value
+
+    @property
+    def own_loss(self) -> str | None:
+        """`loss` where it names a function of the user's own."""
+        return self.loss if isinstance(self.loss, str) and self.loss not in SOFT_LOSSES else None
+
+    @property
+    def soft_losses(self) -> dict[str, float]:
+        """The losses of the soft targets and their weights; empty with a loss of the user's own."""
+        if isinstance(self.loss, dict):
+            return self.loss
+        return {} if self.own_loss else {self.loss: 1.0}
+
+    @model_validator(mode="after")
+    def _check(self) -> Distill:
+        if self.targets == "hard" and self.temperature != 1:
+            raise ValueError(
+                f"targets: hard are one class for each pixel, which no temperature softens, and temperature is {self.temperature:g}: set "
+                "it to 1"
+            )
+        if self.own_loss and (self.trust != "none" or self.class_trust is not None):
+            raise ValueError(
+                f"trust and class_trust weigh the pixels of kl, dice and jaccard, and loss is {self.own_loss}: weigh them in it, or leave "
+                "them out"
+            )
+        return self
 
 
 class Student(Section):

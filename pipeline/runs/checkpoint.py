@@ -83,6 +83,7 @@ class Record(BaseModel):
     image_colours: list[str] | None = None
     colours: list[str] | None = None  # of `data.bands` alone, in a checkpoint of an earlier version
     class_weights: dict[str, FiniteFloat] | None = None
+    class_trust: dict[str, FiniteFloat] | None = None
     own_loss: OwnLoss | None = None
     transformers: str | None = None  # the network of `student.pretrained`: `TransformersStudent.description`
     source_sha256: str | None = None  # of the file that defines `student.model`

@@ -54,7 +54,7 @@ class Run(_Record):
 
     `wall_seconds` is the time from start to now over all resumes, `seconds_per_step` the median step since its last start, and
     `stage_one_seconds` the wall time of the cache's stage one; None where it is not known. `class_weights` are those that
-    `train.class_weights` gave or had counted, by class.
+    `train.class_weights` gave or had counted, by class, and `class_trust` those of `distill.class_trust`.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Run(_Record):
     seconds_per_step: float | None = None
     stage_one_seconds: float | None = None
     class_weights: dict[str, float] | None = Field(None, exclude_if=is_none)
+    class_trust: dict[str, float] | None = Field(None, exclude_if=is_none)
     own_loss: OwnLoss | None = Field(None, exclude_if=is_none)
 
 

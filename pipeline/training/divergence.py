@@ -37,7 +37,7 @@ def refuse_divergence(
             f"{found}: the soft targets of this batch are not finite, which no setting can fix; "
             "run `kdpipe verify-cache --level full`"
         )
-    if config.distill.loss != "kl" and math.isfinite(hard) and not math.isfinite(soft):
+    if config.distill.own_loss and math.isfinite(hard) and not math.isfinite(soft):
         raise TrainingDiverged(
             f"{found}: {config.distill.loss} (distill.loss) returned {soft}, while the loss of the labels is finite; look in it for "
             "divisions by zero and logarithms of zero"
@@ -79,6 +79,6 @@ def _advice(config: Config, precision: Precision) -> list[str]:
         advice.append(f"train.clip_norm: 1.0 (now {'none' if train.clip_norm is None else f'{train.clip_norm:g}'})")
     if precision != "fp32":
         advice.append(f"train.precision: fp32 (now {precision})")
-    if config.distill.mode != "none" and config.distill.loss == "kl" and config.distill.temperature > 4:
+    if config.distill.mode != "none" and "kl" in config.distill.soft_losses and config.distill.temperature > 4:
         advice.append(f"distill.temperature: 2 (now {config.distill.temperature:g}, squared in the loss)")
     return advice

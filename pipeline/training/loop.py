@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +23,29 @@ from torch import Tensor, nn
 
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import Interrupted
-from kdpipe.configs.schema import Config, DistillMode
+from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.pipeline.distributed import Alone, any_rank, computed_precision
 from kdpipe.pipeline.evaluation.confusion import Scores
 from kdpipe.pipeline.losses import LossTerms, mean_terms
 from kdpipe.pipeline.memory import fits_in_memory, training_advice
 from kdpipe.pipeline.models.normalize import student_inputs
+from kdpipe.pipeline.precompute.worth import worth_of_run
 from kdpipe.pipeline.progress import Progress, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position
 from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, paces_of_other_modes, write_run
 from kdpipe.pipeline.training.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.training.loaders import OnlineTargets, end_workers, unpacked
-from kdpipe.pipeline.training.logs import Logs
+from kdpipe.pipeline.training.logs import BoardPictures, Logs
 from kdpipe.pipeline.training.objective import Objective
+from kdpipe.pipeline.training.summary import Summary
 from kdpipe.pipeline.training.targets import Targets
-from kdpipe.pipeline.training.tensorboard import BoardPictures
 from kdpipe.pipeline.training.validation import batch_size_text, validate
-from kdpipe.pipeline.training.worth import Worth, worth_of_run
 from kdpipe.pipeline.versions import library_versions
 
 NOTHING_DONE = "stopped before a step was made; run the same command again"
 WARM_UP_STEPS = 3  # left out of the time per step: allocations, kernel choices, workers starting
-
-
-@dataclass
-class Summary:
-    """
-    Result of a run of stage two; scores in 0..1.
-
-    `wall_seconds` is the time of the whole run over all its resumes, `seconds_per_step` the median step since the last start, without
-    warm-up, data loading included (None for a run too short to tell), `teacher_seconds_per_step` the live teacher's mean share of it
-    (None without one), and `other_modes` the seconds per step of runs of the same config in other modes, by name. `worth` says what the
-    cache saved (None where the cost of stage one is not recorded), `cache_bytes` the size of the cache, `limit` is `data.limit`.
-    """
-
-    name: str
-    mode: DistillMode
-    weights: str
-    logs: str
-    steps: int = 0
-    epochs: float = 0.0
-    best_miou: float | None = None
-    best_step: int | None = None
-    final: dict[str, Any] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    wall_seconds: float = 0.0
-    seconds_per_step: float | None = None
-    teacher_seconds_per_step: float | None = None
-    other_modes: dict[str, float] = field(default_factory=dict)
-    fingerprint: str | None = None
-    worth: Worth | None = None
-    cache_bytes: int = 0
-    limit: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "worth": self.worth.as_dict() if self.worth else None}
 
 
 @dataclass(frozen=True)
@@ -376,6 +341,7 @@ class Loop:
             seconds_per_step=position.seconds_per_step,
             stage_one_seconds=targets.costs.seconds if targets.costs else None,
             class_weights=self.learner.objective.class_weights,
+            class_trust=self.learner.objective.class_trust,
             own_loss=self.learner.objective.own_loss,
         )
         write_run(self.folder, run)

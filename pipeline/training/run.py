@@ -19,7 +19,7 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import folder_lock
 from kdpipe.configs.errors import ConfigError, DataError, NoLocks
 from kdpipe.configs.schema import Config, DistillMode
-from kdpipe.data.dataset import ValTiles
+from kdpipe.data.dataset import TrainTiles, ValTiles
 from kdpipe.data.declared.scene import colours_of
 from kdpipe.data.rasters import Stretch, image_size
 from kdpipe.data.stretch import resolve_stretch
@@ -42,11 +42,12 @@ from kdpipe.pipeline.runs.checkpoint import Position, Recorded
 from kdpipe.pipeline.runs.trained_on import changes_since, note_tiles, write_tiles
 from kdpipe.pipeline.training.batch_size import resolve_batch_size
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in, train_loader, val_loader
-from kdpipe.pipeline.training.loop import NOTHING_DONE, Batches, Learner, Loop, Summary
-from kdpipe.pipeline.training.objective import Objective, changed_loss_note, class_weights_of
+from kdpipe.pipeline.training.logs import BoardPictures
+from kdpipe.pipeline.training.loop import NOTHING_DONE, Batches, Learner, Loop
+from kdpipe.pipeline.training.objective import Objective, changed_loss_note, class_trust_of, class_weights_of
 from kdpipe.pipeline.training.optimizer import make_optimizer
+from kdpipe.pipeline.training.summary import Summary
 from kdpipe.pipeline.training.targets import Targets, open_targets, training_samples
-from kdpipe.pipeline.training.tensorboard import BoardPictures
 
 LEAVING_SECONDS = 3.0  # for the other processes of a run to end by themselves, as they do where all were stopped
 
@@ -165,7 +166,9 @@ def _loop_on(
     if recorded and (note := checkpoint.source_note(recorded.record, config, folder / layout.LAST)):
         progress.say(note)
     config = resolve_batch_size(config, device, progress, recorded.config if recorded else None)
-    objective = _objective(config, fabric, tiles, progress, recorded)
+    # A copy of the source, so that a live teacher's time for other than training is not counted as training time.
+    shown = training_samples(config, tiles, stretch, copy(targets.source))
+    objective = _objective(config, fabric, tiles, shown, progress, recorded)
     learner = _build_learner(config, fabric, device, val_tiles, objective, progress, recorded)
     position = Position()
     if resume:
@@ -177,8 +180,6 @@ def _loop_on(
 
     validation = ValTiles(val_tiles, config, stretch)
     batches = _load_batches(config, fabric, tiles, validation, stretch, targets, position.batches)
-    # A copy of the source, so that a live teacher's time for pictures is not counted as training time.
-    shown = training_samples(config, tiles, stretch, copy(targets.source))
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
     if fabric.is_global_zero:
         noted = note_tiles({"train": tiles, "val": val_tiles})
@@ -228,14 +229,20 @@ def _validation_tiles(config: Config) -> list[Tile]:
 
 
 def _objective(
-    config: Config, fabric: Fabric, tiles: list[Tile], progress: Progress, recorded: Recorded | None
+    config: Config,
+    fabric: Fabric,
+    tiles: list[Tile],
+    samples: TrainTiles,
+    progress: Progress,
+    recorded: Recorded | None,
 ) -> Objective:
-    """The loss of a run, with the class weights that it was begun with, if it resumes; the first process counts them for all."""
+    """The loss of a run, with the weights of classes that it was begun with, if it resumes; the first process counts them for all."""
     before = recorded.record if recorded else None
-    weights = None
+    weights = trust = None
     if fabric.is_global_zero:
         weights = class_weights_of(config, tiles, before.class_weights if before else None, progress)
-    objective = Objective(config, fabric.device, fabric.broadcast(weights))
+        trust = class_trust_of(config, samples, before.class_trust if before else None, progress)
+    objective = Objective(config, fabric.device, fabric.broadcast(weights), fabric.broadcast(trust))
     if note := changed_loss_note(before, objective.own_loss):
         progress.say(note)
     return objective

@@ -17,7 +17,16 @@ from kdpipe.pipeline.losses import distillation_loss
 from kdpipe.pipeline.training import run as training
 from kdpipe.pipeline.training.loop import Loop
 
-SUMS = ("labelled", "one rank without labels", "no labels", "padded", "with auxiliary head", "weighted", "other losses")
+SUMS = (
+    "labelled",
+    "one rank without labels",
+    "no labels",
+    "padded",
+    "with auxiliary head",
+    "weighted",
+    "other losses",
+    "soft regions",
+)
 MEANS = ("means", "means with one rank without labels", "means with one rank without data")  # over the ranks
 CASES = SUMS + MEANS
 SIDE, CLASSES = 24, 6
@@ -32,6 +41,7 @@ def squared(logits, targets, counts):
 LOSSES = {
     "weighted": {"labelled_loss": {"ce": 1.0, "focal": 2.0}, "class_weights_C": WEIGHTS},
     "other losses": {"labelled_loss": {"focal": 3.0, "jaccard": 1.0, "tversky": 0.5}},
+    "soft regions": {"soft_losses": {"kl": 1.0, "dice": 2.0, "jaccard": 0.5}},
 } | {name: {"labelled_loss": {"lovasz": 1.0}, "own_loss": squared} for name in MEANS}
 
 

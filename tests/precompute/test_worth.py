@@ -17,13 +17,13 @@ from kdpipe.pipeline import dry_run
 from kdpipe.pipeline.dry_run import estimate
 from kdpipe.pipeline.precompute.costs import costs_file, read_costs
 from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.precompute.worth import Worth
 from kdpipe.pipeline.reports.terminal.stage_one import estimate_text, precompute_text, worth_lines
 from kdpipe.pipeline.reports.terminal.training import training_tables
 from kdpipe.pipeline.runs.record import paces_of_other_modes
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
 from kdpipe.pipeline.training.loaders import steps_in
 from kdpipe.pipeline.training.run import train, with_mode
-from kdpipe.pipeline.training.worth import Worth
 
 CPU = torch.device("cpu")
 

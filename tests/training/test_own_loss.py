@@ -202,7 +202,8 @@ def test_trial_steps_take_the_loss_of_the_run(own, tmp_path):
 @pytest.mark.parametrize("given", ["mse", "my.losses", "my_losses:", "my-losses:mse", ""])
 def test_what_names_no_loss_is_refused(make_config, given):
     with pytest.raises(
-        ConfigError, match=r"distill\.loss: expected kl, or a function of your own as package\.module:name, found "
+        ConfigError,
+        match=r"distill\.loss: expected kl, dice, jaccard, weights of them .*, or a function of your own as package\.module:name, found",
     ):
         make_config(distill__loss=given)
 

@@ -11,7 +11,7 @@ from kdpipe.pipeline.text import duration_text, limit_text, pace_text, percent_t
 if TYPE_CHECKING:
     from kdpipe.pipeline.dry_run import Estimate
     from kdpipe.pipeline.precompute.plan import Summary
-    from kdpipe.pipeline.training.worth import Worth
+    from kdpipe.pipeline.precompute.worth import Worth
 
 
 def estimate_text(forecast: Estimate) -> str:

@@ -17,7 +17,7 @@ from kdpipe.pipeline.runs.curves import Curve
 from kdpipe.pipeline.text import pace_text, percent_text, run_time_text, stage_one_time_text, step_time_text
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.training.loop import Summary
+    from kdpipe.pipeline.training.summary import Summary
 
 TITLES = {
     "train_loss": "train loss",

@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdpipe.data.dataset import TrainTiles, ValTiles
 from kdpipe.data.recorded_views import RecordedViews
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.training import tensorboard
+from kdpipe.pipeline.training import logs
 from kdpipe.pipeline.training.loaders import OnlineTargets
+from kdpipe.pipeline.training.logs import BoardPictures
 from kdpipe.pipeline.training.run import train
 from kdpipe.pipeline.training.targets import open_fresh_cache
-from kdpipe.pipeline.training.tensorboard import BoardPictures
 
 CPU = torch.device("cpu")
 # Okabe and Ito's, as of https://jfly.uni-koeln.de/color/, from black to vermillion and reddish purple.
@@ -138,7 +138,7 @@ def test_the_soft_target_of_a_recorded_view_is_shown(make_config):
 
 
 def test_pictures_are_the_middle_of_large_crops(make_config, monkeypatch):
-    monkeypatch.setattr(tensorboard, "SIDE_PX", 20)
+    monkeypatch.setattr(logs, "SIDE_PX", 20)
     writer, dataset, val = shown(make_config(), SoftTargets())
     for number, tiles in ((0, dataset.tiles), (0, val)):
         assert writer.pictures[f"{tiles[number].id.replace('/', ' ')}/1 image"][1].shape == (20, 20, 3)
