@@ -203,6 +203,8 @@ class Train(Section):
     """Probability that the colours of a crop are changed, those of `data.visible`. Other bands stay as they are."""
     accumulate: int = Field(1, ge=1)
     """Batches per optimizer step."""
+    average: Literal["mean", "ema"] | None = Field(None, exclude_if=is_none)
+    """Average the weights of the steps: `mean` of the last quarter, or `ema`, which forgets older ones. Scores and exports are of it."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient. Null does not clip."""
     precision: Precision = "auto"

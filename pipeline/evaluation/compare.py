@@ -17,8 +17,8 @@ import numpy as np
 from scipy import special
 
 from kdpipe.configs.errors import DataError, summarise
-from kdpipe.pipeline.runs.checkpoint import flat_keys
 from kdpipe.pipeline.runs.record import Run, Validation
+from kdpipe.pipeline.runs.resumable import flat_keys
 
 CONFIDENCE = 0.95
 MEAN = "mean"  # names the mIoU among the classes' IoU

@@ -100,7 +100,8 @@ def unwrapped(
     content: Mapping[str, Any], origin: str = "the file", choice: Choice | None = None, key: str = "teacher"
 ) -> Weights:
     """
-    The network in the content of a file; `choice` None takes the raw weights where there are any, else the averaged ones.
+    The network in the content of a file; `choice` None takes the raw weights where there are any, else the averaged ones, and of a
+    student that kdpipe trained the averaged ones first.
 
     Where no network is found, its tensors are those under `state_dict` or the like, without the prefixes that all names share. Raises
     `CheckpointError` where the file lacks the chosen weights, and where it holds several networks.
@@ -109,6 +110,8 @@ def unwrapped(
     if not places and choice is None:
         return _without_shared_prefixes(content)
     raw, averaged = ([place for place in places if place.averaged == value] for value in (False, True))
+    if choice is None and "kdpipe" in content:  # a student's checkpoint, which predicts with the average
+        choice = "ema" if averaged else None
     wanted = averaged if choice == "ema" else raw if choice == "raw" or raw else averaged
     if not wanted:
         there = f"only {summarise(map(str, places))}" if places else "and no network that kdpipe recognises"

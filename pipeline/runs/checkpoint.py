@@ -25,20 +25,11 @@ from kdpipe.pipeline.models.student import STUDENT_PREFIX, untrained_student
 from kdpipe.pipeline.models.weights import load_strictly, read_checkpoint
 from kdpipe.pipeline.runs.layout import BEST
 from kdpipe.pipeline.runs.record import OwnLoss
+from kdpipe.pipeline.runs.resumable import changed_keys
 from kdpipe.pipeline.runs.trust import require_trust
 
 FORMAT = 1
 MAX_MISSING = 2**24  # numbers beyond twice those stored, of a network that is built only to say what does not fit
-# Keys that may differ when a run is resumed: they change how long it trains or where its data lie, not what is computed.
-RESUMABLE_KEYS = (
-    "train.epochs",
-    "train.max_steps",
-    "train.workers",
-    "train.effective_batch_size",  # the product of two keys that must not differ
-    "train.val_batch_size",
-    "train.checkpoint_every_steps",
-    "cache.path",
-)
 
 
 @dataclass(frozen=True)
@@ -89,8 +80,31 @@ class Record(BaseModel):
     source_sha256: str | None = None  # of the file that defines `student.model`
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """Averaged weights of a student by name, of `steps` steps from number `first` on, with the statistics of its batch norms."""
+
+    state: Mapping[str, Tensor]
+    steps: int
+    first: int
+
+
+class Averaging(BaseModel):
+    """What a checkpoint says of its averaged weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n_averaged: Annotated[int, Field(ge=1)]
+    first: Annotated[int, Field(ge=1)]
+
+
 class Header(BaseModel):
-    """A student's checkpoint without the state of its optimizer, whose form torch decides."""
+    """
+    A student's checkpoint without the state of its optimizer, whose form torch decides.
+
+    `state_dict` is what the student predicts with. Where that is an average, `current_model_state` is what training goes on from, as
+    Lightning's `WeightAveraging` names it.
+    """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -98,11 +112,28 @@ class Header(BaseModel):
     kdpipe: Record
     position: Position
     state_dict: dict[str, Tensor]
+    current_model_state: dict[str, Tensor] | None = None
+    averaging_state: Averaging | None = None
 
     @property
     def student(self) -> dict[str, Tensor]:
-        """The student's tensors by their names in the network."""
-        return {name.removeprefix(STUDENT_PREFIX): value for name, value in self.state_dict.items()}
+        """The tensors that the student predicts with, by their names in the network."""
+        return _own_names(self.state_dict)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that training goes on from."""
+        return self.student if self.current_model_state is None else _own_names(self.current_model_state)
+
+    @property
+    def averaged(self) -> Averaged | None:
+        """The averaged weights, where there are any."""
+        found = self.averaging_state
+        return Averaged(self.student, found.n_averaged, found.first) if found else None
+
+
+def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(STUDENT_PREFIX): value for name, value in state.items()}
 
 
 def is_of_a_student(content: Mapping[str, Any]) -> bool:
@@ -139,20 +170,34 @@ def save(
     precision_state: Mapping[str, Any],
     position: Position,
     record: Mapping[str, Any],
+    averaged: Averaged | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all; `record` describes the run: config, mode, fingerprint, stretch, colours, libraries."""
+    trained = _prefixed(student.state_dict())
+    averages = {}
+    if averaged is not None:
+        averages = {
+            "state_dict": _prefixed(averaged.state),
+            "current_model_state": trained,
+            "averaging_state": {"n_averaged": averaged.steps, "first": averaged.first},
+        }
     content = {
         "format": FORMAT,
         "kdpipe": dict(record),
         "position": asdict(position),
-        "state_dict": {STUDENT_PREFIX + name: value for name, value in student.state_dict().items()},
+        "state_dict": trained,
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "precision": dict(precision_state),
+        **averages,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         torch.save(content, file)
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {STUDENT_PREFIX + name: value for name, value in state.items()}
 
 
 def network_record(student: nn.Module, config: Config) -> dict[str, str]:
@@ -203,9 +248,9 @@ def restore(
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> tuple[Position, dict[str, Any]]:
+) -> tuple[Position, dict[str, Any], Averaged | None]:
     """
-    Load a checkpoint into a student, its optimizer and scheduler; returns the position and the precision plugin's state.
+    Load a checkpoint into a student, its optimizer and scheduler; returns the position, the precision plugin's state and the average.
 
     Raises `ConfigError` where the configuration differs in more than `RESUMABLE_KEYS`, `StaleCache` where the cache has another
     fingerprint, `CheckpointError` where the file is not a whole checkpoint of `train-student`.
@@ -223,11 +268,11 @@ def restore(
             f"{path} was trained from the cache with fingerprint {header.kdpipe.fingerprint}, the cache now has {fingerprint}; "
             "restore that cache, or start a new run under another name"
         )
-    load_strictly(student, header.student, origin=str(path))
+    load_strictly(student, header.trained, origin=str(path))
     with readable(path, "cannot be resumed from, as the state of its optimizer is damaged"):
         optimizer.load_state_dict(content["optimizer"])
         scheduler.load_state_dict(content["scheduler"])
-        return header.position, dict(content["precision"])
+        return header.position, dict(content["precision"]), header.averaged
 
 
 @dataclass(frozen=True)
@@ -344,23 +389,3 @@ def _content(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint that `kdpipe train-student` can resume (format {reprlib.repr(content.get('format'))})"
         )
     return content
-
-
-def changed_keys(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """`key: was a, is b` for every dotted key in which two resolved configurations differ, `RESUMABLE_KEYS` excepted."""
-    before, after = flat_keys(recorded), flat_keys(current)
-    return [
-        f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if key not in RESUMABLE_KEYS and before.get(key) != after.get(key)
-    ]
-
-
-def flat_keys(content: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping flattened to dotted keys: `{"train": {"lr": 1}}` becomes `{"train.lr": 1}`."""
-    if not isinstance(content, Mapping) or not content:
-        return {prefix: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -22,13 +22,18 @@ class _Record(BaseModel):
 
 
 class Validation(_Record):
-    """Scores in 0..1 (None where no label is scored) after `steps` steps that took `seconds`, validation not included."""
+    """
+    Scores in 0..1 (None where no label is scored) after `steps` steps that took `seconds`, validation not included.
+
+    Where the weights are averaged, the scores are those of the average, and `raw_miou` is that of the weights themselves.
+    """
 
     steps: int
     seconds: float
     miou: float | None
     overall_accuracy: float | None
     iou: dict[str, float | None]
+    raw_miou: float | None = Field(None, exclude_if=is_none)
 
 
 class CacheUsed(_Record):

@@ -33,8 +33,9 @@ from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.precompute.worth import worth_of_run
 from kdpipe.pipeline.progress import Progress, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
-from kdpipe.pipeline.runs.checkpoint import Position
+from kdpipe.pipeline.runs.checkpoint import Averaged, Position
 from kdpipe.pipeline.runs.record import CacheUsed, Run, Validation, paces_of_other_modes, write_run
+from kdpipe.pipeline.training.averaging import WeightAverage
 from kdpipe.pipeline.training.divergence import growth_hint, refuse_divergence
 from kdpipe.pipeline.training.loaders import OnlineTargets, end_workers, unpacked
 from kdpipe.pipeline.training.logs import BoardPictures, Logs
@@ -59,6 +60,7 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     model: Any
     wrapped_optimizer: Any
+    average: WeightAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class Loop:
             # This check makes the CPU wait for the GPU, so it comes after the update. Nothing is saved in between, so diverged
             # weights never reach a checkpoint.
             refuse_divergence(terms, target, self.position.steps + 1, config, self._precision, self.folder)
+            if last and learner.average is not None:
+                learner.average.update(learner.student, self.position.steps + 1)
         self._accumulated.append(terms)
         self.position = replace(self.position, batches=self.position.batches + 1)
         if not last:
@@ -262,19 +266,28 @@ class Loop:
     def _validate(self) -> None:
         # Not through the DDP wrapper: it hangs unless all ranks validate the same number of batches.
         learner = self.learner
-        model = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
+        raw = learner.model if self.config.train.devices == 1 else Alone(learner.student, learner.fabric)
+        has_average = self._averaged() is not None
+        model = learner.average.model if learner.average and has_average else raw
         if self.batches.val is not None:
             # The run is saved, so a stop need not wait for the scores: a resumed run validates first.
             with self._stops_at_once(self._stopped_text()):
-                found = validate(model, self.batches.val, self.config, self.device, self._stop)
-            if found is None:
-                raise Interrupted(self._stopped_text())
-            self._note(found)
+                found, without_average = self._scores(model), self._scores(raw) if has_average else None
+            self._note(found, without_average)
         # After the scores, because the CSV logger warns if TensorBoard's file is in the folder before its own.
         if learner.fabric.is_global_zero:
             self._pictures.show(self.logs.tensorboard, model, self.device, self.position.steps)
 
-    def _note(self, scores: Scores) -> None:
+    def _scores(self, model: Any) -> Scores:
+        found = validate(model, self.batches.val, self.config, self.device, self._stop)
+        if found is None:
+            raise Interrupted(self._stopped_text())
+        return found
+
+    def _averaged(self) -> Averaged | None:
+        return self.learner.average.state() if self.learner.average else None
+
+    def _note(self, scores: Scores, raw: Scores | None) -> None:
         """Record a validation in `run.json` and the logs, and save the weights if they are the best so far."""
         figures = {"miou": scores.miou, "overall_accuracy": scores.overall_accuracy}
         found = Validation(
@@ -282,6 +295,7 @@ class Loop:
             seconds=self.position.seconds,
             **{name: None if math.isnan(value) else value for name, value in figures.items()},
             iou=scores.iou,
+            raw_miou=None if raw is None or math.isnan(raw.miou) else raw.miou,
         )
         earlier = [past for past in self.position.history if past["steps"] < found.steps]
         self.position = replace(self.position, history=(*earlier, found.model_dump()))
@@ -290,10 +304,15 @@ class Loop:
             self.position = replace(self.position, best_miou=scores.miou, best_step=self.position.steps)
             self._save(layout.BEST)
         logged = {"val_mIoU": scores.miou, "val_F1": scores.mean_f1, "val_OA": scores.overall_accuracy}
-        self._log(logged | {f"val_IoU/{name}": value for name, value in scores.iou.items() if value is not None})
+        self._log(
+            logged
+            | {f"val_IoU/{name}": value for name, value in scores.iou.items() if value is not None}
+            | ({"val_mIoU_raw": raw.miou} if raw else {})
+        )
         self.summary.final = asdict(scores)
         left_out = "".join(f"; {name} {reason}" for name, reason in scores.left_out.items())
-        self._progress.say(f"step {self.position.steps}: val mIoU {100 * scores.miou:.2f}{left_out}")
+        averaged = f" with averaged weights, {100 * raw.miou:.2f} without" if raw else ""
+        self._progress.say(f"step {self.position.steps}: val mIoU {100 * scores.miou:.2f}{averaged}{left_out}")
 
     def _log(self, figures: dict[str, float]) -> None:
         epoch = (self.position.batches - 1) // self.batches.per_epoch
@@ -307,11 +326,12 @@ class Loop:
 
     def _save(self, name: str) -> None:
         self._take_times()
-        learner = self.learner
+        learner, averaged = self.learner, self._averaged()
         if learner.fabric.is_global_zero:
             precision = learner.fabric.strategy.precision.state_dict()
             checkpoint.save(
-                self.folder / name, learner.student, learner.optimizer, learner.scheduler, precision, self.position, self._record
+                self.folder / name, learner.student, learner.optimizer, learner.scheduler, precision, self.position, self._record,
+                averaged,
             )  # fmt: skip
         learner.fabric.barrier()  # no rank looks for a checkpoint that the first one is still writing
 

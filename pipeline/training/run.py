@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.runs import checkpoint, layout
 from kdpipe.pipeline.runs.checkpoint import Position, Recorded
 from kdpipe.pipeline.runs.trained_on import changes_since, note_tiles, write_tiles
+from kdpipe.pipeline.training.averaging import WeightAverage
 from kdpipe.pipeline.training.batch_size import resolve_batch_size
 from kdpipe.pipeline.training.loaders import batches_per_epoch, steps_in, train_loader, val_loader
 from kdpipe.pipeline.training.logs import BoardPictures
@@ -170,9 +172,9 @@ def _loop_on(
     shown = training_samples(config, tiles, stretch, copy(targets.source))
     objective = _objective(config, fabric, tiles, shown, progress, recorded)
     learner = _build_learner(config, fabric, device, val_tiles, objective, progress, recorded)
-    position = Position()
+    position, averaged = Position(), None
     if resume:
-        position, precision_state = checkpoint.restore(
+        position, precision_state, averaged = checkpoint.restore(
             folder / layout.LAST, config, targets.fingerprint, learner.student, learner.optimizer, learner.scheduler
         )
         fabric.strategy.precision.load_state_dict(precision_state)
@@ -180,6 +182,12 @@ def _loop_on(
 
     validation = ValTiles(val_tiles, config, stretch)
     batches = _load_batches(config, fabric, tiles, validation, stretch, targets, position.batches)
+    if config.train.average is not None:
+        images = training_samples(config, tiles, stretch, None)
+        average = WeightAverage(learner.student, config, images, batches.total_steps, device, fabric)
+        if note := average.restore(averaged):
+            progress.say(note)
+        learner = replace(learner, average=average)
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
     if fabric.is_global_zero:
         noted = note_tiles({"train": tiles, "val": val_tiles})

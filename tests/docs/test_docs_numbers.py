@@ -10,7 +10,7 @@ from kdpipe.pipeline.prediction import export, maps
 from kdpipe.pipeline.reports.html import run as report
 from kdpipe.pipeline.reports.html import tiles
 from kdpipe.pipeline.reports.terminal import training as curves
-from kdpipe.pipeline.runs import checkpoint
+from kdpipe.pipeline.runs import resumable
 from kdpipe.pipeline.training import tensorboard
 
 TEACHER_SNIPPETS = [block.text for block in blocks("docs/teachers.md") if block.language == "yaml"]
@@ -51,7 +51,7 @@ def test_numbers_curves_and_keys_of_training():
     assert f"up to {2 * curves.LARGEST_WIDTH + curves.GAP} characters (set `COLUMNS`" in page
     assert tensorboard.PICTURES_A_RUN == 10
     assert tensorboard.TRAIN_SHOWN + tensorboard.VAL_SHOWN == 5
-    assert ", ".join(f"`{key}`" for key in checkpoint.RESUMABLE_KEYS) in page
+    assert ", ".join(f"`{key}`" for key in resumable.RESUMABLE_KEYS) in page
     for title in curves.TITLES.values():
         assert title.replace("train loss", "training loss") in page, title
 

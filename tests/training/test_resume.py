@@ -23,9 +23,9 @@ from lightning.fabric import Fabric
 from kdpipe.configs.errors import ConfigError, IncompleteCache, Interrupted, StaleCache
 from kdpipe.pipeline.models.student import build_student
 from kdpipe.pipeline.progress import Silent
-from kdpipe.pipeline.runs.checkpoint import changed_keys
 from kdpipe.pipeline.runs.curves import read_curves
 from kdpipe.pipeline.runs.record import read_run
+from kdpipe.pipeline.runs.resumable import changed_keys
 from kdpipe.pipeline.training import run
 from kdpipe.pipeline.training.run import train
 
