@@ -53,7 +53,7 @@ class Distill(Section):
     )
     """`kl`, `dice` or `jaccard`, weights of them such as `{kl: 1.0, dice: 1.0}`, or a function of your own, as `package.module:name`."""
     targets: Literal["soft", "hard"] = Field("soft", exclude_if=lambda targets: targets == "soft")
-    """What is learnt: the teacher's probabilities, or its most likely class alone (`hard`, pseudo-labels)."""
+    """What is learnt: the teacher's probabilities, or its most likely class alone (`hard`, pseudo-labels), at `temperature` 1."""
     trust: Trust = Field("none", exclude_if=lambda trust: trust == "none")
     """Weighs each pixel's soft loss by the teacher's `confidence` or `entropy`, or leaves out those below a `threshold`."""
     trust_threshold: float = Field(0.95, gt=0, le=1, exclude_if=lambda threshold: threshold == 0.95)
@@ -89,11 +89,6 @@ class Distill(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Distill:
-        if self.targets == "hard" and self.temperature != 1:
-            raise ValueError(
-                f"targets: hard are one class for each pixel, which no temperature softens, and temperature is {self.temperature:g}: set "
-                "it to 1"
-            )
         if self.own_loss and (self.trust != "none" or self.class_trust is not None):
             raise ValueError(
                 f"trust and class_trust weigh the pixels of kl, dice and jaccard, and loss is {self.own_loss}: weigh them in it, or leave "

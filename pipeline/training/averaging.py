@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.fabric import Fabric
@@ -82,12 +82,12 @@ class WeightAverage:
         self._averaged.n_averaged.fill_(averaged.steps)
         return None
 
-    def _add(self, averages: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+    def _add(self, averages: Sequence[Tensor], weights: Sequence[Tensor], steps: Tensor | int) -> None:
         done = int(steps)
         share = 1 / (done + 1)
         if self._config.train.average == "ema":
             share = 1 - min(MOST_DECAY, (1 + done) / (RISE + done))
-        torch._foreach_lerp_(averages, weights, share)
+        torch._foreach_lerp_(list(averages), list(weights), share)
 
     def _batches(self) -> Iterator[Tensor]:
         size = self._config.train.batch_size

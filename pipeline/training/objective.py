@@ -63,14 +63,15 @@ class Objective:
         """The terms of a batch from a student's `output`, logits or a pair of them and its auxiliary head's (see `distillation_loss`)."""
         logits_NCHW, auxiliary_NCHW = output if isinstance(output, tuple) else (output, None)
         config, distill, trust_NHW = self._config, self._config.distill, None
+        temperature = distill.temperature
         if targets_NCHW is not None:
             trust_NHW = trust_in(
                 targets_NCHW, distill.temperature, distill.trust, distill.trust_threshold, self._class_trust_C
             )
-            if distill.targets == "hard":  # of which rounding took no entropy
-                targets_NCHW, entropy_error_N = hardened(targets_NCHW), None
+            if distill.targets == "hard":  # which no temperature softens, and of which rounding took no entropy
+                targets_NCHW, entropy_error_N, temperature = hardened(targets_NCHW), None, 1.0
         return distillation_loss(
-            logits_NCHW, mask_NHW, inside_NHW, targets_NCHW, entropy_error_N, alpha=distill.alpha, temperature=distill.temperature,
+            logits_NCHW, mask_NHW, inside_NHW, targets_NCHW, entropy_error_N, alpha=distill.alpha, temperature=temperature,
             ignore_index=config.classes.ignore_index, auxiliary_NCHW=auxiliary_NCHW, labelled_loss=config.train.labelled_loss,
             class_weights_C=self._weights_C, soft_losses=distill.soft_losses, trust_NHW=trust_NHW, own_loss=self._function,
         )  # fmt: skip

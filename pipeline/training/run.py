@@ -185,8 +185,8 @@ def _loop_on(
     if config.train.average is not None:
         images = training_samples(config, tiles, stretch, None)
         average = WeightAverage(learner.student, config, images, batches.total_steps, device, fabric)
-        if note := average.restore(averaged):
-            progress.say(note)
+        if anew := average.restore(averaged):
+            progress.say(anew)
         learner = replace(learner, average=average)
     pictures = BoardPictures(config, shown, validation, batches.total_steps)
     if fabric.is_global_zero:

@@ -195,6 +195,8 @@ def test_the_configuration_chooses_the_loss(make_config, six):
     assert terms_of(make_config(**at_one, distill__targets="hard"), six, torch.ones(N)) == pytest.approx(
         kl(hardened(targets)), rel=1e-6
     )
+    at_two = make_config(distill__temperature=2.0, distill__alpha=1.0, distill__targets="hard")
+    assert terms_of(at_two, six) == pytest.approx(kl(hardened(targets)), rel=1e-6)
     both = soft_region_losses(logits, targets, inside, 1.0, {"dice": 2.0, "jaccard": 1.0}).item()
     found = terms_of(make_config(**at_one, distill__loss={"dice": 2, "jaccard": 1}), six)
     assert found == pytest.approx(both, rel=1e-6)
@@ -250,7 +252,7 @@ def test_auto_trust_is_the_precision_of_the_cached_targets(make_config, cached, 
         ("loss", {}, r"distill\.loss: needs one or more of kl, dice, jaccard, found none"),
         ("loss", {"kl": -1}, r"distill\.loss: expected weights from 0\.000001 to 1000000, found kl: -1"),
         ("loss", "huber", r"distill\.loss: expected kl, dice, jaccard, weights of them such as \{kl: 1\.0, dice: 1\.0\}, or"),
-        ("targets", "hard", r"distill: targets: hard are one class for each pixel, .*temperature is 2: set it to 1"),
+        ("targets", "one", r"distill\.targets: "),
         ("class_trust", {"Forrest": 0.5}, r"distill\.class_trust names \['Forrest'\], not among classes\.names"),
         ("class_trust", {"Forest": 2}, r"distill\.class_trust: .*from 0\.000000 to 1, found Forest: 2"),
         ("trust", "yes", r"distill\.trust: "),
