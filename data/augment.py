@@ -2,19 +2,27 @@
 Random augmentation: the views that make up a training sample, and the change of its colours.
 
 The recipe is GeoSeg's (https://github.com/WangLibo1995/GeoSeg, `SmartCropV1` and the mosaic of its data sets): a random scale, a
-crop that no single class fills, a mosaic of four at times, flips and quarter turns.
+crop that no single class fills, a mosaic of four at times, flips and quarter turns. Two changes are for students of a teacher that
+sees the tile as it is, so that its targets stay right: CutMix and a shift of colours.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.configs import schema
 from kdpipe.data.geometry import Plan, Resampler, View, scaled_size
+
+# Spread of a shift of colours, in shares of the range of a band: that of all bands together, and of each on its own.
+GAMMA, GAMMA_OF_BAND = 0.4, 0.15  # natural logarithms of the exponent
+CONTRAST, CONTRAST_OF_BAND = 0.3, 0.1  # of the factor
+BRIGHTNESS, BRIGHTNESS_OF_BAND = 0.12, 0.06
+BOX_SHARES = (0.1, 0.5)  # of the crop, which a box of CutMix covers
 
 CROP_TRIES = 10  # the search must end on a tile of one class; SmartCropV1 gives up after 11
 
@@ -60,14 +68,34 @@ def sample_plan(
     )
 
 
+def with_mixing(
+    rng: np.random.Generator, plan: Plan, num_tiles: int, train: schema.Train, size_of: SizeOf, *, has_labels: bool
+) -> Plan:
+    """
+    The plan with a box of another tile at times (`train.cutmix`), and a shift of colours (`train.colour_shift`).
+
+    The box has the proportions of the crop and covers `BOX_SHARES` of it, at a uniform position, with a scale of its own (CutMix, Yun et
+    al. 2019, arXiv 1905.04899). Draws no number for what is switched off.
+    """
+    shift = train.colour_shift if has_labels or train.unlabelled_colour_shift is None else train.unlabelled_colour_shift
+    if train.cutmix and rng.random() < train.cutmix:
+        side = max(1, round(plan.crop * float(rng.uniform(*BOX_SHARES)) ** 0.5))
+        top, left = rng.integers(plan.crop - side, size=2, endpoint=True).tolist()
+        frame = (int(rng.integers(num_tiles)), top, left, side, side)
+        plan = replace(plan, views=(*plan.views, _place(rng, frame, float(rng.choice(train.scales)), size_of)))
+    if shift and rng.random() < shift:
+        plan = replace(plan, shift_seed=int(rng.integers(2**32)))
+    return plan
+
+
 def source_tiles(rng: np.random.Generator, tile: int, num_tiles: int, train: schema.Train) -> list[int]:
     """The numbers of the tiles that `sample_plan` shows for the same arguments: `tile`, and three more in a mosaic."""
     return [frame[0] for frame in _frames(rng, tile, num_tiles, train)]
 
 
 def views_per_sample(train: schema.Train) -> float:
-    """Average number of views in a sample; a mosaic has four."""
-    return 1 + 3 * train.mosaic
+    """Average number of views in a sample; a mosaic has four, and a box of CutMix is one more."""
+    return 1 + 3 * train.mosaic + train.cutmix
 
 
 def is_varied(views: tuple[View, ...], max_class_share: float, ignore_index: int, mask_of: MaskOf) -> bool:
@@ -124,6 +152,32 @@ def change_colours(image_HWC: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]
     change.set_random_seed(seed)
     image: NDArray[np.uint8] = change(image=image_HWC)["image"]
     return image
+
+
+def shift_colours(image_HWB: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """
+    The image, uint8 `(H, W, B)`, with another gamma, mean and deviation in each band, as another scene or sensor would have them.
+
+    A band `x` in 0..1 becomes `mean + b + a (x^γ - mean)` with the mean of `x^γ` over the image; a, b and γ are partly common to all bands.
+    """
+    rng = np.random.default_rng(seed)
+    bands = image_HWB.shape[-1]
+
+    def drawn(common: float, own: float) -> NDArray[np.float64]:
+        return rng.uniform(-common, common) + rng.uniform(-own, own, bands)
+
+    gamma_B = np.exp(drawn(GAMMA, GAMMA_OF_BAND))
+    contrast_B = np.exp(drawn(CONTRAST, CONTRAST_OF_BAND))
+    brightness_B = drawn(BRIGHTNESS, BRIGHTNESS_OF_BAND)
+    shifted = np.empty_like(image_HWB)
+    for band in range(bands):
+        curve = (np.arange(256) / 255) ** gamma_B[band]
+        counts = np.bincount(image_HWB[..., band].ravel(), minlength=256)
+        mean = (curve * counts).sum() / counts.sum()
+        curve = mean + brightness_B[band] + contrast_B[band] * (curve - mean)
+        table = np.rint(255 * curve.clip(0, 1)).astype(np.uint8)
+        shifted[..., band] = table[image_HWB[..., band]]
+    return shifted
 
 
 _Frame = tuple[int, int, int, int, int]

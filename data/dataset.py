@@ -7,7 +7,7 @@ datasets are picklable, hold no open file and can be read from several threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdpipe.configs import Config
 from kdpipe.configs.errors import DataError
-from kdpipe.data.augment import change_colours, sample_plan
+from kdpipe.data.augment import change_colours, sample_plan, shift_colours, with_mixing
 from kdpipe.data.declared.tile import require_same_size
 from kdpipe.data.geometry import Plan, Resampler, Window, orient
 from kdpipe.data.lru import Recent
@@ -111,15 +111,18 @@ class TrainTiles:
         if k < 0:
             raise IndexError(f"samples are counted from 0 over all epochs, found {k}")
         epoch, i = divmod(k, len(self))
-        return sample_plan(
-            np.random.default_rng([self._config.seed, epoch, i]),
-            self._drawn[i],
+        rng, tile, train = np.random.default_rng([self._config.seed, epoch, i]), self._drawn[i], self._config.train
+        plan = sample_plan(
+            rng,
+            tile,
             len(self.tiles),
-            self._config.train,
+            train,
             self._config.classes.ignore_index,
             size_of=self._size,
             mask_of=self._mask,
         )
+        has_labels = self.tiles[tile].mask is not None
+        return with_mixing(rng, plan, len(self.tiles), train, self._size, has_labels=has_labels)
 
     def render(self, plan: Plan) -> TrainSample:
         """The sample made by `plan`."""
@@ -129,8 +132,10 @@ class TrainTiles:
         inside = np.zeros((crop, crop), dtype=np.bool_)
         without_target = np.zeros((crop, crop), dtype=np.bool_)
         target: NDArray[np.float32] | None = None
-        entropy_error, whole = 0.0, True
-        for view in plan.views:
+        whole = True
+        lost: list[tuple[int, float]] = []  # entropy that the target of each view lost
+        shown_in = np.zeros((crop, crop), dtype=np.int8)  # the number of the view that a pixel shows
+        for number, view in enumerate(plan.views):
             resampler = Resampler(view, *self._size(view.tile))
             y, x, h, w = resampler.window
             source = np.s_[y : y + h, x : x + w]
@@ -140,8 +145,8 @@ class TrainTiles:
             inside[place] = resampler.inside(None if data is None else data[source])
             whole &= data is None
             labels = self._mask(view.tile)
-            if labels is not None:
-                mask[place] = resampler.mask(labels[source], ignore_index)
+            mask[place] = ignore_index if labels is None else resampler.mask(labels[source], ignore_index)
+            shown_in[place], without_target[place] = number, False
             if self.targets is not None:
                 tile_id, window = self.tiles[view.tile].id, resampler.window
                 probs_CHW = self.targets.read(tile_id, window=window)
@@ -152,8 +157,7 @@ class TrainTiles:
                 if target is None:
                     target = np.zeros((probs.shape[0], crop, crop), dtype=np.float32)
                 target[:, *place] = probs
-                taught = int((inside[place] & ~without_target[place]).sum())
-                entropy_error += taught * self.targets.entropy_error(tile_id, window=window)
+                lost.append((number, self.targets.entropy_error(tile_id, window=window)))
         if not whole:  # labels and targets of pixels without data mean nothing
             mask[~inside] = ignore_index
             if target is not None:
@@ -161,9 +165,15 @@ class TrainTiles:
         if target is not None and without_target.any():
             inside &= ~without_target
             target[:, without_target] = 0
+        taught = inside.sum()
+        entropy_error = sum(int((inside & (shown_in == number)).sum()) * error for number, error in lost)
         image = orient(image, plan)
         if plan.photometric_seed is not None:
-            image = with_changed_colours(image, self._config.data.visible_places, plan.photometric_seed)
+            seed = plan.photometric_seed
+            image = changed_in(image, self._config.data.visible_places, lambda pixels: change_colours(pixels, seed))
+        if plan.shift_seed is not None:
+            seed = plan.shift_seed
+            image = changed_in(image, self._config.data.visible_places, lambda pixels: shift_colours(pixels, seed))
         sample = TrainSample(
             image=np.ascontiguousarray(image.transpose(2, 0, 1)),
             mask=orient(mask, plan).astype(np.int64),
@@ -171,7 +181,7 @@ class TrainTiles:
         )
         if target is not None:
             sample["target"] = np.stack([orient(probs_HW, plan) for probs_HW in target])
-            sample["entropy_error"] = np.float32(entropy_error / max(1, inside.sum()))
+            sample["entropy_error"] = np.float32(entropy_error / max(1, taught))
         return sample
 
     def _size(self, tile: int) -> tuple[int, int]:
@@ -285,12 +295,14 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
     return sorted(batches)
 
 
-def with_changed_colours(image_HWB: NDArray[np.uint8], visible: Sequence[int], seed: int) -> NDArray[np.uint8]:
-    """The image with `change_colours` of its visible bands, those at the places `visible`; the others are unchanged."""
+def changed_in(
+    image_HWB: NDArray[np.uint8], visible: Sequence[int], change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """The image with a `change` of its visible bands, those at the places `visible`; the others are unchanged."""
     if tuple(visible) == tuple(range(image_HWB.shape[-1])):
-        return change_colours(image_HWB, seed)
+        return change(image_HWB)
     changed_HWB = image_HWB.copy()
-    changed_HWB[..., list(visible)] = change_colours(np.ascontiguousarray(image_HWB[..., list(visible)]), seed)
+    changed_HWB[..., list(visible)] = change(np.ascontiguousarray(image_HWB[..., list(visible)]))
     return changed_HWB
 
 

@@ -44,9 +44,10 @@ class View:
 @dataclass(frozen=True)
 class Plan:
     """
-    A recipe for a sample of `crop` x `crop` px: views, then flips, then `rot90` quarter turns counter-clockwise.
+    A recipe for a sample of `crop` x `crop` px: views, later ones over earlier ones, then flips, then `rot90` quarter turns
+    counter-clockwise.
 
-    `photometric_seed` seeds the change of colours, which comes last; None leaves the colours.
+    `photometric_seed` and `shift_seed` seed the change of colours and their shift, which come last; None leaves the colours.
     """
 
     crop: int
@@ -55,6 +56,7 @@ class Plan:
     flip_v: bool = False
     rot90: int = 0
     photometric_seed: int | None = None
+    shift_seed: int | None = None
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

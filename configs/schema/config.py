@@ -225,6 +225,12 @@ class Config(Section):
                 "distill.teacher_view: crop needs cache.views, the number of augmented crops of each tile that the teacher predicts, "
                 "such as 8: training cycles through them"
             )
+        for key in ("colour_shift", "unlabelled_colour_shift", "cutmix"):
+            if getattr(self.train, key):
+                raise ValueError(
+                    f"train.{key} changes crops after the teacher saw the tile, and with distill.teacher_view: crop it sees the same crops "
+                    "as the student: leave one of them out"
+                )
         for key in ("crops_per_tile", "unlabelled_crops_per_tile"):
             crops = getattr(self.train, key)
             if crops is not None and crops > views:

@@ -196,6 +196,12 @@ class Train(Section):
     """Probability that a crop is a mosaic of four tiles."""
     photometric: float = Field(0.25, ge=0, le=1)
     """Probability that the colours of a crop are changed, those of `data.visible`. Other bands stay as they are."""
+    colour_shift: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: share == 0)
+    """Probability that gamma, mean and deviation of a crop's visible bands are shifted, as in another scene. The teacher sees the tile."""
+    unlabelled_colour_shift: Annotated[float, Field(ge=0, le=1)] | None = Field(None, exclude_if=is_none)
+    """The same for crops of tiles without a mask. Null takes `colour_shift`."""
+    cutmix: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: share == 0)
+    """Probability that a box of a crop shows another tile, with its labels and soft targets."""
     accumulate: int = Field(1, ge=1)
     """Batches per optimizer step."""
     average: Literal["mean", "ema"] | None = Field(None, exclude_if=is_none)
