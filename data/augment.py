@@ -164,7 +164,8 @@ def shift_colours(image_HWB: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     bands = image_HWB.shape[-1]
 
     def drawn(common: float, own: float) -> NDArray[np.float64]:
-        return rng.uniform(-common, common) + rng.uniform(-own, own, bands)
+        of_all = rng.uniform(-common, common)
+        return np.asarray(rng.uniform(-own, own, bands)) + of_all
 
     gamma_B = np.exp(drawn(GAMMA, GAMMA_OF_BAND))
     contrast_B = np.exp(drawn(CONTRAST, CONTRAST_OF_BAND))
