@@ -81,12 +81,20 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
             name: ["steps.py", config, "--d4", "--steps", steps, *settings([*training, *student])]
             for name, student in STUDENTS.items()
         },
+        "recipes": [
+            "steps.py",
+            config,
+            "--recipes",
+            "--steps",
+            steps,
+            *settings([*training, *STUDENTS["steps_small"]]),
+        ],
         "memory": ["memory.py"],
         "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
         "views": ["views.py", config],
     }
     return {
-        name: [*([precompute] if name in STUDENTS else []), [str(HERE / script), *arguments]]
+        name: [*([precompute] if name in STUDENTS or name == "recipes" else []), [str(HERE / script), *arguments]]
         for name, (script, *arguments) in scripts.items()
     }
 
@@ -131,6 +139,11 @@ def rows(found: dict[str, dict]) -> list[Row]:
                 at_least=4,
             ),
         ]
+    table += [
+        Row(f"cached step with {arm.partition(', ')[2]} against one without", ratio, "x", at_most=1.03)
+        for arm, ratio in found.get("recipes", {"of": {"cached": {}}})["of"]["cached"].items()
+        if ", " in arm
+    ]
     if "many_tiles" in found:
         done = found["many_tiles"]["commands"]["precompute-teacher, nothing to do"]
         few, many = sorted(done, key=int)

@@ -1,11 +1,12 @@
 """
 Time of a training step with the cache, with the live teacher and without a teacher: ratios, measured side by side.
 
-    python tests/benchmarks/steps.py [CONFIG] [--steps N] [--rounds 4] [--d4] [--json FILE] [--set KEY=VALUE …]
+    python tests/benchmarks/steps.py [CONFIG] [--steps N] [--rounds 4] [--d4 | --recipes] [--json FILE] [--set KEY=VALUE …]
 
 The cache must be complete. On a CPU each mode is a process, and they take turns of two seconds (see `turns.py`); a GPU's pace is even, so
 there the modes run one after another in this process. The first step is not timed, on a GPU the first ten. Reading and augmenting samples
-is part of a step. `--d4` adds the live teacher with test-time augmentation d4. Steps with a live teacher are long, so fewer than N are
+is part of a step. `--d4` adds the live teacher with test-time augmentation d4; `--recipes` times the cached step with each of `RECIPES`
+instead. Steps with a live teacher are long, so fewer than N are
 taken. The layout of a process's memory changes its times by up to 5 % at random, so ratios are medians over rounds of new processes.
 """
 
@@ -33,6 +34,13 @@ from kdpipe.pipeline.runs import layout
 from kdpipe.pipeline.teacher.loading import load_teacher
 from kdpipe.pipeline.training.run import train, with_mode
 
+RECIPES = {  # keys that a cached step may take, each against a cached step without it
+    "averaged": ["train.average=ema"],
+    "kl and dice": ["distill.loss={kl: 1, dice: 1}"],
+    "trust": ["distill.trust=entropy"],
+    "colour shift": ["train.colour_shift=1"],
+    "cutmix": ["train.cutmix=1"],
+}
 FLOP_SIDE = 512  # px: side of the image for which operations are counted
 
 
@@ -66,9 +74,9 @@ def run_arm(arm: str, options: argparse.Namespace, mark: Callable[[], object]) -
     ask_for_huge_pages()
     keep_freed_memory()  # as the command does
     last = untimed() + steps_of(arm, options.steps)
-    config = load_config(
-        options.config, [*options.overrides, f"train.max_steps={last}", "train.epochs=1000", "data.val=[]"]
-    )
+    recipe = RECIPES.get(arm.partition(", ")[2], [])
+    more = [*options.overrides, *recipe, f"train.max_steps={last}", "train.epochs=1000", "data.val=[]"]
+    config = load_config(options.config, more)
     if arm == "online, d4":
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"tta": "d4"})})
     with tempfile.TemporaryDirectory() as folder:
@@ -102,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100 if torch.cuda.is_available() else 12, help="timed steps")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--d4", action="store_true")
+    parser.add_argument("--recipes", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--arm", help="internal: run this mode in this process, which stops itself to take turns")
@@ -109,6 +118,8 @@ def main() -> None:
     if options.arm:
         return run_arm(options.arm, options, stop_here)
     arms = ["none", "cached", "online", *(["online, d4"] if options.d4 else [])]
+    if options.recipes:
+        arms = ["none", "cached", *(f"cached, {name}" for name in RECIPES)]
     if torch.cuda.is_available():
         rounds = [one_after_the_other(arms, options) for _ in range(options.rounds)]
     else:

@@ -39,6 +39,7 @@ FOUND = {
         "of": {"none": {"cached": 1.05}, "cached": {"online": 1.9, "online, d4": 4.76}},
         "gflop": {"student": 15.6, "teacher": 37.0},
     },
+    "recipes": {"of": {"cached": {"none": 0.98, "cached": 1.0, "cached, averaged": 1.01, "cached, cutmix": 1.1}}},
     "many_tiles": {"commands": {"precompute-teacher, nothing to do": {"100": {"seconds": 2.0}, "10000": {"seconds": 3.2}}}},
     "size": {
         temperature: {
@@ -61,6 +62,7 @@ MISSED = [
     "stage one against that loop with the network as kdpipe prepares it, tiles/s",
     "online step against cached, student of 44 GFLOP, teacher with TTA d4",
     "cached step against one without distillation, student of 16 GFLOP",
+    "cached step with cutmix against one without",
     "nothing to do, 10,000 tiles, the whole command",
     "random crop of up to 512 px against zarr-python's defaults, 6 bits, T 2",
     "peak memory of a scene four times as high, in windows",
@@ -75,6 +77,7 @@ def test_each_target_is_a_number_that_is_compared(bench):
     assert rows["nothing to do, 100 tiles"].cells()[1:] == ("2.000 s", "", "")
     reads = [what for what in rows if what.startswith("random crop")]
     assert len(reads) == 4 and all("up to 512 px" in what for what in reads)
+    assert rows["cached step with averaged against one without"].met
     assert bench.Row("", float("nan"), at_most=1).met is False
 
 
@@ -162,6 +165,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
         "size": ["size.py", "demo", "--tiles", "2", "--temperature", "1", "2", *overrides],
         "steps": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides],
         "steps_small": ["steps.py", "demo", "--d4", "--steps", "2", "--rounds", "1", *overrides, *small_student],
+        "recipes": ["steps.py", "demo", "--recipes", "--steps", "2", "--rounds", "1", *overrides, *small_student],
         "memory": ["-c", memory],
         "many_tiles": ["many_tiles.py", tmp_path / "many", "--tiles", "200", "--missing", "1", "2"],
         "views": ["views.py", "demo", "--tiles", "2", "--views", "2", "--steps", "2", *overrides],
