@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from kdpipe.configs import schema
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.node_names import why_unstorable
+from kdpipe.configs.schema.affixes import NO_AFFIXES, Affixes
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -207,10 +208,10 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
         raise DataError(f"there is no folder {root}, which data names as a root of tiles")
     if not image_dir.is_dir():
         raise DataError(f"there is no folder {image_dir}: a root holds its images in {data.images!r} (data.images)")
-    images = _files_by_stem(image_dir, data.image_suffix, nested=data.nested)
+    images = _files_by_stem(image_dir, data.image_affixes, nested=data.nested)
     if not images:
         raise DataError(
-            f"no images in {image_dir}: {contents_text(image_dir, data.images, data.image_suffix, 'data.image_suffix')}"
+            f"no images in {image_dir}: {contents_text(image_dir, data.images, data.image_affixes, 'image')}"
         )
     if not labelled:
         return [Tile(f"{name}/{stem}", images[stem], None) for stem in sorted(images)]
@@ -219,16 +220,14 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
             f"there is no folder {mask_dir}: a labelled root holds its masks in {data.masks!r} (data.masks); list a root "
             "without masks under data.unlabelled"
         )
-    masks = _files_by_stem(mask_dir, data.mask_suffix, nested=data.nested) if mask_dir.is_dir() else {}
+    masks = _files_by_stem(mask_dir, data.mask_affixes, nested=data.nested) if mask_dir.is_dir() else {}
     if (
-        data.mask_suffix
+        any(data.mask_affixes)
         and not masks
         and mask_dir.is_dir()
         and any(_is_image(entry.name) for entry in mask_dir.iterdir())
     ):
-        raise DataError(
-            f"no masks in {mask_dir}: {contents_text(mask_dir, data.masks, data.mask_suffix, 'data.mask_suffix')}"
-        )
+        raise DataError(f"no masks in {mask_dir}: {contents_text(mask_dir, data.masks, data.mask_affixes, 'mask')}")
     if image_dir == mask_dir:
         images, masks = _parted(images, masks, data)
     without_image = [masks[stem].name for stem in sorted(masks.keys() - images.keys())]
@@ -246,21 +245,27 @@ def _tiles_of_root(root: Path, name: str, data: schema.Data, labelled: bool) -> 
 def _parted(
     images: dict[str, Path], masks: dict[str, Path], data: schema.Data
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images and masks of one folder, without the files that the longer suffix gives to the others: `a` and `a_mask`."""
-    if len(data.mask_suffix) > len(data.image_suffix):
+    """Images and masks of one folder, without the files that the longer affixes give to the others: `a` and `a_mask`."""
+    if len(data.mask_affixes.around("")) > len(data.image_affixes.around("")):
         taken = set(masks.values())
         return {stem: path for stem, path in images.items() if path not in taken}, masks
     taken = set(images.values())
     return images, {stem: path for stem, path in masks.items() if path not in taken}
 
 
-def contents_text(folder: Path, images: str, suffix: str = "", key: str = "") -> str:
-    """What a folder without images (or masks) holds instead, and what to do, for an error; `key` names the `suffix` of stems."""
-    there = sorted(entry.name for entry in folder.iterdir() if _is_image(entry.name)) if suffix else []
+def contents_text(folder: Path, images: str, affixes: Affixes = NO_AFFIXES, kind: str = "") -> str:
+    """What a folder without images (or masks) holds instead, and what to do, for an error; `kind` names the keys of the `affixes`."""
+    there = sorted(entry.name for entry in folder.iterdir() if _is_image(entry.name)) if any(affixes) else []
     if there:
-        examples = {Path(name).stem[-len(suffix) :]: name for name in reversed(there)}  # one for each ending
-        shown = ", ".join(sorted(examples.values())[:_SHOWN_NAMES])
-        return f"none has a stem that ends in {suffix}, {key}; there are such as {shown}"
+        before, after = map(len, affixes)
+        ends = {
+            (stem[:before], stem[max(0, len(stem) - after) :]): name
+            for name in reversed(there)
+            for stem in (Path(name).stem,)
+        }
+        shown = ", ".join(sorted(ends.values())[:_SHOWN_NAMES])  # one for each beginning and ending
+        keys = " and ".join(f"data.{kind}_{name}" for name, affix in affixes._asdict().items() if affix)
+        return f"none has a stem that {affixes.text()}, {keys}; there are such as {shown}"
     inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     nested = [name for name in inner if any(_is_image(entry.name) for entry in (folder / name).iterdir())]
     if nested:
@@ -278,9 +283,9 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - as below
 
 
-def _files_by_stem(folder: Path, suffix: str, *, nested: bool, within: str = "") -> dict[str, Path]:
+def _files_by_stem(folder: Path, affixes: Affixes, *, nested: bool, within: str = "") -> dict[str, Path]:
     """
-    Image files by stem without its `suffix`, without hidden files, other types and folders. A dead link counts, and fails when it is read.
+    Image files by stem without its `affixes`, without hidden files, other types and folders. A dead link counts, and fails when it is read.
 
     With `nested`, files in folders below too, by their path `within` the first; links to folders are not followed.
 
@@ -297,17 +302,18 @@ def _files_by_stem(folder: Path, suffix: str, *, nested: bool, within: str = "")
     for name in sorted(folders) if nested else ():
         if not (folder / name).is_symlink():
             _require_storable(name, folder / name)
-            files |= _files_by_stem(folder / name, suffix, nested=True, within=f"{within}{name}/")
+            files |= _files_by_stem(folder / name, affixes, nested=True, within=f"{within}{name}/")
     for name in sorted(names):
         stem, extension = os.path.splitext(name)  # noqa: PTH122 - for a million names, a Path each would cost ten times as much
         if extension.lower() not in EXTENSIONS:
             continue
-        if not stem.endswith(suffix):
+        inner = affixes.within(stem)
+        if inner is None:
             continue
         path = folder / name
-        stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
-        _require_storable(stem, path)
-        stem = within + stem
+        inner = unicodedata.normalize("NFC", inner)
+        _require_storable(inner, path)
+        stem = within + inner
         if stem in files:
             other = files[stem].name
             alike = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdpipe.configs.errors import count_text
+from kdpipe.configs.schema.affixes import Affixes
 from kdpipe.configs.schema.bands import COLOURS, Bands, Choice, Names, numbers_of
 from kdpipe.configs.schema.labels import Colour
 from kdpipe.configs.schema.section import Section, is_none, refuse_repeats
@@ -102,6 +103,10 @@ class Data(Section):
     """Name of the folder of images in each root."""
     masks: str = "masks"
     """Name of the folder of masks in each root."""
+    image_prefix: str = Field("", exclude_if=lambda prefix: not prefix)
+    """Beginning of the stems of images, such as `img_`, without which image and mask share their stem. Files without it are left out."""
+    mask_prefix: str = Field("", exclude_if=lambda prefix: not prefix)
+    """Beginning of the stems of masks, such as `mask_`, likewise."""
     image_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
     """End of the stems of images, such as `_sat`, without which image and mask share their stem. Files without it are left out."""
     mask_suffix: str = Field("", exclude_if=lambda suffix: not suffix)
@@ -135,9 +140,10 @@ class Data(Section):
             refuse_repeats(getattr(self, key), f"data.{key}")
         if min(self.bands) < 1:
             raise ValueError(f"bands are counted from 1, found {list(self.bands)}")
-        if self.images == self.masks and self.image_suffix == self.mask_suffix:
+        if self.images == self.masks and self.image_affixes == self.mask_affixes:
             raise ValueError(
-                f"images and masks are both {self.images!r}, and nothing tells their files apart: give image_suffix or mask_suffix"
+                f"images and masks are both {self.images!r}, and nothing tells their files apart: give image_suffix or mask_suffix, or "
+                "image_prefix or mask_prefix"
             )
         if self.colours and self.remap:
             raise ValueError("colours are for masks of colours, and remap for masks of numbers: leave one of them out")
@@ -156,6 +162,16 @@ class Data(Section):
         except ValueError as err:
             raise ValueError(f"visible {err}") from err
         return self
+
+    @property
+    def image_affixes(self) -> Affixes:
+        """What surrounds a tile's name in the stem of its image."""
+        return Affixes(self.image_prefix, self.image_suffix)
+
+    @property
+    def mask_affixes(self) -> Affixes:
+        """What surrounds a tile's name in the stem of its mask."""
+        return Affixes(self.mask_prefix, self.mask_suffix)
 
     def numbers(self, choice: Sequence[int | str] | None) -> tuple[int, ...]:
         """The file's numbers of the bands of a `teacher.bands`, `student.bands` or `visible`, in its order; all of `bands` for None."""

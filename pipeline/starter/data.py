@@ -13,7 +13,7 @@ from kdpipe.data.survey import PERCENTILES, Root
 from kdpipe.data.tiles import has_star
 from kdpipe.pipeline.models.normalize import COLOURS
 from kdpipe.pipeline.starter.given import Given
-from kdpipe.pipeline.starter.layouts import Layout
+from kdpipe.pipeline.starter.layouts import Layout, affix_keys
 from kdpipe.pipeline.starter.yaml import Key
 from kdpipe.pipeline.text import part_text
 
@@ -102,7 +102,7 @@ def _layout_keys(given: Given, paths: Mapping[str, Sequence[str]]) -> list[Key]:
         for name, value in (("images", layout.images), ("masks", layout.masks))
         if value != name
     ]
-    for name, value in (("image_suffix", layout.image_suffix), ("mask_suffix", layout.mask_suffix)):
+    for name, value in affix_keys(layout).items():
         if value:
             keys.append(Key(name, value, "Measured: without it, image and mask have one name."))
     if layout.nested:

@@ -1,5 +1,5 @@
 """
-Layouts of folders and names that data sets have, recognised by what is there: other folder names, suffixes, nested folders, lists.
+Layouts of folders and names that data sets have, recognised by what is there: other folder names, affixes, nested folders, lists.
 
 A folder of masks is told by its name, and its images lie in the folder whose path differs from it in one name. So this holds for layouts
 that nobody has listed. Only names are looked at.
@@ -15,23 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdpipe.configs.errors import DataError, count_text
+from kdpipe.configs.schema.affixes import NO_AFFIXES, Affixes
 from kdpipe.data.tiles import EXTENSIONS, has_star, read_names
+from kdpipe.pipeline.starter.affixes import IMAGE_NAME, MASK_NAME, SHARED_PART, Pairing, affixes_of, is_of_masks, shared
 
-SEPARATORS = "_-. "
-SHARED_PART = 0.9  # of the masks that a suffix must pair with an image, and of the lines of a list that must name tiles
-MOST_NAMES = 10_000  # of a folder that are looked at for suffixes
-
-_WORD = r"(?:^|[^a-z]){}(?:$|[^a-z])"
-MASK_NAME = re.compile(
-    "|".join(["mask", "label", "annot", "truth", "target", "segmentation", "lbl", "gt(?:fine|coarse)",
-              *(_WORD.format(word) for word in ("gts?", "ann?o?", "anns", "seg", "lab", "l"))]),
-    re.IGNORECASE,
-)  # fmt: skip
-IMAGE_NAME = re.compile(r"ima?ge?|rgb|jpeg|sat", re.IGNORECASE)
+MOST_NAMES = 10_000  # of a folder that are looked at for affixes
 SPLIT_NAME = re.compile(r"(?:.*[_\- ])?(?P<split>train|val|test)(?:ing|id|idation|ation)?[\d*]*", re.IGNORECASE)
-# Of several kinds of masks of one image, the first that is there; those for viewers are the last.
-KINDS = (re.compile("trainid", re.I), re.compile("labelid", re.I), MASK_NAME, re.compile("$"))
-FOR_VIEWERS = re.compile("colou?r|rgb|instance|vis|overlay|preview", re.IGNORECASE)
 CHANNEL = re.compile(r"_\d{4}")  # of nnU-Net: each band in a file of its own
 LISTS = ("", "splits", "split", "lists", "ImageSets/Segmentation")
 
@@ -48,8 +37,8 @@ class Layout:
     roots: list[str]
     images: str = "images"
     masks: str = "masks"
-    image_suffix: str = ""
-    mask_suffix: str = ""
+    image_affixes: Affixes = NO_AFFIXES
+    mask_affixes: Affixes = NO_AFFIXES
     nested: bool = False
     train_list: str | None = None
     val_list: str | None = None
@@ -74,7 +63,7 @@ class _Pair:
     images: _Folder
     masks: _Folder
     place: int | None
-    suffixes: tuple[str, str]
+    affixes: Pairing
 
     @property
     def names(self) -> tuple[str, str]:
@@ -88,7 +77,7 @@ def recognise(folders: Sequence[str]) -> Layout | None:
     pairs = list(_pairs(held))
     if not pairs:
         return None
-    suffixes = Counter(pair.suffixes for pair in pairs).most_common(1)[0][0]
+    affixes = Counter(pair.affixes for pair in pairs).most_common(1)[0][0]
     names = pairs[0].names
     parts = None
     if any(pair.names != names for pair in pairs):  # as of train and train_labels, val and val_labels
@@ -100,23 +89,35 @@ def recognise(folders: Sequence[str]) -> Layout | None:
     images_of_pairs = {(pair.images.base, pair.images.parts) for pair in pairs}
     for folder in held:  # of images alone, as those of tests are
         if (folder.base, folder.parts) not in images_of_pairs:
-            more = _root_without_masks(folder, pairs, images, suffixes[0], is_part=parts is not None, by_split=by_split)
+            more = _root_without_masks(folder, pairs, images, affixes[0], is_part=parts is not None, by_split=by_split)
             found |= dict.fromkeys(more)
     if names == (".", "."):
-        source = f"its names, which end in {suffixes[0] or 'nothing'} and {suffixes[1]}"
+        text = [affix.around("…") for affix in affixes]
+        source = f"its names: {text[0]} of images and {text[1]} of masks"
     else:
         source = f"its folders {names[0]} and {names[1]}"
     roots, nested = sorted(path for path, _ in found), any(is_nested for _, is_nested in found)
-    notes, problems = _remarks(pairs, suffixes)
-    return Layout(roots, images, masks, *suffixes, nested, source=source, notes=tuple(notes), problems=tuple(problems))
+    notes, problems = _remarks(pairs, affixes)
+    return Layout(roots, images, masks, *affixes, nested, source=source, notes=tuple(notes), problems=tuple(problems))
 
 
 def paired(layout: Layout) -> Layout:
-    """The layout with the suffixes by which images and masks pair, if they do not without."""
+    """The layout with the affixes by which images and masks pair, if they do not without."""
     images, masks = (_stems(layout.roots, name) for name in (layout.images, layout.masks))
-    image_suffix, mask_suffix = suffixes_of(images, masks)
+    image_affixes, mask_affixes = affixes_of(images, masks)
     nested = layout.nested or any("/" in stem for stem in [*images, *masks])
-    return replace(layout, image_suffix=image_suffix, mask_suffix=mask_suffix, nested=nested)
+    return replace(layout, image_affixes=image_affixes, mask_affixes=mask_affixes, nested=nested)
+
+
+def affix_keys(layout: Layout) -> dict[str, str]:
+    """The keys of `data` that say what surrounds the names of tiles in those of files, empty ones too."""
+    images, masks = layout.image_affixes, layout.mask_affixes
+    return {
+        "image_prefix": images.prefix,
+        "mask_prefix": masks.prefix,
+        "image_suffix": images.suffix,
+        "mask_suffix": masks.suffix,
+    }
 
 
 def with_lists(layout: Layout, folders: Sequence[str]) -> Layout:
@@ -128,7 +129,7 @@ def with_lists(layout: Layout, folders: Sequence[str]) -> Layout:
     if len(folders) != 1 or any(split_of(root, layout.roots) for root in layout.roots):
         return layout
     stems = {_last(stem) for stem in _stems(layout.roots, layout.images)}
-    known = stems | {stem.removesuffix(layout.image_suffix) for stem in stems}
+    known = stems | {layout.image_affixes.within(stem) or stem for stem in stems}
     for place in LISTS:
         train, val = (Path(folders[0]) / place / f"{split}.txt" for split in ("train", "val"))
         if _names_tiles(train, known) and _names_tiles(val, known):
@@ -142,44 +143,11 @@ def split_of(path: str, beside: Sequence[str]) -> str | None:
     """`train`, `val` or `test`, where a root is called so, or a folder on its path that not all roots `beside` it share."""
     parts = Path(path).parts
     others = [Path(other).parts for other in beside if other != path]
-    shared = min((_shared(parts, other) for other in others), default=len(parts) - 1)
-    for part in reversed(parts[min(shared, len(parts) - 1) :]):
+    common = min((shared(parts, other) for other in others), default=len(parts) - 1)
+    for part in reversed(parts[min(common, len(parts) - 1) :]):
         if found := SPLIT_NAME.fullmatch(part):
             return found["split"].lower()
     return None
-
-
-def suffixes_of(images: Sequence[str], masks: Sequence[str]) -> tuple[str, str]:
-    """
-    The suffixes without which the stems of images and masks are the same; two empty ones if they are already, or if there are none.
-
-    Found on an image and the masks whose names begin as its own does, and kept if they pair `SHARED_PART` of the masks with that suffix.
-    Of several kinds of masks, labels are taken rather than colours and instances.
-    """
-    if not images or not masks or set(images) & set(masks):
-        return "", ""
-    known = set(images)
-    for mask in sorted(masks)[:3]:
-        image = max(sorted(images), key=lambda stem: _shared(stem, mask))
-        start = _shared(image, mask)
-        while start and image[start - 1] in SEPARATORS:
-            start -= 1
-        if not start:
-            continue
-        base, image_suffix = image[:start], image[start:]
-        ends = {
-            stem[start:] for stem in masks if stem.startswith(base) and stem[start : start + 1] in ("", *SEPARATORS)
-        }
-        for end in sorted(ends, key=_kind):
-            of_kind = [stem.removesuffix(end) + image_suffix for stem in masks if stem.endswith(end)]
-            if sum(stem in known for stem in of_kind) >= SHARED_PART * len(of_kind):
-                return image_suffix, end
-    return "", ""
-
-
-def _kind(suffix: str) -> tuple[bool, int, str]:
-    """The order of preference of a mask's suffix."""
-    return bool(FOR_VIEWERS.search(suffix)), next(i for i, kind in enumerate(KINDS) if kind.search(suffix)), suffix
 
 
 def _folders_with_images(base: str) -> Iterator[_Folder]:
@@ -202,18 +170,18 @@ def _pairs(held: Sequence[_Folder]) -> Iterator[_Pair]:
                 if other.base == masks.base and (other.parts[:place], other.parts[place + 1 :]) == around
                 and len(other.parts) == len(masks.parts) and not MASK_NAME.search(other.parts[place])
             ]  # fmt: skip
-            candidates = [_Pair(images, masks, place, suffixes_of(images.stems, masks.stems)) for images in beside]
+            candidates = [_Pair(images, masks, place, affixes_of(images.stems, masks.stems)) for images in beside]
             fitting = [pair for pair in candidates if _share(pair) > 0]
             if fitting:
                 yield max(fitting, key=_fit)
                 found.add(masks)
                 break
     for folder in held:
-        masks_of = [stem for stem in folder.stems if MASK_NAME.search(_end(stem))]
+        masks_of = [stem for stem in folder.stems if is_of_masks(stem)]
         images_of = [stem for stem in folder.stems if stem not in set(masks_of)]
-        suffixes = suffixes_of(images_of, masks_of)
-        if folder not in found and any(suffixes):
-            yield _Pair(replace(folder, stems=tuple(images_of)), replace(folder, stems=tuple(masks_of)), None, suffixes)
+        affixes = affixes_of(images_of, masks_of)
+        if folder not in found and affixes[0] != affixes[1]:
+            yield _Pair(replace(folder, stems=tuple(images_of)), replace(folder, stems=tuple(masks_of)), None, affixes)
 
 
 def _fit(pair: _Pair) -> tuple[float, int, bool]:
@@ -224,10 +192,10 @@ def _fit(pair: _Pair) -> tuple[float, int, bool]:
 
 def _share(pair: _Pair) -> float:
     """The share of the masks that have an image."""
-    image_suffix, mask_suffix = pair.suffixes
+    of_images, of_masks = pair.affixes
     images = set(pair.images.stems)
-    masks = [stem for stem in pair.masks.stems if stem.endswith(mask_suffix)]
-    return sum(stem.removesuffix(mask_suffix) + image_suffix in images for stem in masks) / max(1, len(masks))
+    names = [name for stem in pair.masks.stems if (name := of_masks.within(stem)) is not None]
+    return sum(of_images.around(name) in images for name in names) / max(1, len(names))
 
 
 def _root(folder: _Folder, place: int | None, names: tuple[str, str] | None, *, by_split: bool) -> tuple[str, bool]:
@@ -256,12 +224,12 @@ def _is_split_below(pair: _Pair) -> bool:
 
 
 def _root_without_masks(
-    folder: _Folder, pairs: Sequence[_Pair], images: str, suffix: str, *, is_part: bool, by_split: bool
+    folder: _Folder, pairs: Sequence[_Pair], images: str, affixes: Affixes, *, is_part: bool, by_split: bool
 ) -> Iterator[tuple[str, bool]]:
     """The root of a folder of images that has no masks, if it is called as the other folders of images are."""
     for place in {pair.place for pair in pairs}:
         if place is None:
-            if suffix and folder.stems and all(stem.endswith(suffix) for stem in folder.stems):
+            if any(affixes) and folder.stems and all(affixes.within(stem) is not None for stem in folder.stems):
                 yield _root(folder, None, None, by_split=by_split)
         elif place < len(folder.parts) and not is_part and folder.parts[place] == images:
             yield _root(folder, place, None, by_split=by_split)
@@ -271,24 +239,23 @@ def _root_without_masks(
 
 def _differing(one: str, other: str) -> tuple[str, str, str, str]:
     """What two names begin with, the parts in which they differ, and what both end with."""
-    start = _shared(one, other)
-    end = min(_shared(one[::-1], other[::-1]), min(len(one), len(other)) - start)
+    start = shared(one, other)
+    end = min(shared(one[::-1], other[::-1]), min(len(one), len(other)) - start)
     return one[:start], one[start : len(one) - end], other[start : len(other) - end], one[len(one) - end :]
 
 
-def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> tuple[list[str], list[str]]:
+def _remarks(pairs: Sequence[_Pair], affixes: Pairing) -> tuple[list[str], list[str]]:
     """`notes` and `problems` of the files that a layout leaves out."""
     notes, problems = [], []
-    image_suffix, mask_suffix = suffixes
-    masks = [stem for pair in pairs for stem in pair.masks.stems]
-    others = sum(not stem.endswith(mask_suffix) for stem in masks)
+    of_images, of_masks = affixes
+    others = [stem for pair in pairs for stem in pair.masks.stems if of_masks.within(stem) is None]
     if others:
-        example = next(stem for stem in masks if not stem.endswith(mask_suffix))
+        are = "is" if len(others) == 1 else "are"
         notes.append(
-            f"of the masks, those that end in {mask_suffix} are taken; {count_text(others, 'others')} {'is' if others == 1 else 'are'} "
-            "left "
-            f"out, such as {example}"
+            f"of the masks, those that {of_masks.text('begin', 'end')} are taken; {count_text(len(others), 'others')} {are} left "
+            f"out, such as {others[0]}"
         )
+    image_suffix = of_images.suffix
     if CHANNEL.fullmatch(image_suffix):
         channels = Counter(stem[-len(image_suffix) :] for pair in pairs for stem in pair.images.stems)
         ends = sorted(end for end in channels if CHANNEL.fullmatch(end))
@@ -299,17 +266,6 @@ def _remarks(pairs: Sequence[_Pair], suffixes: tuple[str, str]) -> tuple[list[st
                 f"{image_suffix} is read"
             )
     return notes, problems
-
-
-def _end(stem: str) -> str:
-    """The last part of a name, with its separator: `_mask` of `12_mask`; empty where it has none."""
-    start = max(stem.rfind(separator) for separator in SEPARATORS)
-    return stem[start:] if start > 0 else ""
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """The number of characters that two names, or of names that two paths, have in common from the start."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _image_stems(files: Sequence[str]) -> Iterator[str]:

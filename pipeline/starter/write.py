@@ -19,7 +19,7 @@ from kdpipe.pipeline.inspection.external import External, inspect_external, is_e
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.starter.draft import Draft, draft_config
 from kdpipe.pipeline.starter.given import Given
-from kdpipe.pipeline.starter.layouts import Layout, paired, recognise, with_lists
+from kdpipe.pipeline.starter.layouts import Layout, affix_keys, paired, recognise, with_lists
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def _is_own_layout(folders: Sequence[str], given: Given) -> bool:
 
 
 def _listed(path: str, layout: Layout) -> Root:
-    keys = {"image_suffix": layout.image_suffix, "mask_suffix": layout.mask_suffix, "nested": layout.nested}
-    return list_root(path, layout.images, layout.masks, **keys)
+    return list_root(path, layout.images, layout.masks, **affix_keys(layout), nested=layout.nested)
 
 
 def _teacher_dict(teacher: Inspection | External | None) -> dict[str, Any] | None:

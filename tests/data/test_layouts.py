@@ -125,6 +125,50 @@ class TestFolders:
         ):
             listed(tmp_path, **data, mask_suffix="_msk")
 
+    def test_prefixes_pair_image_and_mask(self, tmp_path):
+        """Tiles are called as before where prefix and suffix are left out: `1` of `sat_1_x`."""
+        write(
+            tmp_path, "images/sat_1_x.png", "images/sat_2_x.png", "images/notes.png", "masks/gt_1.png", "masks/gt_2.png"
+        )
+        found = listed(tmp_path, image_prefix="sat_", image_suffix="_x", mask_prefix="gt_")
+        name = tmp_path.name
+        assert found == {f"{name}/{i}": (f"images/sat_{i}_x.png", f"masks/gt_{i}.png") for i in (1, 2)}
+
+    def test_a_prefix_tells_masks_from_images_of_one_folder(self, tmp_path):
+        write(tmp_path, "1.png", "mask_1.png")
+        assert listed(tmp_path, images=".", masks=".", mask_prefix="mask_") == {
+            f"{tmp_path.name}/1": ("1.png", "mask_1.png")
+        }
+
+    def test_a_prefix_and_a_suffix_do_not_share_letters(self, tmp_path):
+        write(tmp_path, "images/aba.png", "images/ab1ba.png")
+        found = listed(tmp_path, image_prefix="ab", image_suffix="ba", allow_missing_masks=True)
+        assert list(found) == [f"{tmp_path.name}/1"]
+
+    def test_two_files_of_one_name_without_prefix_are_refused(self, tmp_path):
+        write(tmp_path, "images/img_1.png", "images/img_1.tif", "images/1.png")
+        with pytest.raises(DataError, match=r"two files with one stem in .*: img_1.png and img_1.tif"):
+            listed(tmp_path, image_prefix="img_", allow_missing_masks=True)
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"image_prefix": "sat_"}, r"no images in .*: none has a stem that begins with sat_, data.image_prefix; there .* img_1.png"),
+            (
+                {"image_prefix": "img_", "image_suffix": "_x"},
+                r"begins with img_ and ends in _x, data.image_prefix and data.image_suffix; there are such as img_1.png",
+            ),
+            (
+                {"image_prefix": "img_", "mask_prefix": "gt_"},
+                r"no masks in .*: none has a stem that begins with gt_, data.mask_prefix; there are such as mask_1.png",
+            ),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_prefix_names_a_file(self, keys, message, tmp_path):
+        write(tmp_path, "images/img_1.png", "masks/mask_1.png")
+        with pytest.raises(DataError, match=message):
+            listed(tmp_path, **keys)
+
     def test_one_folder_of_images_and_masks_needs_a_suffix_of_one_of_them(self, tmp_path):
         write(tmp_path, "a.png", "a_mask.png", "b.png", "b_mask.png")
         name = tmp_path.name

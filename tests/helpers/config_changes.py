@@ -16,6 +16,8 @@ CHANGES = {
     "data.images": ("edited", "tiles"),
     "data.masks": ("edited masks", "nothing"),
     "data.allow_missing_masks": (False, "nothing"),
+    "data.image_prefix": ("train_", "tiles"),
+    "data.mask_prefix": ("train_", "nothing"),
     "data.image_suffix": ("0", "tiles"),
     "data.mask_suffix": ("0", "nothing"),
     "data.nested": (True, "nothing"),
@@ -135,6 +137,13 @@ WITH_VIEWS = {
     "train.mosaic": (0.0, "recipe"),
     "train.photometric": (0.0, "recipe"),
 }
+
+# Masks that another key cannot read (see test_stale_views), what is of whole tiles, and what changes crops for the student alone.
+NOT_WITH_VIEWS = {
+    "classes.ignore_index", "data.mask_prefix", "data.mask_suffix", "data.colours", "data.remap",
+    "teacher.predictions", "teacher.are",
+    "train.colour_shift", "train.unlabelled_colour_shift", "train.cutmix",
+}  # fmt: skip
 
 # What a cache of logits does not hold: they come when it is read.
 FREE_WITH_LOGITS = {"classes.names", "class_map", "distill.temperature"}

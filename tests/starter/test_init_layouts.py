@@ -9,7 +9,7 @@ from PIL import Image
 
 from kdpipe.configs.schema import Data
 from kdpipe.data.tiles import list_tiles
-from kdpipe.pipeline.starter.layouts import suffixes_of
+from kdpipe.pipeline.starter.affixes import affixes_of
 
 
 def write(folder, images, masks, colours=False):
@@ -77,13 +77,18 @@ LAYOUTS = {
     ),
     "Inria": (["train/images/a.tif", "val/images/b.tif"], ["train/gt/a.tif", "val/gt/b.tif"], {}),
     "nested": (["train/images/x/a.png", "val/images/x/b.png"], ["train/labels/x/a.png", "val/labels/x/b.png"], {}),
+    "prefixes": (["images/img_001.png", "images/img_002.png"], ["masks/mask_001.png", "masks/mask_002.png"], {}),
+    "prefixes in one folder": (["train/sat_1.png", "val/sat_2.png"], ["train/gt_1.png", "val/gt_2.png"], {}),
+    "prefixes in folders of other names": (
+        ["train/pictures/image1.png", "val/pictures/image12.png"], ["train/labels/label1.png", "val/labels/label12.png"], {},
+    ),
     "suffixes in kdpipe's own folders": (
         ["Train/images/a_sat.png", "Val/images/b_sat.png"], ["Train/masks/a_mask.png", "Val/masks/b_mask.png"], {}
     ),
 }  # fmt: skip
 
 
-WITHOUT_VAL = {"nnU-Net", "Potsdam", "GID", "Vaihingen"}
+WITHOUT_VAL = {"prefixes", "nnU-Net", "Potsdam", "GID", "Vaihingen"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -188,10 +193,36 @@ def test_masks_of_colours_without_a_table_name_the_option(tmp_path, monkeypatch)
             ("_img", "_labelIds"),
         ),
         (["1_sat", "10_sat"], ["1_mask", "10_mask"], ("_sat", "_mask")),
+        (["1_sat", "2_sat"], ["1_seg", "2_seg"], ("_sat", "_seg")),
     ],
 )
 def test_suffixes_are_those_that_pair_the_names(images, masks, found):
-    assert suffixes_of(images, masks) == found
+    assert affixes_of(images, masks) == (("", found[0]), ("", found[1]))
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "found"),
+    [
+        (["img_001", "img_002"], ["mask_001", "mask_002"], ("img_", "mask_")),
+        (["sat_1", "sat_11"], ["gt_1", "gt_11"], ("sat_", "gt_")),
+        (["image7", "image17"], ["label7", "label17"], ("image", "label")),
+        (["paris_1", "rome_1"], ["mask_paris_1", "mask_rome_1"], ("", "mask_")),
+        (["x/img_1", "y/img_2"], ["x/mask_1", "y/mask_2"], ("img_", "mask_")),
+        (["img_1", "img_2"], ["colour_1", "colour_2", "label_1", "label_2"], ("img_", "label_")),
+        (["paris_1", "paris_2"], ["rome_1", "rome_2"], ("", "")),
+        (["img_1", "img_2"], ["mask_3", "mask_4"], ("", "")),
+    ],
+)
+def test_prefixes_are_those_that_pair_the_names_and_say_what_is_a_mask(images, masks, found):
+    assert affixes_of(images, masks) == ((found[0], ""), (found[1], ""))
+
+
+def test_init_writes_the_prefixes_by_which_it_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine", ["images/img_1.png", "images/img_2.png"], ["masks/mask_1.png", "masks/mask_2.png"])
+    assert run_command("init", "mine", "--classes", "Ground,Forest,Water").returncode == 0
+    data = data_of(tmp_path / "mine.yaml")
+    assert (data.image_prefix, data.mask_prefix, data.image_suffix, data.mask_suffix) == ("img_", "mask_", "", "")
 
 
 def test_what_a_layout_leaves_out_is_said(tmp_path, monkeypatch):
