@@ -85,10 +85,15 @@ def forecast(source: str, overrides: tuple[str, ...], checkpoints: tuple[str, ..
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...", shell_complete=completion.runs)
 @click.option("--baseline", metavar="NAME", help="Run or arm to compare with. Default: the one without a teacher.")
+@click.option("--by", type=click.Choice(["root"]),
+              help="Also score the last checkpoint of every run on each root of data.val by itself.")  # fmt: skip
+@click.option("--root", "roots", multiple=True, metavar="ROOT", shell_complete=completion.folders,
+              help="Folder of labelled tiles to score in place of data.val, by root. Repeatable.")  # fmt: skip
 @click.option("--out", default="comparison", show_default=True, type=click.Path(file_okay=False), metavar="DIR",
               help="Folder of the HTML report.")  # fmt: skip
 @click.option("--tiles", type=click.IntRange(0), default=12, show_default=True, metavar="N",
               help="Validation tiles shown with the predictions of every arm.")  # fmt: skip
+@window_option
 @click.option("--png", is_flag=True, help="Draw curves and differences as PNG files too.")
 @trust_option
 @common_options(device=True)
@@ -97,9 +102,10 @@ def compare(**options: Any) -> None:
     Compare runs over seeds, in an HTML report.
 
     RUN is a folder of train-student, such as model_weights/dubai/NAME. The runs must be equally long. Those that differ only
-    in seed and name are one arm.
+    in seed and name are one arm. For each arm and class, and for each root where asked, it says whether the arm gained,
+    lost, or cannot be told apart from the baseline, and how many seeds would settle that.
 
-    Exit codes: 0 done, 2 the runs cannot be compared.
+    Exit codes: 0 done, 2 the runs cannot be compared, or data or checkpoint.
     """
     run("results.compare_runs", **options)
 

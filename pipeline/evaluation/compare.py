@@ -1,27 +1,28 @@
 """
 Comparison of runs over seeds: the differences between arms in IoU, with the interval that the number of seeds allows.
 
-An arm is the set of runs that differ only in seed and name. Arms are compared by pairs of runs of one seed, at the last step.
+An arm is the set of runs that differ only in seed and name. Arms are compared by pairs of runs of one seed: at the last step, after
+equal seconds of training, and by root where `roots` has scored them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special
 
 from kdpipe.configs.errors import DataError, summarise
+from kdpipe.pipeline.evaluation.differences import MEAN, ArmScores, compare_with_baseline, scores_by_class
+from kdpipe.pipeline.evaluation.equal_seconds import EqualSeconds, at_equal_seconds
 from kdpipe.pipeline.runs.record import Run, Validation
 from kdpipe.pipeline.runs.resumable import flat_keys
 
-CONFIDENCE = 0.95
-MEAN = "mean"  # names the mIoU among the classes' IoU
+if TYPE_CHECKING:
+    from kdpipe.pipeline.evaluation.roots import RootComparison  # which imports torch
 
 # Keys that may differ within an arm: a run's name and how it is fed. Caches are told apart by their fingerprint.
 NOT_AN_ARMS = (
@@ -35,44 +36,18 @@ NOT_AN_ARMS = (
 )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """
-    The mean over paired seeds of (this arm's IoU - the baseline's), in 0..1, and the 95 % interval of that mean.
+@dataclass(kw_only=True)
+class Arm(ArmScores):
+    """Runs of one configuration over seeds, with their IoU after the last step and its differences from the baseline's."""
 
-    The interval is Student's t of the paired differences, with one degree of freedom less than pairs; None for one pair.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    by_seed: dict[int, float]
-
-
-@dataclass
-class Arm:
-    """Runs of one configuration over seeds, and their differences from the baseline (None for the baseline itself)."""
-
-    label: str
     runs: dict[int, Run]
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys in which the arm differs from the baseline
-    differences: dict[str, Difference] | None = None  # by class, and MEAN
     reaches: Validation | None = None  # the first validation whose mean mIoU is at least the baseline's last
 
     @property
     def first(self) -> Run:
         """The run of the smallest seed."""
         return next(iter(self.runs.values()))
-
-    def iou(self, seed: int) -> dict[str, float | None]:
-        """IoU after the last step, by class and `MEAN`."""
-        last = self.runs[seed].history[-1]
-        return {**last.iou, MEAN: last.miou}
-
-    def mean_iou(self, name: str) -> float | None:
-        """The mean over seeds of a class's IoU after the last step; None if no seed has one."""
-        found = [value for seed in self.runs if (value := self.iou(seed)[name]) is not None]
-        return float(np.mean(found)) if found else None
 
     def seconds_per_step(self) -> float:
         """The mean over seeds of the median seconds of a step; of the mean seconds where a run recorded no median."""
@@ -100,6 +75,13 @@ class Comparison:
     steps: int
     classes: list[str]
     arms: list[Arm]
+    equal_seconds: EqualSeconds
+    roots: list[RootComparison] = field(default_factory=list)  # where asked for
+
+    @property
+    def runs(self) -> dict[str, dict[int, Run]]:
+        """The runs by arm and seed."""
+        return {arm.label: arm.runs for arm in self.arms}
 
     @property
     def has_intervals(self) -> bool:
@@ -113,20 +95,18 @@ class Comparison:
             "baseline": self.arms[0].label,
             "arms": [
                 {
-                    "label": arm.label,
                     "runs": {seed: run.name for seed, run in arm.runs.items()},
                     "settings": arm.settings,
                     "cache": arm.first.model_dump()["cache"],
-                    "iou": {name: {seed: arm.iou(seed)[name] for seed in arm.runs} for name in [*self.classes, MEAN]},
-                    "differences": {name: asdict(d) for name, d in arm.differences.items()}
-                    if arm.differences
-                    else None,
+                    **arm.as_dict(),
                     "seconds_per_step": arm.seconds_per_step(),
                     "curve": [point.model_dump() for point in arm.curve()],
                     "reaches_baseline": arm.reaches.model_dump() if arm.reaches else None,
                 }
                 for arm in self.arms
             ],
+            "equal_seconds": self.equal_seconds.as_dict(),
+            "roots": [root.as_dict() for root in self.roots],
         }
 
 
@@ -148,30 +128,13 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
     first = _baseline(arms, baseline)
     arms.sort(key=lambda arm: arm is not first)
     classes = list(runs[0].history[-1].iou)
+    compare_with_baseline(arms)
     for arm in arms[1:]:
+        _refuse_unpaired(arm, first)
         arm.settings = _settings(arm, first)
-        arm.differences = _differences(arm, first, classes)
         goal = first.mean_iou(MEAN)
         arm.reaches = next((p for p in arm.curve() if p.miou is not None and goal is not None and p.miou >= goal), None)
-    return Comparison(runs[0].total_steps, classes, arms)
-
-
-def paired_difference(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Difference | None:
-    """The difference over the seeds for which both have a score; None if there is no such seed."""
-    by_seed = {
-        seed: ours[seed] - theirs[seed]  # type: ignore[operator]
-        for seed in sorted(ours.keys() & theirs.keys())
-        if ours[seed] is not None and theirs[seed] is not None
-    }
-    if not by_seed:
-        return None
-    values = np.array(list(by_seed.values()))
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Difference(mean, None, None, by_seed)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = float(special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
-    return Difference(mean, mean - half, mean + half, by_seed)
+    return Comparison(runs[0].total_steps, classes, arms, at_equal_seconds({arm.label: arm.runs for arm in arms}))
 
 
 def one_seed_text(seed: int) -> str:
@@ -237,11 +200,17 @@ def _arms(runs: Sequence[Run]) -> list[Arm]:
                     "which would count twice: leave one out"
                 )
             by_seed[run.seed] = run
-        arms.append(Arm(label=_label(members), runs=dict(sorted(by_seed.items()))))
+        last = {seed: run.history[-1] for seed, run in sorted(by_seed.items())}
+        iou = scores_by_class({seed: (found.miou, found.iou) for seed, found in last.items()})
+        arms.append(Arm(label=_label(members), iou=iou, runs=dict(sorted(by_seed.items()))))
     labels = [arm.label for arm in arms]
     for arm in arms:
         if labels.count(arm.label) > 1:
             arm.label = arm.first.name
+    labels = [arm.label for arm in arms]
+    for i, arm in enumerate(arms):
+        if earlier := labels[:i].count(arm.label):  # runs of one name in several groups
+            arm.label = f"{arm.label} ({earlier + 1})"
     return arms
 
 
@@ -275,19 +244,12 @@ def _settings(arm: Arm, baseline: Arm) -> dict[str, Any]:
     }
 
 
-def _differences(arm: Arm, baseline: Arm, classes: list[str]) -> dict[str, Difference]:
-    found = {}
-    for name in [*classes, MEAN]:
-        ours, theirs = ({seed: a.iou(seed)[name] for seed in a.runs} for a in (arm, baseline))
-        difference = paired_difference(ours, theirs)
-        if difference is not None:
-            found[name] = difference
-    if MEAN not in found:
+def _refuse_unpaired(arm: Arm, baseline: Arm) -> None:
+    if MEAN not in (arm.differences or {}):
         raise DataError(
             f"{arm.label} (seeds {list(arm.runs)}) and {baseline.label} (seeds {list(baseline.runs)}) have no seed in common: "
             "differences are taken between runs of one seed"
         )
-    return found
 
 
 def _mean_validation(runs: Any, step: int) -> Validation:

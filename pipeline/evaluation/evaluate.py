@@ -42,6 +42,7 @@ from kdpipe.pipeline.runs.elsewhere import refuse_undescribed, trained_elsewhere
 from kdpipe.pipeline.teacher.frozen import open_teacher
 
 BOUNDARY_WIDTH_PX = 3  # what annotators of sub-metre imagery agree to
+ALL_ROOTS = "all roots"  # names the scores of all together
 MEMORY_ADVICE = ("--window 512, or a smaller one than now", "--device cpu")
 
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -251,7 +252,7 @@ def evaluate(
             result.trained_on = is_among(root, model.trained_on)
             results.append(result)
             total += counts
-    together = _scored("all roots", sum(r.tiles for r in results), total, config, boundary_width_px)
+    together = _scored(ALL_ROOTS, sum(r.tiles for r in results), total, config, boundary_width_px)
     together.labelled = sum(labelled.values())
     together.without_mask = [tile for result in results for tile in result.without_mask]
     together.without_label = [tile for result in results for tile in result.without_label]

@@ -13,7 +13,8 @@ from scipy import stats
 
 from kdpipe.configs.errors import DataError
 from kdpipe.pipeline.commands.main import cli
-from kdpipe.pipeline.evaluation.compare import MEAN, compare, paired_difference
+from kdpipe.pipeline.evaluation.compare import compare
+from kdpipe.pipeline.evaluation.differences import MEAN, paired_difference
 from kdpipe.pipeline.reports.html.comparison import write_comparison
 from kdpipe.pipeline.reports.plots import draw_comparison
 from kdpipe.pipeline.reports.terminal.comparison import comparison_tables

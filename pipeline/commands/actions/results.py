@@ -12,6 +12,7 @@ from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.evaluation.compare import compare
 from kdpipe.pipeline.evaluation.evaluate import Model, evaluate, student_model, teacher_model
+from kdpipe.pipeline.evaluation.roots import compare_roots
 from kdpipe.pipeline.prediction.model import ONNX_SUFFIX
 from kdpipe.pipeline.prediction.scored import exported_model
 from kdpipe.pipeline.reports.html.comparison import comparison_tiles, write_comparison
@@ -71,15 +72,18 @@ def forecast_gain(
 
 
 def compare_runs(
-    runs: Sequence[str], *, baseline: str | None, out: str, tiles: int, png: bool, json_path: str | None,
-    device: str | None,
+    runs: Sequence[str], *, baseline: str | None, by: str | None, roots: Sequence[str], out: str, tiles: int, window: int | None,
+    png: bool, json_path: str | None, device: str | None,
 ) -> None:  # fmt: skip
-    """Compare runs in tables and in an HTML report in the folder `out`."""
+    """Compare runs in tables and in an HTML report in the folder `out`; by root where `by` says so, or `roots` are named."""
     terminal = Terminal()
     found = [read_run(run) for run in runs]
     comparison = compare(found, baseline)
     folders = {id(run): run_folder(path) for run, path in zip(found, runs, strict=True)}
-    drawn, notes = comparison_tiles(comparison, folders, resolve_device(device), tiles, terminal) if tiles else ([], [])
+    where = resolve_device(device)
+    if by == "root" or roots:
+        comparison.roots = compare_roots(comparison.runs, folders, where, roots, window=window, progress=terminal)
+    drawn, notes = comparison_tiles(comparison, folders, where, tiles, terminal, window=window) if tiles else ([], [])
     page = write_comparison(comparison, output_path(out, key="--out"), drawn, notes)
     if png:
         draw_comparison(comparison, page.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch
 
 from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.files import make_folder, write_file
-from kdpipe.pipeline.evaluation.compare import MEAN, Arm, Comparison, Difference, one_seed_text
-from kdpipe.pipeline.evaluation.evaluate import student_model
+from kdpipe.pipeline.evaluation.compare import Arm, Comparison, one_seed_text
+from kdpipe.pipeline.evaluation.differences import MEAN, ArmScores
+from kdpipe.pipeline.evaluation.evaluate import ALL_ROOTS, student_model
 from kdpipe.pipeline.pictures import visible
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.reports.html.charts import Interval, Points, interval_chart, line_chart
 from kdpipe.pipeline.reports.html.page import heading, page, paragraph, table
 from kdpipe.pipeline.reports.html.tiles import VIEWER, TilePictures, browser, draw_tile, spread, validation_subjects
+from kdpipe.pipeline.reports.verdicts import points_text, root_lines, root_title, seconds_lines, verdict_lines
 from kdpipe.pipeline.runs.layout import LAST
 from kdpipe.pipeline.runs.record import Validation
 from kdpipe.pipeline.text import duration_text, pace_text, percent_cell
@@ -38,18 +41,21 @@ def comparison_tiles(
     device: torch.device,
     count: int,
     progress: Progress | None = None,
+    *,
+    window: int | None = None,
 ) -> tuple[list[TilePictures], list[str]]:
     """
     At most `count` validation tiles with the predictions of every arm, and notes on what is missing.
 
-    Each arm is shown by the last checkpoint of its first seed's run; `folders` are the runs' folders by `id(run)`. An arm
-    without a `last.ckpt` is left out, and so is every arm where the validation tiles are missing.
+    Each arm is shown by the last checkpoint of its first seed's run, which predicts in windows of `window` px, or whole tiles (None);
+    `folders` are the runs' folders by `id(run)`. An arm without a `last.ckpt` is left out, and so is every arm where the
+    validation tiles are missing.
     """
     models, notes = {}, []
     for arm in comparison.arms:
         file = folders[id(arm.first)] / LAST
         if file.is_file():
-            models[arm.label] = student_model(file, device, tta=None, window=None, say=(progress or Silent()).say)
+            models[arm.label] = student_model(file, device, tta=None, window=window, say=(progress or Silent()).say)
         else:
             notes.append(f"No predictions of {arm.label}: there is no {file}.")
     if not models:
@@ -75,15 +81,6 @@ def comparison_tiles(
             )  # fmt: skip
             advance(1)
     return drawn, notes
-
-
-def points_text(difference: Difference | None) -> str:
-    """A difference in points of IoU with its interval: `+1.2 [-0.3, +2.7]`, without it for a single seed."""
-    if difference is None:
-        return "–"
-    if difference.low is None or difference.high is None:
-        return f"{100 * difference.mean:+.1f}"
-    return f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
 def cache_text(arm: Arm) -> str:
@@ -117,13 +114,17 @@ def _page(comparison: Comparison, tiles: Sequence[TilePictures], notes: Sequence
     ]
     if not intervals:
         body.append(paragraph(one_seed_text(baseline.first.seed), "warning"))
+    body += [heading(2, "Gained, lost, or cannot tell"), *map(paragraph, verdict_lines(comparison.arms))]
     if tiles:
         of_arms = paragraph("Each arm predicts by its first seed's run, after the last step.", "quiet")
         body += [heading(2, "Validation tiles"), of_arms, browser(tiles, comparison.classes)]
     body += [paragraph(note, "quiet") for note in notes]
     body += [heading(2, "Curves"), f'<div class="charts">{"".join(_charts(comparison))}</div>']
-    body += [heading(2, "Classes"), table("IoU by class, %", list(_class_rows(comparison)))]
-    body.append(_class_chart(comparison, " with 95 % intervals" if intervals else ""))
+    body += map(paragraph, seconds_lines(comparison))
+    body += [heading(2, "Classes"), table("IoU by class, %", list(_class_rows(comparison.arms)))]
+    by_class = {name: (name, comparison.arms) for name in [MEAN, *comparison.classes]}
+    body.append(_difference_chart(by_class, intervals=intervals))
+    body += _by_root(comparison)
     body += [
         heading(2, "Runs"),
         table("Settings that differ from the baseline", list(_setting_rows(comparison))),
@@ -157,15 +158,39 @@ def _points(history: Sequence[Validation], against: str) -> Points:
     return [(getattr(point, against), 100 * point.miou) for point in history if point.miou is not None]
 
 
-def _class_chart(comparison: Comparison, suffix: str) -> str:
+def _by_root(comparison: Comparison) -> Iterator[str]:
+    """What `--by root` found: the mIoU of all roots in one chart, then the classes of each."""
+    if not comparison.roots:
+        return
+    yield heading(2, "By root")
+    names = _short_names([root.root for root in comparison.roots])
+    rows = {name: (MEAN, root.arms) for name, root in zip(names, comparison.roots, strict=True)}
+    yield _difference_chart(rows, intervals=comparison.has_intervals, what="mIoU by root: difference")
+    for root in comparison.roots:
+        yield table(f"{root_title(root)}; IoU by class, %", list(_class_rows(root.arms)))
+        yield from map(paragraph, root_lines(root))
+
+
+def _short_names(roots: Sequence[str]) -> list[str]:
+    """The paths of roots below the folder that holds them all, which fit beside a chart; `all roots` stays."""
+    folders = {root: Path(root).absolute() for root in roots if root != ALL_ROOTS}
+    common = os.path.commonpath([folder.parent for folder in folders.values()])
+    return [str(folders[root].relative_to(common)) if root in folders else root for root in roots]
+
+
+def _difference_chart(
+    shown: Mapping[str, tuple[str, Sequence[ArmScores]]], *, intervals: bool, what: str = "Difference"
+) -> str:
+    """The differences of arms from the baseline; a row is a class, or `MEAN`, of arms that begin with the baseline."""
     rows: dict[str, dict[str, Interval]] = {}
-    for name in [MEAN, *comparison.classes]:
-        for arm in comparison.arms[1:]:
+    for row, (name, (_, *arms)) in shown.items():
+        for arm in arms:
             if difference := (arm.differences or {}).get(name):
                 bounds = (None if b is None else 100 * b for b in (difference.low, difference.high))
-                rows.setdefault(name, {})[arm.label] = Interval(100 * difference.mean, *bounds)
-    baseline = comparison.arms[0].label
-    return interval_chart(f"Difference from {baseline}{suffix}", rows, f"points of IoU above {baseline}")
+                rows.setdefault(row, {})[arm.label] = Interval(100 * difference.mean, *bounds)
+    baseline = next(arms[0].label for _, arms in shown.values())
+    suffix = " with 95 % intervals" if intervals else ""
+    return interval_chart(f"{what} from {baseline}{suffix}", rows, f"points of IoU above {baseline}")
 
 
 def _arm_rows(comparison: Comparison) -> Iterator[list[str]]:
@@ -187,11 +212,11 @@ def _arm_rows(comparison: Comparison) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def _class_rows(comparison: Comparison) -> Iterator[list[str]]:
-    yield ["class", *(arm.label for arm in comparison.arms)]
-    for name in [*comparison.classes, MEAN]:
+def _class_rows(arms: Sequence[ArmScores]) -> Iterator[list[str]]:
+    yield ["class", *(arm.label for arm in arms)]
+    for name in arms[0].iou:
         cells = []
-        for arm in comparison.arms:
+        for arm in arms:
             cell = percent_cell(arm.mean_iou(name))
             if arm.differences and name in arm.differences:
                 cell += f" ({points_text(arm.differences[name])})"
@@ -210,6 +235,6 @@ def _run_rows(comparison: Comparison) -> Iterator[list[str]]:
     for arm in comparison.arms:
         for seed, run in arm.runs.items():
             yield [
-                run.name, arm.label, str(seed), percent_cell(arm.iou(seed)[MEAN]),
+                run.name, arm.label, str(seed), percent_cell(arm.iou[MEAN][seed]),
                 "–" if run.wall_seconds is None else duration_text(run.wall_seconds), run.device, run.libraries.get("torch", "–"),
             ]  # fmt: skip
