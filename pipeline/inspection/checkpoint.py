@@ -27,6 +27,7 @@ class StudentRun:
 
     `classes` name its channels in order, `normalize` is its `student.normalize` and `options` its `student.options`; `bands` are the
     numbers of the bands that it sees. `model` and `pretrained` are keys of `student` too; None for a network of smp or kdpipe.
+    `averaged_steps` is the number of steps whose weights are averaged, None where the weights are those of the last step.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StudentRun:
     bands: tuple[int, ...] = (1, 2, 3)
     model: str | None = None
     pretrained: str | None = None
+    averaged_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _run_of(header: Header, path: str) -> tuple[StudentRun, str | None]:
         bands,
         student.model,
         student.pretrained,
+        header.averaged.steps if header.averaged else None,
     )
     # timm would fetch `tu-hf-hub:…` from a hub.
     return run, None if encoder is None or ":" in encoder else encoder

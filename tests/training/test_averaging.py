@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.commands import run_command
 from helpers.doubles import Lines
 from helpers.runs import Small, assert_same_weights, checkpoint, weights
 
@@ -142,6 +143,8 @@ def test_the_average_is_what_others_read_from_the_checkpoint(cached, make_config
     averaged = {name.removeprefix("student."): value for name, value in weights().items()}
     assert_same_weights(load_trained(path).student.state_dict(), averaged)
     assert_same_weights(bare_state(torch.load(path, weights_only=True)), averaged)
+    done = run_command("inspect", path)
+    assert "after step 2, weights averaged over 2 steps" in " ".join(done.stdout.split())
 
 
 def test_a_student_without_batch_norm_needs_no_statistics(make_config):

@@ -54,7 +54,8 @@ def checkpoint_table(found: Inspection) -> Table:
         rows["note"] = "\n".join(found.notes)
     if run is not None:
         best = "" if run.best_miou is None else f", best validation mIoU {percent_text(run.best_miou)}"
-        rows["run"] = f"{run.name}, mode {run.mode}, after step {run.steps}{best}"
+        averaged = f", weights averaged over {run.averaged_steps} steps" if run.averaged_steps else ""
+        rows["run"] = f"{run.name}, mode {run.mode}, after step {run.steps}{averaged}{best}"
         rows["cache"] = run.fingerprint or "none"
     rows |= {"size": f"{size_text(found.size_bytes)} ({found.size_bytes} bytes)", "sha256": found.sha256}
     table = Table(title=found.path, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
