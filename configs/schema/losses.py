@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -24,24 +24,26 @@ Trust = Literal["none", "confidence", "entropy", "threshold"]
 
 def refuse_unknown_losses(losses: Mapping[str, float]) -> None:
     """Raise `ValueError`, whose text completes a sentence about a key, where there is no loss or a name is not one."""
-    unknown = [name for name in losses if name not in LABELLED_LOSSES]
-    if unknown or not losses:
-        raise ValueError(f"needs one or more of {', '.join(LABELLED_LOSSES)}, found {', '.join(unknown) or 'none'}")
+    _refuse_others(losses, LABELLED_LOSSES)
+
+
+def _refuse_others(given: Mapping[str, object], known: Sequence[str]) -> None:
+    unknown = [str(name) for name in given if name not in known]
+    if unknown or not given:
+        colon = "; YAML needs a space after a colon: {name: 1}" if any(":" in name for name in unknown) else ""
+        raise ValueError(f"needs one or more of {', '.join(known)}, found {', '.join(unknown) or 'none'}{colon}")
 
 
 def refuse_other_soft_losses(value: object) -> None:
     """Raise `ValueError` where a `distill.loss` as written is neither a loss by name, nor weights of them, nor a function's name."""
-    names = ", ".join(SOFT_LOSSES)
     if isinstance(value, Mapping):
-        unknown = [name for name in value if name not in SOFT_LOSSES]
-        if unknown or not value:
-            raise ValueError(f"needs one or more of {names}, found {', '.join(map(str, unknown)) or 'none'}")
+        _refuse_others(value, SOFT_LOSSES)
         for name, weight in value.items():
             if not isinstance(weight, int | float) or not LEAST <= weight <= MOST:
                 raise ValueError(f"expected weights from {LEAST:f} to {MOST:.0f}, found {name}: {weight!r}")
     elif value not in SOFT_LOSSES and not (isinstance(value, str) and re.fullmatch(OWN_MODEL, value)):
         raise ValueError(
-            f"expected {names}, weights of them such as {{kl: 1.0, dice: 1.0}}, or a function of your own as package.module:name, "
+            f"expected {', '.join(SOFT_LOSSES)}, weights of them such as {{kl: 1.0, dice: 1.0}}, or a function of your own as package.module:name, "
             f"found {value!r}"
         )
 

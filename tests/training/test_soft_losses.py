@@ -249,6 +249,7 @@ def test_auto_trust_is_the_precision_of_the_cached_targets(make_config, cached, 
     ("key", "value", "message"),
     [
         ("loss", {"ce": 1}, r"distill\.loss: needs one or more of kl, dice, jaccard, found ce"),
+        ("loss", {"kl:1": None}, r"found kl:1; YAML needs a space after a colon: \{name: 1\}"),
         ("loss", {}, r"distill\.loss: needs one or more of kl, dice, jaccard, found none"),
         ("loss", {"kl": -1}, r"distill\.loss: expected weights from 0\.000001 to 1000000, found kl: -1"),
         ("loss", "huber", r"distill\.loss: expected kl, dice, jaccard, weights of them such as \{kl: 1\.0, dice: 1\.0\}, or"),
