@@ -43,8 +43,8 @@ def refuse_other_soft_losses(value: object) -> None:
                 raise ValueError(f"expected weights from {LEAST:f} to {MOST:.0f}, found {name}: {weight!r}")
     elif value not in SOFT_LOSSES and not (isinstance(value, str) and re.fullmatch(OWN_MODEL, value)):
         raise ValueError(
-            f"expected {', '.join(SOFT_LOSSES)}, weights of them such as {{kl: 1.0, dice: 1.0}}, or a function of your own as package.module:name, "
-            f"found {value!r}"
+            f"expected {', '.join(SOFT_LOSSES)}, weights of them such as {{kl: 1.0, dice: 1.0}}, or a function of your own as "
+            f"package.module:name, found {value!r}"
         )
 
 

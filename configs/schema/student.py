@@ -219,10 +219,11 @@ class Train(Section):
     checkpoint_every_steps: int = Field(200, ge=1)
     """Steps between checkpoints. Each epoch ends with one too."""
 
-    @field_validator("labelled_loss")
+    @field_validator("labelled_loss", mode="before")
     @classmethod
-    def _known_losses(cls, losses: dict[str, float]) -> dict[str, float]:
-        refuse_unknown_losses(losses)
+    def _known_losses(cls, losses: Any) -> Any:
+        if isinstance(losses, dict):
+            refuse_unknown_losses(losses)
         return losses
 
     @field_validator("class_weights", mode="before")
