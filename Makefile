@@ -4,7 +4,7 @@ BIN := .venv/bin
 ROOM ?= cache
 SOURCES := $(shell find configs data cache pipeline -name "*.py" -o -name "*.yaml" -o -name "page.*")
 
-.PHONY: help demo test test-one bench lint docs audit clean
+.PHONY: help demo test test-long test-one bench lint docs audit clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -12,11 +12,14 @@ help:
 demo: .venv/installed ## the whole pipeline on a generated landscape
 	$(BIN)/kdpipe demo
 
-test: lint ## lint, and all tests
+test: lint ## lint, and the tests that take a moment each
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
+test-long: .venv/installed ## the tests that take seconds each: processes, packages, trainings
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'long and not slow'
+
 test-one: .venv/installed ## the tests of one room of tests/: make test-one ROOM=cache
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/$(ROOM)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not slow' tests/$(ROOM)
 
 lint: .venv/installed ## ruff, mypy and the order of the layers
 	$(BIN)/ruff check .

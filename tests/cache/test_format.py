@@ -44,6 +44,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("kdpipe", "z
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", FOLDERS)
 def test_a_reader_written_from_the_page_alone_reads_and_checks_the_golden_caches(version):
     done = subprocess.run(
@@ -139,6 +140,7 @@ def without(content, names):
     return {key: value for key, value in content.items() if key not in names}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("version", "bits"), CACHES)
 def test_the_writer_writes_the_values_and_metadata_of_the_golden_caches(version, bits, tmp_path):
     """Compressed bytes are not compared: another release or level of zstd may compress otherwise."""

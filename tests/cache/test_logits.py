@@ -58,6 +58,7 @@ def test_an_integer_is_the_square_root_of_the_depth_below_the_largest_logit(bits
     assert np.abs(back[:5] + depths[:5]).max() <= logit_bound(bits)
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(
     st.integers(2, 12), st.floats(0.1, 40), st.floats(0.25, 8), st.sampled_from(BITS), st.integers(0, 2**32 - 1)
@@ -166,6 +167,7 @@ def logits_config(make_config, finished_logits):
 OTHER_MAP = {"Tree": {"Forest": 0.5, "SemiNatural": 0.5}, "Road": {"Background": 1}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", BITS)
 def test_one_cache_gives_the_teachers_soft_targets_at_any_temperature_and_class_map(logits_config, bits):
     config = logits_config(cache__bits=bits)
@@ -188,6 +190,7 @@ def test_one_cache_gives_the_teachers_soft_targets_at_any_temperature_and_class_
     assert tree(Path(config.cache.path)) == before
 
 
+@pytest.mark.long
 def test_averages_over_views_windows_and_teachers_are_taken_before_the_cache(make_config, tmp_path):
     """The mean is taken of logits, so a cache computed at T 2 gives the soft targets of a live teacher at T 3."""
     raw = make_config().teacher.model_dump()
@@ -204,6 +207,7 @@ def test_averages_over_views_windows_and_teachers_are_taken_before_the_cache(mak
     assert np.abs(cache.read(tile.id) - live).max() <= error_bound(16, 8, 6, 3.0)
 
 
+@pytest.mark.long
 def test_another_temperature_and_class_map_pass_the_gate_and_train_without_the_teacher(logits_config, monkeypatch):
     config = logits_config(train__max_steps=2)
     other = logits_config(
@@ -228,6 +232,7 @@ def test_another_temperature_and_class_map_pass_the_gate_and_train_without_the_t
     assert np.abs(np.array(one.losses) / two.losses - 1).min() > 1e-2
 
 
+@pytest.mark.long
 def test_a_run_is_not_resumed_at_another_temperature(logits_config):
     config = logits_config(train__max_steps=1)
     train(config, CPU)
@@ -235,6 +240,7 @@ def test_a_run_is_not_resumed_at_another_temperature(logits_config):
         train(logits_config(train__max_steps=1, distill__temperature=1.0), CPU, resume=True)
 
 
+@pytest.mark.long
 def test_cached_and_online_losses_agree_at_every_step(logits_config, monkeypatch):
     """Within 1e-3, as for soft targets, but without a correction of the entropy."""
     monkeypatch.setattr(training, "starting_student", lambda *args, **options: Plain())
@@ -272,6 +278,7 @@ def test_logits_have_a_format_version_and_a_recipe_of_their_own(logits_config):
     assert manifest["error_bound"] == logit_bound(8)
 
 
+@pytest.mark.long
 def test_zeros_in_place_of_missing_data_are_found(make_config, monkeypatch):
     """Every digest and checksum vouches for the tile."""
 
@@ -291,6 +298,7 @@ def test_zeros_in_place_of_missing_data_are_found(make_config, monkeypatch):
     assert {finding.code for finding in verify(config, "full", CPU).findings} == {"damaged-tile"}
 
 
+@pytest.mark.long
 def test_resumed_and_repaired_the_bytes_are_the_same(logits_config):
     config = logits_config()
     folder = Path(config.cache.path)
@@ -330,6 +338,7 @@ def test_an_unpickled_cache_keeps_its_softening(logits_config):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(cache)).read(tile), cache.read(tile))
 
 
+@pytest.mark.long
 def test_statistics_are_those_of_the_teachers_classes(logits_config):
     config = logits_config(cache__bits=16)
     found = compute_statistics(open_as_predicted(config.cache.path))

@@ -57,6 +57,7 @@ def stored_at_8_bits(probs_CHW):
     return simplex.decode(steady_rounding.encode(probs_CHW, 8, simplex.levels_of(8, count)), levels)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_classes", [2, 6, 10, 11, 15, 19, 20, 21, 60, 150, 254, 400])
 def test_8_bits_move_at_most_two_percent_of_any_pixel(num_classes):
     for probs in kinds(num_classes):
@@ -134,6 +135,7 @@ def smooth(num_classes, side=128):
     return (np.exp(scores) / np.exp(scores).sum(axis=0)).astype(np.float32)
 
 
+@pytest.mark.long
 def test_150_classes_take_less_than_half_of_the_bytes_of_16_bits():
     probs = smooth(150)
     sizes = []
@@ -143,6 +145,7 @@ def test_150_classes_take_less_than_half_of_the_bytes_of_16_bits():
     assert sizes[0] < 0.45 * sizes[1]
 
 
+@pytest.mark.long
 def test_a_cache_of_150_classes_is_read_whole_by_window_by_zarr_and_from_the_page(tmp_path):
     classes = [f"class {number}" for number in range(150)]
     probs = np.concatenate([smooth(150)[:, :, :20], dirichlet(150, 140, 20, 1.0)], axis=1)  # two rows of chunks
@@ -173,6 +176,7 @@ def many_class_config(make_config, tmp_path, count):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_student_of_150_classes_trains_from_a_cache_that_passes_the_gate(make_config, tmp_path):
     config = many_class_config(make_config, tmp_path, 150)
     summary = precompute(config, CPU)
@@ -185,6 +189,7 @@ def test_a_student_of_150_classes_trains_from_a_cache_that_passes_the_gate(make_
     assert Path(tmp_path, "model_weights/tests/tiny/last.ckpt").is_file()
 
 
+@pytest.mark.long
 def test_a_cache_of_whole_levels_from_an_older_kdpipe_goes_on_as_it_is(make_config, tmp_path, monkeypatch):
     config = many_class_config(make_config, tmp_path, 30)
 

@@ -76,6 +76,7 @@ def test_one_of_many_that_take_over_a_dead_lock_at_once_has_it(s3, one_client, d
     assert dead_lock.info("") is None
 
 
+@pytest.mark.long
 def test_a_writer_whose_lock_was_taken_stores_nothing_more_and_leaves_the_other_lock(
     s3, one_client, images, monkeypatch
 ):
@@ -141,6 +142,7 @@ def test_a_server_without_conditional_replacing_and_deleting_takes_plain_request
     assert dead_lock.info("") is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "body",
     [

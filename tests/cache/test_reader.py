@@ -93,6 +93,7 @@ def test_the_entropy_error_of_a_window_weights_blocks_by_their_pixels_in_it(wind
 READ_PICKLED = "import pickle, sys; print(repr(pickle.load(sys.stdin.buffer).read('Train/a').sum().item()))"
 
 
+@pytest.mark.long
 def test_a_pickled_cache_is_read_in_another_process(cache):
     expected = repr(cache.read("Train/a").sum().item())
     done = subprocess.run([sys.executable, "-c", READ_PICKLED], input=pickle.dumps(cache), capture_output=True)

@@ -47,6 +47,7 @@ def upload(folder, url):
     return storage
 
 
+@pytest.mark.long
 def test_stage_one_and_the_gate_on_a_failing_network_make_the_bytes_of_a_local_cache(
     make_config, finished_cache, s3, one_client
 ):
@@ -68,6 +69,7 @@ def test_stage_one_and_the_gate_on_a_failing_network_make_the_bytes_of_a_local_c
     assert open_storage(f"{s3.url}.lock").info("") is None
 
 
+@pytest.mark.long
 def test_inspect_describes_a_cache_on_s3_like_a_local_one(
     cached, make_config, finished_cache, s3, one_client, tmp_path
 ):
@@ -87,6 +89,7 @@ def test_inspect_describes_a_cache_on_s3_like_a_local_one(
     assert said[:3] == said[3:]
 
 
+@pytest.mark.long
 def test_repair_restores_the_bytes_of_a_damaged_object(make_config, finished_cache, s3, one_client):
     config, before = make_config(cache__path=s3.url), tree(finished_cache)
     storage = upload(finished_cache, s3.url)
@@ -102,6 +105,7 @@ def test_repair_restores_the_bytes_of_a_damaged_object(make_config, finished_cac
     assert objects(s3.url) == before
 
 
+@pytest.mark.long
 def test_spawned_workers_train_from_s3_to_the_weights_of_a_local_cache(
     make_config, cached, finished_cache, s3, tmp_path
 ):
@@ -118,6 +122,7 @@ def test_spawned_workers_train_from_s3_to_the_weights_of_a_local_cache(
         torch.testing.assert_close(weights[1]["state_dict"][key], value, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_uploads_that_stop_at_any_point_leave_no_half_written_cache(s3, one_client, tmp_path, images, monkeypatch):
     """From the n-th change on the server fails, for every n: between shard and receipt, and before the manifest, too."""
     two = ("Train/a", "Other/c")  # enough to stop within a tile, between two, and after the last
@@ -158,6 +163,7 @@ def test_there_is_no_manifest_while_tiles_are_rewritten(s3, one_client, images):
         SoftTargetCache(storage, cache.manifest).read(tile)
 
 
+@pytest.mark.long
 def test_a_window_of_a_tile_that_was_read_before_requests_only_its_chunks(s3, tmp_path):
     probs = distributions(len(RECIPE.classes), 1024, 1024)
     with open_writer(open_storage(s3.url), RECIPE, device="cpu", libraries={}) as writer:
@@ -198,6 +204,7 @@ def test_quick_verification_and_a_run_without_work_list_the_cache_instead_of_ask
     assert s3.count() == {"GET": 5}, "the manifest, the topmost group, and listings of folder, cache and partial files"
 
 
+@pytest.mark.long
 def test_one_of_many_writers_that_start_at_once_gets_the_lock(s3):
     def attempt(n):
         try:
@@ -220,6 +227,7 @@ def test_an_object_whose_creation_lost_its_response_is_created_once(s3):
     assert lock.read("") == b"mine"
 
 
+@pytest.mark.long
 def test_the_second_writer_is_told_who_writes(make_config, s3):
     holder = rf"is being written by process {os.getpid()} on {socket.gethostname()} since"
     with writer_lock(open_storage(s3.url)), pytest.raises(CacheLocked, match=holder):
@@ -240,6 +248,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_unless_it_is_of_another_host(s
             pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -262,6 +271,7 @@ def test_a_server_that_does_not_respond_is_named_with_advice(s3, images, monkeyp
     assert len(caplog.records) == (fault != "denied"), "one line for all attempts"
 
 
+@pytest.mark.long
 def test_a_request_whose_response_is_late_is_repeated(s3, images, monkeypatch):
     fill(s3.url, images)
     monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
@@ -310,6 +320,7 @@ def test_local_urls_are_opened_as_folders_not_by_fsspec(scheme, tmp_path, images
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "d.zarr")
 
 
+@pytest.mark.long
 def test_memory_and_s3_give_the_values_of_a_local_cache(s3, tmp_path, images):
     caches = []
     for url in (tmp_path / "c.zarr", "memory://tests/same.zarr", s3.url):

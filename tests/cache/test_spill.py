@@ -172,6 +172,7 @@ def left_in(folder):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("torn", [False, True], ids=["between", "within"])
 def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_the_same_bytes(
     tmp_path, monkeypatch, torn
@@ -214,6 +215,7 @@ def test_after_a_kill_or_a_power_cut_at_any_file_operation_the_next_run_writes_t
     assert points > 40
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["full", "failing"])
 def test_a_disk_that_fails_at_any_operation_is_reported_and_the_next_run_goes_on(tmp_path, monkeypatch, kind):
     store_scene(tmp_path / "whole/c.zarr")

@@ -27,7 +27,7 @@ from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.versions import library_versions
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 def with_teacher(config, checkpoint):

@@ -20,7 +20,7 @@ from kdpipe.pipeline.precompute.run import precompute
 
 CPU = torch.device("cpu")
 TILES = 16
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 def test_two_workers_make_the_bytes_of_one_process_and_predict_each_tile_once(two_workers, config, whole, tmp_path):

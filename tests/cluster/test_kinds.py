@@ -5,6 +5,8 @@ from helpers.cluster_runs import run
 from helpers.files import tree
 from helpers.teacher_kinds import KINDS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(params=KINDS)
 def kind(request):

@@ -19,7 +19,7 @@ from kdpipe.pipeline.cluster.worker import Facts
 from kdpipe.pipeline.models.smp import create_smp_model
 from kdpipe.pipeline.precompute.run import precompute
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from kdpipe.pipeline.cluster import client as module
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.precompute.subjects import RemoteSubjects, absolute_tile, subjects
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 VIEWS = {
     "distill__teacher_view": "crop",
     "cache__views": 4,

@@ -85,6 +85,7 @@ def test_help_imports_nothing_heavy():
     assert imports_none_of(heavy, commands, 0).stdout.count("Usage: kdpipe") == len(commands)
 
 
+@pytest.mark.long
 def test_a_refused_override_imports_nothing_to_compute_with(tmp_path):
     given = {
         "evaluate": ["--teacher"],
@@ -101,6 +102,7 @@ def test_a_refused_override_imports_nothing_to_compute_with(tmp_path):
         assert said.count(message) == len(commands), said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [["precompute-teacher"], ["verify-cache", "--level", "quick"]], ids=" ".join)
 def test_a_command_that_computes_nothing_imports_nothing_to_compute_with(command, cached, tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(cached))
@@ -150,6 +152,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.long
 def test_the_real_process_ends_with_the_same_paragraph_and_exit_code(tmp_path):
     arguments = ("inspect", "gone.zarr", "--debug")
     done, here = run_process(*arguments, cwd=tmp_path), run_command(*arguments, cwd=tmp_path)
@@ -165,6 +168,7 @@ def test_version_is_the_packages():
     assert version("kdpipe") in run_process("--version").stdout
 
 
+@pytest.mark.long
 def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(write_sample_data.__kwdefaults__, "side", (65, 110))  # a tenth of the pixels to draw
     done = run_command("sample-data", "land", "--json", "land.json", cwd=tmp_path)

@@ -46,6 +46,7 @@ def in_bash(place, *lines):
     return [[word for word in line.split("|") if word] for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BASH is None, reason="no bash here")
 def test_bash_completes_what_is_typed(place):
     cases = {
@@ -183,6 +184,7 @@ def test_completing_makes_no_folder_and_imports_nothing_heavy(place):
     assert not (place / "new").exists()
 
 
+@pytest.mark.long
 def test_nothing_there_to_complete_is_no_error(place):
     for words in (
         "kdpipe inspect absent/",

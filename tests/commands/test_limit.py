@@ -38,6 +38,7 @@ def run(make_config, tmp_path):
     return ran
 
 
+@pytest.mark.long
 def test_a_trial_goes_from_end_to_end_and_says_so_everywhere(run, tmp_path):
     found, said = run("precompute-teacher", "--limit", 2, "--dry-run")
     assert (found["limit"], found["tiles"], found["configured"]) == (2, 2, 6)
@@ -75,6 +76,7 @@ def test_a_trial_goes_from_end_to_end_and_says_so_everywhere(run, tmp_path):
     assert "statistics of 1 tile of 2 (--limit 1)" in done.stdout
 
 
+@pytest.mark.long
 def test_the_cache_of_a_trial_is_refused_for_more_tiles_and_completed(run):
     run("precompute-teacher", "--limit", 2)
     _, said = run("train-student", code=3)
@@ -97,6 +99,7 @@ def test_the_cache_of_a_trial_is_refused_for_more_tiles_and_completed(run):
     assert "the 1 tile of this trial is in" in said
 
 
+@pytest.mark.long
 def test_predict_and_init_take_some_and_say_so(run, landscape, tmp_path):
     run("precompute-teacher", "--limit", 2)
     run("train-student", "--limit", 2)

@@ -119,6 +119,7 @@ def succeeds(*arguments):
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("teacher")])
 def test_from_made_files_to_a_student(name, here, tmp_path):
     config = load_config(name)
@@ -142,6 +143,7 @@ def test_from_made_files_to_a_student(name, here, tmp_path):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("teacher")])
 def test_a_teacher_is_trained_where_its_student_looks_for_it(name, here, tmp_path):
     options = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]

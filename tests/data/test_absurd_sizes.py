@@ -104,6 +104,7 @@ READ_ALL = """
 """
 
 
+@pytest.mark.long
 def test_every_reader_refuses_absurd_sizes_within_a_few_megabytes(tmp_path):
     for name, content in ABSURD.items():
         (tmp_path / name).write_bytes(content)
@@ -134,6 +135,7 @@ def test_the_emptiest_real_image_of_5000_px_is_read(options, tmp_path):
         assert not scene.read(0, 1).any()
 
 
+@pytest.mark.long
 def test_a_mask_of_one_value_and_a_scene_with_missing_blocks_are_read(tmp_path):
     Image.new("L", (9000, 9000), 255).save(tmp_path / "mask.png")
     assert (read_mask(tmp_path / "mask.png", 6, 255)[::1000] == 255).all()
@@ -180,6 +182,7 @@ def test_scores_that_claim_terabytes_are_refused(name, tmp_path):
         read_scores(tmp_path / name, ["a"] * 9, 64, 64)
 
 
+@pytest.mark.long
 def test_scores_that_inflate_to_gigabytes_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "t.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("scores.npy", npy((9, 6000, 6000))[:128] + bytes(10**8))

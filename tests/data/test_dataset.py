@@ -212,6 +212,7 @@ def test_plan_replays_the_sample_with_its_colours(root):
         assert_equal_samples({**sample, "image": 0}, {**plain, "image": 0})  # colours change, and nothing else
 
 
+@pytest.mark.long
 def test_samples_are_the_same_from_no_worker_and_from_two(root):
     dataset = make_dataset(root, mosaic=0.5)
     order = [3, 9, 1, 7, 5, 0]
@@ -326,6 +327,7 @@ def test_batches_hold_tiles_of_one_size_and_each_tile_once():
     assert batches_of_equal_size([], 4) == []
 
 
+@pytest.mark.long
 def test_the_layer_imports_neither_torch_nor_albumentations():
     code = (
         "import sys, kdpipe.data.dataset, kdpipe.data.stretch; "

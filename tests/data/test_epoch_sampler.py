@@ -36,6 +36,7 @@ def test_a_rank_or_an_epoch_that_does_not_exist_is_refused():
         EpochSampler(4, 0).set_epoch(-1)
 
 
+@pytest.mark.long
 def test_workers_that_live_on_show_the_crops_of_the_epoch(make_config):
     config = make_config(train__crop=32)
     samples = TrainTiles(list_tiles(config.data, "train"), config)

@@ -148,6 +148,7 @@ def test_tiny_tile_is_refused():
 # The folders
 
 
+@pytest.mark.long
 def test_two_calls_write_the_same_bytes_and_another_seed_does_not(tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         write_sample_data(tmp_path / name, seed, **SMALL)

@@ -21,6 +21,8 @@ from helpers.docs_pages import COMMANDS, PAGES, ROOT, blocks, inline_code, page_
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs import load_config
 
+pytestmark = pytest.mark.long
+
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 DUBAI = load_config("dubai/linknet_kd")

@@ -32,6 +32,7 @@ def test_commands_of_the_page_parse(line):
         command.parse_args(context, arguments)
 
 
+@pytest.mark.long
 def test_the_page_leads_from_tiles_to_a_config_that_lacks_rows_alone(landscape, teacher_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiles").symlink_to(landscape)

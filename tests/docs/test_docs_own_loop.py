@@ -10,6 +10,8 @@ from helpers.docs_pages import blocks
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.pipeline.precompute.run import precompute
 
+pytestmark = pytest.mark.long
+
 PYTHON = [block for block in blocks("docs/own-loop.md") if block.language == "python"]
 CPU = torch.device("cpu")
 

@@ -14,6 +14,8 @@ from helpers.docs_pages import COMMANDS, ROOT
 from kdpipe import cache as cache_package
 from kdpipe.configs.schema import Config, Section
 
+pytestmark = pytest.mark.long
+
 PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 
 

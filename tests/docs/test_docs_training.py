@@ -21,6 +21,7 @@ from kdpipe.pipeline.training.run import train
 PAGE = page_text("docs/training.md")
 
 
+@pytest.mark.long
 def test_commands_of_the_page_run_in_their_order(make_config, finished_cache, tmp_path, capsys):
     config = make_config(train__max_steps=2)
     shutil.copytree(finished_cache, config.cache.path)

@@ -12,5 +12,5 @@ def test_the_readme_is_short():
 
 
 def test_ci_runs_the_readmes_test_command():
-    assert "`make test`" in README
-    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+    assert "`make test` and `make test-long`" in README
+    assert "\nmake test\nmake test-long\n" in (ROOT / ".ci" / "run").read_text()

@@ -385,6 +385,7 @@ def test_every_quoted_message_has_a_case_and_every_case_a_quote():
     assert set(quotes()) == set(CASES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_program_prints_what_the_page_quotes(name, make_config, tmp_path, monkeypatch, landscape, finished_cache):
     context = Context(make_config, tmp_path, monkeypatch, landscape, finished_cache)

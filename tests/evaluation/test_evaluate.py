@@ -115,6 +115,7 @@ def test_a_window_that_holds_the_tile_changes_nothing_and_a_smaller_one_does(tra
         student_model(BEST, CPU, tta=None, window=100)
 
 
+@pytest.mark.long
 def test_a_teacher_runs_as_its_config_says_unless_options_say_otherwise(make_config):
     config = make_config(teacher__tta="flips", teacher__window=64)
     as_configured = teacher_model(config, CPU, tta=None, window=None)
@@ -126,6 +127,7 @@ def test_a_teacher_runs_as_its_config_says_unless_options_say_otherwise(make_con
     assert np.abs(as_configured.predict(image) - plain.predict(image)).max() > 1e-4
 
 
+@pytest.mark.long
 def test_several_teachers_predict_as_one_by_the_mean_of_their_logits(make_config, teacher_file, tmp_path):
     state = torch.load(teacher_file, weights_only=True)
     state["segmentation_head.0.weight"] = 3 * state["segmentation_head.0.weight"]
@@ -181,6 +183,7 @@ def test_files_that_are_no_checkpoint_of_a_student_are_refused(trained, teacher_
         student_model(tmp_path / "foreign.ckpt", CPU, tta=None, window=None)
 
 
+@pytest.mark.long
 def test_images_go_through_the_stretch_that_training_recorded(make_config, landscape):
     config = make_config(train__epochs=1, train__max_steps=1, data__stretch={"percentiles": [2, 98]})
     train(with_mode(config, "none"), CPU)
@@ -200,6 +203,7 @@ def test_images_go_through_the_stretch_that_training_recorded(make_config, lands
     np.testing.assert_array_equal(seen[0], np.rint(np.clip((image - low) / (high - low), 0, 1) * 255))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_real_teacher_scores_as_in_ten_lines_of_numpy(dubai, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

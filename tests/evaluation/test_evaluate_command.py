@@ -27,6 +27,7 @@ def png_size(path):
         return picture.size
 
 
+@pytest.mark.long
 def test_the_picture_is_a_png_with_one_panel_a_root_and_one_of_all(make_config, tmp_path):
     config = make_config()
     for name in "AB":
@@ -40,6 +41,7 @@ def test_the_picture_is_a_png_with_one_panel_a_root_and_one_of_all(make_config, 
     assert high > 1.6 * height
 
 
+@pytest.mark.long
 def test_the_command_prints_and_writes_what_the_library_finds(trained, tmp_path):
     write_tile(tmp_path / "A", "t", *random_tile(1))
     roots = [*trained.data.val, str(tmp_path / "A")]

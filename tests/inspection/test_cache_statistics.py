@@ -112,6 +112,7 @@ print(peak[0] - before)
 """
 
 
+@pytest.mark.long
 def test_memory_is_that_of_the_blocks_in_flight_and_not_of_the_scene(tmp_path):
     """A scene of 12 MP and 3 classes, 294 MB as float64, after a small one as warm-up."""
     for name, side in (("small", 600), ("large", 3500)):
@@ -146,6 +147,7 @@ def inspected(*arguments):
     return CliRunner().invoke(cli, ["inspect", *map(str, arguments)], catch_exceptions=False)
 
 
+@pytest.mark.long
 def test_the_command_prints_writes_and_draws_all_of_it(dozen, tmp_path):
     result = inspected(
         dozen, "--stats", "--json", tmp_path / "s.json", "--table", tmp_path / "s.csv", "--plot", tmp_path / "s.png"

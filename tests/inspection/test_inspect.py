@@ -61,6 +61,7 @@ def test_the_table_and_the_json_say_the_same(teacher_file, tmp_path):
     assert lines["sha256"].strip() == content["sha256"]
 
 
+@pytest.mark.long
 def test_a_students_checkpoint_is_described_with_its_run(cached, make_config):
     config = make_config(train__max_steps=1, student__encoder="tu-mobilenetv3_small_050", data__val=[])
     fingerprint = train(config, CPU).fingerprint
@@ -76,6 +77,7 @@ def test_a_students_checkpoint_is_described_with_its_run(cached, make_config):
     assert fingerprint in output
 
 
+@pytest.mark.long
 def test_options_that_no_tensor_shows_are_named_for_a_file_and_recorded_with_a_student(cached, make_config, tmp_path):
     network = smp.create_model("deeplabv3plus", "resnet18", encoder_weights=None, classes=3, encoder_output_stride=8)
     torch.save(network.state_dict(), tmp_path / "t.pth")

@@ -37,6 +37,7 @@ def test_a_folder_of_transformers_is_described_and_offered_as_a_teacher(here):
     load_teacher(Teacher(**offered))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "size", "window"), [("any.onnx", None, None), ("fixed.onnx", 64, 64), ("fixed.pt2", 64, 64)]
 )

@@ -98,6 +98,7 @@ def outputs_of(networks, images):
         return [network(images) for network in networks]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", UNTRACED)
 def test_the_table_names_every_option_that_changes_logits_and_no_tensor(architecture):
     images = torch.randn(1, 3, *[SIDE.get(architecture, 128)] * 2, generator=torch.Generator().manual_seed(1))

@@ -32,6 +32,7 @@ def test_parts_are_rounded_up():
     assert [parts(size, 7) for size in (1, 6, 7, 8, 14, 15)] == [1, 1, 1, 2, 2, 3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["ftunetformer", "unetformer"])
 def test_a_compiled_student_has_the_outputs_and_gradients_of_the_eager_one(name):
     """

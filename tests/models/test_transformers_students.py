@@ -113,6 +113,7 @@ def test_an_encoder_alone_has_a_new_decoder_and_less_is_refused(folders, tmp_pat
         pretrained_student(str(tmp_path), EIGHT, 3, print)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "part"),
     [("segformer", "segformer"), ("upernet", "backbone"), ("dpt", "dpt"), ("beit", "beit"),

@@ -31,6 +31,7 @@ def test_a_room_has_no_other_lazy_name(room):
         importlib.import_module(f"kdpipe.pipeline.{room}").absent  # noqa: B018
 
 
+@pytest.mark.long
 def test_rooms_and_the_plan_of_stage_one_are_imported_without_torch():
     names = ("precompute.plan", "precompute", "training", "verify", "runs.layout", "runs.curves")
     modules = ", ".join(f"kdpipe.pipeline.{name}" for name in names)

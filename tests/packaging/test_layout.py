@@ -5,6 +5,8 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES, MOST_FILES = 400, 12
 RIDDLES = ("Of ", "As ", "That ")
@@ -33,6 +35,7 @@ def test_no_room_of_the_package_has_more_than_12_modules():
     assert {room: count for room, count in rooms.items() if count > MOST_FILES} == {}
 
 
+@pytest.mark.long
 def test_no_docstring_begins_with_a_riddle():
     found = []
     for path in python_files():

@@ -81,6 +81,7 @@ def test_rows_are_stretched_like_the_whole_image_and_a_nan_is_located(tmp_path):
             rows.read(64, 100)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["soft", "logits"])
 def test_scenes_have_the_bytes_of_images_held_whole(scenes, tmp_path, kind):
     config = scenes.model_copy(update={"cache": scenes.cache.model_copy(update={"kind": kind})})
@@ -95,6 +96,7 @@ def test_scenes_have_the_bytes_of_images_held_whole(scenes, tmp_path, kind):
     assert tree(Path(config.cache.path) / "tiles") == tree(tmp_path / "whole.zarr" / "tiles")
 
 
+@pytest.mark.long
 def test_no_more_rows_are_held_than_a_window_has(scenes, monkeypatch):
     held, read, whole = [], rasters.Rows.read, []
 
@@ -110,6 +112,7 @@ def test_no_more_rows_are_held_than_a_window_has(scenes, monkeypatch):
     assert max(held) == 64
 
 
+@pytest.mark.long
 def test_a_truncated_scene_is_named_and_the_next_run_continues(scenes, tmp_path):
     image = tmp_path / "data/Mine/images/a.png"
     intact = image.read_bytes()
@@ -122,6 +125,7 @@ def test_a_truncated_scene_is_named_and_the_next_run_continues(scenes, tmp_path)
     assert (summary.computed, summary.kept, summary.failed) == (1, 2, {})
 
 
+@pytest.mark.long
 def test_a_scene_that_changes_while_it_is_read_is_not_stored(scenes, monkeypatch, tmp_path):
     read = rasters.Rows.read
 
@@ -139,6 +143,7 @@ def test_a_scene_that_changes_while_it_is_read_is_not_stored(scenes, monkeypatch
     assert precompute(scenes, CPU).failed == {}
 
 
+@pytest.mark.long
 def test_a_run_stops_within_a_scene(scenes, monkeypatch):
     stop, read, tops = threading.Event(), rasters.Rows.read, []
 
@@ -156,6 +161,7 @@ def test_a_run_stops_within_a_scene(scenes, monkeypatch):
     assert precompute(scenes, CPU).computed == 3
 
 
+@pytest.mark.long
 def test_a_cache_that_cannot_be_written_ends_the_run_and_is_not_mistaken_for_a_bad_image(scenes, monkeypatch):
     store = writer.store_tile
 
@@ -175,6 +181,7 @@ def temporary_files(folder):
     return [link for link in links if os.path.realpath(link).startswith(f"{folder}/")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["success", "bad image", "interrupt", "ctrl-c twice", "full disk", "failing disk"])
 def test_the_temporary_file_of_a_scene_is_gone_however_the_run_ends(scenes, monkeypatch, tmp_path, end):
     errors = {

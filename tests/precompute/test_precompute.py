@@ -47,6 +47,7 @@ def even_tiles(folder, count, height=64, width=64):
     return {"data__train": [str(folder / "Even")], "data__allow_missing_masks": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [6, 8, 16])
 def test_cache_holds_the_teachers_soft_targets_within_the_error_bound(make_config, bits):
     config = make_config(cache__bits=bits, data__unlabelled=[])
@@ -71,6 +72,7 @@ def test_cache_holds_the_teachers_soft_targets_within_the_error_bound(make_confi
         assert (unsaid.sum(axis=0) == 1).all()
 
 
+@pytest.mark.long
 def test_unlabelled_tiles_are_cached_too(make_config, landscape):
     config = make_config(data__unlabelled=[str(landscape / "Unlabelled")])
     assert precompute(config, CPU).tiles == 8
@@ -96,6 +98,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_a_complete_cache_is_found_complete_without_torch(cached, tmp_path):
     fingerprint = fingerprint_of(cached)
     code = NOTHING_TO_DO.format(
@@ -108,6 +111,7 @@ def test_a_complete_cache_is_found_complete_without_torch(cached, tmp_path):
     assert (summary["kept"], summary["computed"], summary["fingerprint"]) == (6, 0, fingerprint)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_continues_to_the_same_bytes(make_config, finished_cache, tmp_path):
     config = make_config()
     stop = threading.Event()
@@ -121,6 +125,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(make_config, finished_ca
     assert tree(tmp_path / "cache.zarr") == tree(finished_cache)
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_cleanly_and_keeps_finished_tiles(make_config, tmp_path):
     config = make_config(teacher__tta="d4", teacher__scales=[1.0, 2.0])
     command = [sys.executable, "-m", "kdpipe.pipeline", *arguments(config, "precompute-teacher", folder=tmp_path)]
@@ -137,6 +142,7 @@ def test_ctrl_c_stops_cleanly_and_keeps_finished_tiles(make_config, tmp_path):
     assert not list((tmp_path / "cache.zarr").rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, tmp_path):
     config = make_config(**even_tiles(tmp_path, 3, 70, 81))
     image = tmp_path / "Even" / "images" / "t1.png"
@@ -152,6 +158,7 @@ def test_an_unreadable_tile_is_named_and_the_others_are_done(make_config, tmp_pa
     assert "nothing to do: 3 tiles" in done.stdout
 
 
+@pytest.mark.long
 def test_a_changed_image_is_computed_again_and_only_that(make_config, tmp_path):
     config = make_config(**even_tiles(tmp_path, 3, 70, 81))
     first = precompute(config, CPU)
@@ -190,6 +197,7 @@ def test_other_weights_are_another_teacher(make_config, cached, teacher_file, tm
         precompute(make_config(teacher__checkpoint=str(tmp_path / "other.pth")), CPU)
 
 
+@pytest.mark.long
 def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(
     make_config, tmp_path, monkeypatch
 ):
@@ -253,6 +261,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(make_config, tmp_path):
     assert f"is being written by process {os.getpid()} on " in done.stderr
 
 
+@pytest.mark.long
 def test_a_disk_that_will_be_too_small_is_refused_early_and_keeps_what_is_done(make_config, monkeypatch):
     config = make_config()
     monkeypatch.setattr("kdpipe.cache.storage.local.LocalStorage.free_bytes", lambda self: 10)
@@ -264,6 +273,7 @@ def test_a_disk_that_will_be_too_small_is_refused_early_and_keeps_what_is_done(m
     assert precompute(config, CPU).kept >= 3
 
 
+@pytest.mark.long
 def test_dry_run_predicts_bytes_and_writes_nothing(make_config, tmp_path):
     config = make_config()
     forecast = estimate(config, CPU)
@@ -279,6 +289,7 @@ def test_dry_run_exits_3_where_the_disk_is_too_small(make_config, tmp_path, monk
     assert not estimate(make_config(), CPU).fits
 
 
+@pytest.mark.long
 def test_dry_run_counts_the_temporary_file_of_the_largest_scene_in_windows(make_config, monkeypatch):
     whole = estimate(make_config(), CPU)
     assert whole.temporary_bytes == 0 and "for a moment" not in estimate_text(whole)
@@ -328,6 +339,7 @@ def two_teachers(make_config, teacher_file, tmp_path):
     return make, first, second
 
 
+@pytest.mark.long
 def test_several_teachers_are_cached_once_and_pass_every_check(two_teachers):
     make, _, _ = two_teachers
     config = make(train__max_steps=1)
@@ -343,6 +355,7 @@ def test_several_teachers_are_cached_once_and_pass_every_check(two_teachers):
     np.testing.assert_allclose(cached.losses[0], online.losses[0], rtol=1e-3)
 
 
+@pytest.mark.long
 def test_a_stale_cache_names_the_teacher_that_changed(two_teachers):
     make, first, second = two_teachers
     precompute(make(), CPU)

@@ -76,6 +76,7 @@ def test_the_sources_that_an_id_is_made_of_are_those_that_the_plan_shows(make_vi
         assert views.sources(view) == [part.tile for part in view.plan().views]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "bits"), [("soft", 8), ("soft", 16), ("logits", 8)])
 def test_cached_and_online_targets_agree_over_a_whole_cycle_within_the_error_bound(make_views, landscape, kind, bits):
     """Every pixel of every sample of a cycle, as loaded and as on the device, tiles without labels included, padding excluded."""
@@ -123,10 +124,12 @@ def same_run(config):
     return online
 
 
+@pytest.mark.long
 def test_cached_and_online_are_the_same_run_over_a_whole_cycle(make_views, plain_student):
     same_run(make_views(cache__bits=8, **LOOP))
 
 
+@pytest.mark.long
 def test_that_comparison_notices_wrong_targets(make_views, plain_student, monkeypatch):
     config = make_views(cache__bits=16, **LOOP)
     online = same_run(config)
@@ -181,6 +184,7 @@ def test_samples_are_the_same_in_a_worker_that_was_sent_the_dataset(make_views, 
             np.testing.assert_array_equal(one[name], two[name])
 
 
+@pytest.mark.long
 def test_parity_runs_the_teacher_on_the_views_and_compares_them_with_their_own_labels(make_views, views_cache):
     config = make_views()
     report = verify(config, "parity", CPU, sample=3)

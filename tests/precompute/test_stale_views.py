@@ -49,6 +49,7 @@ def shows(config, tile_id):
     return {v.id for v in views.all_views() if tile_id in {views.tiles[t].id for t in views.sources(v)}}
 
 
+@pytest.mark.long
 def test_a_crop_other_than_the_predicted_one_is_refused_at_its_first_use(make_views, plain_student, monkeypatch):
     """Here the colours change, as with another version of their library."""
     config = make_views(train__photometric=1.0, train__max_steps=2)
@@ -81,6 +82,7 @@ def test_more_views_cost_only_the_new_ones(make_views, views_cache):
     assert verify(more, "full", CPU).passes
 
 
+@pytest.mark.long
 def test_a_changed_image_makes_exactly_the_views_stale_that_show_the_change(make_views, own_data):
     config = make_views(data__train=[str(own_data)], train__mosaic=0.5)
     precompute(config, CPU)
@@ -100,6 +102,7 @@ def test_a_changed_image_makes_exactly_the_views_stale_that_show_the_change(make
     assert findings(config, "full") == set()
 
 
+@pytest.mark.long
 def test_a_mask_counts_where_it_decides_what_a_crop_shows(make_views, own_data):
     """The labels decide where a crop lies if a class may not fill it; else the teacher does not depend on them."""
     mask = sorted((own_data / "masks").iterdir())[0]
@@ -117,6 +120,7 @@ def test_a_mask_counts_where_it_decides_what_a_crop_shows(make_views, own_data):
     assert not any(mask in view.files for view in dataset(free).all_views())
 
 
+@pytest.mark.long
 def test_an_added_or_removed_tile_changes_only_its_own_views_and_mosaics(make_views, own_data):
     config = make_views(data__train=[str(own_data)], train__mosaic=0.5)
     precompute(config, CPU)

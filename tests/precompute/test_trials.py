@@ -29,6 +29,7 @@ def trial(make_config):
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overrides", [{}, VIEWS], ids=["tiles", "views of mosaics"])
 def test_a_whole_run_goes_on_from_a_trial_and_ends_as_without_it(trial, tmp_path, overrides):
     per_tile = overrides.get("cache__views", 1)
@@ -78,6 +79,7 @@ def test_a_smaller_trial_keeps_the_tiles_of_a_larger_one(trial):
     assert verify(trial(5), "full", CPU).passes
 
 
+@pytest.mark.long
 def test_percentiles_are_those_of_all_tiles(trial, make_config):
     stretch = {"percentiles": [2, 98]}
     some, every = trial(2, data__stretch=stretch), trial(None, data__stretch=stretch)

@@ -75,6 +75,7 @@ def slowed(patch, teacher_seconds, student_seconds):
     patch.setattr(dry_run, "take_steps", lambda *arguments: [s + student_seconds for s in steps(*arguments)])
 
 
+@pytest.mark.long
 def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, monkeypatch):
     slowed(monkeypatch, 0.0, 30.0)
     forecast = estimate(make_config(), CPU)
@@ -86,6 +87,7 @@ def test_a_dry_run_measures_a_heavy_student_with_a_light_teacher(make_config, mo
     assert forecast.as_dict()["worth"]["verdict"] == it.verdict
 
 
+@pytest.mark.long
 def test_a_dry_run_measures_a_light_student_with_a_heavy_teacher(make_config, monkeypatch):
     slowed(monkeypatch, 1.0, 0.0)
     it = estimate(make_config(train__epochs=50), CPU).worth
@@ -134,6 +136,7 @@ def test_nothing_is_timed_where_nothing_is_to_do(make_config, monkeypatch):
     assert precompute(config, CPU).paid_after_epochs is None
 
 
+@pytest.mark.long
 def test_a_run_says_what_the_live_teacher_took_and_what_its_other_modes_take(cached, make_config, monkeypatch):
     config = make_config(train__max_steps=4, train__mosaic=0.0, train__val_every_epochs=9)  # 3 of warm-up
     slowed(monkeypatch, 0.2, 0.0)
@@ -157,6 +160,7 @@ def test_a_damaged_run_beside_it_is_no_reason_to_fail_at_the_end(tmp_path):
     assert paces_of_other_modes(tmp_path / "tiny", "cached") == {}
 
 
+@pytest.mark.long
 def test_what_interrupted_runs_cost_is_added_up_beside_the_cache(make_config, tmp_path):
     config, stop = make_config(), threading.Event()
     with pytest.raises(Interrupted):
@@ -176,6 +180,7 @@ def test_what_interrupted_runs_cost_is_added_up_beside_the_cache(make_config, tm
     assert read_costs(config.cache.path, recipe).tiles == 6, "what was deleted is not counted again"
 
 
+@pytest.mark.long
 def test_a_run_does_without_the_costs_of_stage_one(make_config):
     config = make_config(train__max_steps=2, train__val_every_epochs=9)
     precompute(config, CPU)
@@ -199,6 +204,7 @@ def test_costs_that_cannot_be_written_end_no_run(make_config):
     assert precompute(config, CPU).fingerprint
 
 
+@pytest.mark.long
 def test_a_run_says_what_its_cache_cost_and_saved(make_config):
     config = make_config(train__max_steps=6, train__val_every_epochs=9)
     stage_one = precompute(config, CPU)
@@ -217,6 +223,7 @@ def test_a_run_says_what_its_cache_cost_and_saved(make_config):
     assert online.worth is None
 
 
+@pytest.mark.long
 def test_a_crop_is_timed_once_its_kernels_are_there(make_config, monkeypatch):
     shapes, soft_targets = [], FrozenTeacher.soft_targets
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers.scored_tiles import numpy_iou
 from PIL import Image
@@ -16,6 +17,7 @@ from kdpipe.pipeline.pictures import LINE, MARGIN, contact_sheet, paint_classes
 CPU = torch.device("cpu")
 
 
+@pytest.mark.long
 def test_the_demos_picture_shows_both_students_with_the_miou_of_each_tile(inside, tmp_path, monkeypatch):
     drawn = {}
 

@@ -47,6 +47,7 @@ def pixels(url):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"))
 
 
+@pytest.mark.long
 def test_scores_are_those_of_evaluate(inside):
     report = report_run(RUN, CPU, tiles=2)
     expected = evaluate(student_model(f"{RUN}/best.ckpt", CPU, tta=None, window=None))
@@ -90,6 +91,7 @@ def test_layers_of_a_training_tile_are_its_image_label_target_and_predictions(in
     )
 
 
+@pytest.mark.long
 def test_validation_tiles_have_a_target_where_the_teacher_predicts_them(inside):
     without, live = report_run(RUN, CPU, tiles=2), report_run(RUN, CPU, tiles=2, teacher=True)
     assert "soft target" not in without.tiles[0].layers
@@ -105,6 +107,7 @@ def test_validation_tiles_have_a_target_where_the_teacher_predicts_them(inside):
     assert np.abs(pixels(live.tiles[0].layers["soft target"]) - blended).mean() < 8
 
 
+@pytest.mark.long
 def test_a_run_whose_cache_is_gone_or_another_shows_validation_tiles_and_says_so(inside, tmp_path):
     run = read_run(RUN)
     for used, why in (
@@ -137,6 +140,7 @@ def test_a_run_without_a_teacher_shows_no_soft_target(inside, tmp_path):
     assert set(report.tiles[0].layers) == {"image", "label", "student", "errors"}
 
 
+@pytest.mark.long
 def test_recorded_views_are_shown_in_the_place_of_tiles(make_config):
     config = make_config(distill__teacher_view="crop", cache__views=2, train__epochs=1, train__max_steps=1)
     precompute(config, CPU)
@@ -233,6 +237,7 @@ class Checked(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.long
 def test_the_command_writes_a_page_of_several_runs_and_json(inside, tmp_path):
     page, result = tmp_path / "two.html", tmp_path / "two.json"
     done = CliRunner().invoke(

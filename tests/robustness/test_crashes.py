@@ -21,6 +21,8 @@ from kdpipe.pipeline.precompute import subjects
 from kdpipe.pipeline.precompute.costs import SUFFIX
 from kdpipe.pipeline.precompute.run import precompute
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

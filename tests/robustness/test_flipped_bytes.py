@@ -101,6 +101,7 @@ def flip_bytes(small, every):
     return tried
 
 
+@pytest.mark.long
 def test_every_seventh_byte_flipped_is_found_named_and_never_read_as_other_numbers(small):
     assert flip_bytes(small, 7) > 1_000
 
@@ -110,6 +111,7 @@ def test_every_single_byte_flipped_is_found_named_and_never_read_as_other_number
     assert flip_bytes(small, 1) == sum(len(data) for data in tree(small).values()) > 7_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remembered", [True, False], ids=["kept open", "opened again"])
 def test_every_byte_of_a_tile_flipped_behind_an_open_reader_gives_the_right_numbers_or_an_error(
     small, monkeypatch, remembered

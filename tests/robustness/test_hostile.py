@@ -55,6 +55,7 @@ def parsed_or_refused(data):
         assert isinstance(manifest, Manifest)
 
 
+@pytest.mark.long
 @fuzzed
 @given(mutated(json.loads(MANIFEST)))
 def test_no_manifest_that_is_signed_but_wrong_escapes_the_parser(content):

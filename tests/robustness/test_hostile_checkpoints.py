@@ -201,6 +201,7 @@ def student(landscape, teacher_file, tmp_path):
     return write
 
 
+@pytest.mark.long
 def test_a_student_is_read_resumed_and_inspected(student, landscape, teacher_file, tmp_path):
     path = student()
     assert load_trained(path).position.steps == 2

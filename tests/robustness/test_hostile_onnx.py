@@ -38,6 +38,7 @@ def write(path, nodes=(CONV,), *, image="images", out="logits", sealed=False, te
     return path
 
 
+@pytest.mark.long
 def test_a_sealed_file_and_one_without_a_seal_predict_what_their_weights_say(tmp_path):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7), dtype=np.uint8))
     expected = np.einsum("cb,nbhw->nchw", WEIGHTS, images.numpy() / np.float32(255))

@@ -107,6 +107,7 @@ def test_a_training_step_says_its_size_and_the_keys(cached, monkeypatch, err):
         train(cached, CPU)
 
 
+@pytest.mark.long
 def test_logs_that_cannot_be_closed_do_not_hide_what_ended_the_run(cached, monkeypatch):
     """TensorBoard's writer starts a thread, for which memory may be missing too."""
 
@@ -204,6 +205,7 @@ class Dying(torch.utils.data.Dataset):
         os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -247,6 +249,7 @@ def _raise(err):
 # What a thread's arena reserves counts as address space and is never used: how much, chance and the allocator decide.
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_ends_with_the_paragraph_and_exit_code_1(cached, make_config, tmp_path):
     """torch itself raises: the process is allowed 700 MB more, and a step of six crops of 512 px needs gigabytes."""

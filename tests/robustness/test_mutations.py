@@ -10,6 +10,8 @@ import pytest
 from helpers.configs import tiny_config
 from helpers.mutation_runs import LIMIT_BYTES, NUMBERS, REAL, SAMPLE, run_mutations, write_sources
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def sources(landscape, teacher_file, tmp_path_factory):

@@ -23,6 +23,8 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import dump_config
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 # Forks a process for each config that it reads, so that each one need not import torch again. Prints its number, then how it ended.

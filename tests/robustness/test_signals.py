@@ -26,7 +26,7 @@ from kdpipe.pipeline.progress import at_once, stop_on_signal
 SECONDS = 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others may use the cores too
 RUN = Path("model_weights/tests/tiny")
 TRAIN = ["train-student", "-c", "config.yaml"]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,7 @@ def units(config, number, path):
     return {tile: cache.read_units(tile) for tile in cache.tile_ids}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("side", ["recipe", "nothing"])
 def test_keys_of_the_recipe_change_values_and_others_do_not(raw, data, side, tmp_path):
     keys = {

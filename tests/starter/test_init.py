@@ -46,6 +46,7 @@ def image_sizes(root):
     return sizes
 
 
+@pytest.mark.long
 def test_from_tiles_and_a_teacher_to_a_step_of_training(landscape, teacher_file, tmp_path):
     done = run_command("init", landscape, "--teacher", teacher_file)
     assert done.returncode == 0, done.stdout
@@ -127,6 +128,7 @@ def test_counts_are_those_of_numpy(landscape):
     assert f"without a label, {100 * values[255] / sum(values.values()):.1f} % of the training pixels" in text
 
 
+@pytest.mark.long
 def test_the_dubai_tiles_and_their_teacher(dubai):
     teacher = next((dubai / "pretrain_weights").glob("u-efficientnet-b4*.pth"))
     found = init(dubai / "data/dubai/Train", dubai / "data/dubai/Val", teacher=teacher, classes=CLASSES,
@@ -145,6 +147,7 @@ def test_the_dubai_tiles_and_their_teacher(dubai):
     assert (config.train.crop, config.train.batch_size) == (512, 4)
 
 
+@pytest.mark.long
 def test_a_student_of_kdpipe_as_teacher_leaves_nothing_to_fill_in(make_config, landscape):
     config = make_config(train__max_steps=1, student__encoder="mobilenet_v2")
     precompute(config, CPU)
@@ -178,6 +181,7 @@ def test_faults_that_stop_a_run_are_named_and_the_config_is_written(tmp_path):
     assert data["allow_missing_masks"] is True
 
 
+@pytest.mark.long
 def test_a_sample_of_ten_thousand_tiles_is_opened_and_reported(tmp_path, monkeypatch):
     write_image(tmp_path / "one.png", 64, 64)
     write_mask(tmp_path / "mask.png", np.kron([[0, 1], [2, 3]], np.ones((32, 32))))

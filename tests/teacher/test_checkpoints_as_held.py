@@ -273,6 +273,7 @@ def features_of_older_smp(name, network, x):
         yield x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "encoder_name", ["timm-regnetx_002", "tu-regnetx_002", "timm-res2net50_26w_4s", "timm-resnest14d", "timm-gernet_s"]
 )
@@ -303,6 +304,7 @@ def test_other_encoders_with_the_older_prefix_load_under_their_own_names(load, n
     assert answers_as(load(network.state_dict(), encoder=name)[0], network)
 
 
+@pytest.mark.long
 def test_an_encoder_of_the_same_family_and_other_tensors_is_named_in_the_error(load):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -24,6 +24,7 @@ def norms(model):
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "encoder", "left"),
     [

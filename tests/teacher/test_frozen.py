@@ -140,6 +140,7 @@ def two_teachers(make_config, nine_channels, tmp_path):
     return first, second, make_config(teacher=None, teachers=members, class_map=NINE_TO_SIX)
 
 
+@pytest.mark.long
 def test_several_teachers_are_averaged_as_logits_by_name_and_weight(two_teachers):
     first, second, config = two_teachers
     picture = images(64, 96)
@@ -153,6 +154,7 @@ def test_several_teachers_are_averaged_as_logits_by_name_and_weight(two_teachers
     np.testing.assert_allclose(opened(config).soft_targets(picture), expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_each_teacher_predicts_in_its_own_views_and_windows(two_teachers):
     *_, config = two_teachers
     picture = images(96, 128)
@@ -191,6 +193,7 @@ def test_windows_are_weighted_as_a_hand_made_blend_of_smps_own_logits(make_confi
     np.testing.assert_allclose(opened(config).logits(picture).numpy(), total / weights, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["soft", "logits"])
 def test_a_scenes_bands_are_what_its_windows_blend_to(make_config, kind):
     teacher, picture = opened(make_config(teacher__window=64, cache__kind=kind)), images(200, 130)

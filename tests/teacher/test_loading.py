@@ -81,6 +81,7 @@ def test_a_checkpoint_that_executes_code_is_refused_and_not_executed(load, tmp_p
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["module", "module under model", "more than weights", "older file", "TorchScript"])
 def test_the_advice_on_a_refused_checkpoint_makes_one_that_loads(load, tmp_path, form):
     source = smp.Unet("mobilenet_v2", encoder_weights=None, classes=8).eval()
@@ -159,6 +160,7 @@ def misfit(load, tmp_path):
     return misfit
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "encoder", "channels", "attention"),
     [
@@ -189,6 +191,7 @@ def test_a_file_of_nine_channels_is_explained_by_openearthmaps_order(misfit):
     assert "encoder:" not in message
 
 
+@pytest.mark.long
 def test_an_unrecognised_network_is_reported_as_such(misfit, monkeypatch):
     # Where no encoder fits, all of smp's are built, which takes ten seconds.
     monkeypatch.setattr(smp.encoders, "get_encoder_names", lambda: ["mobilenet_v2", "resnet18", "timm-efficientnet-b0"])

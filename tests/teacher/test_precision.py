@@ -38,6 +38,7 @@ def test_a_processor_with_amx_is_fast_and_apples_gpu_is_not(monkeypatch):
         assert precision.is_fast_at_bf16(torch.device("cuda")) == fast
 
 
+@pytest.mark.long
 def test_bf16_is_chosen_where_it_moves_soft_targets_less_than_rounding_does(make_config, fast, monkeypatch):
     config = make_config()
     precompute(config, CPU)
@@ -49,6 +50,7 @@ def test_bf16_is_chosen_where_it_moves_soft_targets_less_than_rounding_does(make
     assert precompute(config, CPU).kept == 6
 
 
+@pytest.mark.long
 def test_a_teacher_whose_soft_targets_bf16_changes_computes_in_fp32(make_config, fast, tmp_path):
     config = make_config()
     state = torch.load(config.teacher.checkpoint, weights_only=True)
@@ -59,6 +61,7 @@ def test_a_teacher_whose_soft_targets_bf16_changes_computes_in_fp32(make_config,
     assert recorded(config) == ["fp32"]
 
 
+@pytest.mark.long
 def test_a_cache_of_16_bits_is_computed_in_fp32(make_config, fast):
     config = make_config(cache__bits=16)
     precompute(config, CPU)

@@ -162,6 +162,7 @@ def test_values_that_cannot_be_stored_are_refused_after_they_left_the_device(
         encode()
 
 
+@pytest.mark.long
 def test_a_dry_run_where_the_device_rounds_times_whole_batches(make_config, monkeypatch):
     config = make_config(teacher__batch_size=4)
     plain = estimate(config, torch.device("cpu"))

@@ -86,6 +86,7 @@ def shares(z_HW, temperature):
     return softened / softened.sum(axis=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "views"),
     [
@@ -110,6 +111,7 @@ def test_stage_one_stores_one_minus_sigma_and_sigma_and_parity_agrees(make, netw
     assert verify(config, "parity", device=CPU).findings == []
 
 
+@pytest.mark.long
 def test_a_student_learns_from_it_cached_and_online(make):
     config = make(train__max_steps=1, train__crop=32)
     precompute(config, CPU)
@@ -118,6 +120,7 @@ def test_a_student_learns_from_it_cached_and_online(make):
     assert cached == pytest.approx(online, rel=0.02)
 
 
+@pytest.mark.long
 def test_its_own_classes_are_scored_and_suggested(make, network):
     config = make()
     right = total = 0

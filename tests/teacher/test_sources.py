@@ -54,6 +54,7 @@ def test_parity_is_proven(config_of):
     assert report.parity, "something was compared"
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_and_nothing_is_computed_twice(config_of, tmp_path):
     config = config_of(cache__path=str(tmp_path / "begun.zarr"), cache__bits=16, data__limit=3)
     assert precompute(config, CPU).computed == 3
@@ -76,6 +77,7 @@ class Killing(Lines):
         yield advance
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(config_of, tmp_path):
     config = config_of(cache__path=str(tmp_path / "killed.zarr"))
     child = os.fork()

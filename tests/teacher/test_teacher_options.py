@@ -76,6 +76,7 @@ def test_a_cache_holds_what_smp_predicts_with_the_options_and_not_without(config
     assert np.abs(other.read(tile) - expected).max() > 0.2
 
 
+@pytest.mark.long
 def test_a_cache_of_other_options_is_refused_as_stale_naming_them(configured):
     config = configured(DILATED)
     precompute(config, CPU)
@@ -110,6 +111,7 @@ def test_an_unknown_option_is_refused_before_anything_is_written(configured, tmp
         load_teacher(teacher, "teachers.1")
 
 
+@pytest.mark.long
 def test_options_that_weights_contradict_are_named_with_the_line_that_fits(make_config, tmp_path):
     options = {"decoder_pyramid_channels": 32}
     for name, given in (("plain.pth", {}), ("small.pth", options)):

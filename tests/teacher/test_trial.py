@@ -96,6 +96,7 @@ def image(config, number):
     return np.asarray(Image.open(f"{config.data.train[0]}/images/t{number}.png"))
 
 
+@pytest.mark.long
 def test_a_tile_that_is_too_small_for_the_network_is_named_with_what_it_needs(teacher_of):
     network = smp.PAN("resnet18", encoder_weights=None, classes=2).eval()
     config = teacher_of(network, [(140, 150), (60, 90)], architecture="pan")
@@ -121,6 +122,7 @@ def test_weights_that_are_not_numbers_are_refused_before_anything_is_written(tea
     refused(teacher_of(network, [(64, 64)]), CheckpointError, message)
 
 
+@pytest.mark.long
 def test_stage_one_says_which_weights_it_takes(teacher_of, tmp_path):
     network = smp.Unet("resnet18", encoder_weights=None, classes=2).eval()
     config = teacher_of(network, [(64, 64)])

@@ -140,6 +140,7 @@ def return_freed_memory():
     getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)(0)
 
 
+@pytest.mark.long
 def test_measured_peaks_grow_with_the_batch_as_tensors_do(auto):
     """Real steps with crops of 256 px: larger batches take more, and the forecast is within a factor of two."""
     config = auto(effective=4, train__crop=256)
@@ -202,11 +203,13 @@ def test_resuming_takes_the_recorded_sizes_and_tries_nothing(cached, auto, limit
         train(auto(effective=6), CPU, resume=True)
 
 
+@pytest.mark.long
 def test_an_auxiliary_head_and_lookahead_are_tried_too(auto):
     config = auto(effective=2, student={"architecture": "unetformer", "encoder": "resnet18"}, train__lookahead=True)
     assert largest_batch(config, CPU)[0] == 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space in use is read from Linux's /proc")
 def test_a_process_that_may_not_grow_accumulates_and_finishes(cached, make_config, tmp_path):
     """A real limit: six crops of 320 px do not fit into 80 % of 1.25 GB more, fewer at a time do."""

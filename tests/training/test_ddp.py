@@ -29,7 +29,7 @@ TRAIN = {
     "train__accumulate": 2,
     "train__crop": 32,
 }
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 _RUN = {}
 

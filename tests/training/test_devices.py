@@ -57,6 +57,7 @@ ASK = {
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
     reason="this Linux gives huge pages to all processes or to none",

@@ -59,6 +59,7 @@ def test_soft_targets_of_nan_are_named_instead_of_a_key(cached, plain_student, m
     assert "train.lr" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_loss_that_grows_is_reported_at_the_end_of_the_run(cached, make_config, plain_student):
     runs = {}
     for name, lr in (("grows", 30.0), ("falls", 1e-3)):

@@ -117,6 +117,7 @@ FULL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("workers", "start_method", "persistent"), ECONOMICAL)
 def test_workers_read_the_same_samples_by_every_start_method(url, workers, start_method, persistent):
     check(url, workers, start_method, persistent)
@@ -143,6 +144,7 @@ class Counted(Dataset):
         return {"image": np.zeros((3, 8, 8), np.uint8), "target": np.full((2, 8, 8), 0.5, np.float32)}
 
 
+@pytest.mark.long
 def test_the_next_batch_is_made_before_it_is_requested(make_config):
     """So a training step, here the sleep, does not wait for the batch after it."""
     dataset = Counted()
@@ -154,6 +156,7 @@ def test_the_next_batch_is_made_before_it_is_requested(make_config):
     assert dataset.made.value >= 4
 
 
+@pytest.mark.long
 def test_memory_and_open_files_stay_flat_over_10000_windows(url):
     cache = SoftTargetCache.open(url)
     crops = Crops(cache)
@@ -197,6 +200,7 @@ def rank_reads(rank, port, url, queue):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_ddp_processes_split_the_samples_and_read_the_same_values(url):
     context = multiprocessing.get_context("spawn")
     queue, port = context.Queue(), free_port()

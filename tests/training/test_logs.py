@@ -85,6 +85,7 @@ class Killed(Silent):
         return nullcontext(advance)
 
 
+@pytest.mark.long
 def test_terminal_and_page_show_the_same_curves_of_a_resumed_run(cached, make_config, monkeypatch, tmp_path):
     config = make_config(student__encoder="tu-mobilenetv3_small_050")
     with pytest.raises(KeyboardInterrupt):

@@ -59,6 +59,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(cached, make_conf
     assert expected.seconds_per_step == whole.seconds_per_step > 0
 
 
+@pytest.mark.long
 def test_a_unetformer_trains_with_its_auxiliary_head_and_lookahead_and_resumes(cached, make_config):
     options = {
         "student": {"architecture": "unetformer", "encoder": "resnet18"},
@@ -106,6 +107,7 @@ def wait_for(file, seconds=120):
         time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_kill_9_in_mid_epoch_resumes_to_the_same_weights_bit_for_bit(cached, make_config, tmp_path):
     """A process of its own, whose worker reads ahead, is killed; the command goes on here without a worker. Until then, it may not."""
     options = {"student__encoder": "tu-mobilenetv3_small_050", "train__checkpoint_every_steps": 1, "train__epochs": 3}
@@ -163,6 +165,7 @@ def test_a_refused_run_leaves_nothing_behind(make_config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_and_says_how_to_go_on(cached, make_config, tmp_path):
     process = started(make_config(train__epochs=200, train__workers=1, train__val_every_epochs=500), tmp_path)
     wait_for(Path("model_weights/tests/tiny/last.ckpt"))

@@ -76,6 +76,7 @@ def test_a_cache_knows_the_images_and_a_mask_may_change_beside_it(own, make_conf
     assert f"its training tiles have changed: 1 with another mask (Train/{names[1]})." in line
 
 
+@pytest.mark.long
 def test_the_list_of_tiles_is_lines_of_json_and_its_damage_is_said(cached, make_config, landscape, small_student):
     train(cached, CPU)
     tiles = [json.loads(line) for line in gzip.decompress((RUN / "tiles.jsonl.gz").read_bytes()).splitlines()]

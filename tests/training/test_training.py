@@ -46,6 +46,7 @@ def test_training_from_the_cache_needs_no_teacher_on_disk(cached, make_config, s
     )
 
 
+@pytest.mark.long
 def test_a_student_starts_from_weights_for_other_classes_with_a_new_head(cached, make_config, tmp_path):
     other = build_student("unetformer", 9, encoder="resnet18")
     torch.save(other.state_dict(), tmp_path / "other.pth")
@@ -57,6 +58,7 @@ def test_a_student_starts_from_weights_for_other_classes_with_a_new_head(cached,
     assert verify(config, "parity", CPU, sample=1).parity
 
 
+@pytest.mark.long
 def test_cached_and_online_are_the_same_run_to_the_encodings_bound(make_config, small_student):
     # Small steps of a small network: AdamW from random weights magnifies the last bits otherwise.
     config = make_config(cache__bits=16, train__lr=1e-4, train__backbone_lr=1e-5)
@@ -68,6 +70,7 @@ def test_cached_and_online_are_the_same_run_to_the_encodings_bound(make_config, 
     assert {one.name, two.name, alone.name} == {"tiny", "tiny-online", "tiny-none"}
 
 
+@pytest.mark.long
 def test_the_number_of_workers_changes_nothing(cached, make_config, small_student):
     train(cached, CPU)
     train(make_config(name="two", train__workers=2), CPU)

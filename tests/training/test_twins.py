@@ -41,6 +41,7 @@ def test_an_epoch_has_as_many_samples_and_each_labelled_tile_a_fair_share(mixed,
     assert sorted(drawn.values()) == [3, 3, 4, 4, 4, 4]
 
 
+@pytest.mark.long
 def test_a_baseline_and_its_twin_are_compared_as_they_are(mixed):
     config = mixed(train__epochs=2, distill__mode="online", train__crop=32)
     progress = Lines()

@@ -38,6 +38,7 @@ def config(dubai, few_tiles, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(config, dubai, tmp_path):
     precompute(config, CPU)
@@ -64,6 +65,7 @@ def test_the_real_cache_passes_at_parity_and_a_wrong_channel_order_does_not(conf
     assert "where the teacher predicts Bareland" in messages
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_no_seam_of_windows_shows_in_the_targets(config, few_tiles):
     """
@@ -125,6 +127,7 @@ def parts(few_tiles, tmp_path):
     return tmp_path / "Parts"
 
 
+@pytest.mark.long
 def test_cached_and_online_agree_at_every_one_of_thirty_steps(config, parts, tmp_path):
     """
     Losses agree within 1e-3 at either width, validation mIoU within 0.2 points, and a cached step is faster.

@@ -145,6 +145,7 @@ def test_the_interval_is_the_spread_of_means_over_resampled_tiles(config):
     assert half == pytest.approx(expected / 100 * slope, rel=0.15)
 
 
+@pytest.mark.long
 def test_another_order_of_channels_is_found_before_anything_else(config, world, landscape, teacher_file, tmp_path):
     """A teacher that is right, but whose classes are listed in another order."""
     right, without, _ = world
@@ -167,6 +168,7 @@ def test_another_order_of_channels_is_found_before_anything_else(config, world, 
     assert "the labels contradict" in advice_text(found)
 
 
+@pytest.mark.long
 def test_the_command_prints_the_advice_and_writes_it(world, tmp_path, monkeypatch):
     config, without, _ = world
     monkeypatch.chdir(tmp_path)

@@ -201,6 +201,7 @@ def sampled(faults):
     return [pytest.param(fault, marks=pytest.mark.slow) if fault in SLOW else fault for fault in faults]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", sampled(FAULTS))
 def test_the_fault_of_a_script_is_named(config, net, tiles, tmp_path, fault):
     script, said = FAULTS[fault]
@@ -217,6 +218,7 @@ def test_the_fault_of_a_script_is_named(config, net, tiles, tmp_path, fault):
     assert len(cause.script) == len(cause.remedies) == (2 if " and " in fault or fault.endswith(", ImageNet") else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", sampled(PADDED))
 def test_another_padding_is_named_and_tiles_that_need_none_agree(config, net, tiles, tmp_path, fault):
     script, said = PADDED[fault]

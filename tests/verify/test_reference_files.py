@@ -202,6 +202,7 @@ def test_a_finished_cache_is_checked_and_the_teacher_compared(cached, teacher_fi
     assert f"Against the scores in {folder}" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.long
 def test_the_real_teacher_predicts_what_its_own_script_does(dubai, tmp_path, monkeypatch):
     """One crop of a real tile as a PNG, once right and once with ImageNet's normalisation."""
     import segmentation_models_pytorch as smp

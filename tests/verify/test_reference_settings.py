@@ -153,6 +153,7 @@ def test_scores_with_the_configured_views_pass(config_of, net, tmp_path):
     assert report.reference.tiles[0].max_abs.value < 1e-5
 
 
+@pytest.mark.long
 def test_a_configured_precision_allows_its_own_rounding_and_hides_no_fault(config_of, net, tmp_path):
     path, config = config_of(png, teacher__precision="bf16")
     inputs = own.pixels(path) / 255
@@ -165,6 +166,7 @@ def test_a_configured_precision_allows_its_own_rounding_and_hides_no_fault(confi
     assert row.computed_in == "bf16"
 
 
+@pytest.mark.long
 def test_a_configured_precision_hides_no_fault_that_is_smaller_than_its_rounding(config_of, net, tmp_path):
     def odd(folder):
         picture(70, 90).save(folder / "t.png")
@@ -189,6 +191,7 @@ def test_numbers_of_half_precision_are_named_where_another_machine_rounds_otherw
     assert "as arithmetic in lower precision leaves it" in report.findings[0].message
 
 
+@pytest.mark.long
 def test_an_option_that_leaves_no_trace_in_the_weights_is_named(config_of, net, teacher_file, tmp_path):
     path, config = config_of(png)
     other = smp.Unet(ENCODER, encoder_weights=None, classes=8, decoder_interpolation="bilinear")
@@ -198,6 +201,7 @@ def test_an_option_that_leaves_no_trace_in_the_weights_is_named(config_of, net, 
     assert report.reference.causes[0].complete
 
 
+@pytest.mark.long
 def test_what_comes_nearest_is_said_to_leave_a_difference(config_of, net, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ROUNDS", 1)
     path, config = config_of(png)
@@ -217,6 +221,7 @@ def test_what_comes_nearest_is_said_to_leave_a_difference(config_of, net, tmp_pa
     assert not report.passes
 
 
+@pytest.mark.long
 def test_other_weights_are_not_explained(config_of, teacher_file, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ROUNDS", 1)
     path, config = config_of(square)

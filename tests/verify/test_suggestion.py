@@ -187,6 +187,7 @@ def test_the_command_prints_the_section_and_writes_json(make_config, tmp_path):
     assert written["tiles"] == 1
 
 
+@pytest.mark.long
 def test_the_labels_suggest_the_real_map(dubai, tmp_path):
     root = link_tiles(dubai, tmp_path, "Train", ("t1_002", "t1_006"))
     checkpoint = dubai / "pretrain_weights" / "u-efficientnet-b4_s0_CELoss_pretrained.pth"
