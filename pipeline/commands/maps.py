@@ -27,10 +27,10 @@ from kdpipe.pipeline.commands.options import (
 @click.option("--out", required=True, metavar="DIR", type=click.Path(file_okay=False), help="Folder of the maps.")
 @click.option("--confidence", is_flag=True, help="Write the largest class probability too, as NAME.confidence.tif.")
 @click.option("--probabilities", is_flag=True, help="Write a band per class too, as NAME.probabilities.tif.")
-@click.option("--window", type=int, default=1024, show_default=True, metavar="PX", help="Side of a window.")
-@click.option(
-    "--overlap", type=int, default=128, show_default=True, metavar="PX", help="Overlap of neighbouring windows."
-)
+@click.option("--window", type=int, metavar="PX",
+              help="Side of a window. Default: 1024, or the only size that the network takes.")  # fmt: skip
+@click.option("--overlap", type=int, metavar="PX",
+              help="Overlap of neighbouring windows. Default: 128, at most half of a window.")  # fmt: skip
 @click.option(
     "--batch-size", type=click.IntRange(1), metavar="N", help="Windows per batch. Default: 1 on a CPU, else 4."
 )
@@ -66,7 +66,9 @@ def predict(source: str | None, overrides: tuple[str, ...], **options: Any) -> N
               help="Images, or a root of tiles, to calibrate --int8 on. Default: data.train of its config.")  # fmt: skip
 @click.option("--tolerance", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Points of mIoU that a file may lose. Default: fp16 0.2, int8 1, argmax 0.")  # fmt: skip
-@click.option("--size", "size_px", type=click.IntRange(32), metavar="PX",
+@click.option("--size", "side", type=int, metavar="PX",
+              help="Write a graph for images of PX x PX px alone, which some networks and runtimes need.")  # fmt: skip
+@click.option("--timed-size", "timed_px", type=click.IntRange(32), metavar="PX",
               help="Side of the image whose latency is measured. Default: train.crop of its config.")  # fmt: skip
 @click.option("--out", metavar="FILE", type=click.Path(dir_okay=False),
               help="File to write. Default: the checkpoint's name, beside it.")  # fmt: skip
@@ -83,9 +85,10 @@ def export(**options: Any) -> None:
 
     RUN is the folder of a run, whose best.ckpt is taken, or a checkpoint.
 
-    The file takes images of any size (pt2: multiples of 32 px) and holds its class names, colours and normalisation. It is
-    kept only if it predicts real tiles as the checkpoint does. With --fp16, --int8 and --argmax, which combine, it is
-    compared with the float32 file by mIoU, or without labels by class, and size and latency of all are shown.
+    The file takes images of any size (pt2: multiples of 32 px), or with --size of one alone, and holds its class names, colours
+    and normalisation. It is kept only if it predicts real tiles as the checkpoint does. With --fp16, --int8 and --argmax,
+    which combine, it is compared with the float32 file by mIoU, or without labels by class, and size and latency of all are
+    shown.
 
     Exit codes: 0 done, 1 its predictions differ too much, 2 usage, data or checkpoint.
     """

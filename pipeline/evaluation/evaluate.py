@@ -31,9 +31,10 @@ from kdpipe.pipeline.evaluation.calibration import BINS, Calibration, calibratio
 from kdpipe.pipeline.evaluation.confusion import Scores, count_pairs, scores
 from kdpipe.pipeline.inputs import check_headers
 from kdpipe.pipeline.memory import fits_in_memory, sized
+from kdpipe.pipeline.models.limits.sizes import fixed_side
 from kdpipe.pipeline.models.normalize import student_inputs
 from kdpipe.pipeline.models.views import STRIDE, averaged_logits
-from kdpipe.pipeline.models.windows import blended_logits
+from kdpipe.pipeline.models.windows import blended_logits, window_of
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import PredictedTile, predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
@@ -152,7 +153,8 @@ def student_model(
     say: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """
-    The student of a checkpoint of `train-student`, in float32; no TTA and whole tiles where `tta` and `window` are None.
+    The student of a checkpoint of `train-student`, in float32; no TTA and whole tiles where `tta` and `window` are None, or windows of the
+    only size that the network takes.
 
     With `config`, the file is one of another origin that it describes: weights, or an exported network (see `trained_elsewhere`). Logits
     are averaged over views in the image's own frame, as for a teacher, and softmax comes last. With `alone`, images are read for the
@@ -166,6 +168,7 @@ def student_model(
         trained = trained_elsewhere(checkpoint, config, say)
     trained = trained.alone() if alone else trained
     config = trained.config
+    window = window_of(fixed_side(trained.student), window, str(checkpoint))
     network = Network(str(checkpoint), window, tta or "none", scales=[1.0])
     return Model(
         description=trained.description,

@@ -51,14 +51,19 @@ def padded_logits(model: Callable[[Tensor], Tensor], inputs_NCHW: Tensor) -> Ten
     height, width = inputs_NCHW.shape[-2:]
     if getattr(model, "prepares_images", False):
         return model(inputs_NCHW).float()
-    padded, only = inputs_NCHW, fixed_side(model)
-    for dim, size in ((-2, height), (-1, width)):
-        target = only if only is not None and size <= only else -(-size // STRIDE) * STRIDE
-        if target != size:
-            padded = padded.index_select(dim, _mirrored(size, target, padded.device))
+    padded = mirrored_to(inputs_NCHW, fixed_side(model))
     with told(model, padded.shape):
         logits: Tensor = model(padded.contiguous(memory_format=torch.channels_last))
     return logits[..., :height, :width].float()
+
+
+def mirrored_to(x_NCHW: Tensor, side: int | None) -> Tensor:
+    """Images mirrored on the right and below to `side` px, or to multiples of 32 px where they are larger or it is None."""
+    for dim, size in ((-2, x_NCHW.shape[-2]), (-1, x_NCHW.shape[-1])):
+        target = side if side is not None and size <= side else -(-size // STRIDE) * STRIDE
+        if target != size:
+            x_NCHW = x_NCHW.index_select(dim, _mirrored(size, target, x_NCHW.device))
+    return x_NCHW
 
 
 def _mirrored(size: int, target: int, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kdpipe.configs.errors import ConfigError
 from kdpipe.pipeline.models.views import STRIDE
 
 # A teacher's windows share this part of their side. Half would cost twice as much and come no nearer to the whole image's logits.
@@ -67,6 +68,23 @@ class Span:
     shares: Tensor
 
 
+def window_of(side: int | None, window: int | None, origin: str) -> int | None:
+    """
+    The side of windows for a network that takes images of `side` px alone: its own, or the multiple of `STRIDE` below.
+
+    For a network of any size (None) it is `window` as given, which may be None: no windows. Raises `ConfigError`, which names `origin`,
+    where another size was given.
+    """
+    if side is None or side < STRIDE:
+        return window
+    only = side // STRIDE * STRIDE
+    if window not in (None, only):
+        raise ConfigError(
+            f"{origin} takes images of {side} x {side} px only, and --window is {window}: leave it out, or set --window {only}"
+        )
+    return only
+
+
 def spans(size: int, side: int, overlap: int, weights: Weights) -> list[Span]:
     """
     Windows of `side` px over `size` px, all of one length; neighbours share at least `overlap` px.
@@ -102,9 +120,13 @@ def cut_spans(size: int, side: int, overlap: int) -> list[Span]:
 
 
 def blended_logits(
-    model: Callable[[Tensor], Tensor], images_NCHW: Tensor, window: int, weights: Weights = full_taper
+    model: Callable[[Tensor], Tensor], images_NCHW: Tensor, window: int, weights: Weights | None = full_taper
 ) -> Tensor:
-    """Logits `(N, C, H, W)` in main memory, blended from overlapping windows of `window` px; see `blended_bands`."""
+    """
+    Logits `(N, C, H, W)` in main memory, blended from overlapping windows of `window` px; see `blended_bands`.
+
+    Without `weights` they are not blended: each pixel is that of one window, as `cut_spans` parts them.
+    """
     rows = lambda top, bottom: images_NCHW[..., top:bottom, :]  # noqa: E731
     height, width = images_NCHW.shape[-2:]
     bands = list(blended_bands(model, rows, height, width, window, weights))
@@ -117,7 +139,7 @@ def blended_bands(
     height: int,
     width: int,
     window: int,
-    weights: Weights = full_taper,
+    weights: Weights | None = full_taper,
 ) -> Iterator[Tensor]:
     """
     Logits in bands `(N, C, h, W)` from the top, blended from windows of `window` px, a multiple of `STRIDE`.
@@ -129,7 +151,10 @@ def blended_bands(
         yield model(rows(0, height))
         return
     overlap = -(-round(window * OVERLAP) // STRIDE) * STRIDE
-    rows_of_windows, columns = (spans(size, window, overlap, weights) for size in (height, width))
+    rows_of_windows, columns = (
+        cut_spans(size, window, overlap) if weights is None else spans(size, window, overlap, weights)
+        for size in (height, width)
+    )
 
     def logits_of(row: Span) -> Iterator[tuple[Span, Tensor]]:
         images_NChW = rows(row.start, min(row.start + len(row.shares), height))

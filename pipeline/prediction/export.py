@@ -5,6 +5,8 @@ ONNX and TorchScript are traced, with the network's padding inside the graph, so
 proves its graph for all sizes at once, which it manages for multiples of 32 px, but not with padding, nor for the smallest maps, where
 one attention window holds everything. Its ONNX export has the same limits and takes minutes, so the tracing exporter is used
 although torch calls it deprecated.
+
+With `side` all three are for images of `side` x `side` px alone, which networks whose graph depends on the size need.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from kdpipe.pipeline.models.views import STRIDE, padded_logits
 from kdpipe.pipeline.prediction.agreement import tiles_to_verify
 from kdpipe.pipeline.prediction.graphs import write_graph
 from kdpipe.pipeline.prediction.model import ONNX_SUFFIX, OTHER_SUFFIXES, PROVIDERS, Card, card_of
+from kdpipe.pipeline.prediction.traced import AnySize, one_size, require_side
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
@@ -68,34 +71,12 @@ class Exported:
     same_class: float
 
 
-class AnySize(nn.Module):
-    """A student in one graph for all sizes: pads to multiples of `STRIDE` as `views.padded_logits` does, and crops back."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-        self.eval()  # otherwise torch.onnx.export would return the student to training mode
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits `(N, C, H, W)` of normalised images `(N, B, H, W)`."""
-        height, width = images_NCHW.shape[-2:]
-        padded = images_NCHW
-        for dim, size in ((-2, height), (-1, width)):
-            # No branch on sizes. Rounded up without negative quotients, which ONNX rounds up and Python down.
-            target = (size + STRIDE - 1) // STRIDE * STRIDE
-            last = torch.arange(size, device=padded.device)[-1]
-            period = (2 * last).clamp(min=1)
-            position = torch.arange(target, device=padded.device) % period
-            padded = padded.index_select(dim, torch.minimum(torch.minimum(position, period - position), last))
-        logits: Tensor = self.student(padded)
-        return logits[..., :height, :width]
-
-
 def export_student(
     checkpoint: str | Path,
     format_: Format,
     out: str | Path | None = None,
     *,
+    side: int | None = None,
     tiles: Sequence[str] = (),
     limit: int | None = None,
     overwrite: bool = False,
@@ -104,6 +85,7 @@ def export_student(
     """
     Export the student of a checkpoint to `out`, by default beside the checkpoint, and compare its predictions with the checkpoint's.
 
+    With `side`, a multiple of `STRIDE`, the file takes images of `side` x `side` px alone, and the tiles are compared in crops of it.
     `tiles` are roots of tiles, images, or folders of images to compare on; by default `data.val` of the checkpoint's config. A few of them
     are taken, at most `limit`. The file appears at `out` once it has passed. Raises `CheckpointError` for the checkpoint; `ConfigError` if
     a package is missing, the file exists, or there are no tiles to compare on; `DataError` for unreadable images; `KdpipeError` if the
@@ -113,12 +95,13 @@ def export_student(
     if format_ == "onnx":
         require_onnx()
     trained = load_trained(checkpoint, progress.say).alone()
+    require_side(side, trained.student)
     file = place_of(out or Path(checkpoint).with_suffix(SUFFIXES[format_]), overwrite=overwrite)
     images = images_of(trained, tiles, limit)
-    card = card_of(trained, checkpoint, SIZES[format_])
+    card = card_of(trained, checkpoint, sizes_text(format_, side))
     partial = partial_path(file)
     try:
-        found = write_verified(trained, checkpoint, card, format_, partial, images, progress)
+        found = write_verified(trained, checkpoint, card, format_, partial, images, progress, side)
         publish(partial, file)
     finally:
         partial.unlink(missing_ok=True)
@@ -136,35 +119,43 @@ def place_of(path: str | Path, *, overwrite: bool) -> Path:
 
 def write_verified(
     trained: Trained, checkpoint: str | Path, card: Card, format_: Format, file: Path,
-    images: Sequence[NDArray[np.uint8]], progress: Progress,
+    images: Sequence[NDArray[np.uint8]], progress: Progress, side: int | None,
 ) -> tuple[int, int, float, float]:  # fmt: skip
     """
-    Write a student's file and compare its predictions with the student's; returns what `_compare` does.
+    Write a student's file, of one size with `side`, and compare its predictions with the student's; returns what `_compare` does.
 
     Raises `KdpipeError` if it cannot be written, or predicts something else.
     """
     progress.say(f"exporting {card.network} as {format_}")
-    with explained("writing", file), exporting(format_, card.network):
-        WRITERS[format_](trained.student, file, card)
-    found = _compare(trained, READERS[format_](file), images, format_, progress)
+    advice = _advice(side)
+    with explained("writing", file), exporting(format_, card.network, advice):
+        WRITERS[format_](trained.student, file, card, side)
+    found = _compare(trained, READERS[format_](file), images, format_, progress, side)
     largest_difference = found[2]
     if not largest_difference <= MAX_DIFFERENCE:
         raise KdpipeError(
             f"the {format_} file of {checkpoint} predicts something else than the checkpoint: a probability differs by "
-            f"{largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. Try another --format"
+            f"{largest_difference:.2g}, expected at most {MAX_DIFFERENCE:g}; it was not kept. {advice}"
         )
     return found
 
 
-def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
+def _advice(side: int | None) -> str:
+    """What to do where a file of this `--size`, or without one, cannot be had."""
+    return (
+        "Try another --format" if side else "Add --size PX, for a graph of one size of image, or try another --format"
+    )
+
+
+def _write_onnx(student: nn.Module, file: Path, card: Card, side: int | None = None) -> None:
     import onnx
 
-    axes = {0: "n", 2: "height", 3: "width"}
+    axes = {0: "n", 2: "height", 3: "width"} if side is None else {0: "n"}
     content = io.BytesIO()
     export: Any = torch.onnx.export  # its signature names paths alone
     export(
-        AnySize(student),
-        (_example(card, *EXAMPLE_PX),),
+        AnySize(student) if side is None else one_size(student),
+        (_example(card, *(EXAMPLE_PX if side is None else (side, side))),),
         content,
         dynamo=False,
         opset_version=OPSET,
@@ -172,25 +163,32 @@ def _write_onnx(student: nn.Module, file: Path, card: Card) -> None:
         output_names=[OUTPUT],
         dynamic_axes={INPUT: axes, OUTPUT: axes},
     )
-    write_graph(onnx.load_from_string(content.getvalue()), card, file)
+    model = onnx.load_from_string(content.getvalue())
+    if side is not None:  # the exporter leaves what it cannot derive without a number
+        sizes = model.graph.output[0].type.tensor_type.shape.dim[1:]
+        for size, known in zip(sizes, (len(card.classes), side, side), strict=True):
+            size.dim_value = known
+    write_graph(model, card, file)
 
 
-def _write_torchscript(student: nn.Module, file: Path, card: Card) -> None:
+def _write_torchscript(student: nn.Module, file: Path, card: Card, side: int | None = None) -> None:
     trace: Any = torch.jit.trace
-    graph = trace(AnySize(student), _example(card, *EXAMPLE_PX), check_trace=False)
+    traced, sizes = (AnySize(student), EXAMPLE_PX) if side is None else (one_size(student), (side, side))
+    graph = trace(traced, _example(card, *sizes), check_trace=False)
     content = io.BytesIO()  # torch would tell of a full disk by an error of its own
     torch.jit.save(graph, content, _extra_files={CARD_FILE: card.model_dump_json()})
     file.write_bytes(content.getvalue())
 
 
-def _write_pt2(student: nn.Module, file: Path, card: Card) -> None:
+def _write_pt2(student: nn.Module, file: Path, card: Card, side: int | None = None) -> None:
     sides = {
         dim: STRIDE * torch.export.Dim(name, min=PT2_LEAST_PX // STRIDE, max=PT2_MOST_PX // STRIDE)
         for dim, name in ((2, "rows"), (3, "columns"))
     }
-    shapes = ({0: torch.export.Dim("n"), **sides},)
-    example = _example(card, PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE)
-    program = torch.export.export(student, (example,), dynamic_shapes=shapes)
+    shapes = ({0: torch.export.Dim("n"), **(sides if side is None else {})},)
+    sizes = (PT2_LEAST_PX + STRIDE, PT2_LEAST_PX + 3 * STRIDE) if side is None else (side, side)
+    network = student if side is None else one_size(student)
+    program = torch.export.export(network, (_example(card, *sizes),), dynamic_shapes=shapes)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={CARD_FILE: card.model_dump_json()})
     file.write_bytes(content.getvalue())
@@ -226,7 +224,7 @@ def _read_pt2(file: Path) -> Callable[[Tensor], Tensor]:
     return module
 
 
-WRITERS: dict[Format, Callable[[nn.Module, Path, Card], None]] = {
+WRITERS: dict[Format, Callable[[nn.Module, Path, Card, int | None], None]] = {
     "onnx": _write_onnx,
     "torchscript": _write_torchscript,
     "pt2": _write_pt2,
@@ -249,6 +247,11 @@ def require_onnx() -> None:
         ) from err
 
 
+def sizes_text(format_: Format, side: int | None) -> str:
+    """The sizes of images that a file takes, for its card."""
+    return SIZES[format_] if side is None else f"{side} x {side} px only"
+
+
 def images_of(trained: Trained, tiles: Sequence[str], limit: int | None = None) -> list[NDArray[np.uint8]]:
     """A few tiles, at most `limit`, uint8 `(H, W, B)`, spread evenly over all."""
     most = min(limit or VERIFIED_TILES, VERIFIED_TILES)
@@ -263,20 +266,21 @@ def _compare(
     images: Sequence[NDArray[np.uint8]],
     format_: Format,
     progress: Progress,
+    side: int | None,
 ) -> tuple[int, int, float, float]:
     """Numbers of images and pixels, the largest difference of a probability, and the share of pixels with the same class, 0..1."""
     count = pixels = same = 0
     largest = 0.0
     with progress.bar("verify", len(images), "tiles") as advance:
         for image_HWB in images:
-            for part_NCHW in _parts(image_HWB, format_):
+            for part_NCHW in _parts(image_HWB, format_, side):
                 inputs_NCHW = normalized(part_NCHW, trained.config.student.normalize)
                 expected = padded_logits(trained.student, inputs_NCHW)
                 found = run(inputs_NCHW)
                 if found.shape != expected.shape:
                     raise KdpipeError(
                         f"the {format_} file maps images of {tuple(inputs_NCHW.shape)} to {tuple(found.shape)}, expected "
-                        f"{tuple(expected.shape)}: its size is not dynamic. Try another --format"
+                        f"{tuple(expected.shape)}: its size is not dynamic. {_advice(side)}"
                     )
                 difference = (found.softmax(dim=1) - expected.softmax(dim=1)).abs().max().item()
                 largest = difference if difference > largest or np.isnan(difference) else largest
@@ -286,21 +290,29 @@ def _compare(
     return count, pixels, largest, same / pixels
 
 
-def _parts(image_HWB: NDArray[np.uint8], format_: Format) -> Iterator[Tensor]:
-    """The whole image, and two of its corners as one batch, so that neither size is the traced one; for pt2, in sizes that it takes."""
+def _parts(image_HWB: NDArray[np.uint8], format_: Format, side: int | None) -> Iterator[Tensor]:
+    """
+    The whole image, and two of its corners as one batch, so that neither size is the traced one; for pt2, in sizes that it takes.
+
+    With `side` its middle and the two corners, of that size.
+    """
     image_NCHW = torch.from_numpy(image_HWB).permute(2, 0, 1)[None]
     height, width = image_NCHW.shape[-2:]
-    if format_ != "pt2":
+    if format_ != "pt2" and side is None:
         yield image_NCHW
         h, w = (height + 1) // 2, (width * 2 + 2) // 3
         yield torch.cat([image_NCHW[..., :h, :w], image_NCHW[..., height - h :, width - w :]])
         return
     # An image below the smallest size is repeated, so that its pixels stay real.
-    repeats = [1, 1, *(-(-PT2_LEAST_PX // size) for size in (height, width))]
+    least = side or PT2_LEAST_PX
+    repeats = [1, 1, *(-(-least // size) for size in (height, width))]
     image_NCHW = image_NCHW.repeat(repeats)
     height, width = (size // STRIDE * STRIDE for size in image_NCHW.shape[-2:])
-    yield image_NCHW[..., :height, :width]
-    least = PT2_LEAST_PX
+    if side is None:
+        yield image_NCHW[..., :height, :width]
+    else:
+        top, left = ((size - side) // 2 for size in (height, width))
+        yield image_NCHW[..., top : top + side, left : left + side]
     yield torch.cat([image_NCHW[..., :least, :least], image_NCHW[..., -least:, -least:]])
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,17 +30,20 @@ from kdpipe.data.maps import NO_PROBABILITY, Layer, RowWriter, as_bytes, class_l
 from kdpipe.data.scenes import Scene, list_scenes, open_scene
 from kdpipe.data.tiles import limited
 from kdpipe.pipeline.memory import fits_in_memory, sized
-from kdpipe.pipeline.models.views import STRIDE
-from kdpipe.pipeline.models.windows import Span, blended_rows, cut_spans, spans, tapered_overlap
+from kdpipe.pipeline.models.windows import Span, blended_rows
+from kdpipe.pipeline.prediction.cutting import (
+    advice_on_memory,
+    is_blended,
+    require_memory,
+    sizes_of_windows,
+    windows_over,
+)
 from kdpipe.pipeline.prediction.notes import range_note, say_notes
 from kdpipe.pipeline.progress import Advance, Progress, Silent
-from kdpipe.pipeline.text import size_text
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.prediction.model import Card, Predictor
 
-WINDOW_PX = 1024
-OVERLAP_PX = 128  # `windows.MARGIN` has the measured error
 GPU_BATCH = 4  # windows of 1024 px fill a GPU; a CPU gains nothing from more than one
 ROWS_AT_ONCE = 64  # rows of a strip whose classes and probabilities are computed together
 
@@ -89,8 +91,8 @@ def predict(
     inputs: Sequence[str],
     out: str | Path,
     *,
-    window: int = WINDOW_PX,
-    overlap: int = OVERLAP_PX,
+    window: int | None = None,
+    overlap: int | None = None,
     batch_size: int | None = None,
     confidence: bool = False,
     probabilities: bool = False,
@@ -102,15 +104,15 @@ def predict(
     """
     Write a map of each scene in `inputs` (see `list_scenes`) into the folder `out`.
 
-    Windows have `window` px and share `overlap` px; `batch_size` of them are predicted at once. With `limit`, so many of the scenes are
-    mapped (see `tiles.limited`). A scene that cannot be read is named in the result, and the others go on. Raises `ConfigError` for
-    invalid sizes, and for probabilities of a network that answers with classes; `DataError` if an input names nothing, two maps would
-    have the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not finite;
-    `Interrupted` if `stop` was set.
+    Windows have `window` px and share `overlap` px (see `sizes_of_windows`); `batch_size` of them are predicted at once. With `limit`, so
+    many of the scenes are mapped (see `tiles.limited`). A scene that cannot be read is named in the result, and the others go on. Raises
+    `ConfigError` for invalid sizes, and for probabilities of a network that answers with classes; `DataError` if an input names nothing,
+    two maps would have the same name, or a map exists and `overwrite` is false; `KdpipeError` if a map cannot be written or a logit is not
+    finite; `Interrupted` if `stop` was set.
     """
-    _check_sizes(window, overlap)
+    window, overlap = sizes_of_windows(predictor, window, overlap)
     card = predictor.card
-    if (confidence or probabilities) and not _is_blended(card):
+    if (confidence or probabilities) and not is_blended(card):
         raise ConfigError(
             f"{predictor.origin} answers with classes, and has no probabilities for --confidence or --probabilities: leave them out, or "
             "take a file that was exported without --argmax"
@@ -125,7 +127,7 @@ def predict(
     except OSError as err:
         raise ConfigError(f"--out {folder} cannot be made: {err.strerror}") from err
     summary = MapSummary(
-        predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes), _is_blended(card),
+        predictor.origin, predictor.device, predictor.tta, window, overlap, list(card.classes), is_blended(card),
         limit=limit, scenes=len(scenes),
     )  # fmt: skip
     counts, bands_notes = _look_at(targets, card, window, overlap, summary)
@@ -164,8 +166,8 @@ def _look_at(
     for scene_path in scenes:
         try:
             with _open(scene_path, card) as scene:
-                _require_memory(scene, window, len(card.bands), len(card.classes))
-                rows, columns = _windows_of(scene, window, overlap, card)
+                require_memory(scene, window, len(card.bands), len(card.classes))
+                rows, columns = windows_over(scene, window, overlap, card)
                 counts[scene_path] = len(rows) * len(columns)
                 if scene.bands_note:
                     bands_notes[scene_path] = scene.bands_note
@@ -221,7 +223,7 @@ class _SceneMapper:
 
         Logits are zero where no window has data.
         """
-        rows, columns = _windows_of(scene, self._window, self._overlap, self._predictor.card)
+        rows, columns = windows_over(scene, self._window, self._overlap, self._predictor.card)
         waiting_hW = np.empty((0, scene.width), np.bool_)  # of rows whose logits are not final
 
         def logits_of(row: Span) -> Iterator[tuple[Span, Tensor]]:
@@ -258,7 +260,8 @@ class _SceneMapper:
             width = batch[0][1]
             images_NBhw = torch.stack([image_BhW[..., column.start : column.start + width] for column, _ in batch])
             with fits_in_memory(
-                f"while predicting {sized('window', len(batch), height, width)}", _advice(self._window)
+                f"while predicting {sized('window', len(batch), height, width)}",
+                advice_on_memory(self._window, self._predictor.side),
             ):
                 logits_NChw = self._predictor.logits(images_NBhw)
             if not torch.isfinite(logits_NChw).all():
@@ -276,7 +279,7 @@ class _SceneMapper:
             "model": f"{card.run} after step {card.step}, {card.network}",
             "checkpoint_sha256": card.checkpoint_sha256,
             "windows": f"{self._window} px, {self._overlap} px shared, TTA {self._predictor.tta}"
-            + ("" if _is_blended(card) else ", not blended"),
+            + ("" if is_blended(card) else ", not blended"),
             "TIFFTAG_SOFTWARE": f"kdpipe {card.kdpipe}",
         }
         if kind == CLASSES:
@@ -325,33 +328,6 @@ def _batches(windows: Sequence[tuple[Span, int]], batch_size: int) -> Iterator[l
             yield group[start : start + batch_size]
 
 
-def _require_memory(scene: Scene, window: int, bands: int, classes: int) -> None:
-    """Raise `DataError` for a scene whose strip of one row of windows does not fit into the free memory."""
-    strip_bytes = min(window, scene.height) * scene.width * (bands + 4 * classes)
-    free_bytes = psutil.virtual_memory().available
-    if strip_bytes > free_bytes:
-        raise DataError(
-            f"{scene.path} is {scene.width} px wide: one row of windows takes {size_text(strip_bytes)} at least, and "
-            f"{size_text(free_bytes)} of memory are free. Choose a smaller --window, or cut the scene into columns "
-            "(`gdal_translate -srcwin`)"
-        )
-
-
-def _is_blended(card: Card) -> bool:
-    """Whether logits of overlapping windows are blended."""
-    return card.output == "logits"
-
-
-def _windows_of(scene: Scene, window: int, overlap: int, card: Card) -> tuple[list[Span], list[Span]]:
-    """The windows over the rows and over the columns of a scene."""
-    sides = (scene.height, scene.width)
-    if _is_blended(card):
-        rows, columns = (spans(size, window, overlap, tapered_overlap) for size in sides)
-    else:
-        rows, columns = (cut_spans(size, window, overlap) for size in sides)
-    return rows, columns
-
-
 def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrite: bool) -> dict[str, dict[str, Path]]:
     """The files of each scene's maps by kind; raises `DataError` if two coincide, one exists, or one is an input."""
     targets = {scene: {kind: folder / (_stem(scene) + SUFFIXES[kind]) for kind in kinds} for scene in scenes}
@@ -376,18 +352,3 @@ def _targets(scenes: Sequence[str], folder: Path, kinds: Sequence[str], overwrit
 def _stem(scene: str) -> str:
     """The name of a scene, a path or a URL, without its folder and last suffix."""
     return Path(scene.rstrip("/").rpartition("/")[2]).stem
-
-
-def _check_sizes(window: int, overlap: int) -> None:
-    for name, value, least in (("--window", window, 2 * STRIDE), ("--overlap", overlap, 0)):
-        if value < least or value % STRIDE:
-            raise ConfigError(
-                f"{name} must be a multiple of {STRIDE} px, from {least} up, so that windows lie in the network's grid; found {value}"
-            )
-    if overlap > window // 2:
-        raise ConfigError(f"--overlap must be at most half of --window, {window // 2} px, found {overlap}")
-
-
-def _advice(window: int) -> list[str]:
-    smaller = [f"--window {window // 2 // STRIDE * STRIDE} (now {window})"] if window >= 4 * STRIDE else []
-    return ["--batch-size 1", *smaller, "--device cpu"]

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, ValidationError, model_validator
 from torch import Tensor
@@ -21,18 +20,16 @@ from kdpipe.configs.errors import CheckpointError, ConfigError, summarise
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.schema import Alpha, Config, MeanStd
 from kdpipe.pipeline.devices import resolve_device
-from kdpipe.pipeline.memory import is_out_of_memory
 from kdpipe.pipeline.models.external.onnx_file import (
     CLASSES,
-    INPUT,
     described,
-    first_line,
-    open_session,
     require_onnxruntime,
 )
+from kdpipe.pipeline.models.limits.sizes import fixed_side
 from kdpipe.pipeline.models.normalize import mean_std, normalized
 from kdpipe.pipeline.models.views import averaged_logits
 from kdpipe.pipeline.pictures import colours
+from kdpipe.pipeline.prediction.onnx_student import OnnxStudent
 from kdpipe.pipeline.runs.checkpoint import Ends, Trained, load_trained
 from kdpipe.pipeline.runs.elsewhere import refuse_undescribed, trained_elsewhere
 
@@ -96,8 +93,9 @@ class Predictor:
     """
     `logits` maps uint8 images `(N, B, H, W)` of the card's bands to float32 logits `(N, C, H, W)`, both in main memory.
 
-    It computes on `device`. For a network whose `card.output` is classes, the logits are 1 for its class and 0 for the others: they have
-    the same argmax, and must not be averaged.
+    It computes on `device`. A network that takes images of one size alone, squares of `side` px, is given smaller ones mirrored to it. For
+    one whose `card.output` is classes, the logits are 1 for its class and 0 for the others: they have the same argmax, and must not be
+    averaged.
     """
 
     origin: str
@@ -105,6 +103,7 @@ class Predictor:
     device: str
     tta: str
     logits: Callable[[Tensor], Tensor]
+    side: int | None = None
 
 
 def card_of(trained: Trained, checkpoint: str | Path, sizes: str) -> Card:
@@ -181,7 +180,7 @@ def _student(path: str | Path, trained: Trained, name: str | None, tta: str) -> 
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return averaged_logits(student, inputs_NCHW, tta=tta, scales=[1.0]).cpu()
 
-    return Predictor(str(path), card_of(trained, path, sizes="any"), str(device), tta, logits)
+    return Predictor(str(path), card_of(trained, path, sizes="any"), str(device), tta, logits, fixed_side(student))
 
 
 def _onnx_predictor(path: Path, text: str, name: str | None, tta: str) -> Predictor:
@@ -201,36 +200,16 @@ def _onnx_predictor(path: Path, text: str, name: str | None, tta: str) -> Predic
             f"--tta {tta} averages logits, and {path} answers with classes: leave --tta out, or take a file that was exported without "
             "--argmax"
         )
-    session, normalize = open_session(path, [provider]), MeanStd(mean=card.mean, std=card.std)
-
-    def run(inputs_NCHW: Tensor) -> Tensor:
-        try:
-            (found,) = session.run([card.output], {INPUT: inputs_NCHW.contiguous().numpy()})
-        except Exception as err:  # onnxruntime's errors have no class in common
-            if is_out_of_memory(err):
-                raise
-            raise CheckpointError(
-                f"{path} cannot predict images of {tuple(inputs_NCHW.shape)}: {first_line(err)}"
-            ) from err
-        of_classes, count = card.output == CLASSES, len(card.classes)
-        expected = (len(inputs_NCHW), *([] if of_classes else [count]), *inputs_NCHW.shape[2:])
-        dtype = "uint8" if of_classes else "float32"
-        if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != dtype:
-            raise CheckpointError(
-                f"{path} answers images of {tuple(inputs_NCHW.shape)} by {getattr(found, 'shape', type(found).__name__)}, "
-                f"expected {dtype} {card.output} of {expected}: take a file that `kdpipe export` wrote"
-            )
-        if not of_classes:
-            return torch.from_numpy(found)
-        if found.max() >= count:
-            raise CheckpointError(f"{path} answers with the class {found.max()}, and describes {count} classes from 0")
-        return (torch.from_numpy(found)[:, None] == torch.arange(count)[:, None, None]).float()
+    network, normalize = (
+        OnnxStudent(path, card.output, len(card.classes), provider),
+        MeanStd(mean=card.mean, std=card.std),
+    )
 
     @torch.inference_mode()
     def logits(images_NCHW: Tensor) -> Tensor:
-        return averaged_logits(run, normalized(images_NCHW, normalize), tta=tta, scales=[1.0])
+        return averaged_logits(network, normalized(images_NCHW, normalize), tta=tta, scales=[1.0])
 
-    return Predictor(str(path), card, device, tta, logits)
+    return Predictor(str(path), card, device, tta, logits, fixed_side(network))
 
 
 def _provider(name: str | None) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config, MeanStd
 from kdpipe.pipeline.evaluation.evaluate import Model, Network
 from kdpipe.pipeline.models.external.onnx_file import CLASSES
-from kdpipe.pipeline.models.windows import blended_logits
+from kdpipe.pipeline.models.windows import blended_logits, full_taper, window_of
 from kdpipe.pipeline.prediction.model import open_predictor
 
 
@@ -29,11 +29,13 @@ def exported_model(
     """
     The student of an ONNX file; `config` says how tiles and masks are laid out, and what the network is where the file does not.
 
-    A file that answers with classes has no calibration. Raises what `open_predictor` raises, and `ConfigError` for windows of such a file.
+    A file that answers with classes has no calibration, and its windows are not blended. Raises what `open_predictor` raises, and
+    `ConfigError` for a `window` of such a file, unless it takes one size alone.
     """
     predictor = open_predictor(path, device, tta=tta or "none", config=config, say=say)
     card = predictor.card
-    if card.output == CLASSES and window is not None:
+    window = window_of(predictor.side, window, str(path))
+    if card.output == CLASSES and window is not None and predictor.side is None:
         raise ConfigError(
             f"--window blends logits, and {path} answers with classes: leave it out, or take a file that was exported without --argmax"
         )
@@ -45,7 +47,9 @@ def exported_model(
     def predict(image_HWB: NDArray[np.uint8]) -> NDArray[np.float32]:
         image_NBHW = torch.from_numpy(image_HWB).permute(2, 0, 1)[None]
         logits_NCHW = (
-            predictor.logits(image_NBHW) if window is None else blended_logits(predictor.logits, image_NBHW, window)
+            predictor.logits(image_NBHW)
+            if window is None
+            else blended_logits(predictor.logits, image_NBHW, window, None if card.output == CLASSES else full_taper)
         )
         probs_CHW: NDArray[np.float32] = torch.softmax(logits_NCHW, dim=1)[0].numpy()
         return probs_CHW

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ from numpy.typing import NDArray
 
 from kdpipe.configs.errors import ConfigError, count_text
 from kdpipe.configs.files import partial_path, publish
-from kdpipe.pipeline.models.external.onnx_file import CLASSES, INPUT, OUTPUT, open_session
+from kdpipe.pipeline.models.external.onnx_file import CLASSES, INPUT, OUTPUT
+from kdpipe.pipeline.models.limits.sizes import fixed_side
 from kdpipe.pipeline.models.normalize import student_inputs
+from kdpipe.pipeline.models.views import mirrored_to, padded_logits
+from kdpipe.pipeline.models.windows import blended_logits
 from kdpipe.pipeline.prediction.agreement import (
     MOST_TILES,
     Agreement,
@@ -32,9 +36,11 @@ from kdpipe.pipeline.prediction.agreement import (
     tiles_to_calibrate,
     tiles_to_verify,
 )
-from kdpipe.pipeline.prediction.export import SIZES, exporting, images_of, place_of, require_onnx, write_verified
+from kdpipe.pipeline.prediction.export import exporting, images_of, place_of, require_onnx, sizes_text, write_verified
 from kdpipe.pipeline.prediction.graphs import MOST_CLASSES, half, quantised, with_classes, write_graph
 from kdpipe.pipeline.prediction.model import ONNX_SUFFIX, PROVIDERS, Card, Precision, card_of
+from kdpipe.pipeline.prediction.onnx_student import OnnxStudent
+from kdpipe.pipeline.prediction.traced import require_side
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.runs.checkpoint import Trained, load_trained
 
@@ -143,7 +149,8 @@ def export_variants(
     tiles: Sequence[str] = (),
     calibrate: str | None = None,
     tolerance: float | None = None,
-    size_px: int | None = None,
+    side: int | None = None,
+    timed_px: int | None = None,
     limit: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -151,15 +158,17 @@ def export_variants(
     """
     Export a student to one ONNX file for each of `variants`, and keep those that pass.
 
-    One file is written to `out`, and several beside it, named by their `parts`; by default the checkpoint's name is theirs. `tiles` are
-    roots of tiles, images or folders of images to compare on, by default `data.val`; `calibrate` is a root or a folder of images for int8,
-    by default `data.train`. At most `limit` of each are taken, by default `MOST_TILES`. `tolerance` replaces `TOLERANCES`; `size_px` is the
-    side of the image whose latency is measured, by default that of the training's crops. Raises what `export_student` raises.
+    One file is written to `out`, and several beside it, named by their `parts`; by default the checkpoint's name is theirs. With `side`,
+    they are for images of that side alone: they are timed, calibrated and compared in windows of it. `tiles` are roots of tiles, images or
+    folders of images to compare on, by default `data.val`; `calibrate` is a root or a folder of images for int8, by default `data.train`.
+    At most `limit` of each are taken, by default `MOST_TILES`. `tolerance` replaces `TOLERANCES`; `timed_px` is the side of the image whose
+    latency is measured, by default that of the training's crops. Raises what `export_student` raises.
     """
     progress = progress or Silent()
     require_onnx()
     trained = load_trained(checkpoint, progress.say).alone()
     config = trained.config
+    require_side(side, trained.student)
     if any(variant.argmax for variant in variants) and len(config.classes.names) > MOST_CLASSES:
         raise ConfigError(
             f"--argmax answers in 8 bits, which tell {MOST_CLASSES} classes apart, and the student has {len(config.classes.names)}: "
@@ -174,7 +183,7 @@ def export_variants(
     calibrated_on = (
         tiles_to_calibrate(config.data, calibrate, most) if any(each.precision == "int8" for each in variants) else []
     )
-    card = card_of(trained, checkpoint, SIZES["onnx"])
+    card = card_of(trained, checkpoint, sizes_text("onnx", side))
     folder = next(iter(files.values())).parent
     partials = {REFERENCE: partial_path(folder / f"{base.stem}.fp32{base.suffix}")}
     partials |= {variant: partial_path(file) for variant, file in files.items()}
@@ -182,15 +191,15 @@ def export_variants(
         for partial in partials.values():
             stack.callback(partial.unlink, missing_ok=True)
         write_verified(
-            trained, checkpoint, card, "onnx", partials[REFERENCE], images_of(trained, tiles, limit), progress
+            trained, checkpoint, card, "onnx", partials[REFERENCE], images_of(trained, tiles, limit), progress, side
         )
         for variant in files:
             progress.say(f"making {variant.name}")
-            inputs = _inputs_of(trained, calibrated_on) if variant.precision == "int8" else []
+            inputs = _inputs_of(trained, calibrated_on, side) if variant.precision == "int8" else []
             with exporting(f"{variant.name} ONNX", card.network, f"Leave out --{' and --'.join(variant.parts)}"):
                 _write(variant, partials, card, inputs)
         result, found = _measured(
-            trained, partials, verified_on, size_px or config.train.crop, card, tolerance, progress
+            trained, partials, verified_on, side or timed_px or config.train.crop, card, tolerance, progress
         )
         for variant, measured in found.items():
             if variant in files and measured.passes:
@@ -226,14 +235,17 @@ def _measured(
     trained: Trained, files: Mapping[Variant, Path], tiles: Sequence[Any], size_px: int, card: Card,
     tolerance: float | None, progress: Progress,
 ) -> tuple[Deployed, dict[Variant, Measured]]:  # fmt: skip
-    sessions = {variant: open_session(file, [PROVIDERS["cpu"]]) for variant, file in files.items()}
+    networks = {
+        each: OnnxStudent(file, CLASSES if each.argmax else OUTPUT, len(card.classes), PROVIDERS["cpu"])
+        for each, file in files.items()
+    }
     not_finite: set[Variant] = set()
-    classify = {each: _classifier(trained, each, session, not_finite) for each, session in sessions.items()}
+    classify = {each: _classifier(trained, each, network, not_finite) for each, network in networks.items()}
     others = {variant.name: run for variant, run in classify.items() if variant != REFERENCE}
     found = agreements(trained, tiles, classify[REFERENCE], others, progress)
     progress.say(f"timing images of {size_px} x {size_px} px")
     image_1BHW = np.random.default_rng(0).standard_normal((1, len(card.bands), size_px, size_px), np.float32)
-    taken = latencies({each.name: _timed(session, each, image_1BHW) for each, session in sessions.items()})
+    taken = latencies({each.name: _timed(network.session, each, image_1BHW) for each, network in networks.items()})
     first = next(iter(found.values()))
     rows = {}
     reference_miou = miou(trained, first.reference_CC)
@@ -261,21 +273,28 @@ def _timed(session: Any, variant: Variant, image_1BHW: NDArray[np.float32]) -> C
     return lambda: session.run([CLASSES if variant.argmax else OUTPUT], {INPUT: image_1BHW})
 
 
-def _classifier(trained: Trained, variant: Variant, session: Any, not_finite: set[Variant]) -> Classify:
-    """From an image to the classes that a session gives it; adds the variant to `not_finite` where its logits are not."""
+def _classifier(trained: Trained, variant: Variant, network: OnnxStudent, not_finite: set[Variant]) -> Classify:
+    """From an image to the classes that a file gives it; adds the variant to `not_finite` where its logits are not."""
+    side, fitted = fixed_side(network), partial(padded_logits, network)
 
     def classify(image_BHW: NDArray[np.uint8]) -> NDArray[Any]:
-        (found,) = session.run([CLASSES if variant.argmax else OUTPUT], {INPUT: _input_of(trained, image_BHW)})
-        if not variant.argmax and not np.isfinite(found).all():
+        inputs_1BHW = torch.from_numpy(_input_of(trained, image_BHW))
+        # Windows are not blended, as one file answers with classes and another with logits.
+        logits_1CHW = network(inputs_1BHW) if side is None else blended_logits(fitted, inputs_1BHW, side, weights=None)
+        if not torch.isfinite(logits_1CHW).all():
             not_finite.add(variant)
-        classes_HW: NDArray[Any] = found[0] if variant.argmax else found[0].argmax(axis=0)
+        classes_HW: NDArray[Any] = logits_1CHW[0].numpy().argmax(axis=0)
         return classes_HW
 
     return classify
 
 
-def _inputs_of(trained: Trained, tiles: Sequence[Any]) -> list[NDArray[np.float32]]:
-    return [_input_of(trained, image_BHW) for image_BHW, _ in pixels_of(trained, tiles, trained.config.train.crop)]
+def _inputs_of(trained: Trained, tiles: Sequence[Any], side: int | None) -> list[NDArray[np.float32]]:
+    """The middles of tiles as inputs, of the size of the training's crops; with `side` of that size, smaller tiles mirrored to it."""
+    inputs = [
+        _input_of(trained, image_BHW) for image_BHW, _ in pixels_of(trained, tiles, side or trained.config.train.crop)
+    ]
+    return inputs if side is None else [mirrored_to(torch.from_numpy(each), side).numpy() for each in inputs]
 
 
 def _input_of(trained: Trained, image_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -6,12 +6,12 @@ from helpers.docs_pages import blocks, page_text, with_snippet
 from kdpipe.configs import load_config
 from kdpipe.data.scenes import SCENE_EXTENSIONS
 from kdpipe.pipeline.models.windows import MARGIN
-from kdpipe.pipeline.prediction import export, maps
+from kdpipe.pipeline.prediction import cutting, export, maps
 from kdpipe.pipeline.reports.html import run as report
 from kdpipe.pipeline.reports.html import tiles
 from kdpipe.pipeline.reports.terminal import training as curves
 from kdpipe.pipeline.runs import resumable
-from kdpipe.pipeline.training import tensorboard
+from kdpipe.pipeline.training import logs
 
 TEACHER_SNIPPETS = [block.text for block in blocks("docs/teachers.md") if block.language == "yaml"]
 
@@ -26,7 +26,7 @@ def test_names_and_numbers_of_maps():
         assert f"`{suffix}`" in page
     for suffix in maps.SUFFIXES.values():
         assert f"`NAME{suffix}`" in page
-    assert f"`--window` px ({maps.WINDOW_PX}) that share `--overlap` px ({maps.OVERLAP_PX})" in page
+    assert f"`--window` px ({cutting.WINDOW_PX}) that share `--overlap` px ({cutting.OVERLAP_PX})" in page
     assert MARGIN == 3 / 8
     assert f"more than {export.MAX_DIFFERENCE:g}" in page
     assert f"opset {export.OPSET}" in page
@@ -47,10 +47,10 @@ def test_layers_keys_and_numbers_of_reports():
 
 def test_numbers_curves_and_keys_of_training():
     page = prose("docs/training.md")
-    assert f"at most {tensorboard.SIDE_PX} px a side" in page
+    assert f"at most {logs.SIDE_PX} px a side" in page
     assert f"up to {2 * curves.LARGEST_WIDTH + curves.GAP} characters (set `COLUMNS`" in page
-    assert tensorboard.PICTURES_A_RUN == 10
-    assert tensorboard.TRAIN_SHOWN + tensorboard.VAL_SHOWN == 5
+    assert logs.PICTURES_A_RUN == 10
+    assert logs.TRAIN_SHOWN + logs.VAL_SHOWN == 5
     assert ", ".join(f"`{key}`" for key in resumable.RESUMABLE_KEYS) in page
     for title in curves.TITLES.values():
         assert title.replace("train loss", "training loss") in page, title

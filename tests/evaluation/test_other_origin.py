@@ -76,6 +76,7 @@ def probabilities(logits, image):
     return found[0, :, :height, :width].softmax(dim=0).numpy()
 
 
+@pytest.mark.long
 def test_it_is_scored_and_mapped_as_by_hand(made, landscape, tmp_path):
     file, logits = made
     predicted, masks = [], []
@@ -108,6 +109,7 @@ def test_without_a_config_what_is_missing_is_said(made, landscape):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_other_classes_and_bands_are_refused(make_config, tmp_path):
     network = nn.Conv2d(4, 6, 1).eval()
     file = export(network, tmp_path / "four.onnx", bands=4)
@@ -125,6 +127,7 @@ def test_other_classes_and_bands_are_refused(make_config, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_network_of_one_size_is_given_windows_of_it(make_config, landscape, tmp_path):
     (tmp_path / "c.yaml").write_text(dump_config(make_config()))
     file = export(nn.Conv2d(3, 6, 1).eval(), tmp_path / "fixed.onnx", size=96)
@@ -137,10 +140,18 @@ def test_a_network_of_one_size_is_given_windows_of_it(make_config, landscape, tm
         assert stored.shape == image_size(image)
     large = Image.new("RGB", (200, 200))
     large.save(tmp_path / "large.png")
-    done = run_command("predict", "--checkpoint", file, "-c", "c.yaml", "--out", "n", "large.png")
-    assert "fixed.onnx cannot predict an image of 224 rows; set --window 96, or export it for any size" in done.stderr
+    done = run_command("predict", "--checkpoint", file, "-c", "c.yaml", "--out", "n", "large.png", "--json", "n.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(Path("n.json").read_text())
+    assert (found["window"], found["overlap"]) == (96, 32)
+    done = run_command("predict", "--checkpoint", file, "-c", "c.yaml", "--out", "o", "--window", "64", "large.png")
+    assert (
+        "fixed.onnx takes images of 96 x 96 px only, and --window is 64: leave it out, or set --window 96"
+        in done.stderr
+    )
 
 
+@pytest.mark.long
 def test_what_kdpipe_wrote_needs_no_config_and_keeps_its_own_values(trained, tmp_path):
     best = Path("model_weights/tests/tiny-none/best.ckpt")
     done = run_command("evaluate", best, "-c", f"{best.parent}/config.yaml")
@@ -170,6 +181,7 @@ class Canary:
         return (open, ("ran", "w"))
 
 
+@pytest.mark.long
 def test_hostile_and_damaged_files_are_one_paragraph(make_config, tmp_path):
     (tmp_path / "c.yaml").write_text(dump_config(make_config()))
     whole = export(nn.Conv2d(3, 6, 1).eval(), tmp_path / "whole.onnx").read_bytes()

@@ -177,7 +177,7 @@ def test_a_file_with_other_predictions_is_not_kept(trained, monkeypatch):
     def otherwise(file):
         return lambda images: torch.randn(len(images), 6, *images.shape[-2:])
 
-    monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card: file.touch())
+    monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card, side: file.touch())
     monkeypatch.setitem(export.READERS, "torchscript", otherwise)
     message = r"else than the checkpoint: a probability differs by 0\.\d+, expected at most 0\.001; it was not kept"
     with pytest.raises(KdpipeError, match=message):
@@ -189,7 +189,7 @@ def test_a_file_with_other_predictions_is_not_kept(trained, monkeypatch):
 
 
 def test_a_file_whose_size_is_fixed_is_not_kept(trained, monkeypatch):
-    monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card: file.touch())
+    monkeypatch.setitem(export.WRITERS, "torchscript", lambda student, file, card, side: file.touch())
     monkeypatch.setitem(export.READERS, "torchscript", lambda file: lambda images: torch.zeros(2, 6, 97, 130))
     with pytest.raises(
         KdpipeError, match=r"maps images of .* to \(2, 6, 97, 130\), expected .*: its size is not dynamic"
@@ -199,13 +199,13 @@ def test_a_file_whose_size_is_fixed_is_not_kept(trained, monkeypatch):
 
 
 def test_an_exporters_error_becomes_one_line(trained, monkeypatch):
-    def fail(student, file, card):
+    def fail(student, file, card, side):
         raise RuntimeError("aten::strange is not supported\nmore")
 
     monkeypatch.setitem(export.WRITERS, "pt2", fail)
     with pytest.raises(
         KdpipeError,
-        match=rf"unet with {ENCODER} cannot be written as pt2: aten::strange is not supported\. Try another",
+        match=rf"unet with {ENCODER} cannot be written as pt2: aten::strange is not supported\. Add --size PX",
     ):
         export_student(trained, "pt2")
 

@@ -20,7 +20,7 @@ from kdpipe.configs.errors import ConfigError, DataError, Interrupted, KdpipeErr
 from kdpipe.data.maps import Layer, new_map
 from kdpipe.data.scenes import Georeference
 from kdpipe.pipeline.commands.main import cli
-from kdpipe.pipeline.prediction import maps
+from kdpipe.pipeline.prediction import cutting
 from kdpipe.pipeline.prediction.maps import predict
 
 MAP_PROCESS = str(Path(__file__).parents[1] / "helpers/map_process.py")
@@ -165,6 +165,7 @@ def test_mistakes_end_in_one_paragraph(arguments, message, tmp_path):
     assert message in done.stderr
 
 
-def test_defaults_of_the_command_are_those_of_the_function():
-    defaults = {option.name: option.default for option in cli.commands["predict"].params}
-    assert (defaults["window"], defaults["overlap"]) == (maps.WINDOW_PX, maps.OVERLAP_PX)
+def test_help_names_the_default_size_of_windows():
+    said = {option.name: getattr(option, "help", None) for option in cli.commands["predict"].params}
+    assert f"Default: {cutting.WINDOW_PX}," in said["window"]
+    assert f"Default: {cutting.OVERLAP_PX}," in said["overlap"]

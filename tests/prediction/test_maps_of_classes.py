@@ -66,7 +66,7 @@ def test_windows_of_classes_are_cut_in_the_middle_of_what_they_share(tmp_path):
 
 def test_what_needs_scores_is_refused_for_a_file_of_classes(trained, landscape, tmp_path):
     (tile,) = list((landscape / "Val" / "images").iterdir())[:1]
-    assert run_command("export", trained, "--argmax", "--size", "32").returncode == 0
+    assert run_command("export", trained, "--argmax", "--timed-size", "32").returncode == 0
     for option in ("--confidence", "--probabilities"):
         done = run_command(
             "predict", "--checkpoint", "best.argmax.onnx", tile, "--out", "maps", option, "--device", "cpu"

@@ -47,7 +47,7 @@ def written(trained, made):
     names = ("best.onnx", "best.fp16.onnx", "best.int8.onnx", "a.json")
     if "variants" not in made:
         assert run_command("export", "best.ckpt").returncode == 0
-        options = ("--tolerance", "100", "--size", "64", "--json", "a.json")
+        options = ("--tolerance", "100", "--timed-size", "64", "--json", "a.json")
         done = run_command("export", "best.ckpt", "--fp16", "--int8", *options)
         assert done.returncode == 0, done.stderr
         made["said"] = done.stdout.encode()
@@ -177,7 +177,7 @@ def test_every_architecture_has_every_variant_for_images_of_every_size(name, tmp
 
 def test_files_of_classes_lose_nothing(written, landscape):
     folder, *_ = written
-    done = run_command("export", "--checkpoint", "best.ckpt", "--argmax", "--size", "64", "--json", "b.json")
+    done = run_command("export", "--checkpoint", "best.ckpt", "--argmax", "--timed-size", "64", "--json", "b.json")
     assert done.returncode == 0, done.stderr
     (reference, classes) = json.loads((folder / "b.json").read_text())["files"]
     assert (classes["name"], classes["fall"], classes["same_class"], classes["tolerance"]) == ("argmax", 0, 1, 0)
@@ -192,7 +192,7 @@ def test_files_of_classes_lose_nothing(written, landscape):
 def test_evaluate_and_predict_take_every_file(written, landscape):
     folder, result, _ = written
     assert (
-        run_command("export", "best.ckpt", "--int8", "--argmax", "--size", "32", "--tolerance", "100").returncode == 0
+        run_command("export", "best.ckpt", "--int8", "--argmax", "--timed-size", "32", "--tolerance", "100").returncode == 0
     )
     config = export.load_trained("best.ckpt").config
     (folder / "mine.yaml").write_text(dump_config(config))
@@ -226,7 +226,7 @@ def negated(file):
 
 def test_a_file_that_loses_too_much_is_not_kept_and_the_others_are(trained, monkeypatch):
     monkeypatch.setattr(variants, "half", negated)
-    result = export_variants(trained, [Variant("fp16"), Variant("fp32", argmax=True)], size_px=32)
+    result = export_variants(trained, [Variant("fp16"), Variant("fp32", argmax=True)], timed_px=32)
     (message,) = result.refused
     _, fp16, argmax = result.files
     assert fp16.fall > 1
@@ -239,7 +239,7 @@ def test_a_file_that_loses_too_much_is_not_kept_and_the_others_are(trained, monk
     assert fp16.file is None
     assert sorted(os.listdir(trained.parent)).count("best.argmax.onnx") == 1
     assert not [name for name in os.listdir(trained.parent) if "fp16" in name or "partial" in name]
-    accepted = export_variants(trained, [Variant("fp16")], size_px=32, tolerance=100)
+    accepted = export_variants(trained, [Variant("fp16")], timed_px=32, tolerance=100)
     assert accepted.refused == []
     assert (trained.parent / "best.fp16.onnx").exists()
 
@@ -247,7 +247,7 @@ def test_a_file_that_loses_too_much_is_not_kept_and_the_others_are(trained, monk
 def test_without_labels_the_share_of_equal_classes_decides(trained, landscape, monkeypatch):
     monkeypatch.setattr(variants, "quantised", lambda file, inputs: negated(file))
     images = str(landscape / "Val" / "images")
-    result = export_variants(trained, [Variant("int8")], tiles=[images], size_px=32)
+    result = export_variants(trained, [Variant("int8")], tiles=[images], timed_px=32)
     assert not result.labelled
     assert result.files[1].miou is None
     (message,) = result.refused
@@ -261,7 +261,7 @@ def test_without_labels_the_share_of_equal_classes_decides(trained, landscape, m
     )
     root = str(landscape / "Train")
     assert tiles_to_verify(_data(trained), [root], 3)[0].mask is not None
-    limited = export_variants(trained, [Variant("fp32", argmax=True)], tiles=[root], size_px=32, limit=3)
+    limited = export_variants(trained, [Variant("fp32", argmax=True)], tiles=[root], timed_px=32, limit=3)
     assert (limited.labelled, limited.tiles) == (True, 3)
 
 
@@ -275,7 +275,7 @@ def test_numbers_beyond_float16_are_told_and_the_command_ends_with_1(trained, tm
         if "segmentation_head" in name:
             value *= 1e7
     torch.save(content, trained)
-    done = run_command("export", trained, "--fp16", "--size", "32", "--tolerance", "100")
+    done = run_command("export", trained, "--fp16", "--timed-size", "32", "--tolerance", "100")
     assert done.returncode == 1
     assert "refused" in done.stdout
     assert "fp16 was not kept: its logits are not finite, as float16 holds numbers up to 65504" in done.stderr
@@ -344,7 +344,7 @@ def test_what_cannot_be_written_or_calibrated_is_refused_before_any_work(trained
 
 
 def test_several_files_beside_out_are_named_by_what_they_are(trained, tmp_path):
-    result = export_variants(trained, [Variant("fp16", argmax=True)], "sub/mine.onnx", size_px=32, tolerance=100)
+    result = export_variants(trained, [Variant("fp16", argmax=True)], "sub/mine.onnx", timed_px=32, tolerance=100)
     assert result.files[1].file == str(tmp_path / "sub/mine.onnx")
     assert [variants._file_name(tmp_path / "mine.onnx", each) for each in ALL[1:3]] == [
         "mine.fp16.argmax.onnx",

@@ -94,6 +94,7 @@ def test_the_onnx_file_enlarges_its_logits_itself(ran, kind, landscape, tmp_path
     np.testing.assert_allclose(found, owners_probabilities(own, image), atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_to_the_same_weights_without_the_files_that_it_began_from(runs, kind, make_config, tmp_path):
     folder, config, _ = runs(kind)
     student = student_of(kind, tmp_path)
@@ -279,4 +280,5 @@ def test_a_network_that_cannot_be_exported_is_one_paragraph(landscape, teacher_f
     done = run_command("export", "--checkpoint", f"{RUN}/last.ckpt", "--format", "onnx")
     assert done.returncode == 1
     assert "cannot be written as onnx" in done.stderr
+    assert "Add --size PX, for a graph of one size of image" in done.stderr
     assert len(done.stdout) + len(done.stderr) < 1500

@@ -21,7 +21,8 @@ from kdpipe.pipeline.runs.layout import BEST
 
 
 def predict_maps(
-    inputs: Sequence[str], *, checkpoint: str, config: Config | None, out: str, window: int, overlap: int, batch_size: int | None,
+    inputs: Sequence[str], *, checkpoint: str, config: Config | None, out: str, window: int | None, overlap: int | None,
+    batch_size: int | None,
     tta: str, confidence: bool, probabilities: bool, overwrite: bool, limit: int | None, json_path: str | None,
     device: str | None,
 ) -> None:  # fmt: skip
@@ -43,8 +44,8 @@ def predict_maps(
 
 def export_model(
     *, given: str | None, checkpoint: str | None, format_: Format, fp16: bool, int8: bool, argmax: bool,
-    calibrate: str | None, tolerance: float | None, size_px: int | None, out: str | None, tiles: Sequence[str],
-    overwrite: bool, limit: int | None, json_path: str | None,
+    calibrate: str | None, tolerance: float | None, side: int | None, timed_px: int | None, out: str | None,
+    tiles: Sequence[str], overwrite: bool, limit: int | None, json_path: str | None,
 ) -> None:  # fmt: skip
     """Write a student's file or files, verified, and report them; ends the process with 1 where one was not kept."""
     terminal = Terminal()
@@ -52,8 +53,10 @@ def export_model(
     flags: dict[Precision, bool] = {"fp16": fp16, "int8": int8}
     precisions = [precision for precision, wanted in flags.items() if wanted]
     if not precisions and not argmax:
-        _refuse_alone(calibrate=calibrate, tolerance=tolerance, size=size_px)
-        result = export_student(path, format_, out, tiles=tiles, limit=limit, overwrite=overwrite, progress=terminal)
+        _refuse_alone(calibrate=calibrate, tolerance=tolerance, timed_size=timed_px)
+        result = export_student(
+            path, format_, out, side=side, tiles=tiles, limit=limit, overwrite=overwrite, progress=terminal,
+        )  # fmt: skip
         write_json(json_path, asdict(result))
         terminal.show(export_table(result))
         return
@@ -61,9 +64,11 @@ def export_model(
         raise ConfigError(f"--fp16, --int8 and --argmax write ONNX files, and --format is {format_}: leave it out")
     if not int8:
         _refuse_alone(calibrate=calibrate)
+    if side is not None and timed_px is not None:
+        raise ConfigError(f"files of --size {side} are timed at that size: leave --timed-size out")
     deployed = export_variants(
         path, [Variant(each, argmax) for each in precisions] or [Variant("fp32", argmax)], out, tiles=tiles,
-        calibrate=calibrate, tolerance=tolerance, size_px=size_px, limit=limit, overwrite=overwrite, progress=terminal,
+        calibrate=calibrate, tolerance=tolerance, side=side, timed_px=timed_px, limit=limit, overwrite=overwrite, progress=terminal,
     )  # fmt: skip
     write_json(json_path, asdict(deployed))
     terminal.show(*deployed_tables(deployed))
@@ -86,7 +91,12 @@ def _checkpoint(given: str | None, checkpoint: str | None) -> Path:
 
 def _refuse_alone(**options: object) -> None:
     """Raise `ConfigError` for an option that says how to make a file that was not asked for."""
-    needs = {"calibrate": "--int8", "tolerance": "--fp16, --int8 or --argmax", "size": "--fp16, --int8 or --argmax"}
+    needs = {
+        "calibrate": "--int8",
+        "tolerance": "--fp16, --int8 or --argmax",
+        "timed_size": "--fp16, --int8 or --argmax",
+    }
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"--{name} is for {needs[name]}: add it, or leave --{name} out")
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for {needs[name]}: add it, or leave {option} out")

@@ -142,6 +142,8 @@ class ExportedNetwork(nn.Module):
         self._key, self._path = key, path
         self.input_shape = _input_shape(program)
         self.channels = _channels(program)
+        self.img_size = self.input_shape[2:]  # read by `limits.sizes.fixed_side`
+        self.strict_img_size = all(isinstance(side, int) for side in self.img_size)
 
     def forward(self, images_NBHW: Tensor) -> Any:
         # A network that was exported for one image takes one at a time.

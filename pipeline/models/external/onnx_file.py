@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def _try(path: str, key: str) -> dict[str, str | None]:
     except (ValueError, TypeError, LookupError, RecursionError):
         return {"text": text, "fault": ""}  # whoever asked refuses such a text
     try:
+        for each in session.get_inputs():
+            _allow_memory(_trial_sides(each.shape))
         return {"text": text, "fault": fault_of(session, bands, classes, output)}
     except Exception as err:
         return {"text": text, "fault": first_line(err)}
@@ -164,10 +167,22 @@ def _limit_memory(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft_bytes, most_bytes))
 
 
-def _runs(session: Any) -> str:
-    """Run a session on black images of its own shape; empty, or why not."""
+def _allow_memory(sides: Sequence[int]) -> None:
+    """Let this process have what a network needs for an image of this height and width, if it is one of one large size."""
     import resource
 
+    soft_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft_bytes != resource.RLIM_INFINITY and len(sides) == 2:
+        _limit_memory(soft_bytes + BYTES_PER_PX * sides[0] * sides[1])
+
+
+def _trial_sides(shape: Sequence[Any]) -> list[int]:
+    """Height and width of the image to try a network on, from the shape `(N, B, H, W)` of its input: `TRIAL_PX` where they may vary."""
+    return [size if isinstance(size, int) else TRIAL_PX for size in shape[2:]]
+
+
+def _runs(session: Any) -> str:
+    """Run a session on black images of its own shape; empty, or why not."""
     inputs = session.get_inputs()
     usual = (1, 3, TRIAL_PX, TRIAL_PX)
     feeds = {
@@ -178,9 +193,8 @@ def _runs(session: Any) -> str:
         if each.type == "tensor(float)"
     }
     if len(feeds) == len(inputs):  # others are refused by whoever asked
-        soft_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft_bytes != resource.RLIM_INFINITY:  # a network of one large size needs more
-            _limit_memory(soft_bytes + BYTES_PER_PX * sum(x[0, 0].size for x in feeds.values() if x.ndim == 4))
+        for image in feeds.values():
+            _allow_memory(image.shape[2:])
         try:
             session.run(None, feeds)
         except Exception as err:
@@ -193,10 +207,10 @@ def fault_of(session: Any, bands: int, classes: int, output: str = OUTPUT) -> st
     names = [each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()]
     if names[0] != [INPUT] or output not in names[1]:
         return f"its inputs are {names[0]} and its outputs {names[1]}"
-    shape = (1, bands, TRIAL_PX, TRIAL_PX)
+    shape = (1, bands, *_trial_sides(session.get_inputs()[0].shape))
     (found,) = session.run([output], {INPUT: np.zeros(shape, np.float32)})
     of_classes = output == CLASSES
-    expected, dtype = (1, *([] if of_classes else [classes]), TRIAL_PX, TRIAL_PX), "uint8" if of_classes else "float32"
+    expected, dtype = (1, *([] if of_classes else [classes]), *shape[2:]), "uint8" if of_classes else "float32"
     if not isinstance(found, np.ndarray) or found.shape != expected or found.dtype != dtype:
         form = f"{found.dtype} of the shape {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
         return f"it answers an image of the shape {shape} by {form}, expected {dtype} of the shape {expected}"
