@@ -192,7 +192,8 @@ def test_files_of_classes_lose_nothing(written, landscape):
 def test_evaluate_and_predict_take_every_file(written, landscape):
     folder, result, _ = written
     assert (
-        run_command("export", "best.ckpt", "--int8", "--argmax", "--timed-size", "32", "--tolerance", "100").returncode == 0
+        run_command("export", "best.ckpt", "--int8", "--argmax", "--timed-size", "32", "--tolerance", "100").returncode
+        == 0
     )
     config = export.load_trained("best.ckpt").config
     (folder / "mine.yaml").write_text(dump_config(config))
