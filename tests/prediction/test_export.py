@@ -74,6 +74,7 @@ def exported(trained, made):
     return trained.with_suffix(".onnx"), json.loads(made["json"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Constant folding:UserWarning"
 )
@@ -165,6 +166,7 @@ def test_metadata_suffices_to_use_an_onnx_file_without_kdpipe(exported, trained,
     assert described == [("images", "tensor(float)", ["n", 3, "height", "width"])]
 
 
+@pytest.mark.long
 def test_an_onnx_file_gives_the_map_of_its_checkpoint(exported, trained, landscape, tmp_path):
     tile = next((landscape / "Val" / "images").iterdir())
     for name, model in (("a", trained), ("b", exported[0])):
@@ -245,6 +247,7 @@ def test_tiles_to_verify_on_are_required(trained, landscape, tmp_path, monkeypat
     assert len(found) == export.VERIFIED_TILES
 
 
+@pytest.mark.long
 def test_other_onnx_files_and_missing_devices_are_refused(trained, tmp_path):
     import onnx
 

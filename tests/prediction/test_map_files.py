@@ -41,6 +41,7 @@ def test_ctrl_c_keeps_finished_maps_and_leaves_no_partial_one(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["a.tif", "a.tif.aux.xml"]
 
 
+@pytest.mark.long
 def test_a_killed_run_leaves_no_map_and_the_next_run_writes_it(tmp_path):
     """kill -9 in the middle of a scene."""
     write_scene(tmp_path / "a.tif", noise(2000, 64))
@@ -79,6 +80,7 @@ def file_limit():
     signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, file_limit):
     """GDAL fails when it writes a block, or, at the last four limits, closes the file without an error."""
     scene = write_scene(tmp_path / "scene.tif", noise(600, 600))
@@ -101,6 +103,7 @@ def test_an_out_folder_that_cannot_be_written_is_an_error(tmp_path):
         predict(predictor(), [str(scene)], tmp_path / "file" / "maps")
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_a_scenes_height(tmp_path):
     """The peak memory of a process that maps a scene of 1000 px width, then one four times as high."""
     for height in (1000, 4000):

@@ -102,6 +102,7 @@ def test_windows_off_the_grid_would_fail_the_test_above():
     assert (whole - moved).abs().max() > 1e-3
 
 
+@pytest.mark.long
 def test_a_real_students_map_is_the_prediction_of_whole_tiles(dubai, trained, tmp_path):
     """A small tile is one window: the very prediction of `evaluate`."""
     tile = dubai / "data" / "dubai" / "Val" / "images" / "t2_001.jpg"
@@ -110,6 +111,7 @@ def test_a_real_students_map_is_the_prediction_of_whole_tiles(dubai, trained, tm
     np.testing.assert_array_equal(read_raster(tmp_path / "out" / "t2_001.tif")[0], expected)
 
 
+@pytest.mark.long
 def test_tta_averages_as_evaluate_does(trained, tmp_path):
     pixels = noise(70, 90)
     scene = write_scene(tmp_path / "scene.tif", pixels)

@@ -107,6 +107,7 @@ def test_soft_targets_are_those_of_the_network_on_the_bands_that_the_teacher_see
     assert cache.manifest.recipe.stretch == (here.stretch and [list(pair) for pair in here.stretch])
 
 
+@pytest.mark.long
 def test_a_student_of_fewer_bands_draws_the_map_of_its_own_bands(here, tmp_path):
     scene = here.folder / "Val/images/t0.tif"
     summary = predict(open_predictor(here.checkpoint, "cpu"), [str(scene)], tmp_path)
@@ -118,6 +119,7 @@ def test_a_student_of_fewer_bands_draws_the_map_of_its_own_bands(here, tmp_path)
     assert summary.maps[0].notes == []
 
 
+@pytest.mark.long
 def test_an_exported_student_has_as_many_inputs_and_names_its_bands(here, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
@@ -140,6 +142,7 @@ def test_an_exported_student_has_as_many_inputs_and_names_its_bands(here, tmp_pa
     assert (maps[0] == maps[1]).mean() > 0.999
 
 
+@pytest.mark.long
 def test_the_gate_passes_and_what_runs_the_teacher_runs(here):
     report = verify(here.config, "parity", CPU, sample=2)
     assert [finding for finding in report.findings if finding.code != "class-map"] == []  # its weights are random
@@ -148,6 +151,7 @@ def test_the_gate_passes_and_what_runs_the_teacher_runs(here):
     assert len(suggest_map(here.config, CPU, sample=2).rows) == 3
 
 
+@pytest.mark.long
 def test_the_owners_scores_are_compared_over_the_same_bands_and_another_order_is_explained(here, tmp_path):
     state = torch.load(here.teacher_file, weights_only=True)
     path = here.folder / "Train/images/t0.tif"
@@ -165,6 +169,7 @@ def test_the_owners_scores_are_compared_over_the_same_bands_and_another_order_is
     )
 
 
+@pytest.mark.long
 def test_another_band_of_the_student_keeps_the_cache_and_one_of_the_teacher_makes_it_stale(here):
     said = Lines()
     numbers = here.student[::-1] if here.bands == 4 else [1, 2, 3]
@@ -182,6 +187,7 @@ def test_another_band_of_the_student_keeps_the_cache_and_one_of_the_teacher_make
     assert not precompute(config, CPU).computed
 
 
+@pytest.mark.long
 def test_recorded_views_show_the_teacher_its_own_bands(here, tmp_path):
     views = {"distill__teacher_view": "crop", "cache__views": 2, "cache__path": str(tmp_path / "views.zarr"),
              "train__photometric": 1.0, "train__max_steps": 1}  # fmt: skip
@@ -211,6 +217,7 @@ def test_a_scene_of_another_number_of_bands_is_said_or_refused(here, tmp_path):
     assert f"and the student was trained on bands {here.student} of images with {here.bands}" in reason
 
 
+@pytest.mark.long
 def test_an_rgb_student_of_a_teacher_that_sees_infrared_is_scored_and_mapped_where_there_is_none(here, tmp_path):
     if here.bands != 4:
         pytest.skip("the other student sees infrared")
@@ -246,6 +253,7 @@ def test_weights_for_another_number_of_bands_are_refused_with_the_keys(here):
         train(student.model_copy(update={"name": "wrong"}), CPU)
 
 
+@pytest.mark.long
 def test_several_teachers_may_see_different_bands(here, tmp_path):
     other = write_teacher(tmp_path / "two.pth", 2)
     first = here.config.teacher
@@ -273,6 +281,7 @@ def test_several_teachers_may_see_different_bands(here, tmp_path):
         precompute(swapped, CPU)
 
 
+@pytest.mark.long
 def test_windows_of_a_scene_read_by_rows_are_those_of_the_whole_image(here, tmp_path):
     """A tile larger than the window is predicted band by band of rows; `open_teacher` predicts it as a whole."""
     teacher = {**here.teacher, "window": 64}

@@ -64,6 +64,7 @@ def test_windows_of_classes_are_cut_in_the_middle_of_what_they_share(tmp_path):
         assert found.tags()["windows"] == "64 px, 32 px shared, TTA none, not blended"
 
 
+@pytest.mark.long
 def test_what_needs_scores_is_refused_for_a_file_of_classes(trained, landscape, tmp_path):
     (tile,) = list((landscape / "Val" / "images").iterdir())[:1]
     assert run_command("export", trained, "--argmax", "--timed-size", "32").returncode == 0
@@ -128,6 +129,7 @@ def ohio_student(tmp_path, monkeypatch):
     return checkpoint
 
 
+@pytest.mark.long
 def test_maps_of_real_tiles_of_four_bands_are_those_of_onnxruntime_by_hand(ohio_student, tmp_path):
     trained = load_trained(ohio_student).alone()
     source = tmp_path / "student.onnx"

@@ -26,13 +26,28 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 EIGHT = CARD.model_copy(update={"classes": CLASSES, "palette": [(0, 0, 0)] * 8})
 
 
-def owners_probabilities(kind, folder, images):
-    """`(N, C, H, W)`, by transformers alone."""
+def library_network(kind, folder):
     import transformers as tf
 
     auto = tf.AutoModelForUniversalSegmentation if kind == "mask2former" else tf.AutoModelForSemanticSegmentation
+    return auto.from_pretrained(folder).eval()
+
+
+def save_lively(kind, folder):
+    """A network whose weights are large enough for its answer to depend on the image, which those of transformers are not."""
+    network = library_network(kind, save_transformers(kind, folder))
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.5 / weight[0].numel() ** 0.5)
+    network.save_pretrained(folder)
+    return folder
+
+
+def owners_probabilities(kind, folder, images):
+    """`(N, C, H, W)`, by transformers alone."""
     with torch.inference_mode():
-        output = auto.from_pretrained(folder).eval()(images)
+        output = library_network(kind, folder)(images)
         if kind == "mask2former":
             classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.sigmoid()
             logits = torch.einsum("nqc,nqhw->nchw", classes, masks).log()
@@ -46,7 +61,7 @@ def owners_probabilities(kind, folder, images):
 @pytest.mark.parametrize("kind", ["beit", "upernet", "dpt", "mask2former"])
 def test_a_graph_of_one_size_predicts_what_the_networks_own_library_does(kind, tmp_path):
     """At 96 px the last maps of UPerNet and BEiT have 3 x 3 px, and are pooled to 2 x 2."""
-    folder = save_transformers(kind, tmp_path / kind)
+    folder = save_lively(kind, tmp_path / kind)
     names = [f"c{i}" for i in range(8)]
     student = AtImageSize(pretrained_student(str(folder), names, 3, print), 8, kind, lambda sentence: None).eval()
     with export.exporting("onnx", kind):
@@ -58,7 +73,8 @@ def test_a_graph_of_one_size_predicts_what_the_networks_own_library_does(kind, t
         images = torch.randn(count, 3, 96, 96)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         expected = owners_probabilities(kind, folder, images)
-        torch.testing.assert_close(torch.from_numpy(logits).softmax(dim=1), expected, rtol=0, atol=1e-4)
+        assert expected.std(dim=(-2, -1)).max() > 0.01
+        torch.testing.assert_close(torch.from_numpy(logits).softmax(dim=1), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 3, (2, 6), (None, 4)])

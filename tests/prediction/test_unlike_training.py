@@ -150,6 +150,7 @@ def test_the_refusal_of_alpha_names_the_key(tmp_path):
     assert "or train with data.alpha: band" in summary.failed[str(path)]
 
 
+@pytest.mark.long
 def test_the_key_goes_from_the_config_through_the_checkpoint_to_an_exported_file(make_config, landscape, tmp_path):
     pytest.importorskip("onnxruntime")
     from kdpipe.pipeline.prediction.export import export_student
@@ -244,6 +245,7 @@ def test_pixels_without_data_say_nothing_about_a_scenes_range(tmp_path):
     assert "in the darkest tenth" in line
 
 
+@pytest.mark.long
 def test_a_student_records_the_colours_of_its_training_images(trained, tmp_path):
     assert load_trained(trained).colours == RGB
     content = torch.load(trained, weights_only=True)

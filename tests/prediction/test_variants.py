@@ -23,6 +23,8 @@ from kdpipe.pipeline.prediction.maps import predict
 from kdpipe.pipeline.prediction.model import open_predictor
 from kdpipe.pipeline.prediction.variants import Variant, export_variants
 
+pytestmark = pytest.mark.long
+
 ALL = [Variant(precision, argmax) for precision in ("fp16", "int8") for argmax in (False, True)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

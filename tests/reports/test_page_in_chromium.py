@@ -26,7 +26,10 @@ CPU = torch.device("cpu")
 MODES = ("light", "dark")
 EVIL = "</title></script>'\"><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
 
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here (apt-get install chromium)"), pytest.mark.long]
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here (apt-get install chromium)"),
+    pytest.mark.long,
+]
 
 
 @pytest.fixture(scope="module")
