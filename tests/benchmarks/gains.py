@@ -79,7 +79,7 @@ SPLITS = {
     ),
 }
 
-# Settings of each arm, and whether it sees the unlabelled tiles. All have T 1 and alpha 0.7 unless they say otherwise.
+# Settings of each arm, and whether it sees the unlabelled tiles. All have T 1, alpha 0.7 and KL alone unless they say otherwise.
 ARMS: dict[str, tuple[list[str], bool]] = {
     "none": (["distill.mode=none"], False),
     "none-averaged": (["distill.mode=none", *AVERAGED], False),
@@ -102,6 +102,7 @@ def settings_of(split: Split, arm: str, seed: int) -> list[str]:
         *split.shared,
         *([] if sees_unlabelled else split.labelled_alone),
         path.replace(".zarr", f"{suffix}.zarr"),
+        "distill.loss=kl",
         *own,
         f"seed={seed}",
     ]
