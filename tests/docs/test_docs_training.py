@@ -53,9 +53,12 @@ def test_the_losses_of_the_page_train(make_config, finished_cache, tmp_path, mon
     (tmp_path / module.splitlines()[0].removeprefix("# ")).write_text(module)
     monkeypatch.setattr(sys, "path", [*sys.path])
     keys = {f"{section}__{key}": value for section, keys in snippet.items() for key, value in keys.items()}
-    config = make_config(train__max_steps=2, data__val=[], **keys)
-    shutil.copytree(finished_cache, config.cache.path)
-    assert np.isfinite(train(config, torch.device("cpu")).losses).all()
+    (own,) = re.findall(r"`distill\.loss: (\w+:\w+)`", PAGE)
+    for name, more in (("chosen", {}), ("own", {"distill__loss": own})):
+        config = make_config(name=name, train__max_steps=2, data__val=[], **{**keys, **more})
+        if name == "chosen":
+            shutil.copytree(finished_cache, config.cache.path)
+        assert np.isfinite(train(config, torch.device("cpu")).losses).all()
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(0, 2, (1, 6, 4, 5)), rng.dirichlet(np.ones(6), (1, 4, 5)).transpose(0, 3, 1, 2)
     counts = rng.random((1, 4, 5)) < 0.7

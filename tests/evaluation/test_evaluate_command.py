@@ -92,7 +92,7 @@ def test_mistakes_end_with_exit_code_2(arguments, message, tmp_path, monkeypatch
 
 
 def test_options_and_keys_of_the_docs_exist(make_config, tmp_path):
-    documented = [cli.commands[name] for name in ("evaluate", "forecast")]
+    documented = [cli.commands[name] for name in ("evaluate", "forecast", "compare")]
     options = {option for command in documented for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"`(--[a-z-]+)", DOCS)) <= options
     write_tile(tmp_path / "A", "t", *random_tile(1))
