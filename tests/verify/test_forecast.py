@@ -131,7 +131,9 @@ def test_a_class_in_which_the_teacher_is_behind_asks_for_care(config):
 
     found = scene_of(config, with_third(40, some(95, 95)), [with_third(60, some(60, 60))])
     assert (found.advice, found.behind) == ("distil with care", ["Grassland"])
-    assert "behind in Grassland" in advice_text(Forecast(["x"], [found], found, []))
+    said = advice_text(Forecast(["x"], [found], found, []))
+    assert "behind in Grassland" in said
+    assert "distill.class_trust: {Grassland: 0.3}" in said
 
 
 def test_the_interval_is_the_spread_of_means_over_resampled_tiles(config):

@@ -49,9 +49,10 @@ def advice_text(result: Forecast) -> str:
             f"{advice}: {lead}. A student learns at most what its teacher knows: how much of it, kdpipe compare shows."
         )
     if advice == "distil with care":
+        trust = ", ".join(f"{name}: 0.3" for name in together.behind)
         return (
-            f"{advice}: {lead}, but it is behind in {', '.join(together.behind)}. Give the labels more weight by a lower distill.alpha, "
-            "and look at these classes in kdpipe compare."
+            f"{advice}: {lead}, but it is behind in {', '.join(together.behind)}. Believe it less there, such as by distill.class_trust: "
+            f"{{{trust}}}, and look at these classes in kdpipe compare."
         )
     if advice == "not worth it":
         return f"{advice} on scenes like these: {lead}. Look for a better teacher, or train without one."
