@@ -28,6 +28,7 @@ TRAIN = {
     "train__crops_per_tile": 2,
     "train__accumulate": 2,
     "train__crop": 32,
+    "train__average": "ema",
 }
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
@@ -118,11 +119,12 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
         assert float(rank["miou"]) == pytest.approx(single.final["miou"], abs=2e-3)
     np.testing.assert_array_equal(np.concatenate([rank["samples"] for rank in ranks], axis=1), seen)
     name = "model_weights/tests/tiny/last.ckpt"
-    student, expected = (
-        torch.load(folder / name, weights_only=True)["state_dict"] for folder in (two_ranks["folder"], tmp_path)
-    )
-    for key, value in expected.items():
-        torch.testing.assert_close(student[key], value, rtol=1e-3, atol=1e-5)
+    found, expected = (torch.load(folder / name, weights_only=True) for folder in (two_ranks["folder"], tmp_path))
+    assert found["averaging_state"] == expected["averaging_state"]
+    for weights in ("state_dict", "current_model_state"):
+        for key, value in expected[weights].items():
+            torch.testing.assert_close(found[weights][key], value, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(*(next(iter(found[weights].values())) for weights in ("state_dict", "current_model_state")))
 
 
 def test_a_trial_finds_the_parameters_without_gradient_and_changes_nothing_else():
