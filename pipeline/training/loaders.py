@@ -7,9 +7,11 @@ bus, and are unpacked on the device.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import SpawnContext, SpawnProcess
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -197,10 +199,21 @@ def _worker_options(workers: int) -> dict[str, Any]:
     return {"num_workers": workers, "multiprocessing_context": _WorkerContext(), "persistent_workers": True}
 
 
+def report_unless_disconnected(kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of a worker, which multiprocessing calls too where it hands over tensors to a process that has ended."""
+    if not isinstance(err, ConnectionError | EOFError):
+        sys.__excepthook__(kind, err, trace)
+
+
 class _Worker(SpawnProcess):
     """A worker that no signal of the user or of a job reaches, and that SIGKILL ends where others are sent SIGTERM."""
 
     end_by: ClassVar[float | None] = None  # once workers are being ended
+
+    def run(self) -> None:
+        """What the process does; it says nothing of a reader that ended while it was handed a batch."""
+        sys.excepthook = report_unless_disconnected
+        super().run()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:

@@ -19,7 +19,7 @@ from kdpipe.cache import SoftTargetCache
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
-from kdpipe.pipeline.training.loaders import _worker_options, train_loader
+from kdpipe.pipeline.training.loaders import _worker_options, report_unless_disconnected, train_loader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # in spawned processes too: they unpickle this module's classes
 from helpers.caches import RECIPE, distributions
@@ -29,6 +29,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes"),  # more than there are cores
 ]
 TILE_PX, CROP_PX, SAMPLES = 300, 32, 32  # a batch for each of eight workers
+
+
+@pytest.mark.parametrize(
+    ("err", "is_said"), [(ConnectionResetError("gone"), False), (EOFError(), False), (ValueError("wrong"), True)]
+)
+def test_a_worker_says_nothing_of_a_reader_that_ended(err, is_said, capsys):
+    report_unless_disconnected(type(err), err, None)
+    assert ("wrong" in capsys.readouterr().err) is is_said
 
 
 class Crops(Dataset):
