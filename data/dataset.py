@@ -7,7 +7,7 @@ datasets are picklable, hold no open file and can be read from several threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -167,13 +167,7 @@ class TrainTiles:
             target[:, without_target] = 0
         taught = inside.sum()
         entropy_error = sum(int((inside & (shown_in == number)).sum()) * error for number, error in lost)
-        image = orient(image, plan)
-        if plan.photometric_seed is not None:
-            seed = plan.photometric_seed
-            image = changed_in(image, self._config.data.visible_places, lambda pixels: change_colours(pixels, seed))
-        if plan.shift_seed is not None:
-            seed = plan.shift_seed
-            image = changed_in(image, self._config.data.visible_places, lambda pixels: shift_colours(pixels, seed))
+        image = recoloured(orient(image, plan), self._config.data.visible_places, plan)
         sample = TrainSample(
             image=np.ascontiguousarray(image.transpose(2, 0, 1)),
             mask=orient(mask, plan).astype(np.int64),
@@ -295,15 +289,18 @@ def batches_of_equal_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> 
     return sorted(batches)
 
 
-def changed_in(
-    image_HWB: NDArray[np.uint8], visible: Sequence[int], change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-) -> NDArray[np.uint8]:
-    """The image with a `change` of its visible bands, those at the places `visible`; the others are unchanged."""
-    if tuple(visible) == tuple(range(image_HWB.shape[-1])):
-        return change(image_HWB)
-    changed_HWB = image_HWB.copy()
-    changed_HWB[..., list(visible)] = change(np.ascontiguousarray(image_HWB[..., list(visible)]))
-    return changed_HWB
+def recoloured(image_HWB: NDArray[np.uint8], visible: Sequence[int], plan: Plan) -> NDArray[np.uint8]:
+    """The image with the changes of a plan in its visible bands, those at the places `visible`; the others are unchanged."""
+    for seed, change in ((plan.photometric_seed, change_colours), (plan.shift_seed, shift_colours)):
+        if seed is None:
+            continue
+        if tuple(visible) == tuple(range(image_HWB.shape[-1])):
+            image_HWB = change(image_HWB, seed)
+        else:
+            changed = change(np.ascontiguousarray(image_HWB[..., list(visible)]), seed)
+            image_HWB = image_HWB.copy()
+            image_HWB[..., list(visible)] = changed
+    return image_HWB
 
 
 def _drawn_tiles(tiles: Sequence[Tile], config: Config) -> list[int]:

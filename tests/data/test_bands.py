@@ -9,9 +9,9 @@ from PIL import Image
 
 from kdpipe.configs.schema import Data
 from kdpipe.data.augment import change_colours
-from kdpipe.data.dataset import changed_in
+from kdpipe.data.dataset import recoloured
 from kdpipe.data.declared.check import Comparison, read_headers, tile_faults
-from kdpipe.data.geometry import Resampler, View, transposed
+from kdpipe.data.geometry import Plan, Resampler, View, transposed
 from kdpipe.data.rasters import open_rows, read_image
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile
@@ -48,7 +48,7 @@ def test_visible_are_the_configured_bands_or_those_called_so_or_the_first(keys, 
 def test_colours_change_in_visible_bands_alone_as_those_of_an_image_of_these(places):
     image = noise(40, 50, bands=5).transpose(1, 2, 0).copy()
     for seed in range(6):
-        found = changed_in(image, places, lambda pixels, seed=seed: change_colours(pixels, seed))
+        found = recoloured(image, places, Plan(crop=40, views=(), photometric_seed=seed))
         alone = change_colours(np.ascontiguousarray(image[..., list(places)]), seed)
         np.testing.assert_array_equal(found[..., list(places)], alone)
         others = [band for band in range(5) if band not in places]
