@@ -6,6 +6,7 @@ Real steps are tried, with a student and an optimizer that are thrown away befor
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import resource
@@ -155,6 +156,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
     refuse_crops(student, config, size)
     fabric = open_fabric(config, device)
     model, optimizer = fabric.setup(student, make_optimizer(student, config.train))
+    averaged = copy.deepcopy(student) if config.train.average is not None else None  # as much memory as the run's
     classes, crop = len(config.classes.names), config.train.crop
     images = torch.zeros(size, len(config.data.bands), crop, crop, dtype=torch.uint8, device=device)
     mask = torch.zeros(size, crop, crop, dtype=torch.int64, device=device)
@@ -173,6 +175,7 @@ def take_steps(config: Config, device: torch.device, size: int, steps: int) -> l
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
+    del averaged
     return seconds
 
 
