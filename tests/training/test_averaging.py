@@ -95,7 +95,7 @@ def test_training_itself_is_the_one_without_an_average_and_resumes_bit_for_bit(
         _stopped_after(stop, make_config(**options))
         train(make_config(**options), CPU, resume=True)
         assert_same_weights(weights(name), weights("whole"))
-        assert_same_weights(weights(name), checkpoint(name, "last.ckpt")["state_dict"])
+        assert_same_weights(checkpoint(name)["current_model_state"], checkpoint("whole")["current_model_state"])
         assert checkpoint(name)["averaging_state"] == checkpoint("whole")["averaging_state"]
 
 
