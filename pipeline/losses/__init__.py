@@ -66,7 +66,7 @@ def distillation_loss(
     An auxiliary head's logits add `AUXILIARY_WEIGHT` times their own hard loss to `hard`, which `labelled_loss` and `class_weights_C`
     make up (see `hard_loss`). `soft_losses` are weights: of `kl`, which stands for `T² * KL`, and of the region losses `dice` and
     `jaccard` (see `soft_region_losses`). `trust_NHW`, in 0..1, weighs the pixels of them all. `own_loss` takes their place; raises
-    `ConfigError` where it does not return what it should.
+    `ConfigError` where it does not return what it should. The term `soft` is KL without T² where that is all, else all that alpha weighs.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2 (T² keeps the gradients' scale).
     """
     hard = hard_loss(logits_NCHW, mask_NHW, ignore_index, labelled_loss, class_weights_C)
@@ -82,8 +82,9 @@ def distillation_loss(
     if soft_losses == USUAL_SOFT_LOSS:
         soft = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature, entropy_error_N, trust_NHW)
         return LossTerms(total=(1 - alpha) * hard + alpha * temperature**2 * soft, hard=hard, soft=soft)
-    regions = {name: weight for name, weight in soft_losses.items() if name != "kl"}
-    soft = soft_region_losses(logits_NCHW, targets_NCHW, inside_NHW, temperature, regions, trust_NHW)
+    soft = torch.zeros_like(hard)
+    if regions := {name: weight for name, weight in soft_losses.items() if name != "kl"}:
+        soft = soft_region_losses(logits_NCHW, targets_NCHW, inside_NHW, temperature, regions, trust_NHW)
     if "kl" in soft_losses:
         kl = soft_loss(logits_NCHW, targets_NCHW, inside_NHW, temperature, entropy_error_N, trust_NHW)
         soft = soft + soft_losses["kl"] * temperature**2 * kl
