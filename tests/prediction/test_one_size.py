@@ -36,12 +36,12 @@ def library_network(kind, folder):
 def save_lively(kind, folder):
     """A network whose weights are large enough for its answer to depend on the image, which those of transformers are not."""
     network = library_network(kind, save_transformers(kind, folder))
-    if kind == "mask2former":  # its attention is cut at a threshold, where a rounding error would change the answer
-        return folder
+    # Where no query of Mask2Former claims a pixel, its scores vanish: at -50 torch's sigmoid is 2e-22, and onnxruntime's is 0.
+    spread = 1.0 if kind == "mask2former" else 1.5
     with torch.no_grad():
         for weight in network.parameters():
             if weight.ndim > 1:
-                weight.normal_(std=1.5 / weight[0].numel() ** 0.5)
+                weight.normal_(std=spread / weight[0].numel() ** 0.5)
     network.save_pretrained(folder)
     return folder
 
@@ -75,7 +75,7 @@ def test_a_graph_of_one_size_predicts_what_the_networks_own_library_does(kind, t
         images = torch.randn(count, 3, 96, 96)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
         expected = owners_probabilities(kind, folder, images)
-        assert expected.std(dim=(-2, -1)).max() > 0.01 or kind == "mask2former"
+        assert expected.std(dim=(-2, -1)).max() > 0.01
         torch.testing.assert_close(torch.from_numpy(logits).softmax(dim=1), expected, rtol=0, atol=1e-3)
 
 
