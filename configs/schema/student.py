@@ -24,6 +24,7 @@ DistillMode = Literal["cached", "online", "none"]
 StudentNormalize = Literal["unit", "imagenet", "pretrained"] | MeanStd
 
 DEFAULT_BATCH_SIZE = 4  # the guide's
+USUAL_THRESHOLD = 0.95  # FixMatch's, Sohn et al. 2020, arXiv 2001.07685
 
 # By the key that names the student's network: the other keys that go with it.
 KEYS_OF_STUDENT = {
@@ -56,7 +57,9 @@ class Distill(Section):
     """What is learnt: the teacher's probabilities, or its most likely class alone (`hard`, pseudo-labels), at `temperature` 1."""
     trust: Trust = Field("none", exclude_if=lambda trust: trust == "none")
     """Weighs each pixel's soft loss by the teacher's `confidence` or `entropy`, or leaves out those below a `threshold`."""
-    trust_threshold: float = Field(0.95, gt=0, le=1, exclude_if=lambda threshold: threshold == 0.95)
+    trust_threshold: float = Field(
+        USUAL_THRESHOLD, gt=0, le=1, exclude_if=lambda threshold: threshold == USUAL_THRESHOLD
+    )
     """The least probability of the most likely class with `trust: threshold`."""
     class_trust: Literal["auto"] | dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
         None, exclude_if=is_none
@@ -93,6 +96,10 @@ class Distill(Section):
             raise ValueError(
                 f"trust and class_trust weigh the pixels of kl, dice and jaccard, and loss is {self.own_loss}: weigh them in it, or leave "
                 "them out"
+            )
+        if self.trust_threshold != USUAL_THRESHOLD and self.trust != "threshold":
+            raise ValueError(
+                f"trust_threshold is {self.trust_threshold:g}, and trust is {self.trust}: it counts with trust: threshold alone"
             )
         return self
 

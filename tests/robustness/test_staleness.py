@@ -120,6 +120,8 @@ def changed(raw, key, value, data, are="probabilities"):
             raw | {"teacher": None, "teachers": [raw["teacher"], raw["teacher"] | {"weight": value}]}, "test"
         )
     *parents, last = key.split(".")
+    if key == "distill.trust_threshold":  # which counts with it alone
+        raw["distill"]["trust"] = "threshold"
     if key == "class_map":
         raw["class_map"] |= value
     elif key in NETWORKS:

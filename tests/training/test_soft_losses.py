@@ -256,6 +256,7 @@ def test_auto_trust_is_the_precision_of_the_cached_targets(make_config, cached, 
         ("targets", "one", r"distill\.targets: "),
         ("class_trust", {"Forrest": 0.5}, r"distill\.class_trust names \['Forrest'\], not among classes\.names"),
         ("class_trust", {"Forest": 2}, r"distill\.class_trust: .*from 0\.000000 to 1, found Forest: 2"),
+        ("trust_threshold", 0.5, r"distill: trust_threshold is 0\.5, and trust is none: it counts with trust: threshold alone"),
         ("trust", "yes", r"distill\.trust: "),
     ],
 )  # fmt: skip
