@@ -10,7 +10,7 @@ Shapes: K tiles, B baselines, R resamples, C classes, T teacher classes; L label
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from kdpipe.configs.errors import ConfigError
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import ValTiles
+from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, limited, list_tiles
 from kdpipe.pipeline.evaluation.confusion import count_pairs
@@ -35,7 +36,7 @@ from kdpipe.pipeline.evaluation.evaluate import (
 )
 from kdpipe.pipeline.memory import fits_in_memory, sized
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.subjects import predicted_tiles, require_predictions
+from kdpipe.pipeline.precompute.subjects import PredictedTile, predicted_tiles, require_predictions
 from kdpipe.pipeline.progress import Progress, Silent
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher, open_teacher
 from kdpipe.pipeline.verify.class_map import TeacherClass, check_class_map, count_teacher_classes
@@ -143,25 +144,13 @@ def forecast(
     by_teacher, by_students, channels = {}, {}, []
     with progress.bar("forecast", sum(map(len, tiles_of.values())), "tiles") as advance:
         for root, tiles in tiles_of.items():
-            shown = [ValTiles(tiles, config, stretch)] + [ValTiles(tiles, s.config, s.stretch) for s in students]
             counted = []
-            for i, tile in enumerate(tiles):
-                first, *others = (samples[i] for samples in shown)
-                seen_HWB: NDArray[Any] = np.ascontiguousarray(first["image"].transpose(1, 2, 0))
-                labels_HW = first["mask"]
-                if stored is not None:  # only pixels with a prediction count, for the students too
-                    subject = stored(tile)
-                    seen_HWB, labels_HW = subject.seen(seen_HWB), subject.labels().astype(np.int64)
-                teachers_LP, channels_CT = _by_teacher(teacher, seen_HWB, labels_HW, config, tile)
-                theirs_BLP = [
-                    _pairs(labels_HW, _predicted(s, other["image"], tile), config)
-                    for s, other in zip(students, others, strict=True)
-                ]
-                counted.append((teachers_LP, np.stack(theirs_BLP)))
-                channels.append(channels_CT)
+            for found in _counts(tiles, teacher, students, config, stretch, stored):
+                counted.append(found)
                 advance(1)
-            by_teacher[root] = np.stack([mine for mine, _ in counted])
-            by_students[root] = np.stack([theirs for _, theirs in counted])
+            of_teacher, of_students, of_channels = zip(*counted, strict=True)
+            by_teacher[root], by_students[root] = np.stack(of_teacher), np.stack(of_students)
+            channels += of_channels
     rng = np.random.default_rng(config.seed)
     scenes = [scene(root, by_teacher[root], by_students[root], config, rng) for root in roots]
     together = scenes[0]
@@ -240,6 +229,31 @@ def _lead(teacher: float, baseline: float, leads_R: NDArray[np.float64], tiles: 
         return Lead(float(teacher), float(baseline), float(teacher - baseline), None, None)
     low, high = np.quantile(known_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Lead(float(teacher), float(baseline), float(teacher - baseline), float(low), float(high))
+
+
+def _counts(
+    tiles: Sequence[Tile],
+    teacher: FrozenTeacher,
+    students: Sequence[Model],
+    config: Config,
+    stretch: Stretch,
+    stored: Callable[[Tile], PredictedTile] | None,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Pixels of each tile by label and the teacher's class, by label and each baseline's, and by label and teacher channel."""
+    shown = [ValTiles(tiles, config, stretch)] + [ValTiles(tiles, s.config, s.stretch) for s in students]
+    for i, tile in enumerate(tiles):
+        first, *others = (samples[i] for samples in shown)
+        seen_HWB: NDArray[Any] = np.ascontiguousarray(first["image"].transpose(1, 2, 0))
+        labels_HW = first["mask"]
+        if stored is not None:  # only pixels with a prediction count, for the students too
+            subject = stored(tile)
+            seen_HWB, labels_HW = subject.seen(seen_HWB), subject.labels().astype(np.int64)
+        teachers_LP, channels_CT = _by_teacher(teacher, seen_HWB, labels_HW, config, tile)
+        theirs_BLP = [
+            _pairs(labels_HW, _predicted(s, other["image"], tile), config)
+            for s, other in zip(students, others, strict=True)
+        ]
+        yield teachers_LP, np.stack(theirs_BLP), channels_CT
 
 
 def _by_teacher(
