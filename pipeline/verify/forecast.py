@@ -141,7 +141,8 @@ def forecast(
     if stored is not None:
         require_predictions(config, [stored(tile) for tiles in tiles_of.values() for tile in tiles])
     teacher = open_teacher(config, complete_recipe(config, stretch, None), device)
-    by_teacher, by_students, channels = {}, {}, []
+    by_teacher, by_students = {}, {}
+    channels: list[NDArray[np.int64]] = []
     with progress.bar("forecast", sum(map(len, tiles_of.values())), "tiles") as advance:
         for root, tiles in tiles_of.items():
             counted = []
