@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from helpers.foreign_networks import Pooled
+from scipy.special import logsumexp
 from torch import nn
 
 from kdpipe.configs.errors import CheckpointError, ConfigError
@@ -12,11 +15,13 @@ from kdpipe.pipeline.models.external.encoder import encoder_of
 from kdpipe.pipeline.models.external.outputs import AtImageSize
 from kdpipe.pipeline.models.external.own_module import load_own_weights
 from kdpipe.pipeline.models.external.transformers_student import (
+    log_scores,
     own_normalization,
     pretrained_student,
     untrained_pretrained,
 )
 from kdpipe.pipeline.models.student import initial_student
+from kdpipe.pipeline.prediction.export import exporting
 
 EIGHT = [f"c{i}" for i in range(8)]  # the classes of the folders
 
@@ -46,6 +51,28 @@ def test_classes_scored_by_masks_are_logarithms_of_the_librarys_scores(folders):
         classes, masks = output.class_queries_logits.softmax(-1), output.masks_queries_logits.sigmoid()
         scores = sum(classes[:, q, :8, None, None] * masks[:, q, None] for q in range(masks.shape[1]))
         torch.testing.assert_close(student(images).exp(), scores, rtol=1e-4, atol=1e-7)
+
+
+class _LogScores(nn.Module):
+    def forward(self, shares, masks):
+        return log_scores(shares, masks)
+
+
+def test_scores_that_underflow_keep_their_logarithms_in_torch_and_onnx(tmp_path):
+    """Masks of -150 to 150, where float32's sigmoid is 0 at -104 in torch, and earlier in onnxruntime."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(2, 5, 3, generator=generator) + 0.01
+    masks = torch.rand(2, 5, 8, 8, generator=generator) * 300 - 150
+    masks[:, :, :4] = -masks[:, :, :4].abs()  # no query claims these pixels
+    logs = -np.logaddexp(0, -masks.double().numpy())[:, :, None] + np.log(shares.double().numpy())[..., None, None]
+    expected = logsumexp(logs, axis=1)
+    assert (expected < -80).any()
+    np.testing.assert_allclose(log_scores(shares, masks), expected, rtol=1e-5, atol=1e-5)
+    file = tmp_path / "scores.onnx"
+    with exporting("onnx", "scores"):
+        torch.onnx.export(_LogScores(), (shares, masks), file, input_names=["shares", "masks"], dynamo=False)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"shares": shares.numpy(), "masks": masks.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["segformer", "upernet", "dpt", "beit", "mask2former"])

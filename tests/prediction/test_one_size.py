@@ -36,12 +36,10 @@ def library_network(kind, folder):
 def save_lively(kind, folder):
     """A network whose weights are large enough for its answer to depend on the image, which those of transformers are not."""
     network = library_network(kind, save_transformers(kind, folder))
-    # Where no query of Mask2Former claims a pixel, its scores vanish: at -50 torch's sigmoid is 2e-22, and onnxruntime's is 0.
-    spread = 1.0 if kind == "mask2former" else 1.5
     with torch.no_grad():
         for weight in network.parameters():
             if weight.ndim > 1:
-                weight.normal_(std=spread / weight[0].numel() ** 0.5)
+                weight.normal_(std=1.5 / weight[0].numel() ** 0.5)
     network.save_pretrained(folder)
     return folder
 
@@ -51,12 +49,12 @@ def owners_probabilities(kind, folder, images):
     with torch.inference_mode():
         output = library_network(kind, folder)(images)
         if kind == "mask2former":
-            classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.sigmoid()
-            logits = torch.einsum("nqc,nqhw->nchw", classes, masks).log()
+            classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.double().sigmoid()
+            logits = torch.einsum("nqc,nqhw->nchw", classes.double(), masks.double()).log()
         else:
             logits = output.logits
         size = images.shape[-2:]
-        return torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
+        return torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1).float()
 
 
 @pytest.mark.long

@@ -65,13 +65,24 @@ class TransformersStudent(nn.Module):
             logits: Tensor = outputs.logits
             return logits
         shares_NQC = outputs.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # the last class is "no object"
-        scores_NChw = torch.einsum("nqc,nqhw->nchw", shares_NQC, masks_NQhw.float().sigmoid())
-        return scores_NChw.clamp(min=SMALLEST_SCORE).log()
+        return log_scores(shares_NQC, masks_NQhw.float())
 
     @property
     def description(self) -> str:
         """The configuration from which `described_student` builds the network again, as JSON."""
         return json.dumps(dict(_without_origin(self.network.config.to_dict())), sort_keys=True)
+
+
+def log_scores(shares_NQC: Tensor, masks_NQhw: Tensor) -> Tensor:
+    """
+    log Σ_q share_qc · σ(mask_q), float32 `(N, C, h, w)`, finite where no query claims a pixel and every sigmoid underflows.
+
+    Each sigmoid is taken relative to the largest of its pixel. It is written as softplus, which ONNX has too.
+    """
+    logs_NQhw = -functional.softplus(-masks_NQhw)
+    largest_N1hw = logs_NQhw.amax(dim=1, keepdim=True)
+    relative_NChw = torch.einsum("nqc,nqhw->nchw", shares_NQC, (logs_NQhw - largest_N1hw).exp())
+    return relative_NChw.clamp(min=SMALLEST_SCORE).log() + largest_N1hw
 
 
 def untrained_pretrained(name: str, classes: Sequence[str], in_channels: int) -> TransformersStudent:
