@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +130,8 @@ def write_verified(
     advice = _advice(side)
     with explained("writing", file), exporting(format_, card.network, advice):
         WRITERS[format_](trained.student, file, card, side)
-    found = _compare(trained, READERS[format_](file), images, format_, progress, side)
+    with running(format_, card.network, advice):
+        found = _compare(trained, READERS[format_](file), images, format_, progress, side)
     largest_difference = found[2]
     if not largest_difference <= MAX_DIFFERENCE:
         raise KdpipeError(
@@ -319,14 +320,23 @@ def _parts(image_HWB: NDArray[np.uint8], format_: Format, side: int | None) -> I
 @contextmanager
 def exporting(form: str, network: str, advice: str = "Try another --format") -> Iterator[None]:
     """Turn any error of an exporter into a `KdpipeError`, and silence its warnings, which do not concern the user."""
+    # torch prints the whole graph where it cannot export an operator.
+    silence = redirect_stdout(io.StringIO())
+    with _one_paragraph(f"{network} cannot be written as {form}", advice), warnings.catch_warnings(), silence:
+        warnings.simplefilter("ignore")
+        yield
+
+
+def running(form: str, network: str, advice: str) -> AbstractContextManager[None]:
+    """Turn any error of the runtime of a written file into a `KdpipeError`."""
+    return _one_paragraph(f"{network}, written as {form}, does not run", advice)
+
+
+@contextmanager
+def _one_paragraph(what_fails: str, advice: str) -> Iterator[None]:
     try:
-        # torch prints the whole graph where it cannot export an operator.
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except (KdpipeError, OSError):
         raise
-    except Exception as err:  # torch's exporters raise classes of many modules
-        raise KdpipeError(
-            f"{network} cannot be written as {form}: {first_line(err)}. {advice}, or --debug for the full error"
-        ) from err
+    except Exception as err:  # exporters and runtimes raise classes of many modules
+        raise KdpipeError(f"{what_fails}: {first_line(err)}. {advice}, or --debug for the full error") from err

@@ -36,7 +36,15 @@ from kdpipe.pipeline.prediction.agreement import (
     tiles_to_calibrate,
     tiles_to_verify,
 )
-from kdpipe.pipeline.prediction.export import exporting, images_of, place_of, require_onnx, sizes_text, write_verified
+from kdpipe.pipeline.prediction.export import (
+    exporting,
+    images_of,
+    place_of,
+    require_onnx,
+    running,
+    sizes_text,
+    write_verified,
+)
 from kdpipe.pipeline.prediction.graphs import MOST_CLASSES, half, quantised, with_classes, write_graph
 from kdpipe.pipeline.prediction.model import ONNX_SUFFIX, PROVIDERS, Card, Precision, card_of
 from kdpipe.pipeline.prediction.onnx_student import OnnxStudent
@@ -198,9 +206,10 @@ def export_variants(
             inputs = _inputs_of(trained, calibrated_on, side) if variant.precision == "int8" else []
             with exporting(f"{variant.name} ONNX", card.network, f"Leave out --{' and --'.join(variant.parts)}"):
                 _write(variant, partials, card, inputs)
-        result, found = _measured(
-            trained, partials, verified_on, side or timed_px or config.train.crop, card, tolerance, progress
-        )
+        with running("ONNX", card.network, "Leave out --fp16, --int8 or --argmax"):
+            result, found = _measured(
+                trained, partials, verified_on, side or timed_px or config.train.crop, card, tolerance, progress
+            )
         for variant, measured in found.items():
             if variant in files and measured.passes:
                 publish(partials[variant], files[variant])

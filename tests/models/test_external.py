@@ -17,6 +17,7 @@ from torch import nn
 from kdpipe.configs.errors import CheckpointError, ConfigError
 from kdpipe.pipeline.models.external.exported import digests as file_digests
 from kdpipe.pipeline.models.external.exported import load_exported
+from kdpipe.pipeline.models.external.onnx_file import TRIAL_PX
 from kdpipe.pipeline.models.external.outputs import AtImageSize
 from kdpipe.pipeline.models.external.own_module import build_own, find_source
 from kdpipe.pipeline.models.external.transformers_folder import class_names, digests, load_pretrained
@@ -245,6 +246,35 @@ class TestExported:
         with torch.inference_mode():
             torch.testing.assert_close(loaded(images), network(images), rtol=0, atol=1e-5)
             with pytest.raises(ConfigError, match=r"set teacher.window: 64"):
+                loaded(torch.rand(1, 3, 96, 96))
+
+    @pytest.mark.parametrize("side", [64, 128])
+    def test_a_graph_that_fails_at_a_size_that_it_declares_is_one_paragraph(self, network, side, tmp_path):
+        """Files that were exported for one size, whose declarations alone were changed to any. On loading, one of them is tried at it."""
+        import onnx
+
+        class Adds(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.network, self.shift = network, nn.Parameter(torch.zeros(1, 1, side, side))
+
+            def forward(self, x):
+                return self.network(x + self.shift)
+
+        path = export(Adds(), tmp_path / "teacher.onnx", size=side)
+        model = onnx.load(path)
+        for value in (*model.graph.input, *model.graph.output):
+            for dim, name in ((2, "h"), (3, "w")):
+                value.type.tensor_type.shape.dim[dim].dim_param = name
+        onnx.save(model, path)
+        if side != TRIAL_PX:
+            with pytest.raises(CheckpointError, match="teacher.file: .* fails on a black image of the shape"):
+                load_exported(str(path), "teacher")
+            return
+        loaded = load_exported(str(path), "teacher")
+        with torch.inference_mode():
+            assert loaded(torch.rand(1, 3, side, side)).shape == (1, 8, side, side)
+            with pytest.raises(ConfigError, match=r"teacher.onnx cannot predict images of the shape \(1, 3, 96, 96\)"):
                 loaded(torch.rand(1, 3, 96, 96))
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

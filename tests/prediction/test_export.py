@@ -115,6 +115,20 @@ def test_pt2_predicts_sizes_that_are_multiples_of_32(name, tmp_path):
             model_of_file(torch.randn(1, 3, 300, 288))
 
 
+def test_a_file_that_its_runtime_cannot_run_is_one_paragraph_and_not_kept(trained, tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, *args):
+            pass
+
+        def run(self, *args):
+            raise RuntimeError("the kernel is missing\nat line 3")
+
+    monkeypatch.setattr(export, "open_session", Broken)
+    with pytest.raises(KdpipeError, match="written as onnx, does not run: the kernel is missing. Add --size PX"):
+        export_student(trained, "onnx", tmp_path / "a.onnx")
+    assert not list(tmp_path.glob("*a.onnx*"))
+
+
 def test_padding_in_the_graph_equals_the_pipelines():
     class Inputs(torch.nn.Module):
         def forward(self, x):

@@ -49,12 +49,19 @@ def owners_probabilities(kind, folder, images):
     with torch.inference_mode():
         output = library_network(kind, folder)(images)
         if kind == "mask2former":
-            classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.double().sigmoid()
+            classes, masks = (
+                output.class_queries_logits.softmax(-1)[..., :-1],
+                output.masks_queries_logits.double().sigmoid(),
+            )
             logits = torch.einsum("nqc,nqhw->nchw", classes.double(), masks.double()).log()
         else:
             logits = output.logits
         size = images.shape[-2:]
-        return torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1).float()
+        return (
+            torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            .softmax(dim=1)
+            .float()
+        )
 
 
 @pytest.mark.long

@@ -72,7 +72,10 @@ class OnnxNetwork(nn.Module):
         short = at_once - len(batches[-1])
         if short:
             batches[-1] = np.concatenate([batches[-1], np.zeros((short, *images.shape[1:]), np.float32)])
-        found = [session.run(None, {self._input.name: batch})[0] for batch in batches]
+        try:
+            found = [session.run(None, {self._input.name: batch})[0] for batch in batches]
+        except Exception as err:  # onnxruntime's errors have no common class of their own
+            raise _refused(self._key, self._path, images_NBHW, self._input.shape, err) from err
         return torch.from_numpy(np.concatenate(found)[: len(images)]).to(images_NBHW.device)
 
     @property
@@ -128,6 +131,14 @@ class OnnxNetwork(nn.Module):
         return self  # it is never changed, and onnxruntime's sessions cannot be copied
 
 
+def _refused(key: str, path: str, images_NBHW: Tensor, exported_for: Sequence[Any], err: Exception) -> ConfigError:
+    """For a network that fails at a batch."""
+    return ConfigError(
+        f"{_at(key)}{path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was exported for "
+        f"{tuple(map(str, exported_for))}; {_size_advice(key, exported_for[2:])}"
+    )
+
+
 class ExportedNetwork(nn.Module):
     """A network of torch.export from normalised images, float32 `(N, B, H, W)`, to what it returns."""
 
@@ -153,10 +164,7 @@ class ExportedNetwork(nn.Module):
                 return self.network(images_NBHW)
             found = [self.network(image[None]) for image in images_NBHW]
         except Exception as err:
-            raise ConfigError(
-                f"{_at(self._key)}{self._path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was "
-                f"exported for {tuple(map(str, self.input_shape))}; {_size_advice(self._key, self.input_shape[2:])}"
-            ) from err
+            raise _refused(self._key, self._path, images_NBHW, self.input_shape, err) from err
         return torch.cat([logits_in(each, self._key or self._path) for each in found])
 
     def train(self, mode: bool = True) -> Self:

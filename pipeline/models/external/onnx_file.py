@@ -116,6 +116,11 @@ def described(path: Path, key: str) -> str | None:
     found = json.loads(lines[-1])
     if "unreadable" in found:
         raise CheckpointError(f"{path} is not a readable ONNX file: {found['unreadable']}")
+    if found["fault"] and not key:  # of another program, whose names and shapes are its own
+        raise CheckpointError(
+            f"{path} fails on a black image of the shape that its input declares: {found['fault']}. Export it anew, so that it computes "
+            "the sizes that it declares"
+        )
     if found["fault"]:
         raise CheckpointError(
             f"{path} is not a network that predict can run: {found['fault']}. Expected are one input {INPUT!r}, and logits {OUTPUT!r} of "

@@ -75,7 +75,7 @@ class TransformersStudent(nn.Module):
 
 def log_scores(shares_NQC: Tensor, masks_NQhw: Tensor) -> Tensor:
     """
-    log Σ_q share_qc · σ(mask_q), float32 `(N, C, h, w)`, finite where no query claims a pixel and every sigmoid underflows.
+    The logarithm of Σ_q share_qc · σ(mask_q), float32 `(N, C, h, w)`, finite where no query claims a pixel and every sigmoid underflows.
 
     Each sigmoid is taken relative to the largest of its pixel. It is written as softplus, which ONNX has too.
     """
