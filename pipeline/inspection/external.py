@@ -136,19 +136,16 @@ def _bands_of(path: Path) -> NDArray[Any]:
 
 def _preprocessing(folder: Path) -> dict[str, Any]:
     """The steps that the file of the image processor names; empty where there is none."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found = found.get("image_processor", found)
-        steps = {}
-        if found.get("do_resize", True) and "size" in found:
-            steps["size"] = found["size"]
-        if found.get("do_normalize", True):
-            steps |= {key: found[key] for key in ("image_mean", "image_std") if key in found}
-        return steps
-    return {}
+    try:
+        found = transformers_folder.processor_settings(folder)
+    except (OSError, ValueError):
+        return {}
+    steps = {}
+    if found.get("do_resize", True) and "size" in found:
+        steps["size"] = found["size"]
+    if found.get("do_normalize", True):
+        steps |= {key: found[key] for key in ("image_mean", "image_std") if key in found}
+    return steps
 
 
 def _size_of(folder: Path, names: dict[str, str]) -> int:

@@ -89,6 +89,27 @@ def save_transformers(kind: str, folder: Path, classes: int = 8) -> Path:
     return folder
 
 
+def library_network(kind: str, folder: Path) -> torch.nn.Module:
+    """The network of a folder as transformers alone loads it, for evaluation."""
+    import transformers as tf
+
+    of_masks = kind in ("mask2former", "oneformer")
+    auto = tf.AutoModelForUniversalSegmentation if of_masks else tf.AutoModelForSemanticSegmentation
+    return auto.from_pretrained(folder).eval()
+
+
+def task_tokens(kind: str, folder: Path, count: int) -> dict[str, torch.Tensor]:
+    """What OneFormer is given beside `count` images, by its own processor; nothing for other networks."""
+    if kind != "oneformer":
+        return {}
+    import numpy as np
+    import transformers as tf
+
+    processor = tf.AutoProcessor.from_pretrained(folder)
+    found = processor(images=[np.zeros((8, 8, 3), np.uint8)] * count, task_inputs=["semantic"] * count)
+    return {"task_inputs": found["task_inputs"]}
+
+
 def _save_oneformer(folder: Path, masks: dict, side: dict, classes: int) -> Path:
     import transformers as tf
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers.foreign_networks import Pooled
+from helpers.foreign_networks import Pooled, library_network, task_tokens
 from scipy.special import logsumexp
 from torch import nn
 
@@ -15,6 +15,7 @@ from kdpipe.pipeline.models.external.encoder import encoder_of
 from kdpipe.pipeline.models.external.outputs import AtImageSize
 from kdpipe.pipeline.models.external.own_module import load_own_weights
 from kdpipe.pipeline.models.external.transformers_student import (
+    described_student,
     log_scores,
     own_normalization,
     pretrained_student,
@@ -24,13 +25,6 @@ from kdpipe.pipeline.models.student import initial_student
 from kdpipe.pipeline.prediction.export import exporting
 
 EIGHT = [f"c{i}" for i in range(8)]  # the classes of the folders
-
-
-def library_network(kind, folder):
-    import transformers as tf
-
-    auto = tf.AutoModelForUniversalSegmentation if kind == "mask2former" else tf.AutoModelForSemanticSegmentation
-    return auto.from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize("kind", ["segformer", "upernet", "dpt", "beit"])
@@ -43,11 +37,12 @@ def test_with_the_files_classes_it_is_the_files_network(kind, folders):
     assert said == []
 
 
-def test_classes_scored_by_masks_are_logarithms_of_the_librarys_scores(folders):
-    student = pretrained_student(str(folders("mask2former")), EIGHT, 3, print).eval()
+@pytest.mark.parametrize("kind", ["mask2former", "oneformer"])
+def test_classes_scored_by_masks_are_logarithms_of_the_librarys_scores(kind, folders):
+    student = pretrained_student(str(folders(kind)), EIGHT, 3, print).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        output = library_network("mask2former", folders("mask2former"))(images)
+        output = library_network(kind, folders(kind))(images, **task_tokens(kind, folders(kind), 2))
         classes, masks = output.class_queries_logits.softmax(-1), output.masks_queries_logits.sigmoid()
         scores = sum(classes[:, q, :8, None, None] * masks[:, q, None] for q in range(masks.shape[1]))
         torch.testing.assert_close(student(images).exp(), scores, rtol=1e-4, atol=1e-7)
@@ -75,16 +70,15 @@ def test_scores_that_underflow_keep_their_logarithms_in_torch_and_onnx(tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["segformer", "upernet", "dpt", "beit", "mask2former"])
+@pytest.mark.parametrize("kind", ["segformer", "upernet", "dpt", "beit", "mask2former", "oneformer"])
 def test_another_number_of_classes_has_a_new_head_alone(kind, folders):
     said = []
     student = pretrained_student(str(folders(kind)), ["a", "b", "c"], 3, said.append)
     own, kept = student.network.state_dict(), library_network(kind, folders(kind)).state_dict()
-    other = {name for name in own if not torch.equal(own[name], kept[name])}
+    other = {name for name in own if not torch.equal(own[name], kept[name].to(own[name].dtype))}
     assert all(own[name].shape[0] in (3, 4) for name in other)
-    assert all(
-        any(part in name for part in ("classifier", "head.head", "class_predictor", "criterion")) for name in other
-    )
+    heads = ("classifier", "head.head", "class_predictor", "class_embed", "criterion")
+    assert all(any(part in name for part in heads) for name in other)
     assert said == [
         f"student.pretrained {folders(kind)} is for 8 classes, and classes.names has 3: its head starts anew"
     ]
@@ -92,7 +86,7 @@ def test_another_number_of_classes_has_a_new_head_alone(kind, folders):
         assert student(torch.randn(2, 3, 64, 64)).shape[1] == 3
 
 
-@pytest.mark.parametrize("kind", ["segformer", "mask2former"])
+@pytest.mark.parametrize("kind", ["segformer", "mask2former", "oneformer"])
 def test_the_same_classes_in_another_order_move_the_channels(kind, folders):
     said, order = [], [3, 0, 1, 2, 7, 6, 5, 4]
     student = pretrained_student(str(folders(kind)), [EIGHT[i] for i in order], 3, said.append).eval()
@@ -105,7 +99,7 @@ def test_the_same_classes_in_another_order_move_the_channels(kind, folders):
     ]
 
 
-@pytest.mark.parametrize("kind", ["segformer", "upernet", "mask2former"])
+@pytest.mark.parametrize("kind", ["segformer", "upernet", "mask2former", "oneformer"])
 def test_other_bands_have_repeated_and_scaled_filters(kind, folders):
     said = []
     student = pretrained_student(str(folders(kind)), EIGHT, 4, said.append).eval()
@@ -144,7 +138,7 @@ def test_an_encoder_alone_has_a_new_decoder_and_less_is_refused(folders, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "part"),
     [("segformer", "segformer"), ("upernet", "backbone"), ("dpt", "dpt"), ("beit", "beit"),
-     ("mask2former", "model.pixel_level_module.encoder")],
+     ("mask2former", "model.pixel_level_module.encoder"), ("oneformer", "model.pixel_level_module.encoder")],
 )  # fmt: skip
 def test_the_encoder_is_the_backbone_or_the_base_model(kind, part, folders):
     network = untrained_pretrained(str(folders(kind)), EIGHT, 3)
@@ -211,9 +205,17 @@ def test_keys_that_do_not_go_together_are_refused(make_config, student, message)
         make_config(student=student)
 
 
-def test_oneformer_is_no_student(folders):
-    with pytest.raises(CheckpointError, match="OneFormer needs a text beside each image"):
-        untrained_pretrained(str(folders("oneformer")), EIGHT, 3)
+def test_oneformers_task_is_saved_with_its_weights_and_needs_the_folders_tokenizer(folders, tmp_path):
+    student = untrained_pretrained(str(folders("oneformer")), EIGHT, 3).eval()
+    again = described_student(student.description, "a file").eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert not torch.equal(again(images), student(images))
+        again.load_state_dict(student.state_dict())
+        assert torch.equal(again(images), student(images))
+    (tmp_path / "config.json").write_bytes((folders("oneformer") / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="OneFormer is told its task by a text, and transformers cannot read the"):
+        untrained_pretrained(str(tmp_path), EIGHT, 3)
 
 
 def test_weights_of_ones_own_module_have_any_prefix(tmp_path, make_config):

@@ -10,8 +10,9 @@ import rasterio
 import torch
 from helpers.commands import run_command
 from helpers.files import write_image
-from helpers.foreign_networks import CLASSES, save_transformers
+from helpers.foreign_networks import CLASSES, library_network, save_transformers, task_tokens
 from test_export import CARD, read_card
+from torch.nn import functional
 
 from kdpipe.configs.errors import ConfigError
 from kdpipe.pipeline.models.external.outputs import AtImageSize
@@ -24,13 +25,6 @@ from kdpipe.pipeline.prediction.traced import one_size, require_side
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 EIGHT = CARD.model_copy(update={"classes": CLASSES, "palette": [(0, 0, 0)] * 8})
-
-
-def library_network(kind, folder):
-    import transformers as tf
-
-    auto = tf.AutoModelForUniversalSegmentation if kind == "mask2former" else tf.AutoModelForSemanticSegmentation
-    return auto.from_pretrained(folder).eval()
 
 
 def save_lively(kind, folder):
@@ -47,25 +41,19 @@ def save_lively(kind, folder):
 def owners_probabilities(kind, folder, images):
     """`(N, C, H, W)`, by transformers alone."""
     with torch.inference_mode():
-        output = library_network(kind, folder)(images)
-        if kind == "mask2former":
-            classes, masks = (
-                output.class_queries_logits.softmax(-1)[..., :-1],
-                output.masks_queries_logits.double().sigmoid(),
-            )
-            logits = torch.einsum("nqc,nqhw->nchw", classes.double(), masks.double()).log()
+        output = library_network(kind, folder)(images, **task_tokens(kind, folder, len(images)))
+        if hasattr(output, "masks_queries_logits"):
+            classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.double()
+            logits = torch.einsum("nqc,nqhw->nchw", classes.double(), masks.sigmoid()).log()
         else:
             logits = output.logits
         size = images.shape[-2:]
-        return (
-            torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            .softmax(dim=1)
-            .float()
-        )
+        probabilities = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
+        return probabilities.float()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["beit", "upernet", "dpt", "mask2former"])
+@pytest.mark.parametrize("kind", ["beit", "upernet", "dpt", "mask2former", "oneformer"])
 def test_a_graph_of_one_size_predicts_what_the_networks_own_library_does(kind, tmp_path):
     """At 96 px the last maps of UPerNet and BEiT have 3 x 3 px, and are pooled to 2 x 2."""
     folder = save_lively(kind, tmp_path / kind)

@@ -13,6 +13,7 @@ import torch
 from helpers.commands import run_command
 from helpers.configs import tiny_config
 from helpers.doubles import Lines
+from helpers.foreign_networks import names, save_transformers, task_tokens
 from helpers.own_students import CODE, KINDS, owners_network, owners_probabilities, student_of
 from helpers.runs import assert_same_weights, weights
 from PIL import Image
@@ -79,6 +80,34 @@ def test_a_student_scores_and_maps_as_its_own_library_computes(ran, kind, landsc
     assert done.returncode == 0, done.stderr
     with rasterio.open(tmp_path / "maps" / f"{images(landscape)[0].stem}.probabilities.tif") as stored:
         np.testing.assert_allclose(stored.read() / 254, expected, atol=0.5 / 254 + 1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_oneformer_is_trained_and_predicts_as_its_own_library_without_its_folder(
+    landscape, teacher_file, tmp_path, monkeypatch
+):
+    import transformers as tf
+
+    monkeypatch.chdir(tmp_path)
+    folder = save_transformers("oneformer", tmp_path / "oneformer")
+    tokens = task_tokens("oneformer", folder, 1)
+    own = tf.OneFormerForUniversalSegmentation(tf.AutoConfig.from_pretrained(folder, **names(6))).eval()
+    config = tiny_config(landscape, teacher_file, tmp_path, student={"pretrained": str(folder)}, train__max_steps=2)
+    train(with_mode(config, "none"), CPU)
+    shutil.rmtree(folder)
+    prefix = "student.network.network."
+    state = torch.load(BEST, weights_only=True)["state_dict"]
+    own.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+
+    def logits(inputs):
+        output = own(inputs, **tokens)
+        classes, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits.sigmoid()
+        return torch.einsum("nqc,nqhw->nchw", classes, masks).log()
+
+    image = np.array(Image.open(images(landscape)[0]).convert("RGB"))
+    found = student_model(BEST, CPU, tta=None, window=None).predict(image)
+    np.testing.assert_allclose(found, owners_probabilities(logits, image), atol=1e-5)
 
 
 def test_the_onnx_file_enlarges_its_logits_itself(ran, kind, landscape, tmp_path):

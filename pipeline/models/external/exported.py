@@ -135,7 +135,7 @@ def _refused(key: str, path: str, images_NBHW: Tensor, exported_for: Sequence[An
     """For a network that fails at a batch."""
     return ConfigError(
         f"{_at(key)}{path} cannot predict images of the shape {tuple(images_NBHW.shape)}: {_first(err)}; it was exported for "
-        f"{tuple(map(str, exported_for))}; {_size_advice(key, exported_for[2:])}"
+        f"{tuple(map(str, exported_for))}; {_size_advice(key, tuple(exported_for)[2:])}"
     )
 
 

@@ -20,6 +20,7 @@ from kdpipe.configs.errors import CheckpointError, ConfigError, extra_text
 from kdpipe.configs.files import file_sha256
 
 CONFIG = "config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the second also has a tokenizer's settings
 DETERMINING = ("*.json", "*.txt", "*.safetensors")  # in the names of the files that determine what a network predicts
 NOT_DETERMINING = ("trainer_state.json", "training_args.json")
 # Scores of networks that predict masks are sums of probabilities. A logarithm needs more than zero.
@@ -75,6 +76,16 @@ def class_names(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return [named[number] for number in sorted(named)] if sorted(named) == list(range(len(named))) else []
+
+
+def processor_settings(folder: Path) -> dict[str, Any]:
+    """What the folder's file says of its image processor; raises `OSError` where there is no file, `ValueError` for a damaged one."""
+    file = next((folder / name for name in PROCESSORS if (folder / name).exists()), folder / PROCESSORS[0])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no mapping")
+    settings: dict[str, Any] = found.get("image_processor", found)
+    return settings
 
 
 class PretrainedSegmenter(nn.Module):

@@ -23,16 +23,19 @@ from kdpipe.configs.schema import MeanStd
 from kdpipe.pipeline.models.external.encoder import encoder_of
 from kdpipe.pipeline.models.external.transformers_folder import (
     CONFIG,
+    PROCESSORS,
     SMALLEST_SCORE,
     class_names,
     load_network,
     local_folder,
     model_class,
+    processor_settings,
 )
 from kdpipe.pipeline.models.normalize import COLOURS, adapted_to_bands
 from kdpipe.pipeline.models.weights import load_strictly
 
-PROCESSOR = "preprocessor_config.json"
+ONEFORMER, TASK = "oneformer", "the task is semantic"
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 OF_SQUARES = ("dpt",)  # types of networks that take square images alone, and whose logits have the images' size
 BANDS = "num_channels"  # in the configuration of a network, or of its backbone
 MAX_NUMBER = 2**20  # in a recorded configuration: no size of a network comes near
@@ -45,12 +48,16 @@ class TransformersStudent(nn.Module):
     """
     A network of transformers from normalised images `(N, B, H, W)` to logits `(N, C, h, w)`, at its own resolution.
 
-    Networks that predict masks (Mask2Former, MaskFormer) score a class by a sum of probabilities; their logits are its logarithm.
+    Networks that predict masks (Mask2Former, MaskFormer, OneFormer) score a class by a sum of probabilities; their logits are its
+    logarithm. `task_1L` are the tokens of OneFormer's task, int64, which are saved with the weights.
     """
 
-    def __init__(self, network: Any) -> None:
+    task_1L: Tensor | None
+
+    def __init__(self, network: Any, task_1L: Tensor | None = None) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("task_1L", task_1L)
 
     def forward(self, images_NBHW: Tensor) -> Tensor:
         height, width = images_NBHW.shape[-2:]
@@ -59,7 +66,8 @@ class TransformersStudent(nn.Module):
             squares_NBSS = functional.pad(images_NBHW, (0, side - width, 0, side - height), mode="replicate")
             whole_NCSS: Tensor = self(squares_NBSS)
             return whole_NCSS[..., :height, :width]
-        outputs = self.network(pixel_values=images_NBHW)
+        task = {} if self.task_1L is None else {"task_inputs": self.task_1L.expand(images_NBHW.shape[0], -1)}
+        outputs = self.network(pixel_values=images_NBHW, **task)
         masks_NQhw = getattr(outputs, "masks_queries_logits", None)
         if masks_NQhw is None:
             logits: Tensor = outputs.logits
@@ -87,7 +95,9 @@ def log_scores(shares_NQC: Tensor, masks_NQhw: Tensor) -> Tensor:
 
 def untrained_pretrained(name: str, classes: Sequence[str], in_channels: int) -> TransformersStudent:
     """The network of a folder, or of a repository of the hub, for our classes and bands, with random weights."""
-    return _built(_configured(_folder(name), classes, in_channels), f"student.pretrained: {name}")
+    folder = _folder(name)
+    config = _configured(folder, classes, in_channels)
+    return _built(config, f"student.pretrained: {name}", _task_of(folder, config))
 
 
 def pretrained_student(
@@ -102,7 +112,8 @@ def pretrained_student(
     folder = _folder(name)
     key = f"student.pretrained {name}"
     source, info = load_network(folder, "student")
-    student = _built(_configured(folder, classes, in_channels), key)
+    config = _configured(folder, classes, in_channels)
+    student = _built(config, key, _task_of(folder, config))
     own, state = student.network.state_dict(), dict(source.state_dict())
     missing, found = sorted(map(str, info["missing_keys"])), class_names(folder)
     _refuse_without_encoder(student.network, missing, key)
@@ -162,9 +173,9 @@ def own_normalization(name: str, in_channels: int) -> MeanStd:
 
     Raises `CheckpointError` where there is no such file, or it has no mean and deviation of three bands.
     """
-    file = _folder(name) / PROCESSOR
+    folder = _folder(name)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = processor_settings(folder)
         scale = 1 / (255 * float(found.get("rescale_factor", 1 / 255))) if found.get("do_rescale", True) else 1 / 255
         mean, std = ([float(x) * scale for x in found[key]] for key in ("image_mean", "image_std"))
         if not found.get("do_normalize", True):
@@ -175,8 +186,8 @@ def own_normalization(name: str, in_channels: int) -> MeanStd:
         return MeanStd(mean=tuple(mean[i] for i in places), std=tuple(std[i] for i in places))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as err:
         raise CheckpointError(
-            f"student.pretrained: {file} should hold image_mean and image_std of three bands, found none ({type(err).__name__}): give the "
-            "folder its image processor, or set student.normalize"
+            f"student.pretrained: {folder / PROCESSORS[0]} should hold image_mean and image_std of three bands, found none "
+            f"({type(err).__name__}): give the folder its image processor, or set student.normalize"
         ) from err
 
 
@@ -224,15 +235,34 @@ def _configured(folder: Path, classes: Sequence[str], in_channels: int) -> Any:
     return config
 
 
-def _built(config: Any, origin: str) -> TransformersStudent:
-    transformers = _transformers()
-    if config.model_type == "oneformer":
-        raise CheckpointError(
-            f"{origin}: OneFormer needs a text beside each image, which a student is not given: it can be a teacher only"
+def _task_of(folder: Path, config: Any) -> Tensor | None:
+    """The tokens of the text that tells OneFormer to segment semantically, `(1, L)`, by the folder's tokenizer; None for other networks."""
+    if config.model_type != ONEFORMER:
+        return None
+    try:
+        if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would take an empty one
+            raise FileNotFoundError(f"it has no {' or '.join(VOCABULARIES)}")
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
+        found = tokenizer([TASK], padding="max_length", max_length=config.task_seq_len, truncation=True)
+    except Exception as err:  # transformers raises whatever a damaged or missing file makes it stumble on
+        raise CheckpointError(
+            f"student.pretrained: OneFormer is told its task by a text, and transformers cannot read the tokenizer of {folder}: "
+            f"{type(err).__name__}: {_first(err)}"
+        ) from err
+    return torch.tensor(found["input_ids"]) * torch.tensor(found["attention_mask"])  # as OneFormerProcessor does
+
+
+def _built(config: Any, origin: str, task_1L: Tensor | None = None) -> TransformersStudent:
+    transformers = _transformers()
+    if config.model_type == ONEFORMER:
+        config.is_training = False  # otherwise it needs a text beside each image
+        if task_1L is None:  # of a checkpoint, which holds them
+            task_1L = torch.zeros(1, config.task_seq_len, dtype=torch.int64)
     network_class = model_class(transformers, config)
     try:
-        return TransformersStudent(network_class.from_config(config, trust_remote_code=False).float())
+        return TransformersStudent(network_class.from_config(config, trust_remote_code=False).float(), task_1L)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as err:
         raise CheckpointError(
             f"{origin}: transformers cannot build the network: {type(err).__name__}: {_first(err)}"
