@@ -14,10 +14,13 @@ from kdpipe.cache import codec, tile
 from kdpipe.cache.images import Source
 from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import MANIFEST_NAME, VERSIONS, Manifest
-from kdpipe.cache.reader import in_memory, open_tile, read_intact, read_receipt, read_recipe
+from kdpipe.cache.packing.check import fault_of
+from kdpipe.cache.reader import open_tile, read_intact, read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
 from kdpipe.cache.records import TileRecord
+from kdpipe.cache.shard import in_memory
 from kdpipe.cache.storage.base import Storage
+from kdpipe.cache.storage.packed import PackedStorage
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 READ_THREADS = 4  # hashing and decompression release the GIL
@@ -134,7 +137,11 @@ def check_full(
         for found in threads.map(check, _looked_at(manifest, images, only_these=only_these)):
             findings += found
     known.save()
-    findings += _check_strays(storage, manifest)
+    if isinstance(storage, PackedStorage):
+        fault = fault_of(storage, manifest)
+        findings += [Finding("damaged-pack", None, fault)] if fault else []
+    else:
+        findings += _check_strays(storage, manifest)
     return findings
 
 

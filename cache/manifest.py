@@ -25,6 +25,7 @@ from kdpipe.configs.errors import CorruptCache, UnknownFormat
 VERSIONS = ("2.0", "2.1", "2.2", "2.3", "4.0", "4.1", "4.2", "4.3", "5.2", "5.3")
 UNRELEASED = (1, 3)  # soft targets as unreleased versions of kdpipe wrote them
 MANIFEST_NAME = "manifest.json"
+DELETE_MANIFEST = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
 
 
 class Manifest(Record):
@@ -94,14 +95,13 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return rest.replace(_NO_TILES, _FIRST_TILE + b",\n".join(tiles) + _LAST_TILE) if tiles else rest
 
 
-def parse_manifest(data: bytes, origin: str) -> Manifest:
+def parse_manifest(data: bytes, origin: str, advice: str = DELETE_MANIFEST) -> Manifest:
     """
     The manifest in the bytes of the file `origin`, in this version of the format or a newer minor one.
 
-    Raises `UnknownFormat` for another major version, `CorruptCache` if any byte differs from what `dump_manifest` wrote or a
-    field is invalid.
+    Raises `UnknownFormat` for another major version, `CorruptCache`, which ends in `advice`, if any byte differs from what
+    `dump_manifest` wrote or a field is invalid.
     """
-    advice = "restore it, or run `kdpipe precompute-teacher` again after deleting it: finished tiles are kept"
     try:
         rest, tiles = _split(data)
         content = json.loads(rest)

@@ -17,12 +17,20 @@ from kdpipe.cache import codec, tile
 from kdpipe.cache.encoding import logits
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.encoding.simplex import mean_over_pixels, mean_over_window
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, is_newer_minor, parse_manifest, reason_of, refuse_to_write
+from kdpipe.cache.manifest import (
+    DELETE_MANIFEST,
+    MANIFEST_NAME,
+    Manifest,
+    is_newer_minor,
+    parse_manifest,
+    reason_of,
+    refuse_to_write,
+)
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
 from kdpipe.cache.records import TileRecord
-from kdpipe.cache.shard import ReadRanges, Shard, open_shard
+from kdpipe.cache.shard import ReadRanges, Shard, in_memory, open_shard
 from kdpipe.cache.storage.base import Storage, open_storage
-from kdpipe.cache.storage.local import LocalStorage
+from kdpipe.cache.storage.packed import PackedStorage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache, count_text
 
 if TYPE_CHECKING:
@@ -183,7 +191,7 @@ class SoftTargetCache:
         start = codec.first_row(recipe, top)
         try:
             stored = shard.read(
-                (start, left, top + height - start, width), self._ranges_reader(record), self._checksums[tile_id]
+                (start, left, top + height - start, width), self._chunks_reader(record), self._checksums[tile_id]
             )
         except (ValueError, RuntimeError, FileNotFoundError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
@@ -205,6 +213,10 @@ class SoftTargetCache:
         # Chunk checksums of each tile whose digests have been verified. Later reads are checked against them. 4 bytes per chunk,
         # kept for the life of the object.
         self._checksums: dict[str, NDArray[np.uint32]] = {}
+        self._just_read = (
+            "",
+            b"",
+        )  # the id and the shard of a tile that was read whole, until its first chunks are taken
 
     def _record(self, tile_id: str) -> TileRecord:
         try:
@@ -234,6 +246,7 @@ class SoftTargetCache:
         file = read_intact(self._storage, record, tile.SHARD_NAME)
         shard = open_tile(self.manifest.recipe, record, metadata, in_memory(file))
         self._checksums[record.id] = shard.checksums(file)
+        self._just_read = record.id, file
         return shard
 
     def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
@@ -244,12 +257,18 @@ class SoftTargetCache:
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise self._unusable(record.id, f"its entropy_error does not fit its size ({err!r:.100})") from err
 
+    def _chunks_reader(self, record: TileRecord) -> ReadRanges:
+        """What reads a tile's chunks: from memory where its digests have just been compared, so that no byte is asked for twice."""
+        tile_id, file = self._just_read
+        self._just_read = "", b""
+        return in_memory(file) if tile_id == record.id else self._ranges_reader(record)
+
     def _ranges_reader(self, record: TileRecord) -> ReadRanges:
         return partial(self._storage.read_ranges, f"{tile.tile_path(record.id)}/{tile.SHARD_NAME}")
 
     def _refuse_fork(self) -> None:
         """Raise `CacheError` for a remote cache in a forked process: the event loop of its file system did not survive."""
-        if isinstance(self._storage, LocalStorage):
+        if self._storage.survives_fork:
             return
         if self._pid is None:
             self._pid = os.getpid()
@@ -275,10 +294,7 @@ class SoftTargetCache:
             return CorruptCache(
                 f"tile {tile_id} of {url} was written again since the cache was opened ({cause}); open the cache again"
             )
-        return CorruptCache(
-            f"tile {tile_id} of {url} is damaged: {cause}; `kdpipe precompute-teacher --repair` computes "
-            "only the damaged tiles again"
-        )
+        return CorruptCache(f"tile {tile_id} of {url} is damaged: {cause}; {self._storage.repair}")
 
 
 def _checked(record: TileRecord, window: Window | None) -> Window:
@@ -325,16 +341,6 @@ def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ran
     return shard
 
 
-def in_memory(file: bytes) -> ReadRanges:
-    """A `ReadRanges` of a file in memory."""
-
-    def read_ranges(spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        starts = (start if start >= 0 else max(0, len(file) + start) for start, _ in spans)
-        return [file[start : start + length] for start, (_, length) in zip(starts, spans, strict=True)]
-
-    return read_ranges
-
-
 def partial_text(manifest: Manifest) -> str:
     """How many of a configuration's tiles a cache holds, where `--limit` chose them."""
     return f"it holds {len(manifest.tiles)} of {count_text(manifest.partial_of or 0, 'tiles')}, as --limit asked"
@@ -342,19 +348,20 @@ def partial_text(manifest: Manifest) -> str:
 
 def read_manifest(storage: Storage) -> Manifest:
     """The manifest of a finished cache; `IncompleteCache` if there is none, `CorruptCache` if it was changed."""
+    is_pack = isinstance(storage, PackedStorage)
+    advice = storage.repair if is_pack else DELETE_MANIFEST
     try:
         data = storage.read(MANIFEST_NAME)
     except FileNotFoundError as err:
+        if is_pack:
+            raise IncompleteCache(f"{err}; correct the path, or make it with `kdpipe pack`") from err
         state = "is not finished" if storage.children("") else "does not exist"
         raise IncompleteCache(
             f"the cache {storage.url} {state}; run `kdpipe precompute-teacher` with the same configuration"
         ) from err
     except CorruptCache as err:
-        raise CorruptCache(
-            f"{storage.url}/{MANIFEST_NAME} cannot be read ({err}); restore it, or delete it and run "
-            "`kdpipe precompute-teacher` again: finished tiles are kept"
-        ) from err
-    return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}")
+        raise CorruptCache(f"{storage.url}/{MANIFEST_NAME} cannot be read ({err}); {advice}") from err
+    return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}", advice)
 
 
 def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | None:

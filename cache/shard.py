@@ -41,6 +41,16 @@ ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]
 """Returns the bytes of the shard's file in each `(start, length)`; a negative start counts from its end."""
 
 
+def in_memory(file: bytes) -> ReadRanges:
+    """A `ReadRanges` of a file in memory."""
+
+    def read_ranges(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        starts = (start if start >= 0 else max(0, len(file) + start) for start, _ in spans)
+        return [file[start : start + length] for start, (_, length) in zip(starts, spans, strict=True)]
+
+    return read_ranges
+
+
 @dataclass(frozen=True)
 class Shard:
     """A tile's shard: its shape, the places of its chunks in the file, and the attributes of its metadata."""

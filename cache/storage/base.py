@@ -9,6 +9,8 @@ from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.configs.outputs import output_path
 from kdpipe.configs.urls import is_url, local_folder, refuse_address
 
+REPAIR = "`kdpipe precompute-teacher --repair` computes only the damaged tiles again"
+
 
 class FileInfo(NamedTuple):
     """A file's size in bytes, and the time of its last write in seconds since the epoch, None if unknown."""
@@ -25,6 +27,8 @@ class Storage(Protocol):
     """
 
     url: str
+    survives_fork: bool  # whether a process forked from one that has read from it can read on
+    repair: str  # what to do about a damaged tile, for the end of an error
 
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none, `CorruptCache` if something else is in its place."""
@@ -56,26 +60,31 @@ class Storage(Protocol):
 
 def open_storage(path: str) -> Storage:
     """
-    The storage at a folder or an fsspec URL (`s3://bucket/cache.zarr`).
+    The storage at a folder, a pack (`cache.zarr.zip`), or an fsspec URL of either (`s3://bucket/cache.zarr`).
 
     Raises `ConfigError` for a URL or path at which no cache can be (see `urls.refuse_address` and `local.require_place`), for a URL that
     the installed fsspec cannot open, and for a folder within a Python package.
     """
-    # Imported here: both modules import this one.
+    # Imported here: these modules import this one.
     try:
         refuse_address(path)
     except ValueError as err:
         raise ConfigError(f"cache.path: {err}") from err
     if is_url(path):
+        from kdpipe.cache.storage.packed import SUFFIX, PackedStorage
         from kdpipe.cache.storage.remote import RemoteStorage
 
         try:
-            return RemoteStorage(path)
+            remote = RemoteStorage(path)
+            return PackedStorage(remote.url, remote, "") if remote.url.endswith(SUFFIX) else remote
         except (ValueError, ImportError) as err:  # an unknown protocol, or one whose package is not installed
             hint = f"; {extra_text('s3')}" if path.startswith("s3") and isinstance(err, ImportError) else ""
             raise ConfigError(f"cache.path: {path} cannot be opened: {err}{hint}") from err
     from kdpipe.cache.storage.local import LocalStorage, require_place
+    from kdpipe.cache.storage.packed import SUFFIX, PackedStorage
 
     folder = output_path(local_folder(path), key="cache.path")
+    if folder.suffix == SUFFIX and not folder.is_dir():
+        return PackedStorage(str(folder), LocalStorage(folder.parent), folder.name)
     require_place(folder)
     return LocalStorage(folder)

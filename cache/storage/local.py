@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from kdpipe.cache.storage.base import FileInfo
+from kdpipe.cache.storage.base import REPAIR, FileInfo
 from kdpipe.configs.errors import CacheUnreachable, ConfigError, CorruptCache
 from kdpipe.configs.files import PARTIAL_SUFFIX, open_file, sync_folder, write_atomically
 from kdpipe.configs.os_errors import OF_THE_PATH, explained, said, told
@@ -50,6 +50,9 @@ def require_place(folder: Path) -> None:
 
 class LocalStorage:
     """A folder on a local or mounted disk; see `Storage` for what each method promises."""
+
+    survives_fork = True
+    repair = REPAIR
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -16,6 +16,7 @@ from kdpipe.cache.storage.fence import shut_out_workers
 from kdpipe.cache.storage.holder import describe, names_a_holder, this_process
 from kdpipe.cache.storage.local import IN_FOLDER, LocalStorage, make_folders
 from kdpipe.cache.storage.object_lock import object_lock
+from kdpipe.cache.storage.packed import PackedStorage
 from kdpipe.configs.errors import CacheError, CacheLocked, CacheUnreachable, ConfigError, NoLocks
 from kdpipe.configs.os_errors import NO_LOCKS, explained, told
 
@@ -35,9 +36,11 @@ def writer_lock(storage: Storage) -> Iterator[Require]:
     that could be deleted. A file beside the cache says who holds it. Object stores have no such lock: there an object beside the
     cache names the writer (see `object_lock`). It outlives a killed writer, and the next one on the same host takes it over.
     What is yielded raises `ShutOut` if the lock was lost; call it while writing, and with `now=True` before what two must not write.
-    Workers of an earlier holder are shut out (see `fence`). Raises `ConfigError` for a file beside the cache that is not kdpipe's,
-    and `NoLocks` on a file system without them.
+    Workers of an earlier holder are shut out (see `fence`). Raises `ConfigError` for a file beside the cache that is not kdpipe's and
+    for a pack, and `NoLocks` on a file system without them.
     """
+    if isinstance(storage, PackedStorage):
+        storage.refuse()
     with ExitStack() as held:
         require = _kept
         if isinstance(storage, LocalStorage):

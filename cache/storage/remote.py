@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from kdpipe.cache.storage.base import FileInfo
+from kdpipe.cache.storage.base import REPAIR, FileInfo
 from kdpipe.configs.errors import CacheUnreachable
 from kdpipe.configs.urls import hide_secrets
 
@@ -55,6 +55,9 @@ class RemoteStorage:
     Every request is tried `ATTEMPTS` times with growing waits before `CacheUnreachable` is raised; refusals (credentials,
     permissions, a missing bucket) are not repeated. It is pickled as its URL: each process opens its own connections.
     """
+
+    survives_fork = False  # the event loop of its file system does not
+    repair = REPAIR
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs

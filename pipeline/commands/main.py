@@ -11,6 +11,7 @@ from types import FrameType
 
 import click
 
+from kdpipe.pipeline.commands.caches import pack, unpack
 from kdpipe.pipeline.commands.completion import completion
 from kdpipe.pipeline.commands.maps import export, predict
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS, EXIT_USAGE, complain
@@ -25,6 +26,7 @@ SECTIONS = {
     "The pipeline": (precompute_teacher, verify_cache, train_student),
     "Results": (evaluate, forecast, compare, report),
     "Maps": (predict, export),
+    "Caches": (pack, unpack),
 }
 EXIT_STOPPED = 130  # 128 + SIGINT
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdpipe.cache.integrity import check_tiles_listed
 from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.packing.pack import SUFFIX
 from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import open_storage
@@ -56,13 +57,13 @@ class CacheInspection:
 
 
 def is_cache(path: str) -> bool:
-    """Whether `kdpipe inspect PATH` means a cache: a folder or a URL, and neither a file nor a folder of transformers."""
-    return "://" in path or (Path(path).is_dir() and not is_external(path))
+    """Whether `kdpipe inspect PATH` means a cache: a folder, a pack or a URL, and no other file nor a folder of transformers."""
+    return "://" in path or path.endswith(SUFFIX) or (Path(path).is_dir() and not is_external(path))
 
 
 def inspect_cache(path: str, config: Config | None = None) -> CacheInspection:
     """
-    The manifest of the cache at a folder or URL, compared with `config` if one is given.
+    The manifest of the cache at a folder, pack or URL, compared with `config` if one is given.
 
     Raises `IncompleteCache` where there is no finished cache, `CorruptCache` where its manifest was changed, and `DataError` where the
     configuration's tiles cannot be listed.

@@ -160,6 +160,15 @@ def rows(found: dict[str, dict]) -> list[Row]:
             faster = reads["zarr_median_ms"] / reads["kdpipe_median_ms"]
             what = f"random crop of up to 512 px against zarr-python's defaults, {bits} bits, T {temperature}"
             table.append(Row(what, faster, "x", at_least=4))
+            of_folder = reads["pack_median_ms"] / reads["kdpipe_median_ms"]
+            table.append(
+                Row(
+                    f"crop from a pack against one from the folder, {bits} bits, T {temperature}",
+                    of_folder,
+                    "x",
+                    at_most=1.05,
+                )
+            )
     if "memory" in found:
         memory = found["memory"]
         tiles = memory["tiles_mb"]

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.cache.encoding import implied_class, logits, row_deltas, simplex, steady_rounding
+from kdpipe.cache.packing.pack import pack
 from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.tile import CHUNK_PX, ZSTD_LEVEL
@@ -281,7 +282,7 @@ def split(tile_CHW: NDArray, chunk_px: int) -> list[NDArray]:
 
 
 def compare_reads(config, tiles: Tiles, bits: int) -> dict[str, float]:
-    """Milliseconds of the same random crops as float32, and bytes a pixel on disk: kdpipe's cache, and zarr's defaults."""
+    """Milliseconds of the same random crops as float32, and bytes a pixel on disk: kdpipe's cache, its pack, and zarr's defaults."""
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"kind": "soft", "bits": bits})})
     recipe = complete_recipe(config, None, None)
     names, pixels = [f"Tiles/{i:03d}" for i in range(len(tiles))], sum(tile[0].size for tile in tiles)
@@ -295,12 +296,13 @@ def compare_reads(config, tiles: Tiles, bits: int) -> dict[str, float]:
             )
             plain[:] = tile
         cache = SoftTargetCache.open(f"{folder}/kdpipe.zarr")
+        packed = SoftTargetCache.open(pack(f"{folder}/kdpipe.zarr", f"{folder}/pack.zarr.zip").files[0])
         arrays = {name: zarr.open_array(f"{folder}/zarr.zarr/{name}", mode="r") for name in names}
         for name in names:  # the first touch, which compares a tile's digest and opens it, is once a process
-            cache.read(name), arrays[name][:]
+            cache.read(name), packed.read(name), arrays[name][:]
         rng = np.random.default_rng(0)
-        seconds: dict[str, list[float]] = {"kdpipe": [], "zarr": []}
-        processor: dict[str, list[float]] = {"kdpipe": [], "zarr": []}
+        seconds: dict[str, list[float]] = {"kdpipe": [], "pack": [], "zarr": []}
+        processor: dict[str, list[float]] = {"kdpipe": [], "pack": [], "zarr": []}
         for _ in range(READS):
             name = names[rng.integers(len(names))]
             sides = [min(CROP_PX, side) for side in cache.size(name)]
@@ -308,17 +310,19 @@ def compare_reads(config, tiles: Tiles, bits: int) -> dict[str, float]:
                 int(rng.integers(whole - side + 1)) for whole, side in zip(cache.size(name), sides, strict=True)
             )
             times = [(time.perf_counter(), time.process_time())]
-            cache.read(name, (top, left, *sides))
-            times.append((time.perf_counter(), time.process_time()))
+            for reader in (cache, packed):
+                reader.read(name, (top, left, *sides))
+                times.append((time.perf_counter(), time.process_time()))
             arrays[name][:, top : top + sides[0], left : left + sides[1]].astype(np.float32)
             times.append((time.perf_counter(), time.process_time()))
-            for reader, before, after in zip(seconds, times[:-1], times[1:], strict=True):
-                seconds[reader].append(after[0] - before[0])
-                processor[reader].append(after[1] - before[1])
+            for what, before, after in zip(seconds, times[:-1], times[1:], strict=True):
+                seconds[what].append(after[0] - before[0])
+                processor[what].append(after[1] - before[1])
         sizes = {
-            reader: sum(file.stat().st_size for file in Path(folder, f"{reader}.zarr").rglob("*") if file.is_file())
-            for reader in seconds
+            what: sum(file.stat().st_size for file in Path(folder, f"{what}.zarr").rglob("*") if file.is_file())
+            for what in ("kdpipe", "zarr")
         }
+        sizes["pack"] = Path(folder, "pack.zarr.zip").stat().st_size
     found: dict[str, float] = {}
     for reader in seconds:
         found |= {

@@ -40,6 +40,8 @@ TAKES = {  # in the order of the work, as `kdpipe --help` lists them
     "report": {"--json", "--debug", "--device", "--limit"},
     "predict": {"--json", "--debug", "--device", "--set", "--limit"},
     "export": {"--json", "--debug", "--limit"},
+    "pack": {"--json", "--debug"},
+    "unpack": {"--json", "--debug"},
 }
 
 
@@ -58,7 +60,7 @@ def test_help_lists_the_commands_in_the_order_of_the_work_and_cuts_none_off(monk
     listed = [line.split()[0] for line in said.splitlines() if re.match("  [a-z][a-z-]*  ", line)]
     assert listed == list(TAKES) == cli.list_commands(None)
     assert [line for line in said.splitlines() if re.match(r"[A-Z].*:$", line)] == [
-        "Options:", "Set up:", "The pipeline:", "Results:", "Maps:"
+        "Options:", "Set up:", "The pipeline:", "Results:", "Maps:", "Caches:"
     ]  # fmt: skip
     assert "..." not in said.partition("Options:")[2]
     assert max(map(len, said.splitlines())) <= 80

@@ -14,6 +14,8 @@ from helpers.foreign_networks import CLASSES
 from helpers.stored_predictions import write_all
 
 from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.packing.pack import pack
+from kdpipe.cache.packing.unpack import unpack
 from kdpipe.configs import dump_config, load_config
 from kdpipe.pipeline.models.student import build_student, load_student_weights
 from kdpipe.pipeline.runs.checkpoint import load_trained
@@ -95,9 +97,20 @@ def verify_with_a_folder_and_a_checkpoint(make_config, landscape, as_path, weigh
     assert report.findings == []
 
 
+def pack_a_cache(cached, as_path, tmp_path, **_):
+    assert pack(as_path(cached.cache.path), as_path(tmp_path / "c.zarr.zip")).tiles == [6]
+
+
+def unpack_a_cache(cached, as_path, tmp_path, **_):
+    packed = pack(cached.cache.path, tmp_path / "c.zarr.zip").files
+    assert unpack([as_path(file) for file in packed], as_path(tmp_path / "back.zarr")).tiles == 6
+
+
 CALLS = {
     "kdpipe.cache.SoftTargetCache.open": open_a_cache,
     "kdpipe.cache.SoftTargetCache.create": create_a_cache,
+    "kdpipe.cache.packing.pack.pack": pack_a_cache,
+    "kdpipe.cache.packing.unpack.unpack": unpack_a_cache,
     "kdpipe.configs.load_config": load_a_config,
     "kdpipe.pipeline.models.student.build_student": build_from_a_checkpoint,
     "kdpipe.pipeline.models.student.load_student_weights": load_weights,

@@ -1,0 +1,1 @@
+"""A finished cache as one file, and back."""

@@ -1,0 +1,437 @@
+"""Caches as one file: the bytes of a pack, what stops and damages it, and reading from it as from the folder."""
+
+import filecmp
+import io
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from helpers.caches import RECIPE, SIZES, fill
+
+from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.integrity import check_full, check_quick
+from kdpipe.cache.packing.pack import pack
+from kdpipe.cache.packing.unpack import unpack
+from kdpipe.cache.storage import zip_format
+from kdpipe.cache.storage.base import open_storage
+from kdpipe.cache.storage.lock import writer_lock
+from kdpipe.cache.writer import open_writer
+from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache, KdpipeError, StaleCache
+
+
+@pytest.fixture
+def cache(images, tmp_path):
+    fill(tmp_path / "c.zarr", images)
+    return tmp_path / "c.zarr"
+
+
+@pytest.fixture
+def packed(cache, tmp_path):
+    return Path(pack(cache, tmp_path / "c.zarr.zip").files[0])
+
+
+def same_folders(a, b):
+    compared = filecmp.dircmp(a, b, ignore=[])
+    differing = [*compared.left_only, *compared.right_only, *compared.funny_files]
+    differing += filecmp.cmpfiles(a, b, compared.common_files, shallow=False)[1]
+    return not differing and all(same_folders(Path(a, name), Path(b, name)) for name in compared.common_dirs)
+
+
+def codes(path, images):
+    storage = open_storage(str(path))
+    return {finding.code for finding in check_full(storage, SoftTargetCache.open(path, partial=True).manifest, images)}
+
+
+def test_stock_tools_read_a_pack_and_find_the_files_of_the_folder(cache, packed, tmp_path):
+    with zipfile.ZipFile(packed) as file:
+        assert file.testzip() is None
+        assert {each.compress_type for each in file.infolist()} == {zipfile.ZIP_STORED}
+        file.extractall(tmp_path / "extracted")
+    (tmp_path / "extracted" / zip_format.TABLE_NAME).unlink()
+    assert same_folders(cache, tmp_path / "extracted")
+    folder = zarr.open_group(cache, mode="r")
+    opened = zarr.open_group(zarr.storage.ZipStore(packed, read_only=True), mode="r")
+    assert opened.attrs.asdict() == folder.attrs.asdict()
+    for tile in SIZES:
+        np.testing.assert_array_equal(opened[f"tiles/{tile}"][:], folder[f"tiles/{tile}"][:])
+
+
+def test_a_pack_is_read_as_the_folder_is(cache, packed, images):
+    folder, opened = SoftTargetCache.open(cache), SoftTargetCache.open(packed)
+    assert opened.manifest == folder.manifest
+    again = pickle.loads(pickle.dumps(opened))
+    for tile, (height, width) in SIZES.items():
+        window = (height // 3, width // 4, height - height // 3, width - width // 4)
+        for reader in (opened, again):
+            np.testing.assert_array_equal(reader.read(tile), folder.read(tile))
+            np.testing.assert_array_equal(reader.read(tile, window), folder.read(tile, window))
+            assert reader.entropy_error(tile) == folder.entropy_error(tile)
+    for level in (check_quick, check_full):
+        assert level(open_storage(str(packed)), opened.manifest, images) == []
+
+
+def test_a_forked_process_reads_on(packed):
+    opened = SoftTargetCache.open(packed)
+    expected = opened.read("Other/d")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(opened.read("Other/d"), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_same_cache_has_the_same_bytes_from_a_folder_a_pack_and_a_store(cache, packed, images, tmp_path):
+    for path in cache.rglob("*"):
+        os.utime(path, (1, 1))
+    (tmp_path / "other").mkdir()
+    fill("memory://tests/c.zarr", images)
+    for source in (cache, packed, "memory://tests/c.zarr"):
+        again = pack(source, tmp_path / "other" / "again.zarr.zip", overwrite=True)
+        assert Path(again.files[0]).read_bytes() == packed.read_bytes()
+        assert (again.tiles, again.size_bytes, again.kept_bytes) == ([len(SIZES)], packed.stat().st_size, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize("rest", [b"", b"what another program wrote"])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(share, rest, cache, packed, tmp_path):
+    whole = packed.read_bytes()
+    (tmp_path / ".d.zarr.zip.partial").write_bytes(whole[: int(share * len(whole))] + rest)
+    again = pack(cache, tmp_path / "d.zarr.zip")
+    assert Path(again.files[0]).read_bytes() == whole
+    assert (again.kept_bytes > 0) == (share >= 0.3)
+    assert not (tmp_path / ".d.zarr.zip.partial").exists()
+
+
+def test_a_run_stopped_at_a_tile_keeps_what_it_has(cache, packed, tmp_path, monkeypatch):
+    class Stops:
+        seen = 0
+
+        def __call__(self):
+            self.seen += 1
+            if self.seen == 3:
+                raise KeyboardInterrupt
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(cache, tmp_path / "d.zarr.zip", bar=lambda total: Stops())
+    assert not (tmp_path / "d.zarr.zip").exists()
+    again = pack(cache, tmp_path / "d.zarr.zip")
+    assert Path(again.files[0]).read_bytes() == packed.read_bytes()
+    assert again.kept_bytes > 0
+
+
+def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_path, monkeypatch):
+    from kdpipe.cache.packing import pack as module
+
+    put = module._Writer.put
+
+    def full(self, name, content):
+        if name.startswith("tiles/Other/d"):
+            raise OSError(28, os.strerror(28))
+        put(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Writer, "put", full)
+        with pytest.raises(
+            KdpipeError, match=r"no room for .*d.zarr.zip: its disk is full .* run the same command again"
+        ):
+            pack(cache, tmp_path / "d.zarr.zip")
+    again = pack(cache, tmp_path / "d.zarr.zip")
+    assert again.kept_bytes > 0
+    assert Path(again.files[0]).read_bytes() == packed.read_bytes()
+
+
+class TestParts:
+    @pytest.fixture
+    def parts(self, cache, tmp_path):
+        return pack(cache, tmp_path / "p.zarr.zip", most_bytes=20_000)
+
+    def test_each_is_a_cache_of_some_tiles_and_no_larger_than_asked(self, cache, parts, images):
+        assert [Path(file).name for file in parts.files] == [f"p-{i + 1:04d}.zarr.zip" for i in range(len(parts.files))]
+        assert len(parts.files) > 1
+        assert sum(parts.tiles) == len(SIZES)
+        assert Path(parts.files[0]).stat().st_size <= 20_000
+        ids, folder = [], SoftTargetCache.open(cache)
+        for file in parts.files:
+            with pytest.raises(IncompleteCache, match=r"holds \d of 4 tiles"):
+                SoftTargetCache.open(file)
+            part = SoftTargetCache.open(file, partial=True)
+            ids += part.tile_ids
+            for tile in part.tile_ids:
+                np.testing.assert_array_equal(part.read(tile), folder.read(tile))
+            assert codes(file, {tile: images[tile] for tile in part.tile_ids}) == set()
+        assert ids == folder.tile_ids
+
+    @pytest.mark.parametrize("most_bytes", [1, 8_000, 15_000, 30_000, 10**9])
+    def test_any_size_gives_the_same_cache_again(self, most_bytes, cache, tmp_path):
+        parts = pack(cache, tmp_path / "q.zarr.zip", most_bytes=most_bytes)
+        for file, tiles in zip(parts.files, parts.tiles, strict=True):
+            assert tiles == 1 or Path(file).stat().st_size <= most_bytes
+        found = unpack(reversed(parts.files), tmp_path / "back.zarr")
+        assert (found.tiles, found.kept, found.partial_of) == (len(SIZES), 0, None)
+        assert same_folders(cache, tmp_path / "back.zarr")
+
+    def test_a_stopped_run_of_another_size_leaves_nothing_behind(self, cache, parts, tmp_path):
+        for number, file in enumerate(parts.files, 1):
+            shutil.copy(file, tmp_path / f".r-{number:04d}.zarr.zip.partial")
+        again = pack(cache, tmp_path / "r.zarr.zip", most_bytes=8_000)
+        found = unpack(again.files, tmp_path / "back.zarr")
+        assert found.partial_of is None
+        assert same_folders(cache, tmp_path / "back.zarr")
+        assert all(
+            tiles == 1 or Path(f).stat().st_size <= 8_000 for f, tiles in zip(again.files, again.tiles, strict=True)
+        )
+
+    def test_a_missing_one_leaves_a_part_of_a_cache_which_the_others_complete(self, cache, parts, tmp_path):
+        found = unpack(parts.files[1:], tmp_path / "back.zarr")
+        assert found.partial_of == len(SIZES)
+        assert SoftTargetCache.open(tmp_path / "back.zarr", partial=True).tile_ids == list(SIZES)[parts.tiles[0] :]
+        with pytest.raises(StaleCache, match="holds a finished cache already, of other tiles"):
+            unpack(parts.files, tmp_path / "back.zarr")
+
+    def test_packs_that_do_not_belong_together_are_refused(self, cache, packed, parts, images, tmp_path):
+        with pytest.raises(ConfigError, match="share tiles"):
+            unpack([parts.files[0], parts.files[0]], tmp_path / "x.zarr")
+        with pytest.raises(ConfigError, match="parts of another number of tiles"):
+            unpack([parts.files[0], packed], tmp_path / "x.zarr")
+        fill(tmp_path / "e.zarr", images, recipe=RECIPE.model_copy(update={"temperature": 3.0}))
+        other = pack(tmp_path / "e.zarr", tmp_path / "e.zarr.zip", most_bytes=20_000)
+        with pytest.raises(ConfigError, match="are not of one cache: temperature"):
+            unpack([parts.files[0], other.files[1]], tmp_path / "x.zarr")
+        with pytest.raises(ConfigError, match="holds a part of its tiles already"):
+            pack(parts.files[0], tmp_path / "y.zarr.zip", most_bytes=20_000)
+
+
+class TestUnpack:
+    def test_a_stopped_one_goes_on(self, cache, packed, images, tmp_path):
+        fill(tmp_path / "back.zarr", images, tiles=["Train/b", "Other/c"], finish=False)
+        os.truncate(tmp_path / "back.zarr/tiles/Other/c/0.0.0", 3)
+        found = unpack([packed], tmp_path / "back.zarr")
+        assert (found.tiles, found.kept) == (len(SIZES), 1)
+        assert same_folders(cache, tmp_path / "back.zarr")
+        assert unpack([packed], tmp_path / "back.zarr").kept == len(SIZES)
+
+    def test_what_is_there_is_not_overwritten(self, packed, images, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "letter.txt").write_text("dear")
+        with pytest.raises(ConfigError, match="holds something that is no cache"):
+            unpack([packed], tmp_path / "mine")
+        fill(tmp_path / "e.zarr", images, recipe=RECIPE.model_copy(update={"temperature": 3.0}))
+        with pytest.raises(StaleCache, match="holds a cache of another recipe"):
+            unpack([packed], tmp_path / "e.zarr")
+        assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+    def test_damage_is_named_and_not_copied(self, packed, tmp_path):
+        content = bytearray(packed.read_bytes())
+        with zipfile.ZipFile(packed) as file:
+            member = file.getinfo("tiles/Other/d/0.0.0")
+        content[member.header_offset + 1000] ^= 1
+        packed.write_bytes(content)
+        with pytest.raises(
+            CorruptCache, match=r"tile Other/d of .*c.zarr.zip is damaged: its shard .* copy the pack again"
+        ):
+            unpack([packed], tmp_path / "back.zarr")
+        assert not (tmp_path / "back.zarr" / "manifest.json").exists()
+
+    def test_a_folder_and_a_foreign_archive_are_no_packs(self, cache, tmp_path):
+        with pytest.raises(ConfigError, match="is no pack: give the NAME.zarr.zip"):
+            unpack([cache], tmp_path / "x.zarr")
+        with zipfile.ZipFile(tmp_path / "z.zarr.zip", "w") as file:
+            file.writestr("zarr.json", "{}")
+        with pytest.raises(CorruptCache, match="is not what `kdpipe pack` wrote"):
+            unpack([tmp_path / "z.zarr.zip"], tmp_path / "x.zarr")
+
+
+class TestDamage:
+    @pytest.mark.long
+    def test_a_flipped_byte_is_found_and_no_other_number_is_read(self, images, tmp_path):
+        """Every seventh byte around the contents, and every 97th of them."""
+        fill(tmp_path / "s.zarr", images)
+        packed = Path(pack(tmp_path / "s.zarr", tmp_path / "s.zarr.zip").files[0])
+        content, expected = packed.read_bytes(), {tile: SoftTargetCache.open(packed).read(tile) for tile in SIZES}
+        with zipfile.ZipFile(packed) as file:
+            of_contents = set()
+            for member in file.infolist():
+                start = member.header_offset + zip_format.header_bytes(member.filename, member.file_size)
+                of_contents |= set(range(start, start + member.file_size))
+        for place in range(len(content)):
+            if place % (97 if place in of_contents else 7):
+                continue
+            damaged = bytearray(content)
+            damaged[place] ^= 0x10
+            packed.write_bytes(damaged)
+            try:
+                opened = SoftTargetCache.open(packed)
+                found = check_full(open_storage(str(packed)), opened.manifest, images)
+            except CacheError:
+                continue
+            assert found, place
+            for tile, values in expected.items():
+                try:
+                    read = opened.read(tile)
+                except CacheError:
+                    continue
+                assert np.array_equal(read, values), (place, tile)
+
+    def test_a_pack_that_was_cut_off_or_appended_to_is_found(self, packed, images):
+        content = packed.read_bytes()
+        for end in (0, 1, 30, len(content) // 2, len(content) - 1):
+            packed.write_bytes(content[:end])
+            with pytest.raises(CorruptCache, match="copy it again|copy the pack again"):
+                SoftTargetCache.open(packed)
+        packed.write_bytes(content + b"x")
+        with pytest.raises(CorruptCache, match="is not what `kdpipe pack` wrote"):
+            SoftTargetCache.open(packed)
+
+    def test_a_swapped_member_is_not_taken_for_another(self, packed, images):
+        """Two tiles of one size in each other's place in the table, whose digests tell them apart."""
+        with zipfile.ZipFile(packed) as file:
+            table = file.read(zip_format.TABLE_NAME)
+        rows = np.frombuffer(table, zip_format.ROW).copy()
+        a, b = (np.flatnonzero(rows["key"] == zip_format.key(f"tiles/Train/{x}/0.0.0"))[0] for x in "ab")
+        for column in ("offset", "size"):
+            rows[column][[a, b]] = rows[column][[b, a]]
+        packed.write_bytes(packed.read_bytes().replace(table, rows.tobytes()))
+        with pytest.raises(CorruptCache, match="has something else where its table says"):
+            SoftTargetCache.open(packed).read("Train/a")
+        assert "damaged-tile" in codes(packed, images)
+
+    def test_a_damaged_tile_of_the_cache_is_not_packed(self, cache, tmp_path):
+        file = cache / "tiles/Other/d/0.0.0"
+        content = bytearray(file.read_bytes())
+        content[50] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CorruptCache, match=r"tile Other/d of .*c.zarr is damaged: .*--repair"):
+            pack(cache, tmp_path / "d.zarr.zip")
+        assert not (tmp_path / "d.zarr.zip").exists()
+
+    def test_a_missing_pack_and_an_unfinished_cache_say_what_to_do(self, images, tmp_path):
+        with pytest.raises(
+            IncompleteCache, match="there is no file .*; correct the path, or make it with `kdpipe pack`"
+        ):
+            SoftTargetCache.open(tmp_path / "none.zarr.zip")
+        fill(tmp_path / "u.zarr", images, tiles=["Train/a"], finish=False)
+        with pytest.raises(IncompleteCache, match="is not finished"):
+            pack(tmp_path / "u.zarr", tmp_path / "u.zarr.zip")
+
+
+def test_a_pack_is_only_read(packed, images):
+    before, storage = packed.read_bytes(), open_storage(str(packed))
+    advice = r"c.zarr.zip is a pack, which is only read: make a folder of it with `kdpipe unpack .*c.zarr.zip c.zarr`"
+    for refused in (
+        lambda: writer_lock(storage).__enter__(),
+        lambda: open_writer(storage, RECIPE, device="cpu", libraries={}).__enter__(),
+        lambda: SoftTargetCache.create(packed, ["a", "b"]).__enter__(),
+        lambda: storage.write("x", b""),
+        lambda: storage.remove("x"),
+    ):
+        with pytest.raises(ConfigError, match=advice):
+            refused()
+    assert packed.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["c.zip", "c.zarr", ".zarr.zip"])
+def test_a_pack_has_a_name_that_zarr_knows(name, cache, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=r"a pack is named NAME\.zarr\.zip"):
+        pack(cache, tmp_path / "out" / name)
+
+
+def test_files_that_exist_are_replaced_only_on_request(cache, packed, tmp_path):
+    before = packed.read_bytes()
+    packed.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"c.zarr.zip exists already.*--overwrite"):
+        pack(cache, packed)
+    assert packed.read_bytes() == b"mine"
+    pack(cache, packed, overwrite=True)
+    assert packed.read_bytes() == before
+
+
+def test_names_of_one_key_are_told_apart_by_their_headers(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_format, "key", lambda name: len(name) % 3)
+    opened, folder = SoftTargetCache.open(pack(cache, tmp_path / "k.zarr.zip").files[0]), SoftTargetCache.open(cache)
+    for tile in SIZES:
+        np.testing.assert_array_equal(opened.read(tile), folder.read(tile))
+    assert open_storage(str(tmp_path / "k.zarr.zip")).info("tiles/none/0.0.0") is None
+
+
+class TestLargeArchives:
+    """Against Python's zipfile."""
+
+    def test_more_members_than_16_bits_count(self):
+        names, none = [f"tiles/Wälder/{i}" for i in range(70_000)], np.zeros(70_000, np.uint64)
+        header_bytes = np.array([zip_format.header_bytes(name, 0) for name in names], np.uint64)
+        offsets = np.concatenate([[0], np.cumsum(header_bytes)[:-1]]).astype(np.uint64)
+        file = io.BytesIO(b"".join(zip_format.header(name, 0, 0) for name in names))
+        position = file.seek(0, io.SEEK_END)
+        for piece in zip_format.tail(names, none, [0] * len(names), offsets, position):
+            file.write(piece)
+        with zipfile.ZipFile(file) as found:
+            assert found.namelist() == [*names, zip_format.TABLE_NAME]
+            assert found.read(names[-1]) == b""
+            rows = np.frombuffer(found.read(zip_format.TABLE_NAME), zip_format.ROW)
+        assert (np.diff(rows["key"].astype(object)) >= 0).all()
+
+    def test_members_and_places_beyond_4_gib(self, tmp_path):
+        """The first member is 5 GiB of a sparse file, whose checksum nobody takes."""
+        size, small = 5 << 30, b"behind it"
+        path, names = tmp_path / "large.zarr.zip", ["large", "small"]
+        with path.open("wb") as file:
+            file.write(zip_format.header("large", size, 7))
+            file.seek(size, io.SEEK_CUR)
+            second = file.tell()
+            file.write(zip_format.header("small", len(small), zlib.crc32(small)) + small)
+            sizes, offsets = np.array([size, len(small)], np.uint64), np.array([0, second], np.uint64)
+            for piece in zip_format.tail(names, sizes, [7, zlib.crc32(small)], offsets, file.tell()):
+                file.write(piece)
+        with zipfile.ZipFile(path) as found:
+            assert [(each.filename, each.file_size, each.header_offset) for each in found.infolist()[:2]] == [
+                ("large", size, 0), ("small", len(small), second)
+            ]  # fmt: skip
+            assert found.read("small") == small
+            with found.open("large") as content:
+                assert content.read(10) == bytes(10)
+        storage = open_storage(str(path))
+        assert storage.read("small") == small
+        assert storage.read_ranges("large", [(size - 4, 4), (0, 3)]) == [bytes(4), bytes(3)]
+        assert storage.info("large").size == size
+        assert storage.children("") == ["large", "small"]
+
+
+class TestS3:
+    @pytest.fixture
+    def remote(self, s3, packed):
+        url = f"{s3.url}.zip"
+        open_storage(s3.url)._fs.put_file(str(packed), url)
+        s3.count()
+        return url
+
+    def test_a_remote_pack_is_read_in_few_requests(self, remote, s3, cache, images):
+        opened, folder = SoftTargetCache.open(remote), SoftTargetCache.open(cache)
+        # Size, end, table, manifest.
+        assert sum(s3.count().values()) <= 6
+        np.testing.assert_array_equal(opened.read("Other/d"), folder.read("Other/d"))
+        assert sum(s3.count().values()) <= 2  # metadata and shard
+        np.testing.assert_array_equal(
+            opened.read("Other/d", (10, 10, 90, 80)), folder.read("Other/d", (10, 10, 90, 80))
+        )
+        assert sum(s3.count().values()) <= 1
+        assert check_full(open_storage(remote), opened.manifest, images) == []
+
+    def test_it_is_unpacked_and_a_cache_on_s3_is_packed(self, remote, s3, cache, packed, tmp_path):
+        unpack([remote], s3.url)
+        assert SoftTargetCache.open(s3.url).manifest == SoftTargetCache.open(cache).manifest
+        again = pack(s3.url, tmp_path / "again.zarr.zip")
+        assert Path(again.files[0]).read_bytes() == packed.read_bytes()
+        with pytest.raises(ConfigError, match="is only read"), writer_lock(open_storage(remote)):
+            pass
