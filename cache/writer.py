@@ -32,6 +32,7 @@ from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
 from kdpipe.cache.records import ImageDigest, TileRecord, node_path
 from kdpipe.cache.shard import SpilledShard
+from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import FileInfo, Storage
 from kdpipe.cache.storage.local import IN_FOLDER
 from kdpipe.cache.storage.lock import Require, writer_lock
@@ -45,7 +46,7 @@ def finished_tiles(
     """
     The tiles of `images` (id to source image) that are in the cache, whole, and computed from the image as it is now.
 
-    `manifest` is the result of `whole_manifest`; for tiles that it does not list, their receipts are read one by one.
+    `manifest` is the result of `whole_manifest`; the receipts of tiles that it does not list are read.
     Raises `StaleCache`, naming the fields, if the cache was made by another recipe, and `CorruptCache` if it is not a cache.
     """
     found = read_recipe(storage)
@@ -69,10 +70,15 @@ def finished_tiles(
     unchanged = known_images.unchanged((images[tile_id], record) for tile_id, record in stored.items())
     finished = {tile_id: stored[tile_id] for tile_id in unchanged}
     # The manifest lacks the others, or its records do not fit; the tiles' receipts may still vouch for them.
-    receipts = ((tile_id, read_receipt(storage, tile_id, digest)) for tile_id in images if tile_id not in finished)
+    unknown = [
+        tile_id
+        for tile_id in images
+        if tile_id not in finished and info(f"{tile.tile_path(tile_id)}/{tile.METADATA_NAME}")
+    ]
+    receipts = in_order(lambda tile_id: read_receipt(storage, tile_id, digest), unknown, storage.at_once)
     others = {
         tile_id: record
-        for tile_id, record in receipts
+        for tile_id, record in zip(unknown, receipts, strict=True)
         if record is not None and record != stored.get(tile_id) and _is_stored(info, record)
     }
     unchanged = known_images.unchanged((images[tile_id], record) for tile_id, record in others.items())

@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, finger
 from kdpipe.cache.reader import read_intact, read_manifest
 from kdpipe.cache.records import TileRecord, canonical
 from kdpipe.cache.storage import zip_format
+from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.configs.errors import ConfigError, CorruptCache
 from kdpipe.configs.files import partial_path, publish
@@ -32,7 +31,7 @@ from kdpipe.configs.outputs import output_path
 
 SUFFIX = ".zarr.zip"
 READ_THREADS = 8  # the answers of an object store take time; a disk's are hashed
-MOST_TILES, MOST_BYTES = 64, 1 << 28  # that are read ahead
+MOST_BYTES = 1 << 28  # of tiles that are read ahead
 
 
 Bar = Callable[[int], AbstractContextManager[Callable[[], object]]]
@@ -287,18 +286,5 @@ def _read_ahead(storage: Storage, tiles: Sequence[TileRecord]) -> Iterator[tuple
         except ValueError as err:
             raise damaged(storage, record, err) from err
 
-    waiting: deque[tuple[int, Future[tuple[bytes, bytes]]]] = deque()
-    waiting_bytes = 0
-    threads = ThreadPoolExecutor(READ_THREADS)
-    try:
-        for record in tiles:
-            while waiting and (len(waiting) >= MOST_TILES or waiting_bytes + record.shard_bytes > MOST_BYTES):
-                size, first = waiting.popleft()
-                waiting_bytes -= size
-                yield first.result()
-            waiting.append((record.shard_bytes, threads.submit(read, record)))
-            waiting_bytes += record.shard_bytes
-        for _, each in waiting:
-            yield each.result()
-    finally:
-        threads.shutdown(cancel_futures=True)
+    threads = max(READ_THREADS, storage.at_once)
+    return in_order(read, tiles, threads, weigh=lambda record: record.shard_bytes, most=MOST_BYTES)

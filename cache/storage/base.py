@@ -30,6 +30,10 @@ class Storage(Protocol):
     survives_fork: bool  # whether a process forked from one that has read from it can read on
     repair: str  # what to do about a damaged tile, for the end of an error
 
+    @property
+    def at_once(self) -> int:
+        """How many reads from threads are faster than one after another."""
+
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none, `CorruptCache` if something else is in its place."""
 

@@ -53,6 +53,7 @@ class LocalStorage:
 
     survives_fork = True
     repair = REPAIR
+    at_once = 1
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

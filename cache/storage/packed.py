@@ -34,6 +34,10 @@ class PackedStorage:
         self._name = name
         self._rows: NDArray[Any] | None = None
 
+    @property
+    def at_once(self) -> int:
+        return self._place.at_once
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
 

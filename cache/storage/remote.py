@@ -12,11 +12,13 @@ import errno
 import io
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from kdpipe.cache.storage.base import REPAIR, FileInfo
+from kdpipe.cache.storage.s3_reader import S3Reader, open_reader
 from kdpipe.configs.errors import CacheUnreachable
 from kdpipe.configs.urls import hide_secrets
 
@@ -29,6 +31,8 @@ ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.5  # doubled after each failure, and shortened at random by up to a half to spread workers out
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 20  # between two packets of a response
+
+FSSPEC_AT_ONCE, OBSTORE_AT_ONCE = 16, 64  # requests; more gain nothing: a processor then makes them no faster
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # where folders are only parts of names
 S3 = {"s3", "s3a"}
@@ -45,6 +49,7 @@ REFUSAL_TYPES = (PermissionError, ValueError, ImportError)
 CREDENTIAL_ERRORS = {  # names, as botocore may not be installed
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "TokenRetrievalError",
 }  # fmt: skip
+OBSTORE_REFUSALS = {"PermissionDeniedError", "UnauthenticatedError"}  # names, as obstore may not be installed
 BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, MemoryError)
 
 
@@ -78,6 +83,9 @@ class RemoteStorage:
             self._root = ""
             raise self._unreachable("opening", "", err, _why_refused(err) or "there is no connection") from err
         self._is_s3 = protocol in S3
+        self._reader: S3Reader | None = None
+        self._has_looked = self._has_read = False
+        self._opening = threading.Lock()
         if self._is_s3:
             self._fs.retries = 1
         self._has_folders = protocol not in OBJECT_STORES
@@ -88,16 +96,54 @@ class RemoteStorage:
         return RemoteStorage, (self.url,)
 
     def read(self, name: str) -> bytes:
-        return self._try("reading", name, lambda: bytes(self._fs.cat_file(self._full(name))))
+        def by_s3fs() -> bytes:
+            return bytes(self._fs.cat_file(self._full(name)))
+
+        return self._try("reading", name, lambda: self._by(lambda reader, key: reader.read(key), name, by_s3fs))
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        # One request for each range, all at the same time.
-        starts = [start for start, _ in spans]
-        ends = [None if start < 0 and start + length == 0 else start + length for start, length in spans]
-        paths = [self._full(name)] * len(spans)
+        def by_s3fs() -> list[bytes]:
+            # One request for each range, all at the same time.
+            starts = [start for start, _ in spans]
+            ends = [None if start < 0 and start + length == 0 else start + length for start, length in spans]
+            paths = [self._full(name)] * len(spans)
+            return list(map(bytes, self._fs.cat_ranges(paths, starts, ends, on_error="raise")))
+
         return self._try(
-            "reading", name, lambda: list(map(bytes, self._fs.cat_ranges(paths, starts, ends, on_error="raise")))
+            "reading", name, lambda: self._by(lambda reader, key: reader.read_ranges(key, spans), name, by_s3fs)
         )
+
+    @property
+    def at_once(self) -> int:
+        return OBSTORE_AT_ONCE if self._opened_reader() is not None else FSSPEC_AT_ONCE
+
+    def _by(self, read: Callable[[S3Reader, str], Result], name: str, by_s3fs: Callable[[], Result]) -> Result:
+        """What obstore reads, where it is installed; s3fs reads the rest, and names what is missing or refused."""
+        reader = self._opened_reader()
+        if reader is None:
+            return by_s3fs()
+        try:
+            found = read(reader, self._full(name).partition("/")[2])
+        except FileNotFoundError:
+            return by_s3fs()
+        except Exception as err:
+            if type(err).__name__ in OBSTORE_REFUSALS or not self._has_read:  # perhaps a setting that only s3fs knows
+                self._reader = None
+                return by_s3fs()
+            raise ConnectionError(str(err).splitlines()[0].removeprefix("Generic S3 error: ")) from err
+        self._has_read = True
+        return found
+
+    def _opened_reader(self) -> S3Reader | None:
+        with self._opening:
+            if self._is_s3 and not self._has_looked:
+                self._has_looked = True
+                bucket = self._full("").partition("/")[0]
+                with contextlib.suppress(Exception):  # whatever it is, s3fs meets it too, and names it
+                    self._reader = open_reader(
+                        self._fs, bucket, connect_seconds=CONNECT_SECONDS, answer_seconds=ANSWER_SECONDS
+                    )
+        return self._reader
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """

@@ -92,6 +92,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
         "memory": ["memory.py"],
         "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
         "views": ["views.py", config],
+        "remote": ["remote.py", f"{folder}/remote"],
     }
     return {
         name: [*([precompute] if name in STUDENTS or name == "recipes" else []), [str(HERE / script), *arguments]]
@@ -179,6 +180,20 @@ def rows(found: dict[str, dict]) -> list[Row]:
                 "peak memory of a scene four times as high, in windows", memory["high_against_first"], "x", at_most=1.1
             ),
             Row("peak memory of a scene twice as wide, in windows", memory["wide_against_first"], "x"),
+        ]
+    if "remote" in found:
+        ours, theirs = (found["remote"]["figures"][way] for way in ("obstore", "s3fs"))
+        for reader in ("one reader", "7 readers"):
+            of_s3fs = ours[f"crops of a folder, {reader}, a second"] / theirs[f"crops of a folder, {reader}, a second"]
+            table.append(Row(f"crops from S3 through obstore against s3fs, {reader}", of_s3fs, "x", at_least=2))
+        receipts = ours["receipts at once, a second"]
+        table += [
+            Row(
+                "receipts from S3 at once against one after another",
+                receipts / ours["receipts one after another, a second"],
+                "x",
+            ),
+            Row("receipts of 1,000,000 tiles from S3, at this pace", 1e6 / receipts / 60, "min", at_most=10),
         ]
     if "views" in found:
         figures, views = found["views"]["figures"], found["views"]["options"]["views"]

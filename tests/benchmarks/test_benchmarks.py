@@ -52,6 +52,15 @@ FOUND = {
         for temperature, zarr_ms in (("1", 30.0), ("2", 19.0))
     },
     "memory": {"tiles_mb": {"8": 1000.0, "32": 900.0, "128": 1050.0}, "high_against_first": 1.3, "wide_against_first": 1.2},
+    "remote": {
+        "figures": {
+            way: {
+                "crops of a folder, one reader, a second": pace, "crops of a folder, 7 readers, a second": pace * pace,
+                "receipts at once, a second": 1500.0, "receipts one after another, a second": 30.0,
+            }
+            for way, pace in (("obstore", 19.0), ("s3fs", 10.0))
+        }
+    },
     "views": {
         "figures": {view: {"seconds": 1.0, "bytes": 5, "step_seconds": 2.0} for view in ("tile", "crop", "none")},
         "options": {"views": 8},
@@ -67,6 +76,8 @@ MISSED = [
     "crop from a pack against one from the folder, 6 bits, T 1",
     "random crop of up to 512 px against zarr-python's defaults, 6 bits, T 2",
     "peak memory of a scene four times as high, in windows",
+    "crops from S3 through obstore against s3fs, one reader",
+    "receipts of 1,000,000 tiles from S3, at this pace",
 ]
 
 
@@ -78,6 +89,7 @@ def test_each_target_is_a_number_that_is_compared(bench):
     assert rows["nothing to do, 100 tiles"].cells()[1:] == ("2.000 s", "", "")
     reads = [what for what in rows if what.startswith("random crop")]
     assert len(reads) == 4 and all("up to 512 px" in what for what in reads)
+    assert rows["receipts from S3 at once against one after another"].reached == 50
     assert rows["cached step with averaged against one without"].met
     assert bench.Row("", float("nan"), at_most=1).met is False
 

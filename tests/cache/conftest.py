@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 import uuid
 
 import fsspec.config
@@ -78,6 +79,14 @@ def s3(moto_port, monkeypatch, tmp_path):
     yield proxy
     proxy.fault = lambda method, path: None
     proxy.close()
+
+
+@pytest.fixture(params=["obstore", "s3fs"])
+def reader(request, monkeypatch):
+    """What reads from S3: obstore, or s3fs where it is not installed."""
+    if request.param == "s3fs":
+        monkeypatch.setitem(sys.modules, "obstore", None)
+    return request.param
 
 
 @pytest.fixture
