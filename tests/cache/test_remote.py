@@ -19,11 +19,11 @@ from helpers.files import tree
 
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache
 from kdpipe.cache.records import ImageDigest
-from kdpipe.cache.storage import remote, s3_reader
+from kdpipe.cache.storage import remote
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage
 from kdpipe.cache.storage.lock import writer_lock
-from kdpipe.cache.writer import finished_tiles, open_writer
+from kdpipe.cache.writer import open_writer
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import ConfigError, Interrupted
 from kdpipe.pipeline.commands.main import cli
@@ -197,71 +197,6 @@ def test_a_window_of_a_tile_that_was_read_before_requests_only_its_chunks(s3, re
     if reader == "s3fs":
         assert s3.count() == {"GET": 4}, "all at once: a request that waited for another would break the barrier"
     np.testing.assert_allclose(cache.read("T/a"), probs, atol=cache.manifest.error_bound)
-
-
-@pytest.mark.parametrize(
-    "spans",
-    [
-        [(0, 10)], [(90, 10), (0, 10), (5, 50)], [(-10, 10), (0, 3)], [(-10, 4)], [(-200, 200)], [(95, 50)], [(100, 5), (7, 2)],
-        [(300, 5)], [(3, 0)], [],
-    ],
-)  # fmt: skip
-def test_ranges_of_a_file_are_those_of_its_bytes(s3, reader, spans, monkeypatch):
-    monkeypatch.setattr(s3_reader, "GAP_BYTES", 8)
-    storage, data = open_storage(s3.url), bytes(range(100))
-    storage.write("a", data)
-    assert storage.read("a") == data
-    if reader == "obstore" or all(length and start < 100 for start, length in spans):  # s3fs refuses the others
-        expected = [data[start if start >= 0 else max(0, 100 + start) :][:length] for start, length in spans]
-        assert storage.read_ranges("a", spans) == expected
-    with pytest.raises(FileNotFoundError):
-        storage.read_ranges("b", [(0, 1)])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("503", "3 attempts failed .*503 Service Unavailable.*check the network"),
-        ("slow", "3 attempts failed .*check the network"),
-        ("cut", "3 attempts failed .*check the network"),
-        ("lost", "3 attempts failed .*check the network"),
-        ("denied", "access was refused .*may list, read, write and delete"),
-    ],
-)
-def test_a_server_that_stops_responding_is_named_with_advice(s3, images, monkeypatch, caplog, fault, said):
-    pytest.importorskip("obstore")
-    monkeypatch.setattr(remote, "ATTEMPTS", 3)
-    if fault == "slow":
-        monkeypatch.setattr(remote, "ANSWER_SECONDS", 1)
-    fill(s3.url, images)
-    cache = SoftTargetCache.open(s3.url)
-    s3.fault = lambda method, path: fault
-    s3.count()
-    with pytest.raises(CacheUnreachable, match=said) as caught:
-        cache.read("Other/d")
-    assert str(caught.value).count("\n") == 0
-    assert s3.count().total() == (2 if fault == "denied" else 3)
-    assert len(caplog.records) == (fault != "denied")
-    s3.fault = lambda method, path: None
-    assert cache.read("Other/d").shape == (3, 300, 257)
-
-
-def test_receipts_are_read_at_once_and_only_those_that_are_there(s3, reader, images):
-    fill(s3.url, images, tiles=["Train/a", "Other/c", "Other/d"], finish=False)
-    storage, together = open_storage(s3.url), threading.Barrier(3)
-    storage.read("zarr.json")
-
-    def meet(method, path):
-        if "/tiles/" in path and path.endswith("zarr.json"):
-            together.wait(timeout=20)
-
-    s3.fault = meet
-    s3.count()
-    found = finished_tiles(storage, RECIPE, images, None)
-    assert list(found) == ["Train/a", "Other/c", "Other/d"]
-    asked = [path for _, path, _ in s3.requests if "/tiles/" in path and path.endswith("zarr.json")]
-    assert len(asked) == 3, "none of the tile that is not there"
 
 
 def test_quick_verification_and_a_run_without_work_list_the_cache_instead_of_asking_for_each_tile(
