@@ -16,7 +16,17 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, Record
-from kdpipe.cache.records import ImageDigest, Sha256, TileRecord, canonical, compact, node_path, parse_record
+from kdpipe.cache.records import (
+    ImageDigest,
+    Sha256,
+    TileRecord,
+    canonical,
+    compact,
+    node_path,
+    parse_record,
+    quoted,
+    read_record,
+)
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
 
 # Major versions: 2 holds logits, 4 soft targets, 5 those of many classes at 8 bits.
@@ -78,7 +88,7 @@ def fingerprint(recipe: CacheRecipe, images: Mapping[str, ImageDigest]) -> str:
     """The sha256 of everything that determines the values in the cache: the recipe, the tiles' ids and their images."""
     digest = hashlib.sha256(b'{"images":{')  # tile by tile, so that the text of a million tiles is never in memory
     for i, tile in enumerate(sorted(images)):
-        digest.update(f"{',' * (i > 0)}{compact(tile)}:{compact(images[tile].sha256)}".encode())
+        digest.update(f'{"," * (i > 0)}{quoted(tile)}:"{images[tile].sha256}"'.encode())
     digest.update(f'}},"recipe":{compact(recipe.model_dump())}}}'.encode())
     return digest.hexdigest()
 
@@ -88,9 +98,8 @@ def dump_manifest(manifest: Manifest) -> bytes:
     content = {**manifest.model_dump(exclude={"tiles"}), "tiles": []}
     checksum, tiles = _Checksum(content), []
     for record in manifest.tiles:
-        fields = record.as_dict()
-        checksum.add(fields)
-        tiles.append(_canonical_tile(fields))
+        checksum.add(record.compact())
+        tiles.append(record.canonical().encode())
     rest = canonical({**content, "checksum": checksum.hexdigest()})
     return rest.replace(_NO_TILES, _FIRST_TILE + b",\n".join(tiles) + _LAST_TILE) if tiles else rest
 
@@ -111,10 +120,15 @@ def parse_manifest(data: bytes, origin: str, advice: str = DELETE_MANIFEST) -> M
         claimed = content.pop("checksum")
         checksum, records = _Checksum(content), []
         for i, tile in enumerate(_tiles_in(data, tiles)):
+            plain = read_record(tile.decode(errors="replace"))
+            if plain is not None:
+                checksum.add(plain.compact())
+                records.append(plain)
+                continue
             fields = json.loads(tile)
             if _canonical_tile(fields) != tile:
                 raise ValueError(_LAYOUT)
-            checksum.add(fields)
+            checksum.add(compact(fields))
             try:
                 records.append(parse_record(fields, newer=newer))
             except ValueError as err:
@@ -166,8 +180,9 @@ class _Checksum:
         self._tiles = 0
         self._digest = hashlib.sha256(f'{compact(before)[:-1]},"tiles":['.encode())
 
-    def add(self, tile: Mapping[str, Any]) -> None:
-        self._digest.update(f"{',' * (self._tiles > 0)}{compact(tile)}".encode())
+    def add(self, tile: str) -> None:
+        """A tile, in the compact form."""
+        self._digest.update(f"{',' * (self._tiles > 0)}{tile}".encode())
         self._tiles += 1
 
     def hexdigest(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, TypeAdapter, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from kdpipe.configs.node_names import why_unstorable
 
@@ -30,7 +31,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # Dataclasses with slots, not models: a cache may have a million tiles, and each DataLoader worker holds all records.
 @dataclass(frozen=True, slots=True)
 class ImageDigest:
-    """A source image's content: size in bytes and sha256."""
+    """A source image's content: size in bytes and sha256. `parse_record` checks the fields, not the constructor."""
 
     size_bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
@@ -38,7 +39,11 @@ class ImageDigest:
 
 @dataclass(frozen=True, slots=True)
 class TileRecord:
-    """A tile's size in pixels, the image it was computed from, and the digests of its two files."""
+    """
+    A tile's size in pixels, the image it was computed from, and the digests of its two files.
+
+    `parse_record` and `read_record` check the fields, not the constructor.
+    """
 
     id: Annotated[str, AfterValidator(node_path)]
     height: Annotated[int, Field(ge=1)]
@@ -48,16 +53,28 @@ class TileRecord:
     shard_sha256: Sha256
     metadata_sha256: Sha256
 
-    @model_validator(mode="after")
-    def _refuse_absurd_sizes(self) -> TileRecord:
-        if self.height * self.width > MAX_TILE_PX:
-            raise ValueError(f"tile {self.id} of {self.height} x {self.width} px: a tile has at most {MAX_TILE_PX} px")
-        return self
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
+    def canonical(self) -> str:
+        """Its text in a canonical manifest, indented by two levels: what `canonical` gives, in a fiftieth of the time."""
+        return (
+            f'  {{\n   "height": {self.height},\n   "id": {quoted(self.id)},\n   "image": {{\n    "sha256": "{self.image.sha256}",\n'
+            f'    "size_bytes": {self.image.size_bytes}\n   }},\n   "metadata_sha256": "{self.metadata_sha256}",\n'
+            f'   "shard_bytes": {self.shard_bytes},\n   "shard_sha256": "{self.shard_sha256}",\n   "width": {self.width}\n  }}'
+        )
+
+    def compact(self) -> str:
+        """Its text in the compact form: what `compact` gives of its fields."""
+        return (
+            f'{{"height":{self.height},"id":{quoted(self.id)},"image":{{"sha256":"{self.image.sha256}","size_bytes":'
+            f'{self.image.size_bytes}}},"metadata_sha256":"{self.metadata_sha256}","shard_bytes":{self.shard_bytes},"shard_sha256":'
+            f'"{self.shard_sha256}","width":{self.width}}}'
+        )
+
+
+quoted = encode_basestring_ascii  # a string as canonical JSON
 
 _PARSER = TypeAdapter(TileRecord)
 _FIELDS = set(TileRecord.__slots__)
@@ -74,7 +91,36 @@ def parse_record(fields: Any, *, newer: bool) -> TileRecord:
     unknown = sorted({*(fields.keys() - _FIELDS), *(fields["image"].keys() - _IMAGE_FIELDS)})
     if unknown and not newer:
         raise ValueError(f"unknown fields {unknown}")
+    if record.height * record.width > MAX_TILE_PX:
+        raise ValueError(
+            f"tile {record.id} of {record.height} x {record.width} px: a tile has at most {MAX_TILE_PX} px"
+        )
     return record
+
+
+# A record as `TileRecord.canonical` writes it, with an id of plain characters that is a valid one.
+_PART = r"(?!zarr\.json[/\"])(?!__)[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_PLAIN = re.compile(
+    r'  \{\n   "height": ([1-9]\d{0,9}),\n   "id": "(PART(?:/PART)*)",\n   "image": \{\n    "sha256": "(HASH)",\n'
+    r'    "size_bytes": (0|[1-9]\d{0,17})\n   \},\n   "metadata_sha256": "(HASH)",\n   "shard_bytes": ([1-9]\d{0,17}),\n'
+    r'   "shard_sha256": "(HASH)",\n   "width": ([1-9]\d{0,9})\n  \}'.replace("PART", _PART).replace(
+        "HASH", "[0-9a-f]{64}"
+    ),
+    re.ASCII,
+)
+
+
+def read_record(text: str) -> TileRecord | None:
+    """The record that `TileRecord.canonical` wrote as `text`, if its id is plain and each field valid; None for any other text."""
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    height, tile_id, image, image_bytes, metadata, shard_bytes, shard, width = match.groups()
+    if int(height) * int(width) > MAX_TILE_PX:
+        return None
+    return TileRecord(
+        tile_id, int(height), int(width), ImageDigest(int(image_bytes), image), int(shard_bytes), shard, metadata
+    )
 
 
 def canonical(content: Any) -> bytes:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kdpipe.cache import codec
 from kdpipe.cache.encoding.simplex import ENTROPY_BLOCK_PX
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import ImageDigest, TileRecord, canonical
+from kdpipe.cache.records import ImageDigest, TileRecord, canonical, parse_record
 from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
 
@@ -157,15 +157,9 @@ def parse_receipt(metadata: bytes, tile_id: str, recipe_digest: str) -> TileReco
         if receipt["tile"] != tile_id or receipt["recipe_sha256"] != recipe_digest:
             return None
         _, height, width = content["shape"]
-        return TileRecord(
-            id=tile_id,
-            height=height,
-            width=width,
-            image=ImageDigest(**receipt["image"]),
-            shard_bytes=receipt["shard_bytes"],
-            shard_sha256=receipt["shard_sha256"],
-            metadata_sha256=sha256(metadata),
-        )
+        fields = {"id": tile_id, "height": height, "width": width, "metadata_sha256": sha256(metadata)}
+        copied = {name: receipt[name] for name in ("image", "shard_bytes", "shard_sha256")}
+        return parse_record(fields | copied, newer=False)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
