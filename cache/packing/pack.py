@@ -6,6 +6,8 @@ A killed run goes on: what its partial file holds is compared with the cache's d
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
 import zlib
 from array import array
@@ -24,7 +26,7 @@ from kdpipe.cache.records import TileRecord, canonical
 from kdpipe.cache.storage import zip_format
 from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import Storage, open_storage
-from kdpipe.configs.errors import ConfigError, CorruptCache
+from kdpipe.configs.errors import CacheLocked, ConfigError, CorruptCache
 from kdpipe.configs.files import partial_path, publish
 from kdpipe.configs.os_errors import explained
 from kdpipe.configs.outputs import output_path
@@ -91,6 +93,8 @@ def pack(
             left = left[taken:]
     for place, partial in partials.items():
         publish(partial, place)
+    if most_bytes is not None:
+        _remove_further_parts(file, len(found.files))
     return found
 
 
@@ -121,6 +125,17 @@ def _refuse_existing(file: Path, *, overwrite: bool) -> None:
             raise ConfigError(f"{found} exists already: choose another OUT, or add --overwrite to replace it")
 
 
+def _remove_further_parts(file: Path, count: int) -> None:
+    """Delete the parts of an earlier pack that had more, finished or not: they would be taken for parts of this one."""
+    for number in itertools.count(count + 1):
+        place = _numbered(file, number)
+        found = [path for path in (place, partial_path(place)) if path.exists()]
+        if not found:
+            return
+        for path in found:
+            path.unlink()
+
+
 class _Writer:
     """A partial file, kept for as long as it holds what is to be written."""
 
@@ -134,7 +149,14 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = self._partial.open("r+b" if self._partial.exists() else "w+b")
+        self._file: BinaryIO = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            self._file.close()
+            raise CacheLocked(f"another process is writing {self._partial}: wait for it, or stop it") from err
+        except OSError:  # a file system without locks
+            pass
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -47,7 +47,9 @@ def unpack(
     for byte. Every digest is compared before a file is written. Raises `ConfigError` for what is no pack, for parts of different caches,
     and for a place that holds another cache; `CorruptCache` for damage.
     """
-    sources = [_opened(pack) for pack in sorted(os.fspath(pack) for pack in packs)]
+    sources = [
+        _opened(pack) for pack in sorted((os.fspath(pack) for pack in packs), key=lambda name: (len(name), name))
+    ]
     manifests = [read_manifest(source) for source in sources]
     manifest = _joined(manifests, sources)
     storage = open_storage(os.fspath(path))

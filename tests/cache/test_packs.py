@@ -14,13 +14,14 @@ from helpers.caches import RECIPE, SIZES, fill
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.cache.integrity import check_full, check_quick
+from kdpipe.cache.packing import pack as pack_module
 from kdpipe.cache.packing.pack import pack
 from kdpipe.cache.packing.unpack import unpack
 from kdpipe.cache.storage import zip_format
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.cache.writer import open_writer
-from kdpipe.configs.errors import ConfigError, CorruptCache, IncompleteCache, KdpipeError, StaleCache
+from kdpipe.configs.errors import CacheLocked, ConfigError, CorruptCache, IncompleteCache, KdpipeError, StaleCache
 
 
 @pytest.fixture
@@ -128,10 +129,16 @@ def test_a_run_stopped_at_a_tile_keeps_what_it_has(cache, packed, tmp_path, monk
     assert again.kept_bytes > 0
 
 
-def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_path, monkeypatch):
-    from kdpipe.cache.packing import pack as module
+def test_two_processes_do_not_write_one_pack(cache, tmp_path):
+    with (
+        pack_module._Writer(tmp_path / ".d.zarr.zip.partial"),
+        pytest.raises(CacheLocked, match="another process is writing"),
+    ):
+        pack(cache, tmp_path / "d.zarr.zip")
 
-    put = module._Writer.put
+
+def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_path, monkeypatch):
+    put = pack_module._Writer.put
 
     def full(self, name, content):
         if name.startswith("tiles/Other/d"):
@@ -139,7 +146,7 @@ def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_pat
         put(self, name, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Writer, "put", full)
+        patch.setattr(pack_module._Writer, "put", full)
         with pytest.raises(
             KdpipeError, match=r"no room for .*d.zarr.zip: its disk is full .* run the same command again"
         ):
@@ -189,6 +196,15 @@ class TestParts:
         assert all(
             tiles == 1 or Path(f).stat().st_size <= 8_000 for f, tiles in zip(again.files, again.tiles, strict=True)
         )
+
+    def test_parts_that_an_earlier_pack_had_more_of_are_removed(self, cache, parts, tmp_path):
+        (tmp_path / ".p-0003.zarr.zip.partial").write_bytes(b"left")
+        (tmp_path / "p-0003.zarr.zip").write_bytes(b"earlier")
+        with pytest.raises(ConfigError, match=r"p-0001.zarr.zip exists already"):
+            pack(cache, tmp_path / "p.zarr.zip", most_bytes=10**9)
+        again = pack(cache, tmp_path / "p.zarr.zip", most_bytes=10**9, overwrite=True)
+        assert sorted(map(str, tmp_path.glob("*p-*"))) == again.files
+        assert list(tmp_path.glob(".p-*")) == []
 
     def test_a_missing_one_leaves_a_part_of_a_cache_which_the_others_complete(self, cache, parts, tmp_path):
         found = unpack(parts.files[1:], tmp_path / "back.zarr")
