@@ -33,6 +33,7 @@ class PackedStorage:
         self._place = place
         self._name = name
         self._rows: NDArray[Any] | None = None
+        self._bytes = 0
 
     @property
     def at_once(self) -> int:
@@ -125,10 +126,13 @@ class PackedStorage:
         first, last = np.searchsorted(rows["key"], key), np.searchsorted(rows["key"], key, side="right")
         places = [(int(row["offset"]), int(row["size"])) for row in rows[first:last]]
         if len(places) > 1:  # two names with one key
-            places = [place for place in places if self._is_header(name, *place)]
+            places = [place for place in places if sum(place) <= self._bytes and self._is_header(name, *place)]
         if not places:
             raise FileNotFoundError(f"{self.url} has no member {name}")
-        return places[0]
+        offset, size = places[0]
+        if offset + size > self._bytes:
+            raise CorruptCache(f"{self.url} has a table that says that {name} lies beyond its end")
+        return offset, size
 
     def _is_header(self, name: str, offset: int, size: int) -> bool:
         (data,) = self._place.read_ranges(self._name, [(offset, zip_format.header_bytes(name, size))])
@@ -161,6 +165,7 @@ class PackedStorage:
                 f"{self.url} is not what `kdpipe pack` wrote, or its end is missing: copy it again, or pack the cache again"
             )
         rows, start = place
+        self._bytes = size
         if start + rows * zip_format.ROW.itemsize > size:
             raise CorruptCache(f"{self.url} is shorter than it says: copy it again")
         return rows, start

@@ -87,6 +87,52 @@ class TestDamage:
             SoftTargetCache.open(packed).read("Train/a")
         assert "damaged-tile" in codes(packed, images)
 
+    @pytest.mark.parametrize("seed", range(8))
+    def test_a_table_made_to_harm_costs_neither_memory_nor_a_wrong_number(self, seed, packed, images):
+        rng = np.random.default_rng(seed)
+        content, expected = packed.read_bytes(), {tile: SoftTargetCache.open(packed).read(tile) for tile in SIZES}
+        with zipfile.ZipFile(packed) as file:
+            table = file.read(zip_format.TABLE_NAME)
+        for _ in range(25):
+            rows = np.frombuffer(table, zip_format.ROW).copy()
+            column = rng.choice(["key", "offset", "size"])
+            places = rng.integers(len(rows), size=rng.integers(1, 4))
+            values = [
+                0,
+                1,
+                len(content),
+                2**31,
+                2**63,
+                2**64 - 1,
+                int(rng.integers(len(content))),
+                int(rows[column][0]),
+            ]
+            rows[column][places] = np.array(values, np.uint64)[rng.integers(len(values), size=len(places))]
+            packed.write_bytes(content.replace(table, rows.tobytes()))
+            for tile, values_CHW in expected.items():
+                try:
+                    assert np.array_equal(SoftTargetCache.open(packed).read(tile), values_CHW)
+                except CacheError:
+                    continue
+            assert rows.tobytes() == table or self._is_found(packed, images)
+
+    @staticmethod
+    def _is_found(packed, images):
+        try:
+            return codes(packed, images) != set()
+        except CacheError:
+            return True
+
+    @pytest.mark.parametrize(
+        "comment", [b"table of 999999999999 members at byte 0.", b"table of 1 members at byte 99999999999."]
+    )
+    def test_a_comment_that_says_more_than_there_is_is_refused(self, comment, packed):
+        content = packed.read_bytes()
+        start = content.rindex(b"table of ")
+        packed.write_bytes(content[:start] + comment)
+        with pytest.raises(CorruptCache, match="is shorter than it says: copy it again"):
+            SoftTargetCache.open(packed)
+
     def test_a_damaged_tile_of_the_cache_is_not_packed(self, cache, tmp_path):
         file = cache / "tiles/Other/d/0.0.0"
         content = bytearray(file.read_bytes())
