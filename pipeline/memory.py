@@ -26,6 +26,8 @@ PHRASES = (
     "std::bad_alloc",
     "_ArrayMemoryError",
 )
+# oneDNN's, where it cannot allocate an operation's code or memory. A "primitive descriptor" that it cannot create is something else.
+NO_PRIMITIVE = re.compile(r"could not create a primitive(?! descriptor)")
 # DataLoader workers pass batches through shared memory, a file system of its own (/dev/shm).
 SHARED_MEMORY_PHRASES = (
     "is killed by signal: Bus error",
@@ -68,7 +70,9 @@ def is_out_of_memory(err: BaseException) -> bool:
         return True
     if isinstance(err, OSError):
         return err.errno == errno.ENOMEM
-    return isinstance(err, RuntimeError) and any(phrase in str(err) for phrase in PHRASES)
+    if not isinstance(err, RuntimeError):
+        return False
+    return any(phrase in str(err) for phrase in PHRASES) or NO_PRIMITIVE.search(str(err)) is not None
 
 
 def sized(noun: str, count: int, height: int, width: int) -> str:

@@ -111,7 +111,8 @@ def test_mistakes_end_in_one_paragraph(arguments, code, message, tmp_path, monke
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with it ignored
 from kdpipe.cache.packing import pack
 put = pack._Writer.put
 def slow(self, name, content):

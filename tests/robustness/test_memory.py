@@ -17,7 +17,14 @@ from torch._utils import ExceptionWrapper
 from kdpipe.configs import dump_config
 from kdpipe.configs.errors import CorruptCache, DataError, KdpipeError, OutOfMemory
 from kdpipe.pipeline.dry_run import estimate
-from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice, training_advice, validation_advice
+from kdpipe.pipeline.memory import (
+    fits_in_memory,
+    is_out_of_memory,
+    sized,
+    teacher_advice,
+    training_advice,
+    validation_advice,
+)
 from kdpipe.pipeline.precompute import batches, subjects
 from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.teacher.frozen import FrozenTeacher
@@ -49,6 +56,7 @@ ACCELERATOR = RuntimeError("CUDA error: out of memory\nCUDA kernel errors might 
         (ACCELERATOR, ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
         (RuntimeError("std::bad_alloc"), ""),
+        (RuntimeError("could not create a primitive"), ""),
         (MemoryError(), ""),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ""),
     ],
@@ -64,6 +72,10 @@ def test_every_way_of_running_out_is_said_in_one_paragraph(err, figures):
         raise err
     assert caught.value.__cause__ is err
     assert "\n" not in str(caught.value)
+
+
+def test_an_operation_that_onednn_does_not_know_is_no_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution forward"))
 
 
 def test_numpys_own_error_is_one():
