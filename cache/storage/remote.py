@@ -128,7 +128,7 @@ class RemoteStorage:
             return by_s3fs()
         except Exception as err:
             if type(err).__name__ in OBSTORE_REFUSALS or not self._has_read:  # perhaps a setting that only s3fs knows
-                self._reader = None
+                self._do_without(err)
                 return by_s3fs()
             raise ConnectionError(str(err).splitlines()[0].removeprefix("Generic S3 error: ")) from err
         self._has_read = True
@@ -139,11 +139,20 @@ class RemoteStorage:
             if self._is_s3 and not self._has_looked:
                 self._has_looked = True
                 bucket = self._full("").partition("/")[0]
-                with contextlib.suppress(Exception):  # whatever it is, s3fs meets it too, and names it
+                try:
                     self._reader = open_reader(
                         self._fs, bucket, connect_seconds=CONNECT_SECONDS, answer_seconds=ANSWER_SECONDS
                     )
+                except Exception as err:  # whatever it is, s3fs meets it too, and names it
+                    self._do_without(err)
         return self._reader
+
+    def _do_without(self, err: Exception) -> None:
+        self._reader = None
+        said = str(err).partition("\n")[0] or type(err).__name__
+        logger.info(
+            "%s is read through s3fs alone, which is slower, as obstore cannot (%s)", self.url, hide_secrets(said)
+        )
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """

@@ -4,6 +4,7 @@ import functools
 import logging
 import sys
 import uuid
+from pathlib import Path
 
 import fsspec.config
 import fsspec.core
@@ -11,6 +12,7 @@ import pytest
 from helpers.caches import SIZES, fill
 
 from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.packing.pack import pack
 from kdpipe.cache.storage import remote
 from kdpipe.cache.storage.base import open_storage
 
@@ -79,6 +81,19 @@ def s3(moto_port, monkeypatch, tmp_path):
     yield proxy
     proxy.fault = lambda method, path: None
     proxy.close()
+
+
+@pytest.fixture
+def written(tmp_path, images):
+    """The folder of the finished cache of `images`."""
+    fill(tmp_path / "c.zarr", images)
+    return tmp_path / "c.zarr"
+
+
+@pytest.fixture
+def packed(written, tmp_path):
+    """The pack of `written`."""
+    return Path(pack(written, tmp_path / "c.zarr.zip").files[0])
 
 
 @pytest.fixture(params=["obstore", "s3fs"])

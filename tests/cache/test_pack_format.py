@@ -17,17 +17,6 @@ from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CacheError, CorruptCache, IncompleteCache
 
 
-@pytest.fixture
-def cache(images, tmp_path):
-    fill(tmp_path / "c.zarr", images)
-    return tmp_path / "c.zarr"
-
-
-@pytest.fixture
-def packed(cache, tmp_path):
-    return Path(pack(cache, tmp_path / "c.zarr.zip").files[0])
-
-
 def codes(path, images):
     storage = open_storage(str(path))
     return {finding.code for finding in check_full(storage, SoftTargetCache.open(path, partial=True).manifest, images)}
@@ -133,13 +122,13 @@ class TestDamage:
         with pytest.raises(CorruptCache, match="is shorter than it says: copy it again"):
             SoftTargetCache.open(packed)
 
-    def test_a_damaged_tile_of_the_cache_is_not_packed(self, cache, tmp_path):
-        file = cache / "tiles/Other/d/0.0.0"
+    def test_a_damaged_tile_of_the_cache_is_not_packed(self, written, tmp_path):
+        file = written / "tiles/Other/d/0.0.0"
         content = bytearray(file.read_bytes())
         content[50] ^= 1
         file.write_bytes(content)
         with pytest.raises(CorruptCache, match=r"tile Other/d of .*c.zarr is damaged: .*--repair"):
-            pack(cache, tmp_path / "d.zarr.zip")
+            pack(written, tmp_path / "d.zarr.zip")
         assert not (tmp_path / "d.zarr.zip").exists()
 
     def test_a_missing_pack_and_an_unfinished_cache_say_what_to_do(self, images, tmp_path):
@@ -152,9 +141,12 @@ class TestDamage:
             pack(tmp_path / "u.zarr", tmp_path / "u.zarr.zip")
 
 
-def test_names_of_one_key_are_told_apart_by_their_headers(cache, tmp_path, monkeypatch):
+def test_names_of_one_key_are_told_apart_by_their_headers(written, tmp_path, monkeypatch):
     monkeypatch.setattr(zip_format, "key", lambda name: len(name) % 3)
-    opened, folder = SoftTargetCache.open(pack(cache, tmp_path / "k.zarr.zip").files[0]), SoftTargetCache.open(cache)
+    opened, folder = (
+        SoftTargetCache.open(pack(written, tmp_path / "k.zarr.zip").files[0]),
+        SoftTargetCache.open(written),
+    )
     for tile in SIZES:
         np.testing.assert_array_equal(opened.read(tile), folder.read(tile))
     assert open_storage(str(tmp_path / "k.zarr.zip")).info("tiles/none/0.0.0") is None

@@ -24,17 +24,6 @@ from kdpipe.cache.writer import open_writer
 from kdpipe.configs.errors import CacheLocked, ConfigError, CorruptCache, IncompleteCache, KdpipeError, StaleCache
 
 
-@pytest.fixture
-def cache(images, tmp_path):
-    fill(tmp_path / "c.zarr", images)
-    return tmp_path / "c.zarr"
-
-
-@pytest.fixture
-def packed(cache, tmp_path):
-    return Path(pack(cache, tmp_path / "c.zarr.zip").files[0])
-
-
 def same_folders(a, b):
     compared = filecmp.dircmp(a, b, ignore=[])
     differing = [*compared.left_only, *compared.right_only, *compared.funny_files]
@@ -47,22 +36,22 @@ def codes(path, images):
     return {finding.code for finding in check_full(storage, SoftTargetCache.open(path, partial=True).manifest, images)}
 
 
-def test_stock_tools_read_a_pack_and_find_the_files_of_the_folder(cache, packed, tmp_path):
+def test_stock_tools_read_a_pack_and_find_the_files_of_the_folder(written, packed, tmp_path):
     with zipfile.ZipFile(packed) as file:
         assert file.testzip() is None
         assert {each.compress_type for each in file.infolist()} == {zipfile.ZIP_STORED}
         file.extractall(tmp_path / "extracted")
     (tmp_path / "extracted" / zip_format.TABLE_NAME).unlink()
-    assert same_folders(cache, tmp_path / "extracted")
-    folder = zarr.open_group(cache, mode="r")
+    assert same_folders(written, tmp_path / "extracted")
+    folder = zarr.open_group(written, mode="r")
     opened = zarr.open_group(zarr.storage.ZipStore(packed, read_only=True), mode="r")
     assert opened.attrs.asdict() == folder.attrs.asdict()
     for tile in SIZES:
         np.testing.assert_array_equal(opened[f"tiles/{tile}"][:], folder[f"tiles/{tile}"][:])
 
 
-def test_a_pack_is_read_as_the_folder_is(cache, packed, images):
-    folder, opened = SoftTargetCache.open(cache), SoftTargetCache.open(packed)
+def test_a_pack_is_read_as_the_folder_is(written, packed, images):
+    folder, opened = SoftTargetCache.open(written), SoftTargetCache.open(packed)
     assert opened.manifest == folder.manifest
     again = pickle.loads(pickle.dumps(opened))
     for tile, (height, width) in SIZES.items():
@@ -84,12 +73,12 @@ def test_a_forked_process_reads_on(packed):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_same_cache_has_the_same_bytes_from_a_folder_a_pack_and_a_store(cache, packed, images, tmp_path):
-    for path in cache.rglob("*"):
+def test_the_same_cache_has_the_same_bytes_from_a_folder_a_pack_and_a_store(written, packed, images, tmp_path):
+    for path in written.rglob("*"):
         os.utime(path, (1, 1))
     (tmp_path / "other").mkdir()
     fill("memory://tests/c.zarr", images)
-    for source in (cache, packed, "memory://tests/c.zarr"):
+    for source in (written, packed, "memory://tests/c.zarr"):
         again = pack(source, tmp_path / "other" / "again.zarr.zip", overwrite=True)
         assert Path(again.files[0]).read_bytes() == packed.read_bytes()
         assert (again.tiles, again.size_bytes, again.kept_bytes) == ([len(SIZES)], packed.stat().st_size, 0)
@@ -97,16 +86,16 @@ def test_the_same_cache_has_the_same_bytes_from_a_folder_a_pack_and_a_store(cach
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999, 1.0])
 @pytest.mark.parametrize("rest", [b"", b"what another program wrote"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(share, rest, cache, packed, tmp_path):
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(share, rest, written, packed, tmp_path):
     whole = packed.read_bytes()
     (tmp_path / ".d.zarr.zip.partial").write_bytes(whole[: int(share * len(whole))] + rest)
-    again = pack(cache, tmp_path / "d.zarr.zip")
+    again = pack(written, tmp_path / "d.zarr.zip")
     assert Path(again.files[0]).read_bytes() == whole
     assert (again.kept_bytes > 0) == (share >= 0.3)
     assert not (tmp_path / ".d.zarr.zip.partial").exists()
 
 
-def test_a_run_stopped_at_a_tile_keeps_what_it_has(cache, packed, tmp_path, monkeypatch):
+def test_a_run_stopped_at_a_tile_keeps_what_it_has(written, packed, tmp_path, monkeypatch):
     class Stops:
         seen = 0
 
@@ -122,22 +111,22 @@ def test_a_run_stopped_at_a_tile_keeps_what_it_has(cache, packed, tmp_path, monk
             pass
 
     with pytest.raises(KeyboardInterrupt):
-        pack(cache, tmp_path / "d.zarr.zip", bar=lambda total: Stops())
+        pack(written, tmp_path / "d.zarr.zip", bar=lambda total: Stops())
     assert not (tmp_path / "d.zarr.zip").exists()
-    again = pack(cache, tmp_path / "d.zarr.zip")
+    again = pack(written, tmp_path / "d.zarr.zip")
     assert Path(again.files[0]).read_bytes() == packed.read_bytes()
     assert again.kept_bytes > 0
 
 
-def test_two_processes_do_not_write_one_pack(cache, tmp_path):
+def test_two_processes_do_not_write_one_pack(written, tmp_path):
     with (
         pack_module._Writer(tmp_path / ".d.zarr.zip.partial"),
         pytest.raises(CacheLocked, match="another process is writing"),
     ):
-        pack(cache, tmp_path / "d.zarr.zip")
+        pack(written, tmp_path / "d.zarr.zip")
 
 
-def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(written, packed, tmp_path, monkeypatch):
     put = pack_module._Writer.put
 
     def full(self, name, content):
@@ -150,23 +139,23 @@ def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(cache, packed, tmp_pat
         with pytest.raises(
             KdpipeError, match=r"no room for .*d.zarr.zip: its disk is full .* run the same command again"
         ):
-            pack(cache, tmp_path / "d.zarr.zip")
-    again = pack(cache, tmp_path / "d.zarr.zip")
+            pack(written, tmp_path / "d.zarr.zip")
+    again = pack(written, tmp_path / "d.zarr.zip")
     assert again.kept_bytes > 0
     assert Path(again.files[0]).read_bytes() == packed.read_bytes()
 
 
 class TestParts:
     @pytest.fixture
-    def parts(self, cache, tmp_path):
-        return pack(cache, tmp_path / "p.zarr.zip", most_bytes=20_000)
+    def parts(self, written, tmp_path):
+        return pack(written, tmp_path / "p.zarr.zip", most_bytes=20_000)
 
-    def test_each_is_a_cache_of_some_tiles_and_no_larger_than_asked(self, cache, parts, images):
+    def test_each_is_a_cache_of_some_tiles_and_no_larger_than_asked(self, written, parts, images):
         assert [Path(file).name for file in parts.files] == [f"p-{i + 1:04d}.zarr.zip" for i in range(len(parts.files))]
         assert len(parts.files) > 1
         assert sum(parts.tiles) == len(SIZES)
         assert Path(parts.files[0]).stat().st_size <= 20_000
-        ids, folder = [], SoftTargetCache.open(cache)
+        ids, folder = [], SoftTargetCache.open(written)
         for file in parts.files:
             with pytest.raises(IncompleteCache, match=r"holds \d of 4 tiles"):
                 SoftTargetCache.open(file)
@@ -178,42 +167,42 @@ class TestParts:
         assert ids == folder.tile_ids
 
     @pytest.mark.parametrize("most_bytes", [1, 8_000, 15_000, 30_000, 10**9])
-    def test_any_size_gives_the_same_cache_again(self, most_bytes, cache, tmp_path):
-        parts = pack(cache, tmp_path / "q.zarr.zip", most_bytes=most_bytes)
+    def test_any_size_gives_the_same_cache_again(self, most_bytes, written, tmp_path):
+        parts = pack(written, tmp_path / "q.zarr.zip", most_bytes=most_bytes)
         for file, tiles in zip(parts.files, parts.tiles, strict=True):
             assert tiles == 1 or Path(file).stat().st_size <= most_bytes
         found = unpack(reversed(parts.files), tmp_path / "back.zarr")
         assert (found.tiles, found.kept, found.partial_of) == (len(SIZES), 0, None)
-        assert same_folders(cache, tmp_path / "back.zarr")
+        assert same_folders(written, tmp_path / "back.zarr")
 
-    def test_a_stopped_run_of_another_size_leaves_nothing_behind(self, cache, parts, tmp_path):
+    def test_a_stopped_run_of_another_size_leaves_nothing_behind(self, written, parts, tmp_path):
         for number, file in enumerate(parts.files, 1):
             shutil.copy(file, tmp_path / f".r-{number:04d}.zarr.zip.partial")
-        again = pack(cache, tmp_path / "r.zarr.zip", most_bytes=8_000)
+        again = pack(written, tmp_path / "r.zarr.zip", most_bytes=8_000)
         found = unpack(again.files, tmp_path / "back.zarr")
         assert found.partial_of is None
-        assert same_folders(cache, tmp_path / "back.zarr")
+        assert same_folders(written, tmp_path / "back.zarr")
         assert all(
             tiles == 1 or Path(f).stat().st_size <= 8_000 for f, tiles in zip(again.files, again.tiles, strict=True)
         )
 
-    def test_parts_that_an_earlier_pack_had_more_of_are_removed(self, cache, parts, tmp_path):
+    def test_parts_that_an_earlier_pack_had_more_of_are_removed(self, written, parts, tmp_path):
         (tmp_path / ".p-0003.zarr.zip.partial").write_bytes(b"left")
         (tmp_path / "p-0003.zarr.zip").write_bytes(b"earlier")
         with pytest.raises(ConfigError, match=r"p-0001.zarr.zip exists already"):
-            pack(cache, tmp_path / "p.zarr.zip", most_bytes=10**9)
-        again = pack(cache, tmp_path / "p.zarr.zip", most_bytes=10**9, overwrite=True)
+            pack(written, tmp_path / "p.zarr.zip", most_bytes=10**9)
+        again = pack(written, tmp_path / "p.zarr.zip", most_bytes=10**9, overwrite=True)
         assert sorted(map(str, tmp_path.glob("*p-*"))) == again.files
         assert list(tmp_path.glob(".p-*")) == []
 
-    def test_a_missing_one_leaves_a_part_of_a_cache_which_the_others_complete(self, cache, parts, tmp_path):
+    def test_a_missing_one_leaves_a_part_of_a_cache_which_the_others_complete(self, written, parts, tmp_path):
         found = unpack(parts.files[1:], tmp_path / "back.zarr")
         assert found.partial_of == len(SIZES)
         assert SoftTargetCache.open(tmp_path / "back.zarr", partial=True).tile_ids == list(SIZES)[parts.tiles[0] :]
         with pytest.raises(StaleCache, match="holds a finished cache already, of other tiles"):
             unpack(parts.files, tmp_path / "back.zarr")
 
-    def test_packs_that_do_not_belong_together_are_refused(self, cache, packed, parts, images, tmp_path):
+    def test_packs_that_do_not_belong_together_are_refused(self, written, packed, parts, images, tmp_path):
         with pytest.raises(ConfigError, match="share tiles"):
             unpack([parts.files[0], parts.files[0]], tmp_path / "x.zarr")
         with pytest.raises(ConfigError, match="parts of another number of tiles"):
@@ -227,12 +216,12 @@ class TestParts:
 
 
 class TestUnpack:
-    def test_a_stopped_one_goes_on(self, cache, packed, images, tmp_path):
+    def test_a_stopped_one_goes_on(self, written, packed, images, tmp_path):
         fill(tmp_path / "back.zarr", images, tiles=["Train/b", "Other/c"], finish=False)
         os.truncate(tmp_path / "back.zarr/tiles/Other/c/0.0.0", 3)
         found = unpack([packed], tmp_path / "back.zarr")
         assert (found.tiles, found.kept) == (len(SIZES), 1)
-        assert same_folders(cache, tmp_path / "back.zarr")
+        assert same_folders(written, tmp_path / "back.zarr")
         assert unpack([packed], tmp_path / "back.zarr").kept == len(SIZES)
 
     def test_what_is_there_is_not_overwritten(self, packed, images, tmp_path):
@@ -257,9 +246,9 @@ class TestUnpack:
             unpack([packed], tmp_path / "back.zarr")
         assert not (tmp_path / "back.zarr" / "manifest.json").exists()
 
-    def test_a_folder_and_a_foreign_archive_are_no_packs(self, cache, tmp_path):
+    def test_a_folder_and_a_foreign_archive_are_no_packs(self, written, tmp_path):
         with pytest.raises(ConfigError, match="is no pack: give the NAME.zarr.zip"):
-            unpack([cache], tmp_path / "x.zarr")
+            unpack([written], tmp_path / "x.zarr")
         with zipfile.ZipFile(tmp_path / "z.zarr.zip", "w") as file:
             file.writestr("zarr.json", "{}")
         with pytest.raises(CorruptCache, match="is not what `kdpipe pack` wrote"):
@@ -282,19 +271,19 @@ def test_a_pack_is_only_read(packed, images):
 
 
 @pytest.mark.parametrize("name", ["c.zip", "c.zarr", ".zarr.zip"])
-def test_a_pack_has_a_name_that_zarr_knows(name, cache, tmp_path):
+def test_a_pack_has_a_name_that_zarr_knows(name, written, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"a pack is named NAME\.zarr\.zip"):
-        pack(cache, tmp_path / "out" / name)
+        pack(written, tmp_path / "out" / name)
 
 
-def test_files_that_exist_are_replaced_only_on_request(cache, packed, tmp_path):
+def test_files_that_exist_are_replaced_only_on_request(written, packed, tmp_path):
     before = packed.read_bytes()
     packed.write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"c.zarr.zip exists already.*--overwrite"):
-        pack(cache, packed)
+        pack(written, packed)
     assert packed.read_bytes() == b"mine"
-    pack(cache, packed, overwrite=True)
+    pack(written, packed, overwrite=True)
     assert packed.read_bytes() == before
 
 
@@ -306,8 +295,8 @@ class TestS3:
         s3.count()
         return url
 
-    def test_a_remote_pack_is_read_in_few_requests(self, remote, s3, cache, images):
-        opened, folder = SoftTargetCache.open(remote), SoftTargetCache.open(cache)
+    def test_a_remote_pack_is_read_in_few_requests(self, remote, s3, written, images):
+        opened, folder = SoftTargetCache.open(remote), SoftTargetCache.open(written)
         # Size, end, table, manifest.
         assert sum(s3.count().values()) <= 6
         np.testing.assert_array_equal(opened.read("Other/d"), folder.read("Other/d"))
@@ -318,9 +307,9 @@ class TestS3:
         assert sum(s3.count().values()) <= 1
         assert check_full(open_storage(remote), opened.manifest, images) == []
 
-    def test_it_is_unpacked_and_a_cache_on_s3_is_packed(self, remote, s3, cache, packed, tmp_path):
+    def test_it_is_unpacked_and_a_cache_on_s3_is_packed(self, remote, s3, written, packed, tmp_path):
         unpack([remote], s3.url)
-        assert SoftTargetCache.open(s3.url).manifest == SoftTargetCache.open(cache).manifest
+        assert SoftTargetCache.open(s3.url).manifest == SoftTargetCache.open(written).manifest
         again = pack(s3.url, tmp_path / "again.zarr.zip")
         assert Path(again.files[0]).read_bytes() == packed.read_bytes()
         with pytest.raises(ConfigError, match="is only read"), writer_lock(open_storage(remote)):

@@ -59,6 +59,35 @@ def test_a_server_that_stops_responding_is_named_with_advice(s3, images, monkeyp
     assert cache.read("Other/d").shape == (3, 300, 257)
 
 
+@pytest.mark.parametrize("name", ["tiles/ä [1]/b%20c", "tiles/a#b?c=d&e", "tiles/.x/y+z ~'(1)*", "tiles/ü🌲/100%"])
+def test_names_of_odd_characters_are_read_in_one_request(s3, reader, name):
+    storage = open_storage(s3.url)
+    storage.write(name, b"content")
+    storage.write(f"{name}/zarr.json", b"{}")
+    storage.read(name)
+    s3.count()
+    assert storage.read(name) == b"content"
+    assert storage.read_ranges(name, [(1, 3)]) == [b"ont"]
+    assert s3.count() == {"GET": 2}
+
+
+def test_what_obstore_cannot_do_is_read_through_s3fs_and_said(s3, monkeypatch, caplog):
+    pytest.importorskip("obstore")
+    storage = open_storage(s3.url)
+    storage.write("a", b"content")
+
+    def fails(self, key):
+        raise ValueError("no such setting\nat line 3")
+
+    monkeypatch.setattr(s3_reader.S3Reader, "read", fails)
+    with caplog.at_level("INFO"):
+        assert storage.read("a") == b"content"
+    (record,) = caplog.records
+    assert (
+        f"{s3.url} is read through s3fs alone, which is slower, as obstore cannot (no such setting)" in record.message
+    )
+
+
 def test_receipts_are_read_at_once_and_only_those_that_are_there(s3, reader, images):
     fill(s3.url, images, tiles=["Train/a", "Other/c", "Other/d"], finish=False)
     storage, together = open_storage(s3.url), threading.Barrier(3)
