@@ -7,7 +7,7 @@ tolerance or, on tiles without labels, if no larger share of the pixels gets ano
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,11 +177,7 @@ def export_variants(
     trained = load_trained(checkpoint, progress.say).alone()
     config = trained.config
     require_side(side, trained.student)
-    if any(variant.argmax for variant in variants) and len(config.classes.names) > MOST_CLASSES:
-        raise ConfigError(
-            f"--argmax answers in 8 bits, which tell {MOST_CLASSES} classes apart, and the student has {len(config.classes.names)}: "
-            "leave it out"
-        )
+    _refuse_too_many_classes(variants, len(config.classes.names))
     base = Path(out or Path(checkpoint).with_suffix(ONNX_SUFFIX))
     is_given = out is not None and len(variants) == 1
     named = {each: base if is_given else base.with_name(_file_name(base, each)) for each in variants}
@@ -201,11 +197,7 @@ def export_variants(
         write_verified(
             trained, checkpoint, card, "onnx", partials[REFERENCE], images_of(trained, tiles, limit), progress, side
         )
-        for variant in files:
-            progress.say(f"making {variant.name}")
-            inputs = _inputs_of(trained, calibrated_on, side) if variant.precision == "int8" else []
-            with exporting(f"{variant.name} ONNX", card.network, f"Leave out --{' and --'.join(variant.parts)}"):
-                _write(variant, partials, card, inputs)
+        _write_all(trained, files, partials, card, calibrated_on, side, progress)
         with running("ONNX", card.network, "Leave out --fp16, --int8 or --argmax"):
             result, found = _measured(
                 trained, partials, verified_on, side or timed_px or config.train.crop, card, tolerance, progress
@@ -215,6 +207,24 @@ def export_variants(
                 publish(partials[variant], files[variant])
                 measured.file = str(files[variant])
     return result
+
+
+def _refuse_too_many_classes(variants: Sequence[Variant], count: int) -> None:
+    if any(variant.argmax for variant in variants) and count > MOST_CLASSES:
+        raise ConfigError(
+            f"--argmax answers in 8 bits, which tell {MOST_CLASSES} classes apart, and the student has {count}: leave it out"
+        )
+
+
+def _write_all(
+    trained: Trained, variants: Iterable[Variant], partials: Mapping[Variant, Path], card: Card, calibrated_on: Sequence[Any],
+    side: int | None, progress: Progress,
+) -> None:  # fmt: skip
+    for variant in variants:
+        progress.say(f"making {variant.name}")
+        inputs = _inputs_of(trained, calibrated_on, side) if variant.precision == "int8" else []
+        with exporting(f"{variant.name} ONNX", card.network, f"Leave out --{' and --'.join(variant.parts)}"):
+            _write(variant, partials, card, inputs)
 
 
 def _file_name(base: Path, variant: Variant) -> str:
