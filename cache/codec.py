@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kdpipe.cache.encoding import implied_class, logits, many_classes, row_deltas, simplex, steady_rounding
 from kdpipe.cache.encoding.logits import DEPTH, Softening
-from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 
 
@@ -108,18 +107,6 @@ def error_bound(recipe: CacheRecipe) -> float:
         whole = recipe.levels // many_classes.PARTS if recipe.has_parts else recipe.levels
         return steady_rounding.error_bound(recipe.bits, whole, len(recipe.classes))
     return simplex.error_bound(recipe.levels, len(recipe.classes))
-
-
-def probability_bound(manifest: Manifest, temperature: float, num_classes: int) -> float:
-    """
-    The largest possible error of a soft target's entry.
-
-    For logits it depends on the temperature and the number of student classes at which they are read.
-    """
-    recipe = manifest.recipe
-    if isinstance(recipe, LogitsRecipe):
-        return logits.error_bound(recipe.bits, len(recipe.channels), num_classes, temperature)
-    return manifest.error_bound
 
 
 def decoding(recipe: CacheRecipe) -> str:

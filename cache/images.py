@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.index.records import ImageDigest, TileRecord
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.files import file_sha256
 from kdpipe.configs.os_errors import NotAFile, explained

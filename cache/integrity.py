@@ -6,18 +6,19 @@ Whether a cache is whole and fresh: the findings of `verify-cache --level quick`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kdpipe.cache import codec, tile
+from kdpipe.cache.documents import read_receipt, read_recipe
 from kdpipe.cache.images import Source
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.known_images import KnownImages
-from kdpipe.cache.manifest import MANIFEST_NAME, VERSIONS, Manifest
+from kdpipe.cache.manifest import MANIFEST_NAME, VERSIONS, Manifest, fingerprint
 from kdpipe.cache.packing.check import fault_of
-from kdpipe.cache.reader import open_tile, read_intact, read_receipt, read_recipe
+from kdpipe.cache.reader import open_tile, read_intact
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, differences
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.shard import in_memory
 from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.packed import PackedStorage
@@ -61,13 +62,15 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     bound = codec.error_bound(manifest.recipe)
     if manifest.error_bound != bound:
         wrong.append(f"error_bound is {manifest.error_bound!r}, and its recipe gives {bound!r}")
-    groups = set(tile.group_paths([record.id for record in manifest.tiles]))
-    if set(manifest.groups) != groups:
+    groups = set(tile.group_paths(manifest.tiles.ids()))
+    if manifest.groups is not None and set(manifest.groups) != groups:
         odd = sorted(groups ^ set(manifest.groups))
         wrong.append(f"its groups are not those of its tiles: {odd[0] or 'the topmost'!r} is listed or lacking wrongly")
+    if manifest.is_indexed:
+        wrong += _faults_of_index(manifest)
     try:
         # The topmost group of a newer version may hold more; a damaged one is a finding of its own.
-        if manifest.format_version in VERSIONS and _is_intact(storage, manifest, ""):
+        if manifest.format_version in VERSIONS and _is_intact(storage, "", manifest.group_digests().get("")):
             found = read_recipe(storage, to_write=False)
             if found is not None and found != manifest.recipe:
                 fields = differences(manifest.recipe, found.model_dump())
@@ -77,6 +80,20 @@ def check_manifest(storage: Storage, manifest: Manifest) -> list[Finding]:
     return [
         Finding("damaged-manifest", None, f"{MANIFEST_NAME} was changed and signed again: {what}") for what in wrong
     ]
+
+
+def _faults_of_index(manifest: Manifest) -> Iterator[str]:
+    """What an index that was read does not say of itself: it was edited, and its digests with it."""
+    tiles = manifest.tiles
+    try:
+        tiles.require_unique()
+        if manifest.fingerprint != fingerprint(manifest.recipe, tiles):
+            yield "its fingerprint is not that of its recipe and images"
+        both = [path for path in tile.group_paths(tiles.ids()) if tiles.find(path.removeprefix(f"{tile.TILES}/"))]
+        if both:
+            yield f"{both[:3]} are groups and tiles at once"
+    except ValueError as err:
+        yield f"its index has faults: {err}"
 
 
 def check_quick(
@@ -92,7 +109,7 @@ def check_quick(
     info = storage.infos()
     listed = [(images[record.id], record) for record in manifest.tiles if record.id in images]
     unchanged = KnownImages(storage).unchanged(listed)
-    findings += [_damaged_group(path) for path in manifest.groups if info(_group_file(path)) is None]
+    findings += [_damaged_group(path) for path in manifest.group_digests() if info(_group_file(path)) is None]
     for record in _looked_at(manifest, images, only_these=only_these):
         path = tile.tile_path(record.id)
         shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
@@ -121,11 +138,11 @@ def check_full(
     """
     edited, known = check_manifest(storage, manifest), KnownImages(storage)
     findings = check_tiles_listed(manifest, images, only_these=only_these) + edited
-    for path in manifest.groups:
+    for path, digest in manifest.group_digests().items():
         # The content that this version writes is known, so a digest cannot vouch for any other.
         written = tile.sha256(tile.group_metadata(path, manifest.recipe))
         is_known = manifest.format_version in VERSIONS and not edited
-        if not _is_intact(storage, manifest, path) or (is_known and manifest.groups[path] != written):
+        if not _is_intact(storage, path, digest) or (is_known and digest != written):
             findings.append(_damaged_group(path))
 
     def check(record: TileRecord) -> list[Finding]:
@@ -145,7 +162,7 @@ def check_full(
     return findings
 
 
-def _looked_at(manifest: Manifest, images: Mapping[str, Source], *, only_these: bool) -> list[TileRecord]:
+def _looked_at(manifest: Manifest, images: Mapping[str, Source], *, only_these: bool) -> Sequence[TileRecord]:
     return [record for record in manifest.tiles if record.id in images] if only_these else manifest.tiles
 
 
@@ -157,10 +174,10 @@ def _group_file(path: str) -> str:
     return f"{path}/{tile.METADATA_NAME}".lstrip("/")
 
 
-def _is_intact(storage: Storage, manifest: Manifest, group: str) -> bool:
+def _is_intact(storage: Storage, group: str, digest: str | None) -> bool:
     """Whether a group's metadata matches the manifest's digest."""
     try:
-        return tile.sha256(storage.read(_group_file(group))) == manifest.groups.get(group)
+        return tile.sha256(storage.read(_group_file(group))) == digest
     except (FileNotFoundError, CorruptCache):
         return False
 
@@ -237,9 +254,13 @@ def _stale(record: TileRecord, image: Source) -> Finding:
 
 def _check_strays(storage: Storage, manifest: Manifest) -> Iterator[Finding]:
     """Findings for files that are neither listed nor part of a finished tile that the configuration no longer has."""
-    groups = tile.group_paths([record.id for record in manifest.tiles])
+    groups = tile.group_paths(manifest.tiles.ids())
     expected: dict[str, set[str]] = {path: {tile.METADATA_NAME} for path in groups}
     expected[""].add(MANIFEST_NAME)
+    for name in manifest.index or ():
+        parts = name.split("/")
+        for end in range(len(parts)):
+            expected.setdefault("/".join(parts[:end]), set()).add(parts[end])
     for path in groups:
         if path:
             expected[path.rpartition("/")[0]].add(path.rpartition("/")[2])

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kdpipe.cache.images import Source, files_of, same_content
-from kdpipe.cache.records import TileRecord
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.storage.beside import append_beside, beside, read_beside
 from kdpipe.cache.storage.local import LocalStorage

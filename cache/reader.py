@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,30 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache import codec, tile
+from kdpipe.cache.documents import partial_text, read_manifest
 from kdpipe.cache.encoding import logits
 from kdpipe.cache.encoding.logits import Softening
 from kdpipe.cache.encoding.simplex import mean_over_pixels, mean_over_window
+from kdpipe.cache.index.columns import TileIndex
+from kdpipe.cache.index.files import read_index
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.manifest import (
-    DELETE_MANIFEST,
-    MANIFEST_NAME,
     Manifest,
-    is_newer_minor,
-    parse_manifest,
-    reason_of,
-    refuse_to_write,
 )
-from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe, parse_recipe
-from kdpipe.cache.records import TileRecord
+from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
 from kdpipe.cache.shard import ReadRanges, Shard, in_memory, open_shard
 from kdpipe.cache.storage.base import Storage, open_storage
-from kdpipe.cache.storage.packed import PackedStorage
-from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache, count_text
+from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
 if TYPE_CHECKING:
     from kdpipe.cache.writer import OwnCache
 
 Window = tuple[int, int, int, int]
 
+MAX_KEPT_RECORDS = 8192
 MAX_OPEN_TILES = 256  # most recently read tiles whose shard index (a few kB each) is kept in memory
 
 
@@ -56,7 +52,6 @@ class SoftTargetCache:
         self.manifest = manifest
         self._softening = softening
         self._storage = storage
-        self._records = {record.id: record for record in manifest.tiles}
         self._start_anew()
 
     @classmethod
@@ -103,7 +98,7 @@ class SoftTargetCache:
     @property
     def tile_ids(self) -> list[str]:
         """The ids of the tiles, in the order of the configuration."""
-        return list(self._records)
+        return list(self.manifest.tiles.ids())
 
     def size(self, tile_id: str) -> tuple[int, int]:
         """Height and width of a tile in pixels."""
@@ -201,14 +196,31 @@ class SoftTargetCache:
             raise self._unusable(tile_id, f"a chunk is missing, or {err}") from err
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without open files: the process that unpickles opens its own."""
-        return {"storage": self._storage, "manifest": self.manifest, "softening": self._softening}
+        """The state without open files: the process that unpickles opens its own, and maps the index anew."""
+        without = {"tiles": TileIndex.of([])} if self.manifest.is_indexed else {}
+        manifest = self.manifest.model_copy(update=without)
+        return {
+            "storage": self._storage,
+            "manifest": manifest,
+            "softening": self._softening,
+            "count": len(self.manifest.tiles),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["storage"], state["manifest"], state["softening"])  # type: ignore[misc]
+        manifest, storage = state["manifest"], state["storage"]
+        if manifest.is_indexed:
+            try:
+                tiles = read_index(storage, manifest.index, state["count"])
+            except ValueError as err:
+                raise IncompleteCache(
+                    f"{storage.url} was written again since it was opened ({err}); open it again"
+                ) from err
+            manifest = manifest.model_copy(update={"tiles": tiles})
+        self.__init__(storage, manifest, state["softening"])  # type: ignore[misc]
 
     def _start_anew(self) -> None:
         self._pid: int | None = None
+        self._records: dict[str, TileRecord] = {}  # those last asked for, as an index takes a search for each
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         # Chunk checksums of each tile whose digests have been verified. Later reads are checked against them. 4 bytes per chunk,
         # kept for the life of the object.
@@ -219,10 +231,15 @@ class SoftTargetCache:
         )  # the id and the shard of a tile that was read whole, until its first chunks are taken
 
     def _record(self, tile_id: str) -> TileRecord:
-        try:
-            return self._records[tile_id]
-        except KeyError:
-            raise KeyError(f"no tile {tile_id!r} in {self._storage.url}") from None
+        record = self._records.get(tile_id)
+        if record is None:
+            record = self.manifest.tiles.find(tile_id)
+            if record is None:
+                raise KeyError(f"no tile {tile_id!r} in {self._storage.url}")
+            if len(self._records) >= MAX_KEPT_RECORDS:
+                self._records.clear()
+            self._records[tile_id] = record
+        return record
 
     def _shard(self, record: TileRecord) -> Shard:
         """The tile's shard; the first time, the bytes of its files are compared with the manifest's digests."""
@@ -282,15 +299,15 @@ class SoftTargetCache:
         """The error for a tile that cannot be read: `IncompleteCache` if a writer has begun to change it, else `CorruptCache`."""
         url = self._storage.url
         try:
-            now = {record.id: record for record in read_manifest(self._storage).tiles}
+            now = read_manifest(self._storage).tiles.find(tile_id)
         except IncompleteCache:
             return IncompleteCache(
                 f"tile {tile_id} of {url} cannot be read ({cause}): a run has begun to write the cache since it was opened, and "
                 "has not finished; open it again once `kdpipe precompute-teacher` is done"
             )
         except CacheError:  # a damaged manifest says nothing about the tile
-            now = self._records
-        if now.get(tile_id) != self._records[tile_id]:
+            now = self._record(tile_id)
+        if now != self._record(tile_id):
             return CorruptCache(
                 f"tile {tile_id} of {url} was written again since the cache was opened ({cause}); open the cache again"
             )
@@ -339,58 +356,3 @@ def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ran
     if (shard.shape, shard.dtype) != wanted:
         raise ValueError(f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}")
     return shard
-
-
-def partial_text(manifest: Manifest) -> str:
-    """How many of a configuration's tiles a cache holds, where `--limit` chose them."""
-    return f"it holds {len(manifest.tiles)} of {count_text(manifest.partial_of or 0, 'tiles')}, as --limit asked"
-
-
-def read_manifest(storage: Storage) -> Manifest:
-    """The manifest of a finished cache; `IncompleteCache` if there is none, `CorruptCache` if it was changed."""
-    is_pack = isinstance(storage, PackedStorage)
-    advice = storage.repair if is_pack else DELETE_MANIFEST
-    try:
-        data = storage.read(MANIFEST_NAME)
-    except FileNotFoundError as err:
-        if is_pack:
-            raise IncompleteCache(f"{err}; correct the path, or make it with `kdpipe pack`") from err
-        state = "is not finished" if storage.children("") else "does not exist"
-        raise IncompleteCache(
-            f"the cache {storage.url} {state}; run `kdpipe precompute-teacher` with the same configuration"
-        ) from err
-    except CorruptCache as err:
-        raise CorruptCache(f"{storage.url}/{MANIFEST_NAME} cannot be read ({err}); {advice}") from err
-    return parse_manifest(data, f"{storage.url}/{MANIFEST_NAME}", advice)
-
-
-def read_recipe(storage: Storage, *, to_write: bool = True) -> CacheRecipe | None:
-    """
-    The recipe in the topmost group's attributes; None where there is no group.
-
-    Raises `CorruptCache` if it is unreadable, and `UnknownFormat` for a format version that this program cannot read (with
-    `to_write`: cannot write).
-    """
-    origin = f"{storage.url}/{tile.METADATA_NAME}"
-    advice = "restore it, run `kdpipe precompute-teacher --repair`, or choose another cache.path"
-    try:
-        data = storage.read(tile.METADATA_NAME)
-    except FileNotFoundError:
-        return None
-    except CorruptCache as err:
-        raise CorruptCache(f"{origin} is not the metadata of a cache ({err}); {advice}") from err
-    try:
-        content = json.loads(data)["attributes"][tile.ATTRIBUTE]
-        (refuse_to_write if to_write else is_newer_minor)(content["format_version"], origin)
-        return parse_recipe(content["recipe"])
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
-        raise CorruptCache(f"{origin} is not the metadata of a cache ({reason_of(err)}); {advice}") from err
-
-
-def read_receipt(storage: Storage, tile_id: str, recipe_digest: str) -> TileRecord | None:
-    """A finished tile's record from its receipt; None if that is missing, damaged, or of another tile or recipe."""
-    try:
-        metadata = storage.read(f"{tile.tile_path(tile_id)}/{tile.METADATA_NAME}")
-    except (FileNotFoundError, CorruptCache):
-        return None
-    return tile.parse_receipt(metadata, tile_id, recipe_digest) if tile.is_sealed(metadata) else None

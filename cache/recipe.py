@@ -32,7 +32,7 @@ from pydantic import (
 
 from kdpipe.cache.encoding import many_classes, simplex
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
-from kdpipe.cache.records import Sha256, digest_of
+from kdpipe.cache.index.records import Sha256, digest_of
 
 
 class Record(BaseModel):

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from kdpipe.cache import codec
 from kdpipe.cache.encoding.simplex import ENTROPY_BLOCK_PX
+from kdpipe.cache.index.records import ImageDigest, TileRecord, canonical, parse_record
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import ImageDigest, TileRecord, canonical, parse_record
 from kdpipe.cache.shard import SpilledShard, encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
 
@@ -50,12 +50,14 @@ def tile_path(tile_id: str) -> str:
     return f"{TILES}/{tile_id}"
 
 
-def group_paths(tile_ids: list[str]) -> list[str]:
+def group_paths(tile_ids: Iterable[str]) -> list[str]:
     """Every folder that is a Zarr group, sorted: the cache itself (`""`), `tiles`, and those between `tiles` and the tiles."""
     groups = {"", TILES}
     for tile_id in tile_ids:
-        parts = tile_path(tile_id).split("/")
-        groups.update("/".join(parts[:end]) for end in range(2, len(parts)))
+        group = tile_path(tile_id).rpartition("/")[0]
+        while group not in groups:
+            groups.add(group)
+            group = group.rpartition("/")[0]
     return sorted(groups)
 
 
@@ -200,7 +202,7 @@ def entropy_grid(record: TileRecord) -> tuple[int, int]:
     return -(-record.height // ENTROPY_BLOCK_PX), -(-record.width // ENTROPY_BLOCK_PX)
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """The sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

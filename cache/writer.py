@@ -14,23 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache import tile
-from kdpipe.cache.codec import encode, error_bound
+from kdpipe.cache.codec import encode
+from kdpipe.cache.documents import read_receipt, read_recipe, whole_manifest
 from kdpipe.cache.encoding.many_classes import levels_of
 from kdpipe.cache.encoding.row_deltas import KEY_ROW_PX
 from kdpipe.cache.images import Source, digest_image, same_content
+from kdpipe.cache.index.columns import TileIndex
+from kdpipe.cache.index.records import ImageDigest, TileRecord, node_path
 from kdpipe.cache.known_images import KnownImages
 from kdpipe.cache.manifest import (
     MANIFEST_NAME,
     Manifest,
-    dump_manifest,
-    fingerprint,
-    parse_manifest,
-    refuse_to_write,
-    version_of,
+    manifest_of,
+    store_manifest,
 )
-from kdpipe.cache.reader import read_receipt, read_recipe
 from kdpipe.cache.recipe import CacheRecipe, differences, parse_recipe
-from kdpipe.cache.records import ImageDigest, TileRecord, node_path
 from kdpipe.cache.shard import SpilledShard
 from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import FileInfo, Storage
@@ -63,10 +61,11 @@ def finished_tiles(
     refuse_stale(storage, found, recipe)
     if found != recipe:  # no tile is there yet
         return {}
-    known = {record.id: record for record in manifest.tiles} if manifest and manifest.recipe == found else {}
+    known = manifest.tiles if manifest and manifest.recipe == found else TileIndex.of([])
     digest = recipe.digest()
     info, known_images = storage.infos(), KnownImages(storage)
-    stored = {tile_id: known[tile_id] for tile_id in images if tile_id in known and _is_stored(info, known[tile_id])}
+    listed = {record.id: record for record in known if record.id in images}
+    stored = {tile_id: listed[tile_id] for tile_id in images if tile_id in listed and _is_stored(info, listed[tile_id])}
     unchanged = known_images.unchanged((images[tile_id], record) for tile_id, record in stored.items())
     finished = {tile_id: stored[tile_id] for tile_id in unchanged}
     # The manifest lacks the others, or its records do not fit; the tiles' receipts may still vouch for them.
@@ -98,20 +97,6 @@ def _is_stored(info: Callable[[str], FileInfo | None], record: TileRecord) -> bo
     path = tile.tile_path(record.id)
     shard, receipt = info(f"{path}/{tile.SHARD_NAME}"), info(f"{path}/{tile.METADATA_NAME}")
     return shard is not None and receipt is not None and shard.size == record.shard_bytes
-
-
-def whole_manifest(storage: Storage) -> Manifest | None:
-    """
-    The manifest; None if it is missing or damaged: the tiles' receipts hold the same, but take longer to read.
-
-    Raises `UnknownFormat` if the cache has another format version than this program writes.
-    """
-    try:
-        manifest = parse_manifest(storage.read(MANIFEST_NAME), MANIFEST_NAME)
-    except (FileNotFoundError, CorruptCache):
-        return None
-    refuse_to_write(manifest.format_version, f"{storage.url}/{MANIFEST_NAME}")
-    return manifest
 
 
 def partial_files(storage: Storage) -> list[str]:
@@ -374,19 +359,11 @@ class CacheWriter:
         """
         self._require(now=True)
         groups = self._write_groups([record.id for record in records])
-        manifest = Manifest(
-            format_version=version_of(self.recipe, partial_of),
-            fingerprint=fingerprint(self.recipe, {record.id: record.image for record in records}),
-            recipe=self.recipe,
-            error_bound=error_bound(self.recipe),
-            device=self._device,
-            libraries=self._libraries,
-            groups=groups,
-            partial_of=partial_of,
-            tiles=records,
+        manifest = manifest_of(
+            self.recipe, records, groups, device=self._device, libraries=self._libraries, partial_of=partial_of
         )
         self._require(now=True)
-        self.storage.write(MANIFEST_NAME, dump_manifest(manifest))
+        store_manifest(self.storage, manifest)
         return manifest
 
     def _write_groups(self, tile_ids: list[str]) -> dict[str, str]:

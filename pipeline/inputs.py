@@ -15,6 +15,8 @@ from pathlib import Path
 from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.declared.check import THREADS, Comparison, Findings, Headers, read_headers, refuse, tile_faults
+from kdpipe.data.declared.header import read_declared
+from kdpipe.data.declared.tile import image_faults
 from kdpipe.data.rasters import read_mask
 from kdpipe.data.survey import alpha_notes, evenly
 from kdpipe.data.tiles import Tile
@@ -22,6 +24,7 @@ from kdpipe.pipeline.progress import Advance, Progress, Silent
 
 SHOWN_FROM = 500  # tiles, whose headers take about a second
 FIRST = 3  # training images whose alpha is looked at
+MOST_BEFORE = 10_000  # tiles that stage one looks at before it begins, in ten seconds or so
 MOST_AGAIN = 2000  # unchanged tiles, read again in two or three seconds: new validation tiles may lie on them
 
 
@@ -45,11 +48,17 @@ def check_headers(
         progress: where notes and the progress are shown.
         since: time of an earlier check of `train`, in seconds since the epoch. Of files that have not changed after it, a sample is read.
         val_since: the same for `val`.
-        images_may_fail: whether an unreadable image is left to stage one, which names it and computes the other tiles.
+        images_may_fail: whether an unreadable image is left to stage one, which names it and computes the other tiles. Of more than
+            `MOST_BEFORE` tiles to train on, only so many are read: stage one refuses the others by `refuse_unusable`.
 
     Raises `DataError` for what is certainly wrong, such as an alpha band among `data.bands` or a mask with lossy compression.
     """
-    chosen = [*((tile, False) for tile in _to_read(train, since)), *((tile, True) for tile in _to_read(val, val_since))]
+    read_now = evenly(train, MOST_BEFORE) if images_may_fail else _to_read(train, since)
+    if len(read_now) < len(train) and images_may_fail:
+        progress.say(
+            f"note: of {len(train):,} tiles the headers of {len(read_now):,} are read now, evenly spread, the others' as their tiles come"
+        )
+    chosen = [*((tile, False) for tile in read_now), *((tile, True) for tile in _to_read(val, val_since))]
     if not chosen:
         return
     data = config.data
@@ -69,6 +78,14 @@ def check_headers(
     misread = [] if data.alpha == "band" else alpha_notes(first)
     for note in [*findings.notes, *misread]:
         progress.say(f"note: {note}")
+
+
+def refuse_unusable(config: Config, image: Path) -> None:
+    """Raise `DataError` for an image whose header says that `data.bands` of it cannot be used, or that cannot be read."""
+    declared = read_declared(image).called(config.data.alpha)
+    faults = image_faults(image, declared, config.data.bands, has_stretch=config.data.stretch is not None)
+    if faults:
+        raise DataError(faults[0])
 
 
 def check_labels(

@@ -20,9 +20,11 @@ from typing import BinaryIO
 import numpy as np
 
 from kdpipe.cache import tile
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, refuse_to_write, version_of
-from kdpipe.cache.reader import read_intact, read_manifest
-from kdpipe.cache.records import TileRecord, canonical
+from kdpipe.cache.documents import read_manifest
+from kdpipe.cache.index.columns import TileIndex
+from kdpipe.cache.index.records import TileRecord, canonical
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, manifest_files, manifest_of, refuse_to_write
+from kdpipe.cache.reader import read_intact
 from kdpipe.cache.storage import zip_format
 from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import Storage, open_storage
@@ -103,8 +105,9 @@ def members_of(manifest: Manifest) -> Iterator[tuple[str, str | None]]:
     for record in manifest.tiles:
         yield f"{tile.tile_path(record.id)}/{tile.SHARD_NAME}", record.shard_sha256
         yield f"{tile.tile_path(record.id)}/{tile.METADATA_NAME}", record.metadata_sha256
-    for group in sorted(manifest.groups):
-        yield f"{group}/{tile.METADATA_NAME}".lstrip("/"), manifest.groups[group]
+    for group, digest in sorted(manifest.group_digests().items()):
+        yield f"{group}/{tile.METADATA_NAME}".lstrip("/"), digest
+    yield from sorted((manifest.index or {}).items())
     yield MANIFEST_NAME, None
 
 
@@ -241,13 +244,14 @@ def _write_part(
     if ahead is not None:
         ahead.close()  # type: ignore[attr-defined]
     described = _part_of(manifest, tiles[:taken])
-    for group, digest in sorted(described.groups.items()):
+    for group, digest in sorted(described.group_digests().items()):
         name = f"{group}/{tile.METADATA_NAME}".lstrip("/")
         content = storage.read(name)
         if tile.sha256(content) != digest:
             raise CorruptCache(f"{storage.url}/{name} is not what was written; {storage.repair}")
         writer.put(name, content)
-    writer.put(MANIFEST_NAME, dump_manifest(described))
+    for name, content in sorted(manifest_files(described), key=lambda file: (file[0] == MANIFEST_NAME, file[0])):
+        writer.put(name, content)
     writer.finish()
     return taken
 
@@ -256,16 +260,11 @@ def _part_of(manifest: Manifest, tiles: Sequence[TileRecord]) -> Manifest:
     """The manifest of a cache of some of the tiles, or of all."""
     if len(tiles) == len(manifest.tiles):
         return manifest
-    paths = tile.group_paths([record.id for record in tiles])
-    return manifest.model_copy(
-        update={
-            "tiles": list(tiles),
-            "groups": {path: manifest.groups[path] for path in paths},
-            "partial_of": len(manifest.tiles),
-            "format_version": version_of(manifest.recipe, len(manifest.tiles)),
-            "fingerprint": fingerprint(manifest.recipe, {record.id: record.image for record in tiles}),
-        }
-    )
+    digests = manifest.group_digests()
+    groups = {path: digests[path] for path in tile.group_paths(record.id for record in tiles)}
+    return manifest_of(
+        manifest.recipe, tiles, groups, device=manifest.device, libraries=manifest.libraries, partial_of=len(manifest.tiles)
+    )  # fmt: skip
 
 
 class _Rest:
@@ -274,7 +273,7 @@ class _Rest:
     def __init__(self, manifest: Manifest) -> None:
         self._groups: set[str] = set()
         self._of_a_group = len(tile.group_metadata("tiles", manifest.recipe))
-        self._bytes = len(dump_manifest(manifest.model_copy(update={"tiles": [], "groups": {}})))
+        self._bytes = len(dump_manifest(manifest.model_copy(update={"tiles": TileIndex.of([]), "groups": {}})))
         self._bytes += len(tile.group_metadata("", manifest.recipe)) + zip_format.MOST_END_BYTES
 
     def with_tile(self, record: TileRecord) -> int:

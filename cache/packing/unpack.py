@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from kdpipe.cache import tile
-from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, fingerprint, refuse_to_write, version_of
+from kdpipe.cache.documents import read_manifest, read_recipe
+from kdpipe.cache.index.records import TileRecord
+from kdpipe.cache.manifest import MANIFEST_NAME, Manifest, dump_manifest, manifest_of, refuse_to_write, store_manifest
 from kdpipe.cache.packing.pack import SUFFIX, Bar, damaged, no_bar
-from kdpipe.cache.reader import read_intact, read_manifest, read_recipe
+from kdpipe.cache.reader import read_intact
 from kdpipe.cache.recipe import differences
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.lock import Require, writer_lock
 from kdpipe.cache.storage.packed import PackedStorage
@@ -58,11 +59,11 @@ def unpack(
         if there:
             return Unpacked(storage.url, len(manifest.tiles), len(manifest.tiles), manifest.partial_of)
         sweep(storage)
-        for group in sorted(manifest.groups):
-            name = f"{group}/{tile.METADATA_NAME}".lstrip("/")
-            source = next(each for each, its in zip(sources, manifests, strict=True) if group in its.groups)
+        where = {path: source for its, source in zip(manifests, sources, strict=True) for path in its.group_digests()}
+        for group, digest in sorted(manifest.group_digests().items()):
+            name, source = f"{group}/{tile.METADATA_NAME}".lstrip("/"), where[group]
             content = source.read(name)
-            if tile.sha256(content) != manifest.groups[group]:
+            if tile.sha256(content) != digest:
                 raise CorruptCache(f"{source.url} is damaged: {name} is not what was written")
             storage.write(name, content)
         with bar(len(manifest.tiles)) as on_tile:
@@ -71,7 +72,7 @@ def unpack(
                 for source, its in zip(sources, manifests, strict=True)
             )
         require(now=True)
-        storage.write(MANIFEST_NAME, dump_manifest(manifest))
+        store_manifest(storage, manifest)
     return Unpacked(storage.url, len(manifest.tiles), kept, manifest.partial_of)
 
 
@@ -101,15 +102,9 @@ def _joined(manifests: Sequence[Manifest], sources: Sequence[PackedStorage]) -> 
     if len(ids) < len(tiles) or first.partial_of is None or len(tiles) > first.partial_of:
         raise ConfigError("these packs share tiles, so they are not the parts of one cache: give each part once")
     partial_of = None if len(tiles) == first.partial_of else first.partial_of
-    groups = {path: digest for manifest in manifests for path, digest in manifest.groups.items()}
-    return first.model_copy(
-        update={
-            "tiles": tiles,
-            "groups": groups,
-            "partial_of": partial_of,
-            "format_version": version_of(first.recipe, partial_of),
-            "fingerprint": fingerprint(first.recipe, {record.id: record.image for record in tiles}),
-        }
+    groups = {path: digest for manifest in manifests for path, digest in manifest.group_digests().items()}
+    return manifest_of(
+        first.recipe, tiles, groups, device=first.device, libraries=first.libraries, partial_of=partial_of
     )
 
 

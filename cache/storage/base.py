@@ -37,6 +37,9 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """The content of a file; `FileNotFoundError` if there is none, `CorruptCache` if something else is in its place."""
 
+    def mapped(self, name: str) -> memoryview:
+        """What `read` returns; on a disk it is mapped, so that processes share it and no memory is taken for what is not looked at."""
+
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of a file in each `(start, length)`; a negative start counts from the end; fewer bytes past the end."""
 

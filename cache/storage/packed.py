@@ -51,6 +51,14 @@ class PackedStorage:
             raise CorruptCache(f"{self.url} ends within its member {name}")
         return data[before:]
 
+    def mapped(self, name: str) -> memoryview:
+        if not isinstance(self._place, LocalStorage):
+            return memoryview(self.read(name))
+        offset, size = self._member(name)
+        before = zip_format.header_bytes(name, size)
+        self._require_header(name, size, self.piece(offset, before))
+        return self._place.mapped(self._name)[offset + before : offset + before + size]
+
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         # The header is not read again: the caller compares every chunk with a file that `read` returned before.
         offset, size = self._member(name)

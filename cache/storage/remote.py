@@ -101,6 +101,9 @@ class RemoteStorage:
 
         return self._try("reading", name, lambda: self._by(lambda reader, key: reader.read(key), name, by_s3fs))
 
+    def mapped(self, name: str) -> memoryview:
+        return memoryview(self.read(name))
+
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         def by_s3fs() -> list[bytes]:
             # One request for each range, all at the same time.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.cache.documents import read_manifest
 from kdpipe.cache.integrity import check_tiles_listed
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.packing.pack import SUFFIX
-from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.schema import Config
@@ -37,12 +37,12 @@ class CacheInspection:
     @property
     def pixels(self) -> int:
         """Pixels of all tiles."""
-        return sum(tile.height * tile.width for tile in self.manifest.tiles)
+        return self.manifest.tiles.pixels
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all shards."""
-        return sum(tile.shard_bytes for tile in self.manifest.tiles)
+        return self.manifest.tiles.shard_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

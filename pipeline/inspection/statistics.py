@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.cache.codec import probability_bound
+from kdpipe.cache.documents import read_manifest
 from kdpipe.cache.encoding.logits import Softening
-from kdpipe.cache.reader import SoftTargetCache, read_manifest
+from kdpipe.cache.index.records import TileRecord
+from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.cache.recipe import LogitsRecipe
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import ConfigError, IncompleteCache, extra_text
 from kdpipe.configs.files import write_file
@@ -205,7 +205,7 @@ def compute_statistics(
         classes=classes,
         pixels=int(weights.sum()),
         shard_bytes=sum(tile.shard_bytes for tile in tiles),
-        error_bound=probability_bound(manifest, temperature=1, num_classes=len(manifest.recipe.channels)),
+        error_bound=manifest.probability_bound(temperature=1, num_classes=len(manifest.recipe.channels)),
         entropy=mean([tile.entropy for tile in tiles]),
         confidence=mean([tile.confidence for tile in tiles]),
         entropy_lost=mean([tile.entropy_lost for tile in tiles]),

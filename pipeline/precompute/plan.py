@@ -10,20 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.documents import read_recipe, whole_manifest
+from kdpipe.cache.index.records import TileRecord
+from kdpipe.cache.manifest import MAX_LISTED, Manifest
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.cache.storage.lock import writer_lock
-from kdpipe.cache.writer import finished_tiles, partial_files, sweep, whole_manifest
-from kdpipe.configs.errors import count_text
+from kdpipe.cache.writer import finished_tiles, partial_files, sweep
+from kdpipe.configs.errors import count_text, summarise
 from kdpipe.configs.schema import Config
 from kdpipe.data.dataset import TrainTiles
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles, without_limit
-from kdpipe.pipeline.inputs import check_headers, note_masks
+from kdpipe.pipeline.inputs import MOST_BEFORE, check_headers, note_masks
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.precompute.subjects import Subject, require_predictions, subject_noun, subjects
 from kdpipe.pipeline.progress import Progress
@@ -102,11 +102,18 @@ class Plan:
         return [tile for tile in self.tiles if tile.id not in self.finished]
 
     @property
+    def checks_as_read(self) -> bool:
+        """Whether not all headers of the missing tiles were read by `make_plan`, so that each is checked before it is predicted."""
+        return len(self.missing) > MOST_BEFORE
+
+    @property
     def is_done(self) -> bool:
         """Whether the cache holds the wanted tiles, and its manifest lists exactly what it holds, in the order of the configuration."""
         if self.manifest is None or self.missing or self.manifest.recipe != self.recipe:
             return False
         listed = self.listed(self.finished)
+        if self.manifest.is_indexed != (len(listed) > MAX_LISTED):  # an older kdpipe wrote it
+            return False
         return self.manifest.tiles == listed and self.manifest.partial_of == self.partial_of(listed)
 
     def listed(self, records: Mapping[str, TileRecord]) -> list[TileRecord]:
@@ -145,7 +152,7 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Prog
         recipe = resolve_precision(recipe, every_tile, stretch)
     manifest = whole_manifest(storage)
     ids = {tile.id for tile in wanted}
-    listed = {record.id for record in manifest.tiles} if manifest else None
+    listed = set(manifest.tiles.ids()) if manifest else None
     looked_up = {tile.id: tile.source for tile in every if listed is None or tile.id in ids or tile.id in listed}
     found = finished_tiles(storage, recipe, looked_up, manifest)
     finished = {tile: record for tile, record in found.items() if tile in ids}
@@ -190,6 +197,24 @@ def complete_text(summary: Summary) -> str:
         f"the {what} is in {summary.cache} already"
         if summary.tiles == 1
         else f"all {what} are in {summary.cache} already"
+    )
+
+
+def stopped_text(summary: Summary) -> str:
+    """The message of a run that was stopped."""
+    kept = summary.kept + summary.computed
+    return (
+        f"stopped; {kept} of {count_text(summary.tiles, summary.noun)} are finished and kept in {summary.cache}. "
+        "Run the same command again to continue"
+    )
+
+
+def failure_report(summary: Summary) -> str:
+    """One paragraph that names the unreadable tiles and what to do about them."""
+    causes = "; ".join(list(summary.failed.values())[:5])
+    return (
+        f"{len(summary.failed)} of {count_text(summary.tiles, summary.noun)} could not be computed: {summarise(summary.failed)}. {causes}. "
+        "Repair or remove these images and run the same command again; the other tiles are finished"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache.images import Source, digest_crop, digest_image, digest_pixels
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
 from kdpipe.data.augment import views_per_sample

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.cache.documents import partial_text, read_manifest
 from kdpipe.cache.images import digest_pixels
 from kdpipe.cache.integrity import check_quick
-from kdpipe.cache.reader import SoftTargetCache, partial_text, read_manifest
+from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache, StaleCache, count_text, summarise
 from kdpipe.configs.schema import Config
@@ -69,7 +70,7 @@ def open_targets(config: Config, tiles: Sequence[Tile], stretch: Stretch, device
     manifest = cache.manifest
     costs = read_costs(config.cache.path, manifest.recipe.digest())
     if costs:  # a repaired tile is paid for twice and stored once
-        costs = costs.model_copy(update={"bytes": sum(tile.shard_bytes for tile in manifest.tiles)})
+        costs = costs.model_copy(update={"bytes": manifest.tiles.shard_bytes})
     return Targets(source, manifest.fingerprint, library_note(manifest.libraries), costs)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.cache.codec import probability_bound
+from kdpipe.cache.documents import partial_text, read_manifest
 from kdpipe.cache.images import Source
 from kdpipe.cache.integrity import Finding, check_full, check_quick
 from kdpipe.cache.manifest import Manifest
-from kdpipe.cache.reader import SoftTargetCache, partial_text, read_manifest
+from kdpipe.cache.reader import SoftTargetCache
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.configs.errors import CorruptCache, IncompleteCache
@@ -164,7 +164,7 @@ def _check_cache(
         report.findings.append(Finding(code, None, str(err)))
         return
     report.fingerprint = manifest.fingerprint
-    report.error_bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
+    report.error_bound = manifest.probability_bound(config.distill.temperature, len(config.classes.names))
     report.other_libraries = other_libraries(manifest.libraries)
     note = library_note(manifest.libraries)
     if note:
@@ -216,7 +216,7 @@ def _check_parity(
         students.load_student_weights(student, weights, replace_head=config.student.replace_head)
     student.to(device).eval()
     precision = max((member.precision for member in manifest.recipe.teachers), key=PRECISION_SLACK.__getitem__)
-    bound = probability_bound(manifest, config.distill.temperature, len(config.classes.names))
+    bound = manifest.probability_bound(config.distill.temperature, len(config.classes.names))
     counts = []
     chosen = sampled_tiles(tiles, sample, config.seed)
     require_predictions(config, chosen)

@@ -88,7 +88,7 @@ def measure(url: str, pack: str, *, with_obstore: bool) -> dict[str, float]:
     if not with_obstore:
         sys.modules["obstore"] = None  # type: ignore[assignment]
     from kdpipe.cache import SoftTargetCache
-    from kdpipe.cache.reader import read_receipt
+    from kdpipe.cache.documents import read_receipt
     from kdpipe.cache.storage.ahead import in_order
     from kdpipe.cache.storage.base import open_storage
 

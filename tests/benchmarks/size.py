@@ -30,8 +30,8 @@ from rich.table import Table
 
 from kdpipe.cache import SoftTargetCache
 from kdpipe.cache.encoding import implied_class, logits, row_deltas, simplex, steady_rounding
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.packing.pack import pack
-from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.tile import CHUNK_PX, ZSTD_LEVEL
 from kdpipe.cache.writer import open_writer

@@ -15,8 +15,8 @@ from kdpipe.cache import CorruptCache, SoftTargetCache, codec
 from kdpipe.cache import writer as writer_module
 from kdpipe.cache.encoding.implied_class import fill_in, leave_out
 from kdpipe.cache.encoding.simplex import encode, levels_of
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.recipe import Recipe
-from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.tile import encode_bands, encode_tile

@@ -12,7 +12,7 @@ import pytest
 from helpers.caches import RECIPE, distributions, objects
 
 from kdpipe.cache import CacheLocked
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage import object_lock, remote
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import writer_lock

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kdpipe.cache.records import MAX_TILE_PX, ImageDigest, TileRecord, compact, parse_record, read_record
+from kdpipe.cache.index.records import MAX_TILE_PX, ImageDigest, TileRecord, compact, parse_record, read_record
 
 IDS = [
     "Train/a", "Train/t1_001/view-0003-0a1b2c3d", "a/b/c.d", "x.y/.hidden", "Wälder/ö", 'quo"te/b', "tab\tx/y", "emoji/🌲", "a b/c d",

@@ -18,7 +18,7 @@ from helpers.doubles import StopAfter
 from helpers.files import tree
 
 from kdpipe.cache import CacheLocked, CacheUnreachable, CorruptCache, IncompleteCache, SoftTargetCache
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage import remote
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage

@@ -11,8 +11,8 @@ from helpers import golden_cache
 
 from kdpipe.cache import tile
 from kdpipe.cache.encoding.simplex import encode, entropy_error
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.reader import in_memory
-from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.shard import open_shard
 from kdpipe.cache.storage.local import LocalStorage
 

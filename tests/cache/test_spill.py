@@ -15,7 +15,7 @@ from helpers.crash_disk import Disk, Killed, full, state_of
 from helpers.files import tree
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, tile
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.shard import encode_shard, spill_shard
 from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage.base import open_storage

@@ -13,12 +13,11 @@ from helpers.caches import RECIPE, fill
 from helpers.files import tree
 
 from kdpipe.cache import CacheUnreachable, SoftTargetCache
+from kdpipe.cache.documents import read_manifest, whole_manifest
 from kdpipe.cache.integrity import check_full, find_damage
-from kdpipe.cache.reader import read_manifest
 from kdpipe.cache.storage import local
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.local import LocalStorage
-from kdpipe.cache.writer import whole_manifest
 
 
 def test_no_thread_uses_a_folder_before_it_is_durable(tmp_path, monkeypatch):

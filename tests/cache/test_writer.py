@@ -12,10 +12,11 @@ from helpers.caches import RECIPE, SIZES, fill
 from helpers.files import tree
 
 from kdpipe.cache import CacheLocked, CorruptCache, IncompleteCache, SoftTargetCache, StaleCache
+from kdpipe.cache.documents import whole_manifest
 from kdpipe.cache.storage import lock as lock_module
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import writer_lock
-from kdpipe.cache.writer import finished_tiles, whole_manifest
+from kdpipe.cache.writer import finished_tiles
 from kdpipe.configs.errors import CacheError, ConfigError, DiskFull
 
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import plain_reader
 
+from kdpipe.cache import manifest
 from kdpipe.cache.encoding.many_classes import levels_of
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, Recipe, TeacherRecord
-from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 
@@ -20,8 +22,8 @@ CLASSES = {
     16: ["water", "forest", "meadow", "field", "town"],
 }
 MANY = [f"class {number}" for number in range(40)]
-BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,), "5.2": (8,)}
-"""The caches of each format version; major version 4 holds soft targets, 2 logits, 5 soft targets of many classes."""
+BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,), "5.2": (8,), "6.0": (8,)}
+"""The caches of each format version; 4 holds soft targets, 2 logits, 5 soft targets of many classes, and 6 an index (here of 4)."""
 FOLDERS = {version: GOLDEN.with_name(f"cache-{version}") for version in BITS}
 CACHES = [(version, bits) for version in BITS for bits in BITS[version]]
 
@@ -46,7 +48,9 @@ def probs(bits: int, height: int, width: int, version: str = "4.0") -> np.ndarra
 
 def recipe(bits: int, version: str = "4.0") -> Recipe:
     """The recipe of the soft targets: one teacher up to 8 bits; at 16 two teachers, a stretch and a window."""
-    added = {"decoder": "pillow", "temperature_applied": "after class_map"} if version[2] == "2" else {}
+    added = (
+        {"decoder": "pillow", "temperature_applied": "after class_map"} if version[2] == "2" or version == "6.0" else {}
+    )
     classes = classes_of(bits, version)
     first = TeacherRecord(
         checkpoint_sha256="1" * 64, architecture="unet", encoder="resnet18", classes=["unknown", "wet", "green", "grey"],
@@ -84,7 +88,12 @@ def write(path: Path, bits: int, version: str = "4.0") -> Manifest:
     is_soft = version[0] != "2"
     made, values = (recipe(bits, version), probs) if is_soft else (logits_recipe(bits, version), logits)
     given = {"version": version} if is_soft else {}
-    with open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        open_writer(open_storage(str(path)), made, device="cpu", libraries={"kdpipe": "0.1.0"}) as writer,
+    ):
+        if version == "6.0":
+            patch.setattr(manifest, "MAX_LISTED", 0)
         writer.begin()
         return writer.finish([
             writer.write(tile, values(bits, *size, **given), ImageDigest(size_bytes=number, sha256=f"{number:064x}"))

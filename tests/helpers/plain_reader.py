@@ -54,32 +54,71 @@ def check_id(tile: str) -> None:
         assert not any(unicodedata.category(character) in ("Cc", "Cs") for character in part), tile
 
 
+def groups_above(tiles: list[dict]) -> list[list[str]]:
+    """The groups above each tile."""
+    paths = [f"tiles/{tile['id']}".split("/") for tile in tiles]
+    return [["/".join(path[:end]) for end in range(1, len(path))] for path in paths]
+
+
 class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         text = (folder / "manifest.json").read_text("ascii")
         self.manifest = manifest = json.loads(text)
-        self.major, kind = int(manifest["format_version"].split(".")[0]), manifest["recipe"]["kind"]
+        root = json.loads((folder / "zarr.json").read_text("ascii"))["attributes"]["kdpipe"]
+        of_recipe = root["format_version"] if manifest["format_version"][0] == "6" else manifest["format_version"]
+        self.major, kind = int(of_recipe.split(".")[0]), manifest["recipe"]["kind"]
         assert kind == {2: "logits", 4: "soft", 5: "soft"}[self.major], kind
         checksum = manifest["checksum"]
         without = text.replace(f'\n "checksum": "{checksum}",', "", 1)
         assert sha256(compact(without).encode()) == checksum, "checksum"
         self.recipe_text = compact(member(text, "recipe"))
-        images = {tile["id"]: tile["image"]["sha256"] for tile in manifest["tiles"]}
+        self.tiles = self.read_index() if "index" in manifest else manifest["tiles"]
+        images = {tile["id"]: tile["image"]["sha256"] for tile in self.tiles}
+        assert len(images) == len(self.tiles)
         for tile in images:
             check_id(tile)
         # Ids are sorted by code point before they are escaped.
         listed = ",".join(f"{json.dumps(tile)}:{json.dumps(images[tile])}" for tile in sorted(images))
         fingerprint = f'{{"images":{{{listed}}},"recipe":{self.recipe_text}}}'
         assert sha256(fingerprint.encode()) == manifest["fingerprint"], "fingerprint"
-        for group, digest in manifest["groups"].items():
+        for group, digest in self.groups().items():
             assert sha256((folder / group / "zarr.json").read_bytes()) == digest, group
-        root = json.loads((folder / "zarr.json").read_text("ascii"))["attributes"]["kdpipe"]
-        assert root["recipe"] == manifest["recipe"] and root["format_version"] == manifest["format_version"]
+        assert root["recipe"] == manifest["recipe"] and root["format_version"] == of_recipe
+
+    def groups(self) -> dict[str, str]:
+        if "groups" in self.manifest:
+            return self.manifest["groups"]
+        empty = b'{\n "attributes": {},\n "node_type": "group",\n "zarr_format": 3\n}\n'
+        parents = {group for groups in groups_above(self.tiles) for group in groups}
+        return {"": self.manifest["root_sha256"], **dict.fromkeys(parents, sha256(empty))}
+
+    def read_index(self) -> list[dict]:
+        """The tiles that the index lists, as objects like those of a manifest that lists them."""
+        files = {name: (self.folder / name).read_bytes() for name in self.manifest["index"]}
+        assert {name: sha256(data) for name, data in files.items()} == self.manifest["index"], "index"
+        columns = {}
+        for name in {path.split("/")[1] for path in files} - {"zarr.json"}:
+            array = json.loads(files[f"index/{name}/zarr.json"])
+            assert array["chunk_grid"]["configuration"]["chunk_shape"] == array["shape"]
+            chunk = files[f"index/{name}/{'.'.join('0' * len(array['shape']))}"]
+            columns[name] = np.frombuffer(chunk, f"<u{int(array['data_type'][4:]) // 8}").reshape(array["shape"])
+        text, tiles, start = columns["id"].tobytes(), [], 0
+        for i in range(self.manifest["tiles"]):
+            end = int(columns["id_end"][i])
+            numbers = {name: int(columns[name][i]) for name in ("height", "width", "shard_bytes")}
+            digests = {name: columns[name][i].tobytes().hex() for name in ("shard_sha256", "metadata_sha256")}
+            image = {"sha256": columns["image_sha256"][i].tobytes().hex(), "size_bytes": int(columns["image_bytes"][i])}
+            tiles.append({"id": text[start:end].decode(), "image": image, **numbers, **digests})
+            start = end
+        assert start == len(text) and len(columns["height"]) == len(tiles)
+        in_order = [tiles[i]["id"] for i in columns["by_id"]]
+        assert in_order == sorted({tile["id"] for tile in tiles})
+        return tiles
 
     def read(self, tile_id: str) -> np.ndarray:
         """The integers of a tile, `(class, row, column)`, after every check that the page names."""
-        (record,) = [tile for tile in self.manifest["tiles"] if tile["id"] == tile_id]
+        (record,) = [tile for tile in self.tiles if tile["id"] == tile_id]
         recipe = self.manifest["recipe"]
         folder = self.folder / "tiles" / tile_id
         assert folder.resolve().is_relative_to(self.folder.resolve())

@@ -15,7 +15,7 @@ from helpers.plain_reader import Cache
 from PIL import Image
 
 from kdpipe.cache import CorruptCache, SoftTargetCache
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs.errors import ConfigError
@@ -29,7 +29,7 @@ CLASSES = ["water", "forest", "meadow"]
 def whole(bits):
     """Probabilities of the golden cache by tile, float64 `(C, H, W)`, from a reader that shares no code with kdpipe."""
     cache = Cache(GOLDEN / f"{bits}-bits.zarr")
-    return {tile["id"]: cache.probabilities(tile["id"]) for tile in cache.manifest["tiles"]}
+    return {tile["id"]: cache.probabilities(tile["id"]) for tile in cache.tiles}
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -14,7 +14,6 @@ from helpers.files import tree
 from helpers.views import K, dataset, rendered
 
 from kdpipe.cache import SoftTargetCache
-from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.encoding.simplex import mean_over_pixels
 from kdpipe.configs.errors import ConfigError, Interrupted
 from kdpipe.data.tiles import list_tiles
@@ -44,7 +43,7 @@ def cached_targets(config):
 
 def bound(config):
     cache = SoftTargetCache.open(config.cache.path, configured_softening(config))
-    return probability_bound(cache.manifest, config.distill.temperature, len(config.classes.names))
+    return cache.manifest.probability_bound(config.distill.temperature, len(config.classes.names))
 
 
 @pytest.mark.parametrize("crops", [1, 2])

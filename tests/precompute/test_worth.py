@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.doubles import StopAfter
 
-from kdpipe.cache.reader import read_recipe
+from kdpipe.cache.documents import read_recipe
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import Interrupted, OutOfMemory
 from kdpipe.pipeline import dry_run

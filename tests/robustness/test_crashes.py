@@ -11,7 +11,7 @@ from helpers.crash_disk import Disk, Killed, full
 from helpers.files import tree
 from helpers.small_world import PixelTeacher, write_tile
 
-from kdpipe.cache import CacheUnreachable, IncompleteCache, SoftTargetCache
+from kdpipe.cache import CacheUnreachable, IncompleteCache, SoftTargetCache, manifest
 from kdpipe.cache import tile as tile_module
 from kdpipe.cache.writer import CacheWriter
 from kdpipe.configs.errors import DiskFull
@@ -45,9 +45,13 @@ def change_an_image(tmp_path):
     write_tile(tmp_path / "data/Mine/images/t1.tif", seed=9)
 
 
-@pytest.fixture(params=["a fresh cache", "a changed image in a finished cache"])
-def scene(request, config_of, tmp_path):
+@pytest.fixture(
+    params=["a fresh cache", "a changed image in a finished cache", "a changed image in a finished cache with an index"]
+)
+def scene(request, config_of, tmp_path, monkeypatch):
     """The disk before a run, and every file after an undisturbed one."""
+    if request.param.endswith("index"):
+        monkeypatch.setattr(manifest, "MAX_LISTED", 0)
     before, whole = tmp_path / "before", tmp_path / "whole"
     before.mkdir()
     if request.param != "a fresh cache":

@@ -11,7 +11,7 @@ from helpers.files import tree
 from helpers.small_world import other_cache
 
 from kdpipe.cache import CacheError, CorruptCache, SoftTargetCache
-from kdpipe.cache.reader import read_manifest
+from kdpipe.cache.documents import read_manifest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.precompute.run import precompute

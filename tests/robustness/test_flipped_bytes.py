@@ -1,5 +1,6 @@
 """A flipped byte anywhere in a cache is found, named, and never read as other numbers."""
 
+import re
 import shutil
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 from helpers.caches import RECIPE, distributions
 from helpers.files import tree
 
-from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat
+from kdpipe.cache import CorruptCache, SoftTargetCache, UnknownFormat, manifest
 from kdpipe.cache import reader as reading
 from kdpipe.cache import tile as tile_module
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.integrity import check_full
-from kdpipe.cache.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 
@@ -35,10 +36,12 @@ def small_cache(path):
         writer.finish(records)
 
 
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A finished cache of two tiles with four chunks each."""
+@pytest.fixture(params=["listed", "indexed"])
+def small(tmp_path, monkeypatch, request):
+    """A finished cache of two tiles with four chunks each, which are listed in the manifest or in an index beside it."""
     monkeypatch.setattr(tile_module, "CHUNK_PX", CHUNK_PX)
+    if request.param == "indexed":
+        monkeypatch.setattr(manifest, "MAX_LISTED", 0)
     small_cache(tmp_path / "c.zarr")
     return tmp_path / "c.zarr"
 
@@ -50,7 +53,7 @@ def values(cache):
 def tile_of(file, root):
     """The tile that a file belongs to; None for the manifest and the metadata of groups."""
     parts = file.relative_to(root).parts
-    return "/".join(parts[1:-1]) if len(parts) == 4 else None
+    return "/".join(parts[1:-1]) if len(parts) == 4 and parts[0] == "tiles" else None
 
 
 def reads(cache, tile, window):
@@ -75,8 +78,13 @@ def flip_bytes(small, every):
             data[position] ^= 1 << position % 8
             file.write_bytes(data)
             tried += 1
-            if name == "manifest.json":
-                with pytest.raises((CorruptCache, UnknownFormat), match=r"manifest\.json"):
+            if name == "manifest.json" or name.startswith("index/"):
+                match = (
+                    r"manifest\.json"
+                    if name == "manifest.json"
+                    else f"damaged: {re.escape(name)} is not what was written"
+                )
+                with pytest.raises((CorruptCache, UnknownFormat), match=match):
                     SoftTargetCache.open(str(small))
                 continue
             cache = SoftTargetCache.open(str(small))

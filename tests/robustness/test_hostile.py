@@ -48,7 +48,7 @@ def try_to_sign(content):
 
 def parsed_or_refused(data):
     try:
-        manifest = parse_manifest(data, "manifest.json")
+        manifest = parse_manifest(data, "manifest.json", open_storage(str(CACHE)))
     except KdpipeError as err:
         assert len(str(err)) < 1000
     else:

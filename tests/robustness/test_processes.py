@@ -18,7 +18,7 @@ from helpers.commands import run_command
 from helpers.files import tree
 
 from kdpipe.cache import CorruptCache, IncompleteCache, SoftTargetCache
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs import dump_config

@@ -16,6 +16,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from kdpipe.cache import IncompleteCache, SoftTargetCache, StaleCache
+from kdpipe.cache.index.columns import TileIndex
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.manifest import fingerprint
 from kdpipe.configs import Config, parse_config
 from kdpipe.data.stretch import resolve_stretch
@@ -161,7 +163,8 @@ def digests(config):
     with handed(config, torch.nn.Identity() if config.teacher and config.teacher.given else None):
         recipe = complete_recipe(config, resolve_stretch(config.data, tiles), None)
     images = {subject.id: subject.load()[1] for subject in subjects(config, tiles, resolve_stretch(config.data, tiles))}
-    return recipe.digest(), fingerprint(recipe, images)
+    records = [TileRecord(tile, 1, 1, image, 1, "0" * 64, "0" * 64) for tile, image in images.items()]
+    return recipe.digest(), fingerprint(recipe, TileIndex.of(records))
 
 
 @pytest.mark.parametrize(("kind", "views"), [("soft", None), ("logits", None), ("soft", 2)])

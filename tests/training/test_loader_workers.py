@@ -16,7 +16,7 @@ from helpers.ports import free_port
 from torch.utils.data import DataLoader, Dataset
 
 from kdpipe.cache import SoftTargetCache
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.pipeline.training.loaders import _worker_options, report_unless_disconnected, train_loader

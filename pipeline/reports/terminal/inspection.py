@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from kdpipe.cache.codec import probability_bound
 from kdpipe.cache.manifest import Manifest
 from kdpipe.cache.recipe import LogitsRecipe, TeacherRecord
 from kdpipe.configs.errors import count_text, summarise
@@ -179,9 +178,7 @@ def _bound_text(manifest: Manifest) -> str:
         classes = len(
             manifest.recipe.channels
         )  # the student has as many classes or fewer, unless the map divides most of them
-        by_temperature = ", ".join(
-            f"{probability_bound(manifest, t, classes):.5f} at T {t}" for t in SHOWN_TEMPERATURES
-        )
+        by_temperature = ", ".join(f"{manifest.probability_bound(t, classes):.5f} at T {t}" for t in SHOWN_TEMPERATURES)
         return f"|Δz| at most {manifest.error_bound:.4f}, |Δp| at most {by_temperature}"
     return f"T {manifest.recipe.temperature:g}, |Δp| at most {manifest.error_bound:.5f}"
 

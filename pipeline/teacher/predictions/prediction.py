@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.cache.images import digest_image
-from kdpipe.cache.records import ImageDigest
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema.teacher import Are
 from kdpipe.data.declared.header import read_declared
