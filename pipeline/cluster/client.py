@@ -12,13 +12,12 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import Future as Awaited
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -26,8 +25,8 @@ from typing import Any, TypeVar
 import torch
 from distributed import Client, Future, KilledWorker, Security
 
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.fence import open_fence
 from kdpipe.cache.writer import CacheWriter, sweep
 from kdpipe.configs.errors import (
@@ -50,16 +49,15 @@ from kdpipe.pipeline.cluster.worker import (
     Job,
     Receipts,
     Station,
+    agreed_device,
     compute_batches,
     facts_of_worker,
     resolve_precision,
     station_name,
     stop_station,
-    version_differences,
 )
 from kdpipe.pipeline.memory import teacher_advice
-from kdpipe.pipeline.precompute.plan import Plan, Summary
-from kdpipe.pipeline.precompute.run import stopped_text
+from kdpipe.pipeline.precompute.plan import Plan, Summary, stopped_text
 from kdpipe.pipeline.precompute.subjects import (
     Reference,
     Subject,
@@ -79,6 +77,10 @@ CONNECT_SECONDS = 5.0
 COUNT_SECONDS = 2.0  # between two requests for the number of workers
 LEAVING_SECONDS = 3.0  # for workers to store what they predict when a run is stopped; the rest is computed again
 POLL_SECONDS = 0.2  # between two checks for Ctrl-C
+
+
+Task = list[list[Reference]]
+"""The batches that one call of `compute_batches` is given."""
 
 
 class Cluster:
@@ -154,8 +156,8 @@ class Cluster:
         return resolved
 
     def compute(
-        self, config: Config, plan: Plan, writer: CacheWriter, batches: list[list[Subject]], summary: Summary,
-        stop: threading.Event,
+        self, config: Config, plan: Plan, writer: CacheWriter, batches: Iterator[list[Subject]], batch_size: int,
+        summary: Summary, stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:  # fmt: skip
         """
         Have the workers store the missing tiles of `batches`, roughly in order, yielding the record of each.
@@ -165,7 +167,7 @@ class Cluster:
         """
         missing = frozenset(tile.id for tile in plan.missing)
         writer.prepare(missing, [tile.id for tile in plan.tiles])
-        pending = dict(enumerate(_tasks(batches)))
+        tasks, pending = enumerate(_tasks(batches)), dict[int, Task]()
         first = plan.tiles[0]
         assert isinstance(first, WholeTile | ViewOfTile)
         probe = first.files[0].absolute()
@@ -176,16 +178,19 @@ class Cluster:
             tiles=[absolute_tile(tile) for tile in first.view.views.tiles] if isinstance(first, ViewOfTile) else None,
             cache=plan.storage.url if "://" in plan.storage.url else str(Path(plan.storage.url).absolute()),
             token="",
-            batch_size=max(map(len, batches)),
+            batch_size=batch_size,
+            checks_headers=plan.checks_as_read and not config.has_predictions,
             device=str(self._device),
             libraries=library_versions(),
             threads=torch.get_num_threads() if self._local else None,
             probe=(str(probe), probe.stat().st_size),
         )
-        while pending and not stop.is_set():
+        is_done = False
+        while not (is_done or stop.is_set()):
             try:
                 with open_fence(plan.storage) as token:
-                    yield from self._session(replace(job, token=token), pending, missing, summary, stop)
+                    yield from self._session(replace(job, token=token), tasks, pending, missing, summary, stop)
+                is_done = not pending
             except _SchedulerLost as err:
                 done = f"{summary.kept + summary.computed} of {count_text(summary.tiles, summary.noun)}"
                 self._progress.say(
@@ -201,21 +206,27 @@ class Cluster:
     def _session(
         self,
         job: Job,
-        pending: dict[int, list[list[Reference]]],
+        tasks: Iterator[tuple[int, Task]],
+        pending: dict[int, Task],
         missing: frozenset[str],
         summary: Summary,
         stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:
-        """Compute the `pending` tasks, by number, with one scheduler; raises `_SchedulerLost` when it goes."""
+        """
+        Compute the `pending` tasks, which an earlier scheduler lost, and the further `tasks`, by number, with one scheduler.
+
+        Those that are begun are in `pending` until they are done, so that memory holds no more of them. Raises `_SchedulerLost` when the
+        scheduler goes.
+        """
         assert self._client is not None
         client, token = self._client, job.token
         done: SimpleQueue[Awaited[Receipts]] = SimpleQueue()
         outstanding: dict[Awaited[Receipts], tuple[int, Future]] = {}
-        queue = deque(pending)
+        waiting, has_more = chain(list(pending.items()), tasks), True
         leave_at, room, counted, last_seen = float("inf"), 0, 0.0, time.monotonic()
         try:
             _from_scheduler(client, lambda: client.register_plugin(Station(job)))
-            while outstanding or (queue and not stop.is_set()):
+            while outstanding or (has_more and not stop.is_set()):
                 if stop.is_set() and leave_at == float("inf"):
                     leave_at = time.monotonic() + LEAVING_SECONDS
                     _from_scheduler(client, lambda: client.run(stop_station, token, on_error="ignore"))
@@ -231,11 +242,15 @@ class Cluster:
                         return
                     if counted - last_seen > PATIENCE_SECONDS:
                         raise ClusterUnreachable(self._no_workers_text(summary))
-                while queue and len(outstanding) < room and not stop.is_set():
-                    number = queue.popleft()
-                    wanted = missing.intersection(tile.id for batch in pending[number] for tile in batch)
-                    future = _from_scheduler(client, lambda n=number, w=wanted: client.submit(  # type: ignore[misc]
-                        compute_batches, token, pending[n], w, key=f"kdpipe-{token}-{n}", priority=-n
+                while has_more and len(outstanding) < room and not stop.is_set():
+                    number, task = next(waiting, (-1, None))
+                    if task is None:
+                        has_more = False
+                        break
+                    pending[number] = task
+                    wanted = missing.intersection(tile.id for batch in task for tile in batch)
+                    future = _from_scheduler(client, lambda n=number, t=task, w=wanted: client.submit(  # type: ignore[misc]
+                        compute_batches, token, t, w, key=f"kdpipe-{token}-{n}", priority=-n
                     ))  # fmt: skip
                     # Gathered asynchronously in dask's loop: if the last worker dies before its result has been fetched, a
                     # blocking call would never return.
@@ -265,7 +280,7 @@ class Cluster:
                 client.unregister_worker_plugin(station_name(token))
 
     def _receipts(
-        self, client: Client, future: Future, awaited: Awaited[Receipts], batches: list[list[Reference]], job: Job
+        self, client: Client, future: Future, awaited: Awaited[Receipts], batches: Task, job: Job
     ) -> Receipts:
         """The receipts that a task returned; re-raises the task's `KdpipeError`, and wraps any other error in one."""
         err = None if awaited.cancelled() else awaited.exception()
@@ -358,23 +373,6 @@ def _from_scheduler(client: Client, call: Callable[[], Result]) -> Result:
         raise
 
 
-def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> str:
-    """The device of all workers; raises `ConfigError` that names a worker of another device or of other `libraries`."""
-    first_address, first = next(iter(sorted(facts.items())))
-    for address, found in sorted(facts.items()):
-        if found.libraries != dict(libraries):
-            raise ConfigError(
-                f"worker {address} has other versions than this command: {version_differences(found.libraries, libraries)}; "
-                "install the same ones everywhere"
-            )
-        if found.device != first.device:
-            raise ConfigError(
-                f"worker {address} computes on {found.device}, worker {first_address} on {first.device}: a cache is computed on one "
-                "kind of device; end the workers of the other kind, or set --device cpu"
-            )
-    return first.device
-
-
 def _with_absolute_checkpoints(config: Config) -> Config:
     """
     The configuration with absolute paths of the teachers' files, for a process that runs in another folder.
@@ -394,7 +392,7 @@ def _with_absolute_checkpoints(config: Config) -> Config:
     )
 
 
-def _tasks(batches: list[list[Subject]]) -> list[list[list[Reference]]]:
+def _tasks(batches: Iterator[list[Subject]]) -> Iterator[Task]:
     """The batches of each task: one, or all that begin with views of the same tile, so that it is decoded once."""
     tasks = groupby(batches, key=lambda batch: batch[0].view.tile if isinstance(batch[0], ViewOfTile) else batch[0].id)
-    return [[[reference_to(subject) for subject in batch] for batch in task] for _, task in tasks]
+    return ([[reference_to(subject) for subject in batch] for batch in task] for _, task in tasks)

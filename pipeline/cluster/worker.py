@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Worker, WorkerPlugin, get_worker
 
+from kdpipe.cache.index.records import TileRecord
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import TileRecord
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.fence import within_fence
 from kdpipe.cache.writer import finished_tile, store_tile
@@ -65,6 +65,7 @@ class Job:
     cache: str
     token: str
     batch_size: int
+    checks_headers: bool
     device: str
     libraries: Mapping[str, str]
     threads: int | None
@@ -169,7 +170,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         return receipts
 
     def _compute(self, batch: list[Subject], wanted: frozenset[str]) -> Receipts:
-        from kdpipe.pipeline.precompute.batches import load_batch
+        from kdpipe.pipeline.precompute.batches import header_check, load_batch
 
         receipts, job = Receipts(self._address), self._job
         if self._stopped.is_set():
@@ -185,7 +186,7 @@ class Station(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         wanted = wanted.intersection(tile.id for tile in batch).difference(record.id for record in receipts.records)
         if not wanted:
             return receipts
-        loaded = load_batch(batch)
+        loaded = load_batch(batch, header_check(job.config) if job.checks_headers else None)
         receipts.failed = loaded.failed
         if loaded.images_NHWC is None:
             return receipts
@@ -285,6 +286,23 @@ def stop_station(token: str, dask_worker: Worker) -> None:
 def station_name(token: str) -> str:
     """The name of the plugin that a run installs in its workers."""
     return f"kdpipe-{token}"
+
+
+def agreed_device(facts: Mapping[str, Facts], libraries: Mapping[str, str]) -> str:
+    """The device of all workers; raises `ConfigError` that names a worker of another device or of other `libraries`."""
+    first_address, first = next(iter(sorted(facts.items())))
+    for address, found in sorted(facts.items()):
+        if found.libraries != dict(libraries):
+            raise ConfigError(
+                f"worker {address} has other versions than this command: {version_differences(found.libraries, libraries)}; "
+                "install the same ones everywhere"
+            )
+        if found.device != first.device:
+            raise ConfigError(
+                f"worker {address} computes on {found.device}, worker {first_address} on {first.device}: a cache is computed on one "
+                "kind of device; end the workers of the other kind, or set --device cpu"
+            )
+    return first.device
 
 
 def version_differences(found: Mapping[str, str], expected: Mapping[str, str]) -> str:

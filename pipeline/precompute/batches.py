@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.cache.index.records import ImageDigest, TileRecord
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import ImageDigest, TileRecord
+from kdpipe.cache.storage.ahead import in_order
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
-from kdpipe.data.dataset import batches_of_equal_size
+from kdpipe.pipeline.inputs import refuse_unusable
 from kdpipe.pipeline.precompute.subjects import Seen, Subject, WholeTile
 from kdpipe.pipeline.teacher.frozen import predicts_in_bands
 
 ACCELERATOR_BATCH = 8  # tiles of equal size in a forward pass on an accelerator
 HEADER_READERS = 16  # threads that read image sizes: on a network's file system they mostly wait
-HEADERS_AT_ONCE = 4096
+
+Check = Callable[[Subject], None]
+"""Raises `DataError` for a subject that must not be predicted."""
 
 
 @dataclass(frozen=True)
@@ -49,54 +51,64 @@ def teacher_batch_size(config: Config, device: torch.device) -> int:
 
 def make_batches(
     tiles: Sequence[Subject], finished: Mapping[str, TileRecord], batch_size: int
-) -> tuple[list[list[Subject]], dict[str, str]]:
+) -> Iterator[list[Subject]]:
     """
-    Batches of equal size of all tiles, and why a header cannot be read, by tile id.
+    Batches of equal size of all tiles, each as soon as its last header is read; the last ones may have fewer tiles.
 
     All tiles, not only the missing ones: a tile's last bits can depend on its neighbours in the batch, so a resumed run computes it
     beside the same ones. An image with an unreadable header is assumed to be as large as the one before it: it keeps its place,
     and fails when it is read.
     """
     if batch_size == 1:
-        return [[tile] for tile in tiles], {}
+        yield from ([tile] for tile in tiles)
+        return
 
-    def size_of(tile: Subject) -> tuple[int, int] | DataError:
+    def size_of(tile: Subject) -> tuple[int, int] | None:
         record = finished.get(tile.id)
         try:
             return (record.height, record.width) if record else tile.size()
-        except DataError as err:
-            return err
+        except DataError:
+            return None
 
-    sizes: list[tuple[int, int] | None] = []
-    failed = {}
-    with ThreadPoolExecutor(HEADER_READERS) as threads:
-        for start in range(0, len(tiles), HEADERS_AT_ONCE):
-            block = tiles[start : start + HEADERS_AT_ONCE]
-            for tile, found in zip(block, threads.map(size_of, block), strict=True):
-                if isinstance(found, DataError):
-                    failed[tile.id] = str(found)
-                    sizes.append(sizes[-1] if sizes else None)
-                else:
-                    sizes.append(found)
-    first = next((size for size in sizes if size), (0, 0))  # for tiles before the first readable one
-    batches = batches_of_equal_size([size or first for size in sizes], batch_size)
-    return [[tiles[i] for i in batch] for batch in batches], failed
+    filling: dict[tuple[int, int], list[Subject]] = {}
+    before: tuple[int, int] | None = None
+    waiting: list[Subject] = []  # until there is a size: tiles whose headers cannot be read, before the first that can
+    for tile, size in zip(tiles, in_order(size_of, tiles, HEADER_READERS), strict=True):
+        before = size or before
+        waiting.append(tile)
+        if before is None:
+            continue
+        for each in waiting:
+            batch = filling.setdefault(before, [])
+            batch.append(each)
+            if len(batch) == batch_size:
+                yield filling.pop(before)
+        waiting = []
+    yield from filling.values()
+    yield from (waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size))
 
 
-def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe) -> LoadedBatch:
+def header_check(config: Config) -> Check:
+    """A `Check` of what the images themselves declare, for runs of more tiles than are looked at before the work begins."""
+    return lambda subject: refuse_unusable(config, subject.files[0])
+
+
+def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe, check: Check | None = None) -> LoadedBatch:
     """`load_batch`, except that a single tile larger than the teacher's window is left as a `scene`, so that memory stays flat."""
     (first, *others) = batch
     try:
         if not others and isinstance(first, WholeTile) and predicts_in_bands(recipe, (1, *first.size(), 3)):
+            if check is not None:
+                check(first)
             return LoadedBatch(batch, {}, None, {}, scene=first)
     except DataError:  # `load_batch` meets it again
         pass
-    return load_batch(batch)
+    return load_batch(batch, check)
 
 
-def load_batch(batch: list[Subject]) -> LoadedBatch:
+def load_batch(batch: list[Subject], check: Check | None = None) -> LoadedBatch:
     """
-    The images and digests of a batch.
+    The images and digests of a batch; `check` is called for each tile before it is read.
 
     An unreadable tile keeps its place, in black, and its prediction is discarded. Without it the others would be computed in a smaller
     batch than in an undisturbed run, and their last bits could differ.
@@ -105,6 +117,8 @@ def load_batch(batch: list[Subject]) -> LoadedBatch:
     digests, failed = {}, {}
     for tile in batch:
         try:
+            if check is not None:
+                check(tile)
             image_HWC, digest = tile.load()
         except (DataError, OSError) as err:
             failed[tile.id] = str(err)

@@ -23,31 +23,42 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.cache.documents import whole_manifest
+from kdpipe.cache.index.records import ImageDigest, TileRecord
 from kdpipe.cache.integrity import find_damage
 from kdpipe.cache.known_images import KnownImages, states_before
 from kdpipe.cache.recipe import CacheRecipe
-from kdpipe.cache.records import ImageDigest, TileRecord
 from kdpipe.cache.spill import Spill
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.storage.lock import writer_lock
 from kdpipe.cache.tile import Encoded, encode_bands
-from kdpipe.cache.writer import (
-    CacheWriter,
-    open_writer,
-    restore_root,
-    whole_manifest,
-)
-from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, count_text, summarise
+from kdpipe.cache.writer import CacheWriter, open_writer, restore_root
+from kdpipe.configs.errors import ConfigError, DataError, DiskFull, Interrupted, count_text
 from kdpipe.configs.schema import Config
 from kdpipe.data.rasters import Stretch
 from kdpipe.data.stretch import resolve_stretch
 from kdpipe.data.tiles import Tile, list_tiles, without_limit
 from kdpipe.pipeline.devices import resolve_device
 from kdpipe.pipeline.memory import fits_in_memory, sized, teacher_advice
-from kdpipe.pipeline.precompute.batches import LoadedBatch, load_batch_or_scene, make_batches, teacher_batch_size
+from kdpipe.pipeline.precompute.batches import (
+    Check,
+    LoadedBatch,
+    header_check,
+    load_batch_or_scene,
+    make_batches,
+    teacher_batch_size,
+)
 from kdpipe.pipeline.precompute.costs import record_costs, teacher_seconds
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.plan import Plan, Summary, complete_summary, complete_text, initial_summary, make_plan
+from kdpipe.pipeline.precompute.plan import (
+    Plan,
+    Summary,
+    complete_summary,
+    complete_text,
+    initial_summary,
+    make_plan,
+    stopped_text,
+)
 from kdpipe.pipeline.precompute.subjects import Subject, WholeTile, predictions_per_sample, subjects
 from kdpipe.pipeline.progress import Progress, Silent, at_once
 from kdpipe.pipeline.teacher import precision
@@ -75,10 +86,14 @@ class Workers(Protocol):
         """The recipe of a new cache, as `precision.resolve` decides on their device; starts them if need be."""
 
     def compute(
-        self, config: Config, plan: Plan, writer: CacheWriter, batches: list[list[Subject]], summary: Summary,
-        stop: threading.Event,
+        self, config: Config, plan: Plan, writer: CacheWriter, batches: Iterator[list[Subject]], batch_size: int,
+        summary: Summary, stop: threading.Event,
     ) -> Generator[TileRecord, None, None]:  # fmt: skip
-        """Store the missing tiles of `batches`, yielding the record of each; raises `Interrupted` once `stop` is set."""
+        """
+        Store the missing tiles of `batches`, each of at most `batch_size`, yielding the record of each.
+
+        Raises `Interrupted` once `stop` is set.
+        """
 
 
 def precompute(
@@ -164,12 +179,13 @@ def _precompute(
             )
         records = dict(plan.finished)
         if plan.missing:
-            batches = _batches_with_missing(plan, batch_size, summary)
+            batches = _batches_with_missing(plan, batch_size)
+            check = header_check(config) if plan.checks_as_read and not config.has_predictions else None
             if workers is None:
                 assert teacher is not None
-                computed = _compute(plan, teacher, writer, batches, stage_threads(device), advice, summary, stop)
+                computed = _compute(plan, teacher, writer, batches, check, stage_threads(device), advice, summary, stop)
             else:
-                computed = workers.compute(config, plan, writer, batches, summary, stop)
+                computed = workers.compute(config, plan, writer, batches, batch_size, summary, stop)
             records |= _collected(computed, plan, summary, progress)
         if not summary.failed:
             listed = plan.listed(records)
@@ -190,24 +206,6 @@ def stage_threads(device: torch.device) -> tuple[int, int]:
     cores = os.cpu_count() or 2
     readers = max(2, cores // 4)
     return readers, max(2, cores - readers)
-
-
-def stopped_text(summary: Summary) -> str:
-    """The message of a run that was stopped."""
-    kept = summary.kept + summary.computed
-    return (
-        f"stopped; {kept} of {count_text(summary.tiles, summary.noun)} are finished and kept in {summary.cache}. "
-        "Run the same command again to continue"
-    )
-
-
-def failure_report(summary: Summary) -> str:
-    """One paragraph that names the unreadable tiles and what to do about them."""
-    causes = "; ".join(list(summary.failed.values())[:5])
-    return (
-        f"{len(summary.failed)} of {count_text(summary.tiles, summary.noun)} could not be computed: {summarise(summary.failed)}. {causes}. "
-        "Repair or remove these images and run the same command again; the other tiles are finished"
-    )
 
 
 def _restore_root(config: Config, progress: Progress) -> None:
@@ -231,12 +229,11 @@ def _without_damaged(plan: Plan, summary: Summary, progress: Progress) -> Plan:
     return replace(plan, finished=whole)
 
 
-def _batches_with_missing(plan: Plan, batch_size: int, summary: Summary) -> list[list[Subject]]:
-    """The batches that hold a missing tile; unreadable headers are added to the failures of `summary`."""
-    missing = {tile.id for tile in plan.missing}
-    batches, unreadable = make_batches(plan.tiles, plan.finished, batch_size)
-    summary.failed |= unreadable
-    return [batch for batch in batches if any(tile.id in missing for tile in batch)]
+def _batches_with_missing(plan: Plan, batch_size: int) -> Iterator[list[Subject]]:
+    """The batches that hold a missing tile, as headers are read."""
+    for batch in make_batches(plan.tiles, plan.finished, batch_size):
+        if any(tile.id not in plan.finished for tile in batch):
+            yield batch
 
 
 def _collected(
@@ -294,19 +291,19 @@ def _recorded_costs(summary: Summary, config: Config, plan: Plan, start: float) 
 
 
 def _compute(
-    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: list[list[Subject]], threads: tuple[int, int],
-    advice: Callable[[int], list[str]], summary: Summary, stop: threading.Event,
+    plan: Plan, teacher: FrozenTeacher, writer: CacheWriter, batches: Iterator[list[Subject]], check: Check | None,
+    threads: tuple[int, int], advice: Callable[[int], list[str]], summary: Summary, stop: threading.Event,
 ) -> Generator[TileRecord, None, None]:  # fmt: skip
     """Compute the missing tiles in this process, yielding the record of each once it is on disk."""
     missing = {tile.id for tile in plan.missing}
-    ahead = deque(batches)
+    has_more = True
     loading: deque[Future[tuple[LoadedBatch, Images | None]]] = deque()
     writing: deque[tuple[int, Future[TileRecord]]] = deque()  # each with its tile's number of pixels
     num_readers, num_writers = threads
     pending_px = PENDING_PX * num_writers // 2
 
     def load(batch: list[Subject]) -> tuple[LoadedBatch, Images | None]:
-        loaded = load_batch_or_scene(batch, writer.recipe)
+        loaded = load_batch_or_scene(batch, writer.recipe, check)
         return loaded, None if loaded.images_NHWC is None else teacher.send(loaded.images_NHWC)
 
     def write(tile: str, encoded: Callable[[], Encoded], digest: ImageDigest) -> TileRecord:
@@ -314,9 +311,14 @@ def _compute(
 
     with ThreadPoolExecutor(num_readers) as readers, ThreadPoolExecutor(num_writers) as writers:
         try:
-            while (ahead or loading) and not stop.is_set():
-                while ahead and len(loading) <= num_readers:
-                    loading.append(readers.submit(load, ahead.popleft()))
+            while (has_more or loading) and not stop.is_set():
+                while has_more and len(loading) <= num_readers:
+                    batch = next(batches, None)
+                    has_more = batch is not None
+                    if batch is not None:
+                        loading.append(readers.submit(load, batch))
+                if not loading:
+                    break
                 loaded, images = loading.popleft().result()
                 summary.failed |= loaded.failed
                 record, predicted = None, None

@@ -106,7 +106,7 @@ def decoded(config, tiles, device):
     from kdpipe.pipeline.precompute.batches import load_batch, make_batches, teacher_batch_size
     from kdpipe.pipeline.precompute.subjects import subjects
 
-    batches, _ = make_batches(subjects(config, tiles, None), {}, teacher_batch_size(config, device))
+    batches = list(make_batches(subjects(config, tiles, None), {}, teacher_batch_size(config, device)))
     return [load_batch(batch).images_NHWC for batch in batches]
 
 

@@ -13,16 +13,19 @@ import pytest
 import torch
 from helpers.cluster_runs import Told, beside, command, run, wait_for
 from helpers.doubles import Lines
+from helpers.files import write_image, write_tiff
 
 from kdpipe.cache.storage import fence
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.configs.errors import CacheLocked, CheckpointError, ClusterUnreachable, ConfigError, DataError, ShutOut
 from kdpipe.data.tiles import list_tiles
+from kdpipe.pipeline import inputs
 from kdpipe.pipeline.cluster import client as module
 from kdpipe.pipeline.cluster.addresses import is_open_to_others
-from kdpipe.pipeline.cluster.client import Cluster, agreed_device
-from kdpipe.pipeline.cluster.worker import Facts
+from kdpipe.pipeline.cluster.client import Cluster
+from kdpipe.pipeline.cluster.worker import Facts, agreed_device
 from kdpipe.pipeline.commands.actions.precompute import precompute_on_cluster
+from kdpipe.pipeline.precompute import plan
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
 from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.versions import library_versions
@@ -92,6 +95,19 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
         monkeypatch.setattr(module, "Job", lambda changes=changes, **fields: right(**{**fields, **changes}))
         with pytest.raises(error, match=f"worker tcp://127.*{message}"):
             run(config, two_workers.address)
+
+
+def test_a_worker_refuses_an_image_whose_header_nobody_has_read(two_workers, make_config, tmp_path, monkeypatch):
+    for each in (inputs, plan):
+        monkeypatch.setattr(each, "MOST_BEFORE", 1)
+    for i in range(3):
+        write_image(tmp_path / f"Many/images/t{i}.png", 48, 48, seed=i)
+    pixels_BHW = np.zeros((3, 48, 48), dtype=np.uint8)
+    write_tiff(tmp_path / "Many/images/u.tif", pixels_BHW, ["red", "green", "alpha"])
+    config = make_config(data__train=[str(tmp_path / "Many")], data__allow_missing_masks=True, data__val=[])
+    summary = run(config, two_workers.address)
+    assert (summary.computed, list(summary.failed)) == (3, ["Many/u"])
+    assert "which the file calls alpha" in summary.failed["Many/u"]
 
 
 def test_precision_auto_is_decided_on_a_worker(two_workers, config):

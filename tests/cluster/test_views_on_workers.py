@@ -80,7 +80,7 @@ def test_two_workers_of_which_one_is_killed_make_the_bytes_of_one_process(two_wo
 def test_views_pass_through_the_scheduler_as_names_and_numbers(config):
     tiles = list_tiles(config.data, "train")
     batches = [[subject] for subject in subjects(config, tiles, None)]
-    tasks = module._tasks(batches)
+    tasks = list(module._tasks(batches))
     assert [len(task) for task in tasks] == [4] * len(tiles)
     for task in tasks:
         assert len(pickle.dumps(task)) < 1000

@@ -22,10 +22,10 @@ from kdpipe.configs.errors import CacheLocked, CheckpointError, DiskFull, Interr
 from kdpipe.data.rasters import read_image
 from kdpipe.data.tiles import list_tiles
 from kdpipe.pipeline.dry_run import estimate
-from kdpipe.pipeline.precompute import batches
 from kdpipe.pipeline.precompute import run as stage
 from kdpipe.pipeline.precompute.expected_recipe import complete_recipe
-from kdpipe.pipeline.precompute.run import failure_report, precompute
+from kdpipe.pipeline.precompute.plan import failure_report
+from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.reports.terminal.stage_one import estimate_text
 from kdpipe.pipeline.teacher.frozen import open_teacher
 from kdpipe.pipeline.text import size_text
@@ -198,10 +198,7 @@ def test_other_weights_are_another_teacher(make_config, cached, teacher_file, tm
 
 
 @pytest.mark.long
-def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(
-    make_config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(batches, "HEADERS_AT_ONCE", 3)
+def test_batches_of_equal_size_give_the_same_targets_and_resume_among_the_same_neighbours(make_config, tmp_path):
     data = even_tiles(tmp_path, 5)
     single = make_config(**data, cache__path=str(tmp_path / "single.zarr"))
     batched = make_config(**data, teacher__batch_size=2)

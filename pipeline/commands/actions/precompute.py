@@ -11,8 +11,8 @@ from kdpipe.configs.errors import ConfigError, extra_text
 from kdpipe.pipeline.commands.console import Terminal, write_json
 from kdpipe.pipeline.commands.options import EXIT_FINDINGS, complain
 from kdpipe.pipeline.devices import resolve_device
-from kdpipe.pipeline.precompute.plan import Summary
-from kdpipe.pipeline.precompute.run import failure_report, precompute
+from kdpipe.pipeline.precompute.plan import Summary, failure_report
+from kdpipe.pipeline.precompute.run import precompute
 from kdpipe.pipeline.progress import stop_on_signal
 from kdpipe.pipeline.reports.terminal.stage_one import precompute_text
 
