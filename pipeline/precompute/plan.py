@@ -126,9 +126,16 @@ class Plan:
         return len(self.configured) if len(listed) < len(self.configured) else None
 
 
-def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Progress | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    resolve_precision: ResolvePrecision,
+    checked: Progress | None = None,
+    listed_tiles: list[Tile] | None = None,
+) -> Plan:
     """
     The configured tiles and those that the cache already holds; `resolve_precision` is called where there is no cache yet.
+
+    `listed_tiles` are those of `list_tiles`, if they are known.
 
     With `checked`, the headers of the tiles that are to be computed are checked first, and in a new cache those of the validation tiles
     too; it shows the progress and the notes.
@@ -136,7 +143,7 @@ def make_plan(config: Config, resolve_precision: ResolvePrecision, checked: Prog
     Raises `DataError` for faulty folders or headers, `CheckpointError` for a missing teacher, `StaleCache` for a cache of another
     recipe, `CorruptCache` for a folder that is not a cache.
     """
-    tiles = list_tiles(config.data, "train")
+    tiles = listed_tiles or list_tiles(config.data, "train")
     # What the values depend on is decided by all tiles, so that a run without the limit goes on from a trial.
     every_tile = tiles if config.data.limit is None else list_tiles(without_limit(config.data), "train")
     storage = open_storage(config.cache.path)
@@ -230,5 +237,5 @@ def find_complete(config: Config) -> Summary | None:
     # With new tiles a plan is needed anyway, and would be made twice.
     if manifest is None or read_recipe(storage) is None or len(manifest.tiles) < len(tiles):
         return None
-    plan = make_plan(config, lambda recipe, *_: recipe)
+    plan = make_plan(config, lambda recipe, *_: recipe, listed_tiles=tiles)
     return complete_summary(plan, config) if plan.is_done else None

@@ -53,7 +53,7 @@ def lay_out(folder: Path, count: int) -> None:
     torch.manual_seed(0)
     torch.save(create_smp_model("unet", "mobilenet_v2", 2, key="teacher").state_dict(), folder / "teacher.pth")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    images = {f"Many/t{i:06d}": images_folder / f"t{i:06d}.png" for i in range(count)}
+    images = {f"Many/t{i:07d}": images_folder / f"t{i:07d}.png" for i in range(count)}
     for i, path in enumerate(images.values()):
         if i % LINKS == 0:
             first = path
@@ -80,22 +80,28 @@ def write(path: str, images: dict[str, Path]) -> None:
     config = load_config("config.yaml")
     recipe = complete_recipe(config, None, None)
     probs_CHW = np.full((2, SIDE, SIDE), 0.5, dtype=np.float32)
-    fsync, encode = os.fsync, tile_module.encode_tile
     digest = digest_image(next(iter(images.values())))
-    shard, template, one = encode(codec.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
-    seal = json.loads(template)["attributes"]["kdpipe"][tile_module.SEAL].encode()
-
-    def copy(units, tile_id, image, recipe, lost):
-        blank = template.replace(seal, b"").replace(b'"ID"', json.dumps(tile_id).encode())
-        sealed = blank.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(blank).encode())
-        return shard, sealed, replace(one, id=tile_id, metadata_sha256=tile_module.sha256(sealed))
-
-    os.fsync, tile_module.encode_tile = lambda descriptor: None, copy
-    try:
-        with open_writer(open_storage(path), recipe, device="cpu", libraries=library_versions()) as writer:
-            writer.finish([writer.write(tile, probs_CHW, digest) for tile in images])
-    finally:
-        os.fsync, tile_module.encode_tile = fsync, encode
+    shard, template, one = tile_module.encode_tile(codec.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
+    blank = template.replace(json.loads(template)["attributes"]["kdpipe"][tile_module.SEAL].encode(), b"")
+    before, after = blank.split(b'"ID"')
+    records = []
+    with open_writer(open_storage(path), recipe, device="cpu", libraries=library_versions()) as writer:
+        writer.begin()
+        os.makedirs(f"{path}/tiles/Many")
+        for i, tile in enumerate(images):
+            folder = f"{path}/{tile_module.tile_path(tile)}"
+            os.mkdir(folder)
+            if i % LINKS == 0:
+                first = f"{folder}/{tile_module.SHARD_NAME}"
+                Path(first).write_bytes(shard)
+            else:
+                os.link(first, f"{folder}/{tile_module.SHARD_NAME}")
+            unsealed = before + json.dumps(tile).encode() + after
+            sealed = unsealed.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(unsealed).encode())
+            with open(f"{folder}/{tile_module.METADATA_NAME}", "wb") as file:
+                file.write(sealed)
+            records.append(replace(one, id=tile, metadata_sha256=tile_module.sha256(sealed)))
+        writer.finish(records)
 
 
 def lose(missing: int) -> None:
