@@ -140,9 +140,9 @@ def write_sample_data(
     out_dir: Path,
     seed: int = 0,
     *,
-    train: int = 24,
+    train: int = 4,
     val: int = 8,
-    unlabelled: int = 8,
+    unlabelled: int = 28,
     teacher: int = 48,
     side: tuple[int, int] = (190, 290),
 ) -> SampleData:

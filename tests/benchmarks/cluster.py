@@ -43,7 +43,7 @@ def main(tiles, pause, side=64):
     torch.save(create_smp_model("unet", "mobilenet_v2", 8, key="teacher").state_dict(), folder / "teacher.pth")
     config = load_config(
         "demo",
-        ["data.train=[T]", "data.val=[]", "data.allow_missing_masks=true", "teacher.encoder=mobilenet_v2",
+        ["data.train=[T]", "data.val=[]", "data.unlabelled=[]", "data.allow_missing_masks=true", "teacher.encoder=mobilenet_v2",
          "teacher.checkpoint=teacher.pth"],
     )  # fmt: skip
 

@@ -81,25 +81,27 @@ def write(path: str, images: dict[str, Path]) -> None:
     recipe = complete_recipe(config, None, None)
     probs_CHW = np.full((2, SIDE, SIDE), 0.5, dtype=np.float32)
     digest = digest_image(next(iter(images.values())))
-    shard, template, one = tile_module.encode_tile(codec.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1)))
+    shard, template, one = tile_module.encode_tile(
+        codec.encode(probs_CHW, recipe)[0], "ID", digest, recipe, np.zeros((1, 1))
+    )
     blank = template.replace(json.loads(template)["attributes"]["kdpipe"][tile_module.SEAL].encode(), b"")
     before, after = blank.split(b'"ID"')
     records = []
     with open_writer(open_storage(path), recipe, device="cpu", libraries=library_versions()) as writer:
         writer.begin()
-        os.makedirs(f"{path}/tiles/Many")
         for i, tile in enumerate(images):
-            folder = f"{path}/{tile_module.tile_path(tile)}"
-            os.mkdir(folder)
+            folder = Path(path, tile_module.tile_path(tile))
+            folder.mkdir(parents=i == 0)
             if i % LINKS == 0:
-                first = f"{folder}/{tile_module.SHARD_NAME}"
-                Path(first).write_bytes(shard)
+                first = folder / tile_module.SHARD_NAME
+                first.write_bytes(shard)
             else:
-                os.link(first, f"{folder}/{tile_module.SHARD_NAME}")
+                os.link(first, folder / tile_module.SHARD_NAME)
             unsealed = before + json.dumps(tile).encode() + after
-            sealed = unsealed.replace(b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(unsealed).encode())
-            with open(f"{folder}/{tile_module.METADATA_NAME}", "wb") as file:
-                file.write(sealed)
+            sealed = unsealed.replace(
+                b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(unsealed).encode()
+            )
+            (folder / tile_module.METADATA_NAME).write_bytes(sealed)
             records.append(replace(one, id=tile, metadata_sha256=tile_module.sha256(sealed)))
         writer.finish(records)
 

@@ -93,6 +93,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
         "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
         "views": ["views.py", config],
         "remote": ["remote.py", f"{folder}/remote"],
+        "demo_gain": ["demo_gain.py", f"{folder}/demo"],
     }
     return {
         name: [*([precompute] if name in STUDENTS or name == "recipes" else []), [str(HERE / script), *arguments]]
@@ -195,6 +196,9 @@ def rows(found: dict[str, dict]) -> list[Row]:
             ),
             Row("receipts of 1,000,000 tiles from S3, at this pace", 1e6 / receipts / 60, "min", at_most=10),
         ]
+    if "demo_gain" in found:
+        gain, count = found["demo_gain"]["gain"], len(found["demo_gain"]["miou"]["with"])
+        table.append(Row(f"mIoU that the demo's student gains, mean of {count} seeds", gain, "points", at_least=3))
     if "views" in found:
         figures, views = found["views"]["figures"], found["views"]["options"]["views"]
         tile, crop = figures["tile"], figures["crop"]
