@@ -52,11 +52,11 @@ def mutated(draw, valid):
         if action == "drop":
             del target[key]
         elif action == "replace":
-            target[key] = draw(NASTY)
+            target[key] = copy.deepcopy(draw(NASTY))
         elif isinstance(target, list):
             target.append(copy.deepcopy(draw(st.sampled_from(target))))
         else:
-            target[draw(st.text(max_size=5))] = draw(NASTY)
+            target[draw(st.text(max_size=5))] = copy.deepcopy(draw(NASTY))
     return content
 
 

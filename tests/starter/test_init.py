@@ -98,7 +98,7 @@ def test_options_fill_in_the_config_as_meant(landscape, teacher_file):
         },
         "class_map": {**CLASS_MAP, "Cropland": {"Cropland": 1}, "background": {"Background": 1}},
         "cache": {"path": "caches/mine.zarr"},
-        "distill": {"temperature": 1.0},
+        "distill": {"temperature": 1.0, "loss": {"kl": 1, "dice": 1}},
         "student": {"architecture": "linknet", "encoder": "tu-regnetx_002"},
         "train": {"crop": crop, "lr": 1e-3, "backbone_lr": 1e-3},
     }
