@@ -405,3 +405,7 @@ def test_an_index_is_read_from_an_object_store(images, monkeypatch):
         expected = distributions(3, *SIZES[tile], seed=number)
         assert np.abs(cache.read(tile) - expected).max() <= cache.manifest.error_bound
     assert check_full(open_storage(url), cache.manifest, images) == []
+    monkeypatch.setattr(manifest, "MAX_LISTED", len(SIZES))
+    fill(url, images)
+    assert open_storage(url).children(INDEX) == []
+    assert check_full(open_storage(url), SoftTargetCache.open(url).manifest, images) == []
