@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdpipe.cache.documents import read_manifest
 from kdpipe.cache.integrity import check_tiles_listed
-from kdpipe.cache.manifest import Manifest
+from kdpipe.cache.manifest import Manifest, dump_manifest
 from kdpipe.cache.packing.pack import SUFFIX
 from kdpipe.cache.recipe import differences
 from kdpipe.cache.storage.base import open_storage
@@ -52,7 +53,9 @@ class CacheInspection:
             "size_bytes": self.size_bytes,
             "differences": self.differences,
             "other_libraries": self.other_libraries,
-            "manifest": self.manifest.model_dump(),
+            "manifest": {
+                name: value for name, value in json.loads(dump_manifest(self.manifest)).items() if name != "checksum"
+            },
         }
 
 

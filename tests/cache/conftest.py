@@ -11,7 +11,7 @@ import fsspec.core
 import pytest
 from helpers.caches import SIZES, fill
 
-from kdpipe.cache import SoftTargetCache
+from kdpipe.cache import SoftTargetCache, manifest
 from kdpipe.cache.packing.pack import pack
 from kdpipe.cache.storage import remote
 from kdpipe.cache.storage.base import open_storage
@@ -88,6 +88,21 @@ def written(tmp_path, images):
     """The folder of the finished cache of `images`."""
     fill(tmp_path / "c.zarr", images)
     return tmp_path / "c.zarr"
+
+
+@pytest.fixture
+def listed(tmp_path, images):
+    """A finished cache whose manifest lists the tiles."""
+    fill(tmp_path / "listed.zarr", images)
+    return tmp_path / "listed.zarr"
+
+
+@pytest.fixture
+def indexed(tmp_path, images, monkeypatch):
+    """The same cache, whose tiles are in an index."""
+    monkeypatch.setattr(manifest, "MAX_LISTED", 0)
+    fill(tmp_path / "indexed.zarr", images)
+    return tmp_path / "indexed.zarr"
 
 
 @pytest.fixture
