@@ -37,11 +37,8 @@ from kdpipe.pipeline.text import duration_text
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_CROP, TEACHER_LR = 300, 8, 128, 2e-3
 SHOWN_TILES = 3
 PICTURE, PAGE = "demo.png", "report.html"
-# Options by label; results in LABEL.json. Without the teacher only tiles with labels are of use: as many crops are taken of them.
-STUDENTS: dict[str, list[str]] = {
-    "with": [],
-    "without": ["--kd", "none", "--set", "data.unlabelled=[]", "--set", "train.crops_per_tile=12"],
-}
+# Options by label; results in LABEL.json. Without the teacher, as many crops are taken of the tiles with labels alone.
+STUDENTS: dict[str, list[str]] = {"with": [], "without": ["--kd", "none"]}
 MARKER = ".kdpipe-demo"  # marks a folder as a demo's, which may be replaced
 
 
