@@ -82,7 +82,7 @@ def run_demo(out: Path, progress: Progress) -> Iterator[Table | str]:
     draw_demo(config, taught, alone, out / PICTURE)
     yield _comparison(config, results)
     yield (
-        "Four tiles have labels, and the teacher predicts 28 others: that is where distillation pays. docs/results.md says what it gains "
+        "Three tiles have labels, and the teacher predicts 28 others: that is where distillation pays. docs/results.md says what it gains "
         "on scenes that no network has seen."
     )
     yield f"The demo took {duration_text(time.perf_counter() - start)}; everything is in {out}. Next:"

@@ -140,7 +140,7 @@ def write_sample_data(
     out_dir: Path,
     seed: int = 0,
     *,
-    train: int = 4,
+    train: int = 3,
     val: int = 8,
     unlabelled: int = 28,
     teacher: int = 48,

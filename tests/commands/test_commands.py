@@ -175,8 +175,8 @@ def test_sample_data_is_written_and_foreign_folders_are_left_alone(tmp_path, mon
     monkeypatch.setitem(write_sample_data.__kwdefaults__, "side", (65, 110))  # a tenth of the pixels to draw
     done = run_command("sample-data", "land", "--json", "land.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "land.json").read_text())["tiles"]["Train"] == 4
-    assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 4
+    assert json.loads((tmp_path / "land.json").read_text())["tiles"]["Train"] == 3
+    assert len(list((tmp_path / "land" / "Train" / "images").iterdir())) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.txt").write_text("mine")
     done = run_command("sample-data", "mine", cwd=tmp_path)

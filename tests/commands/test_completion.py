@@ -139,7 +139,7 @@ def test_every_key_offered_is_one_of_the_configuration_and_every_choice_is_accep
     assert {"name", "data.bands", "data.stretch", "teacher.normalize", "class_map", "train.lr"} <= keys.keys()
     no_network = [f"teacher.{name}=null" for name in ("architecture", "encoder", "checkpoint")]
     needed = {  # beside a key, or one of its values
-        ("distill.teacher_view", "crop"): ["cache.views=5"],
+        ("distill.teacher_view", "crop"): ["cache.views=7"],
         ("teacher.are", None): ["teacher.predictions=predicted", *no_network],
         ("student.normalize", "pretrained"): [
             "student.pretrained=a",
