@@ -30,7 +30,7 @@ from kdpipe.cache.index.records import (
     quoted,
     read_record,
 )
-from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, LogitsRecipe, Record
+from kdpipe.cache.recipe import AnyRecipe, CacheRecipe, LogitsRecipe, Record, is_none
 from kdpipe.cache.storage.base import Storage
 from kdpipe.cache.tile import group_metadata, group_paths, sha256
 from kdpipe.configs.errors import CorruptCache, UnknownFormat
@@ -51,10 +51,6 @@ def _in_columns(tiles: Any) -> Any:
     return tiles if isinstance(tiles, TileIndex) else TileIndex.of(tiles)
 
 
-def _is_none(value: object) -> bool:
-    return value is None
-
-
 class Manifest(Record):
     """The whole `manifest.json`, and the index that it has the digests of."""
 
@@ -67,11 +63,11 @@ class Manifest(Record):
     device: str
     libraries: dict[str, str]
     # By path, where the tiles are listed. All groups but the topmost have the same content, so that an indexed cache need not list them.
-    groups: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
-    root_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
-    index: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
+    groups: Annotated[dict[str, Sha256] | None, Field(exclude_if=is_none)] = None
+    root_sha256: Annotated[Sha256 | None, Field(exclude_if=is_none)] = None
+    index: Annotated[dict[str, Sha256] | None, Field(exclude_if=is_none)] = None
     # How many tiles the configuration has, where the cache was computed for some of them (`--limit`). Left out of a whole cache.
-    partial_of: Annotated[int | None, Field(ge=1, exclude_if=_is_none)] = None
+    partial_of: Annotated[int | None, Field(ge=1, exclude_if=is_none)] = None
     tiles: Annotated[TileIndex, BeforeValidator(_in_columns)]
 
     @property

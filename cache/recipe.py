@@ -47,7 +47,8 @@ class Record(BaseModel):
         return self
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """Whether a field is left out of the JSON, which is so where it is None."""
     return value is None
 
 
@@ -56,18 +57,18 @@ class TeacherRecord(Record):
 
     # The network: an architecture and its weights; a callable of the user's own, the file that defines it (with the version of its
     # package) and its weights; or whole files. Fields of the other kinds are left out.
-    checkpoint_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
-    architecture: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    encoder: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    model: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    source_sha256: Annotated[Sha256 | None, Field(exclude_if=_is_none)] = None
-    source_version: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    files_sha256: Annotated[dict[str, Sha256] | None, Field(exclude_if=_is_none)] = None
+    checkpoint_sha256: Annotated[Sha256 | None, Field(exclude_if=is_none)] = None
+    architecture: Annotated[str | None, Field(exclude_if=is_none)] = None
+    encoder: Annotated[str | None, Field(exclude_if=is_none)] = None
+    model: Annotated[str | None, Field(exclude_if=is_none)] = None
+    source_sha256: Annotated[Sha256 | None, Field(exclude_if=is_none)] = None
+    source_version: Annotated[str | None, Field(exclude_if=is_none)] = None
+    files_sha256: Annotated[dict[str, Sha256] | None, Field(exclude_if=is_none)] = None
     # What files of predictions hold, whose content is in each tile's digest; the user's name of a network that was passed in Python.
-    predictions: Annotated[Literal["logits", "probabilities", "classes"] | None, Field(exclude_if=_is_none)] = None
-    given: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    predictions: Annotated[Literal["logits", "probabilities", "classes"] | None, Field(exclude_if=is_none)] = None
+    given: Annotated[str | None, Field(exclude_if=is_none)] = None
     # What a program of the user's own said of itself (see `writer.own_recipe`).
-    made_by: Annotated[dict[str, str] | None, Field(exclude_if=_is_none)] = None
+    made_by: Annotated[dict[str, str] | None, Field(exclude_if=is_none)] = None
     classes: list[str]
     drop_channels: list[int]
     weight: float
@@ -111,8 +112,8 @@ class _Recipe(Record):
     bits: int
     chunk_px: int
     # Minor version 0 knows neither of these fields, and its digests must not change: they are left out where they are None.
-    views: Annotated[ViewsRecord | None, Field(exclude_if=_is_none)] = None
-    decoder: Annotated[Literal["pillow"] | None, Field(exclude_if=_is_none)] = None
+    views: Annotated[ViewsRecord | None, Field(exclude_if=is_none)] = None
+    decoder: Annotated[Literal["pillow"] | None, Field(exclude_if=is_none)] = None
 
     @property
     def teacher_classes(self) -> list[str]:
@@ -153,7 +154,7 @@ class Recipe(_Recipe):
     classes: Annotated[list[str], Field(min_length=2)]
     class_map: list[list[float]]
     temperature: float
-    temperature_applied: Annotated[Literal["after class_map"] | None, Field(exclude_if=_is_none)] = None
+    temperature_applied: Annotated[Literal["after class_map"] | None, Field(exclude_if=is_none)] = None
     kind: Literal["soft"]
     bits: Literal[4, 6, 8, 16]
     levels: int

@@ -14,9 +14,16 @@ from pathlib import Path
 
 from kdpipe.configs.errors import DataError, count_text
 from kdpipe.configs.schema import Config
-from kdpipe.data.declared.check import THREADS, Comparison, Findings, Headers, read_headers, refuse, tile_faults
-from kdpipe.data.declared.header import read_declared
-from kdpipe.data.declared.tile import image_faults
+from kdpipe.data.declared.check import (
+    THREADS,
+    Comparison,
+    Findings,
+    Headers,
+    headers_of,
+    read_headers,
+    refuse,
+    tile_faults,
+)
 from kdpipe.data.rasters import read_mask
 from kdpipe.data.survey import alpha_notes, evenly
 from kdpipe.data.tiles import Tile
@@ -80,10 +87,9 @@ def check_headers(
         progress.say(f"note: {note}")
 
 
-def refuse_unusable(config: Config, image: Path) -> None:
-    """Raise `DataError` for an image whose header says that `data.bands` of it cannot be used, or that cannot be read."""
-    declared = read_declared(image).called(config.data.alpha)
-    faults = image_faults(image, declared, config.data.bands, has_stretch=config.data.stretch is not None)
+def refuse_unusable(config: Config, tile: Tile) -> None:
+    """Raise `DataError` for a tile whose image or mask cannot be used as configured by its header, or cannot be read."""
+    faults = _faults_of(headers_of(tile).called(config.data.alpha), config, images_may_fail=False)
     if faults:
         raise DataError(faults[0])
 

@@ -119,13 +119,15 @@ def refuse(findings: Findings) -> None:
 
 
 def _read(tiles: Sequence[Tile]) -> list[Headers]:
-    read = []
     with settings_held():
-        for tile in tiles:
-            image, image_error = _declared(tile.image)
-            mask, mask_error = _declared(tile.mask) if tile.mask is not None else (None, None)
-            read.append(Headers(tile, image, mask, image_error, mask_error))
-    return read
+        return [headers_of(tile) for tile in tiles]
+
+
+def headers_of(tile: Tile) -> Headers:
+    """The headers of one tile."""
+    image, image_error = _declared(tile.image)
+    mask, mask_error = _declared(tile.mask) if tile.mask is not None else (None, None)
+    return Headers(tile, image, mask, image_error, mask_error)
 
 
 def _declared(path: Path) -> tuple[Declared | None, str | None]:

@@ -179,7 +179,7 @@ class Cluster:
             cache=plan.storage.url if "://" in plan.storage.url else str(Path(plan.storage.url).absolute()),
             token="",
             batch_size=batch_size,
-            checks_headers=plan.checks_as_read and not config.has_predictions,
+            checks_headers=plan.checks_as_read,
             device=str(self._device),
             libraries=library_versions(),
             threads=torch.get_num_threads() if self._local else None,

@@ -15,6 +15,7 @@ from kdpipe.cache.recipe import CacheRecipe
 from kdpipe.cache.storage.ahead import in_order
 from kdpipe.configs.errors import DataError
 from kdpipe.configs.schema import Config
+from kdpipe.data.tiles import Tile
 from kdpipe.pipeline.inputs import refuse_unusable
 from kdpipe.pipeline.precompute.subjects import Seen, Subject, WholeTile
 from kdpipe.pipeline.teacher.frozen import predicts_in_bands
@@ -89,8 +90,16 @@ def make_batches(
 
 
 def header_check(config: Config) -> Check:
-    """A `Check` of what the images themselves declare, for runs of more tiles than are looked at before the work begins."""
-    return lambda subject: refuse_unusable(config, subject.files[0])
+    """A `Check` of what a subject's image and mask declare, for runs of more tiles than are looked at before the work begins."""
+
+    def check(subject: Subject) -> None:
+        # The files of a stored prediction are not the image.
+        if isinstance(subject, WholeTile):
+            refuse_unusable(config, subject.tile)
+        else:
+            refuse_unusable(config, Tile(subject.id, subject.files[0], subject.mask))
+
+    return check
 
 
 def load_batch_or_scene(batch: list[Subject], recipe: CacheRecipe, check: Check | None = None) -> LoadedBatch:

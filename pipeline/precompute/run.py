@@ -180,7 +180,7 @@ def _precompute(
         records = dict(plan.finished)
         if plan.missing:
             batches = _batches_with_missing(plan, batch_size)
-            check = header_check(config) if plan.checks_as_read and not config.has_predictions else None
+            check = header_check(config) if plan.checks_as_read else None
             if workers is None:
                 assert teacher is not None
                 computed = _compute(plan, teacher, writer, batches, check, stage_threads(device), advice, summary, stop)

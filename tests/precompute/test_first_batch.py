@@ -108,6 +108,16 @@ def test_an_image_that_nobody_looked_at_before_is_refused_as_it_comes(make_confi
     assert tree(tmp_path / "cache.zarr") == tree(tmp_path / "whole.zarr")
 
 
+def test_a_mask_that_nobody_looked_at_before_is_refused_as_its_tile_comes(make_config, scenes, tmp_path):
+    """Training takes tiles for checked that are older than their cache."""
+    (tmp_path / "Many/images/t2.tif").unlink()
+    write_image(tmp_path / "Many/images/t2.png", 64, 64, seed=2)
+    write_image(tmp_path / "Many/masks/t2.jpg", 64, 64)
+    summary = precompute(make_config(**scenes), CPU)
+    assert (list(summary.failed), summary.computed) == (["Many/t2"], 6)
+    assert "t2.jpg is a JPEG, which alters class indices" in summary.failed["Many/t2"]
+
+
 def test_what_is_among_the_first_is_refused_before_the_work_begins(make_config, scenes, monkeypatch):
     for module in (inputs, plan):
         monkeypatch.setattr(module, "MOST_BEFORE", 7)
