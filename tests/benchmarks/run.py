@@ -93,6 +93,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
         "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
         "views": ["views.py", config],
         "remote": ["remote.py", f"{folder}/remote"],
+        "open_index": ["open_index.py", f"{folder}/index"],
         "demo_gain": ["demo_gain.py", f"{folder}/demo"],
     }
     return {
@@ -195,6 +196,14 @@ def rows(found: dict[str, dict]) -> list[Row]:
                 "x",
             ),
             Row("receipts of 1,000,000 tiles from S3, at this pace", 1e6 / receipts / 60, "min", at_most=10),
+        ]
+    if "open_index" in found:
+        opened = found["open_index"]
+        what = f"open {opened['tiles']:,} tiles and read a window"
+        table += [
+            Row(what, opened["seconds"], "s", at_most=1),
+            Row(f"{what}, memory that a process does not share", opened["private_mb"], "MB", at_most=50),
+            Row("index", opened["bytes_a_tile"], "B a tile", at_most=120),
         ]
     if "demo_gain" in found:
         gain, count = found["demo_gain"]["gain"], len(found["demo_gain"]["miou"]["with"])

@@ -61,6 +61,7 @@ FOUND = {
             for way, pace in (("obstore", 19.0), ("s3fs", 10.0))
         }
     },
+    "open_index": {"tiles": 1_000_000, "bytes_a_tile": 132.0, "seconds": 0.7, "cpu_seconds": 0.7, "private_mb": 9.0},
     "demo_gain": {"miou": {"with": {"42": 0.6, "43": 0.5}, "without": {"42": 0.6, "43": 0.45}}, "gain": 2.5},
     "views": {
         "figures": {view: {"seconds": 1.0, "bytes": 5, "step_seconds": 2.0} for view in ("tile", "crop", "none")},
@@ -79,6 +80,7 @@ MISSED = [
     "peak memory of a scene four times as high, in windows",
     "crops from S3 through obstore against s3fs, one reader",
     "receipts of 1,000,000 tiles from S3, at this pace",
+    "index",
     "mIoU that the demo's student gains, mean of 2 seeds",
 ]
 
@@ -184,6 +186,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
         "recipes": ["steps.py", "demo", "--recipes", "--steps", "2", "--rounds", "1", *overrides, *small_student],
         "memory": ["-c", memory],
         "many_tiles": ["many_tiles.py", tmp_path / "many", "--tiles", "200", "--missing", "1", "2"],
+        "open_index": ["open_index.py", tmp_path / "index", "--tiles", "5000"],
         "views": ["views.py", "demo", "--tiles", "2", "--views", "2", "--steps", "2", *overrides],
     }
     assert {*commands, "remote", "demo_gain"} == set(bench.benchmarks("demo", tmp_path))  # these two take minutes
