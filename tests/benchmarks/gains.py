@@ -27,6 +27,9 @@ SEEDS = (52, 53, 54, 55, 56)  # none was used to choose a setting
 
 RECIPE = ["distill.loss={kl: 1, dice: 1}"]
 AVERAGED = ["train.average=mean"]
+SHIFTED = [
+    "train.colour_shift=0.5"
+]  # half of the crops as another scene would have them; chosen before a run had used it
 THREE_TIMES = ["train.epochs=90", "train.restart_epochs=90"]  # on Ohio: 2430 steps in place of 810
 
 
@@ -92,6 +95,8 @@ ARMS: dict[str, tuple[list[str], bool]] = {
     "averaged": (AVERAGED, False),
     "recipe": ([*AVERAGED, *RECIPE], False),
     "unlabelled": ([*AVERAGED, *RECIPE], True),
+    "shifted": ([*AVERAGED, *RECIPE, *SHIFTED], True),
+    "none-shifted": (["distill.mode=none", *SHIFTED], False),
     "long": ([*AVERAGED, *RECIPE, *THREE_TIMES], True),
     "long-none": (["distill.mode=none", *THREE_TIMES], False),
 }
