@@ -215,7 +215,10 @@ def _restore_root(config: Config, progress: Progress) -> None:
         manifest = whole_manifest(storage)
         stretch = resolve_stretch(config.data, tiles)
         recipe = complete_recipe(config, stretch, manifest.recipe if manifest else None, tiles)
-        if restore_root(storage, recipe, [tile.id for tile in subjects(config, tiles, stretch)]):
+        ids = [tile.id for tile in subjects(config, tiles, stretch)]
+        # Nothing but the receipts says which precision was decided for where the manifest is lost too.
+        recipes = [recipe] if manifest else precision.candidates(config, recipe)
+        if any(restore_root(storage, each, ids) for each in recipes):
             progress.say(f"{storage.url}: its root metadata was damaged or missing, and is restored")
 
 

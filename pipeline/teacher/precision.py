@@ -40,16 +40,24 @@ def resolve_on(
     config: Config, recipe: CacheRecipe, tried: Sequence[Tile], stretch: Stretch, device: torch.device
 ) -> CacheRecipe:
     """`resolve` with the tiles that `drawn` returns."""
-    auto = [member.precision == "auto" and member.predictions is None for member in config.members.values()]
-    if not any(auto) or not is_fast_at_bf16(device):
+    _, *halves = candidates(config, recipe)
+    if not halves or not is_fast_at_bf16(device):
         return recipe
-    records = zip(recipe.teachers, auto, strict=True)
-    teachers = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
-    half = recipe.model_copy(update={"teachers": teachers})
+    (half,) = halves
     images_NHWC = _sample(config, tried, stretch)
     if images_NHWC is None:
         return recipe
     return half if _targets_stay(config, recipe, half, images_NHWC, device) else recipe
+
+
+def candidates(config: Config, recipe: CacheRecipe) -> list[CacheRecipe]:
+    """The recipes between which `resolve` decides: the given one, whose `auto` precisions are fp32, and that with bf16 if any is `auto`."""
+    auto = [member.precision == "auto" and member.predictions is None for member in config.members.values()]
+    if not any(auto):
+        return [recipe]
+    records = zip(recipe.teachers, auto, strict=True)
+    teachers = [record.model_copy(update={"precision": "bf16"}) if chosen else record for record, chosen in records]
+    return [recipe, recipe.model_copy(update={"teachers": teachers})]
 
 
 def _targets_stay(

@@ -33,8 +33,8 @@ from kdpipe.pipeline.versions import library_versions
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
-def with_teacher(config, checkpoint):
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
+def with_teacher(config, **changes):
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
 def test_an_unreadable_image_ends_the_command_with_the_summary_of_a_single_process(
@@ -63,7 +63,7 @@ def test_an_error_of_a_worker_is_reported_as_its_own(two_workers, config, tmp_pa
     with pytest.raises(
         CheckpointError, match="other.pth holds a network that is not recognised, but teacher says unet"
     ):
-        run(with_teacher(config, tmp_path / "other.pth"), two_workers.address)
+        run(with_teacher(config, checkpoint=str(tmp_path / "other.pth")), two_workers.address)
     assert beside(tmp_path / "cache.zarr") == []
 
 
@@ -77,12 +77,12 @@ def test_workers_that_see_other_files_are_named(two_workers, config, tmp_path, m
         ({"probe": ("/nowhere.png", 1)}, DataError, r"does not see the image /nowhere.png \(No such file"),
         ({"probe": (image, 1)}, DataError, r"sees another image .*t00.png: \d+ bytes, not 1;"),
         (
-            {"config": with_teacher(config, "/nowhere.pth")},
+            {"config": with_teacher(config, checkpoint="/nowhere.pth")},
             CheckpointError,
             ": teacher.checkpoint: no file at /nowhere.pth",
         ),
         (
-            {"config": with_teacher(config, tmp_path / "another.pth")},
+            {"config": with_teacher(config, checkpoint=str(tmp_path / "another.pth"))},
             CheckpointError,
             r" has another network at .*another.pth: its checkpoint_sha256 is 2d711642b726…, not",
         ),
@@ -112,9 +112,12 @@ def test_a_worker_refuses_an_image_whose_header_nobody_has_read(two_workers, mak
 
 def test_precision_auto_is_decided_on_a_worker(two_workers, config):
     """The client takes its workers for fast at bf16."""
+    config = with_teacher(config, precision="auto")
     recipe = complete_recipe(config, None, None)
     tiles = list_tiles(config.data, "train")
     with Cluster(Told(), "cpu", address=two_workers.address) as cluster:
+        cluster.start(threading.Event())
+        cluster._fast_bf16 = False
         assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == recipe
         cluster._fast_bf16 = True
         # The worker's own processor decides; this test sees that it was called with the tiles it needs.
@@ -124,6 +127,7 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config):
 
 def test_precision_auto_is_decided_where_few_of_many_tiles_are_readable(config, monkeypatch):
     """The client sends a worker no more tiles than `precision.resolve` tries."""
+    config = with_teacher(config, precision="auto")
     monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: True)
     first, *_ = list_tiles(config.data, "train")
     tiles = [replace(first, image=Path(f"absent/{number}.png")) for number in range(150)]

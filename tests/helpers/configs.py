@@ -38,6 +38,7 @@ def tiny_config(landscape: Path, teacher_file: Path, folder: Path, **overrides: 
             "architecture": "unet",
             "encoder": teacher_file.stem,
             "checkpoint": str(teacher_file),
+            "precision": "fp32",  # what `auto` decides depends on the machine, and bf16 on what is predicted together
             "classes": ["Tree", "Rangeland", "Cropland", "Developed", "Road", "Bareland", "Water", "Background"],
         },
         "class_map": {

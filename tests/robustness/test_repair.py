@@ -1,6 +1,7 @@
 """`precompute-teacher --repair` computes what is lost, and nothing else; test_damage.py repairs every kind of damage."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.files import flip, tree
 from kdpipe.cache import SoftTargetCache
 from kdpipe.configs.errors import CorruptCache, StaleCache
 from kdpipe.pipeline.precompute.run import precompute
+from kdpipe.pipeline.teacher import precision
 from kdpipe.pipeline.verify.gate import verify
 
 CPU = torch.device("cpu")
@@ -49,18 +51,26 @@ def test_a_lost_manifest_and_a_flipped_bit_cost_one_tile(finished, teacher, tmp_
     assert verify(finished(), "full", CPU).passes
 
 
-def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_made(finished, tmp_path):
+@pytest.mark.parametrize("decided", ["fp32", "bf16"])
+def test_with_topmost_group_and_manifest_lost_the_receipts_say_how_tiles_were_made(
+    make, tmp_path, monkeypatch, decided
+):
     """Both files are small and lie at the top, and without this everything paid for would be lost with them."""
+    monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: decided == "bf16")
+    monkeypatch.setattr(precision, "_targets_stay", lambda *of: True)
     folder = tmp_path / "cache.zarr"
+    make = partial(make, teacher__precision="auto")
+    precompute(make(), CPU)
+    assert f'"precision": "{decided}"' in (folder / "zarr.json").read_text()
     before = tree(folder)
     flip(folder / "manifest.json")
     (folder / "zarr.json").write_text("{}")
     not_a_cache = r"zarr\.json is not the metadata of a cache"
     with pytest.raises(CorruptCache, match=not_a_cache + " .* --repair"):
-        precompute(finished(), CPU)
+        precompute(make(), CPU)
     with pytest.raises(CorruptCache, match=not_a_cache):  # no tile vouches for temperature 1
-        precompute(finished(distill__temperature=1.0), CPU, repair=True)
-    assert precompute(finished(), CPU, repair=True).computed == 0
+        precompute(make(distill__temperature=1.0), CPU, repair=True)
+    assert precompute(make(), CPU, repair=True).computed == 0
     assert tree(folder) == before
 
 

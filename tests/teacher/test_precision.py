@@ -24,7 +24,7 @@ def recorded(config):
 def test_a_device_that_only_emulates_bf16_computes_in_fp32_without_a_trial(make_config, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(precision, "open_teacher", None)
-    config = make_config()
+    config = make_config(teacher__precision="auto")
     precompute(config, CPU)
     assert recorded(config) == ["fp32"]
 
@@ -40,7 +40,7 @@ def test_a_processor_with_amx_is_fast_and_apples_gpu_is_not(monkeypatch):
 
 @pytest.mark.long
 def test_bf16_is_chosen_where_it_moves_soft_targets_less_than_rounding_does(make_config, fast, monkeypatch):
-    config = make_config()
+    config = make_config(teacher__precision="auto")
     precompute(config, CPU)
     assert recorded(config) == ["bf16"]
     findings = verify(config, "parity", CPU, sample=2).findings
@@ -52,18 +52,18 @@ def test_bf16_is_chosen_where_it_moves_soft_targets_less_than_rounding_does(make
 
 @pytest.mark.long
 def test_a_teacher_whose_soft_targets_bf16_changes_computes_in_fp32(make_config, fast, tmp_path):
-    config = make_config()
+    config = make_config(teacher__precision="auto")
     state = torch.load(config.teacher.checkpoint, weights_only=True)
     state["segmentation_head.0.weight"] *= 300  # so that rounding its features to 8 bits decides classes
     torch.save(state, tmp_path / "sharp.pth")
-    config = make_config(teacher__checkpoint=str(tmp_path / "sharp.pth"))
+    config = make_config(teacher__precision="auto", teacher__checkpoint=str(tmp_path / "sharp.pth"))
     precompute(config, CPU)
     assert recorded(config) == ["fp32"]
 
 
 @pytest.mark.long
 def test_a_cache_of_16_bits_is_computed_in_fp32(make_config, fast):
-    config = make_config(cache__bits=16)
+    config = make_config(teacher__precision="auto", cache__bits=16)
     precompute(config, CPU)
     assert recorded(config) == ["fp32"]
 
