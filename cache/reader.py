@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,8 @@ from kdpipe.cache.manifest import (
     Manifest,
 )
 from kdpipe.cache.recipe import CacheRecipe, LogitsRecipe
-from kdpipe.cache.shard import ReadRanges, Shard, in_memory, open_shard
+from kdpipe.cache.shard import ReadRanges, Shard, in_memory, index_span, open_shard
+from kdpipe.cache.storage.ahead import in_order
 from kdpipe.cache.storage.base import Storage, open_storage
 from kdpipe.configs.errors import CacheError, ConfigError, CorruptCache, IncompleteCache
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 Window = tuple[int, int, int, int]
 
+WHAT = {tile.METADATA_NAME: "metadata", tile.SHARD_NAME: "shard"}
 MAX_KEPT_RECORDS = 8192
 MAX_OPEN_TILES = 256  # most recently read tiles whose shard index (a few kB each) is kept in memory
 
@@ -41,9 +44,10 @@ class SoftTargetCache:
     """
     A finished cache, read lazily as soft targets; a cache of logits needs a `Softening` for that.
 
-    Every tile's bytes are compared with the manifest's digests when the tile is first read in a process, so that a damaged,
-    swapped or replaced tile raises `CorruptCache` instead of returning wrong numbers. Instances can be pickled (each
-    process opens the files for itself). A remote cache does not survive `fork`: start workers by spawn or forkserver.
+    Whatever is read of a tile is compared with its digests, which the manifest vouches for, so that a damaged, swapped or
+    replaced tile raises `CorruptCache` instead of returning wrong numbers. A window reads the chunks that it touches. Instances
+    can be pickled (each process opens the files for itself). A remote cache does not survive `fork`: start workers by spawn or
+    forkserver.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, softening: Softening | None = None) -> None:
@@ -112,7 +116,8 @@ class SoftTargetCache:
         Stored in blocks of 64 px (see `simplex.entropy_error`); zero for logits. `window` and errors are those of `read`.
         """
         record = self._record(tile_id)
-        return mean_over_window(self._entropy_error_blocks(record), _checked(record, window))
+        inside = _checked(record, window)
+        return mean_over_window(self._entropy_error_blocks(record, inside), inside)
 
     def entropy_error_over(self, tile_id: str, pixels_HW: NDArray[np.bool_]) -> float:
         """`entropy_error` as the mean over the pixels of a tile that are True in `pixels_HW`; 0 if none is."""
@@ -154,7 +159,7 @@ class SoftTargetCache:
         record = self._record(tile_id)
         top, left, height, width = _checked(record, window)
         try:
-            gaps_HW = tile.read_gaps(self._shard(record).attributes, record)
+            gaps_HW = tile.read_gaps(self._shard(record, (top, left, height, width)).attributes, record)
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise self._unusable(tile_id, str(err)) from err
         return None if gaps_HW is None else gaps_HW[top : top + height, left : left + width]
@@ -182,12 +187,12 @@ class SoftTargetCache:
         """
         record = self._record(tile_id)
         top, left, height, width = _checked(record, window)
-        recipe, shard = self.manifest.recipe, self._shard(record)
+        recipe = self.manifest.recipe
         start = codec.first_row(recipe, top)
+        inside = start, left, top + height - start, width
+        shard = self._shard(record, inside)
         try:
-            stored = shard.read(
-                (start, left, top + height - start, width), self._chunks_reader(record), self._checksums[tile_id]
-            )
+            stored = shard.read(inside, self._chunks_reader(record), self._checksums.get(tile_id))
         except (ValueError, RuntimeError, FileNotFoundError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         try:
@@ -222,8 +227,8 @@ class SoftTargetCache:
         self._pid: int | None = None
         self._records: dict[str, TileRecord] = {}  # those last asked for, as an index takes a search for each
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        # Chunk checksums of each tile whose digests have been verified. Later reads are checked against them. 4 bytes per chunk,
-        # kept for the life of the object.
+        # Chunk checksums of each tile without digests of its chunks, once its whole shard has been verified. Later reads are checked
+        # against them. 4 bytes per chunk, kept for the life of the object.
         self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._just_read = (
             "",
@@ -241,13 +246,13 @@ class SoftTargetCache:
             self._records[tile_id] = record
         return record
 
-    def _shard(self, record: TileRecord) -> Shard:
-        """The tile's shard; the first time, the bytes of its files are compared with the manifest's digests."""
+    def _shard(self, record: TileRecord, window: Window | None = None) -> Shard:
+        """The tile's shard; the first time, its metadata are compared with their digest. `window` is what will be read of it."""
         self._refuse_fork()
         shard = self._shards.pop(record.id, None)
         if shard is None:
             try:
-                shard = self._open_shard(record)
+                shard = self._open_shard(record, window)
             except (ValueError, FileNotFoundError) as err:
                 raise self._unusable(record.id, str(err)) from err
         self._shards[record.id] = shard
@@ -255,27 +260,38 @@ class SoftTargetCache:
             self._shards.popitem(last=False)
         return shard
 
-    def _open_shard(self, record: TileRecord) -> Shard:
-        """The tile's shard from its files; `ValueError` for any difference from the manifest."""
-        metadata = read_intact(self._storage, record, tile.METADATA_NAME)
-        if record.id in self._checksums:  # it was dropped to save memory
-            return open_tile(self.manifest.recipe, record, metadata, self._ranges_reader(record))
-        file = read_intact(self._storage, record, tile.SHARD_NAME)
-        shard = open_tile(self.manifest.recipe, record, metadata, in_memory(file))
-        self._checksums[record.id] = shard.checksums(file)
-        self._just_read = record.id, file
+    def _open_shard(self, record: TileRecord, window: Window | None) -> Shard:
+        """
+        The tile's shard from its files; `ValueError` for any difference from the manifest.
+
+        The shard is read whole where most of it is wanted, or only a digest of the whole is there; else its index alone.
+        """
+        storage, grid = self._storage, tile.chunk_grid(record)
+        takes_most = window is not None and 2 * _touched(window) > grid[0] * grid[1]
+        reads: list[Callable[[], bytes]] = [
+            lambda: read_intact(storage, record, tile.METADATA_NAME),
+            lambda: _stored(storage, record, tile.SHARD_NAME, None if takes_most else index_span(grid)),
+        ]
+        metadata, data = in_order(lambda read: read(), reads, min(storage.at_once, len(reads)))
+        file = _intact(data, record, tile.SHARD_NAME) if takes_most else None
+        shard = open_tile(self.manifest.recipe, record, metadata, in_memory(data))
+        if shard.digests is None and record.id not in self._checksums:
+            file = file or read_intact(storage, record, tile.SHARD_NAME)
+            self._checksums[record.id] = shard.checksums(file)
+        if file is not None:
+            self._just_read = record.id, file
         return shard
 
-    def _entropy_error_blocks(self, record: TileRecord) -> NDArray[np.float64]:
+    def _entropy_error_blocks(self, record: TileRecord, window: Window | None = None) -> NDArray[np.float64]:
         if isinstance(self.manifest.recipe, LogitsRecipe):
             return np.zeros(tile.entropy_grid(record))
         try:
-            return tile.read_entropy_error(self._shard(record).attributes, record)
+            return tile.read_entropy_error(self._shard(record, window).attributes, record)
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise self._unusable(record.id, f"its entropy_error does not fit its size ({err!r:.100})") from err
 
     def _chunks_reader(self, record: TileRecord) -> ReadRanges:
-        """What reads a tile's chunks: from memory where its digests have just been compared, so that no byte is asked for twice."""
+        """What reads a tile's chunks: from memory where the shard has just been read, so that no byte is asked for twice."""
         tile_id, file = self._just_read
         self._just_read = "", b""
         return in_memory(file) if tile_id == record.id else self._ranges_reader(record)
@@ -334,24 +350,38 @@ def _refuse_softening(recipe: CacheRecipe, softening: Softening, url: str) -> No
 
 def read_intact(storage: Storage, record: TileRecord, name: str) -> bytes:
     """The bytes of one of a tile's two files; `ValueError`, naming the cause, where they do not match its digest."""
-    what, digest = {
-        tile.METADATA_NAME: ("metadata", record.metadata_sha256),
-        tile.SHARD_NAME: ("shard", record.shard_sha256),
-    }[name]
-    try:
-        data = storage.read(f"{tile.tile_path(record.id)}/{name}")
-    except FileNotFoundError as err:
-        raise ValueError(f"its {what} ({name}) is missing") from err
-    except CorruptCache as err:
-        raise ValueError(f"its {what} ({name}) cannot be read ({err})") from err
+    return _intact(_stored(storage, record, name), record, name)
+
+
+def _intact(data: bytes, record: TileRecord, name: str) -> bytes:
+    digest = record.metadata_sha256 if name == tile.METADATA_NAME else record.shard_sha256
     if tile.sha256(data) != digest:
-        raise ValueError(f"its {what} ({name}) is not what was written")
+        raise ValueError(f"its {WHAT[name]} ({name}) is not what was written")
     return data
+
+
+def _stored(storage: Storage, record: TileRecord, name: str, span: tuple[int, int] | None = None) -> bytes:
+    """The bytes of one of a tile's two files, or of a span of it; `ValueError`, naming the cause, where they cannot be read."""
+    path = f"{tile.tile_path(record.id)}/{name}"
+    try:
+        return storage.read(path) if span is None else storage.read_ranges(path, [span])[0]
+    except FileNotFoundError as err:
+        raise ValueError(f"its {WHAT[name]} ({name}) is missing") from err
+    except CorruptCache as err:
+        raise ValueError(f"its {WHAT[name]} ({name}) cannot be read ({err})") from err
+
+
+def _touched(window: Window) -> int:
+    """How many chunks a window touches."""
+    top, left, height, width = window
+    bottom, right = top + height - 1, left + width - 1
+    return (bottom // tile.CHUNK_PX - top // tile.CHUNK_PX + 1) * (right // tile.CHUNK_PX - left // tile.CHUNK_PX + 1)
 
 
 def open_tile(recipe: CacheRecipe, record: TileRecord, metadata: bytes, read_ranges: ReadRanges) -> Shard:
     """A tile's shard; `ValueError` where it is damaged, or its shape or type is not that of recipe and record."""
     shard = open_shard(metadata, read_ranges)
+    shard = replace(shard, digests=tile.read_chunk_digests(shard.attributes, shard.index.shape[:2]))
     wanted = (len(recipe.channels), record.height, record.width), recipe.dtype
     if (shard.shape, shard.dtype) != wanted:
         raise ValueError(f"it has shape {shard.shape}, {shard.dtype}, and the manifest says {wanted}")

@@ -13,6 +13,7 @@ Shapes: C classes, H W the tile's pixels, h w a window's or chunk's. A chunk's p
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from kdpipe.cache.spill import Spill
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and size of a chunk, two little-endian uint64
+DIGEST_BYTES = 16  # of a chunk: the first half of its sha256
 MAX_CHUNKS = 2**20  # more than 2**30 px have in chunks of 256 px, even in a single row
 MAX_CHUNK_VALUES = 2**28  # 256 x 256 px of 4,096 classes
 ABSENT = 2**64 - 1  # the index entry of a chunk that was not written
@@ -60,6 +62,7 @@ class Shard:
     dtype: np.dtype[Any]
     index: NDArray[np.uint64]  # (rows of chunks, columns of chunks, 2): offset and size
     attributes: dict[str, Any]
+    digests: NDArray[np.uint8] | None = None  # (rows of chunks, columns of chunks, 16): as `chunk_digest` returns them
 
     def checksums(self, file: bytes) -> NDArray[np.uint32]:
         """The CRC32C of each chunk, uint32 `(rows, columns)` of chunks, from the bytes of the whole file; `read` compares them."""
@@ -78,8 +81,8 @@ class Shard:
         """
         The stored integers `(C, h, w)` of a window `(top, left, height, width)`; only its chunks are read, all in one call.
 
-        Raises `ValueError` where a chunk is absent, does not match its checksum, or does not decode to its size; with
-        `checksums` also where a chunk has another checksum than there, because the file was replaced since.
+        Raises `ValueError` where a chunk is absent, does not match its digest or its checksum, or does not decode to its size;
+        with `checksums` also where a chunk has another checksum than there, because the file was replaced since.
         """
         top, left, height, width = window
         chunk_h, chunk_w = self.chunk_px
@@ -115,6 +118,8 @@ class Shard:
     def _decode(
         self, place: tuple[int, int], data: bytes, checksums: NDArray[np.uint32] | None, out_Chw: NDArray[Any]
     ) -> None:
+        if self.digests is not None and chunk_digest(data) != self.digests[place].tobytes():
+            raise ValueError(f"{_name(place)} is not what was written")
         frame = _checked(data, _name(place))
         if checksums is not None and data[-CRC_BYTES:] != int(checksums[place]).to_bytes(CRC_BYTES, "little"):
             raise ValueError(f"{_name(place)} was replaced by another")
@@ -136,6 +141,7 @@ class SpilledShard:
     index: NDArray[np.uint64]  # as in `Shard`
     spill: Spill
     spans: dict[tuple[int, int], tuple[int, int]]  # start and length in `spill`, in the order of the shard's file
+    digests: bytes  # those of its chunks, row by row
 
     @property
     def size(self) -> int:
@@ -158,10 +164,16 @@ class SpilledShard:
         yield _with_checksum(self.index.tobytes())
 
 
-def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> bytes:
-    """
-    The bytes of a shard. Chunks of zeros are stored too: an absent chunk could not be told from a lost one.
+def chunk_digest(data: bytes) -> bytes:
+    """The digest of an encoded chunk, `DIGEST_BYTES` long."""
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
+
+def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int) -> tuple[bytes, bytes]:
+    """
+    The bytes of a shard, and the digests of its chunks, row by row.
+
+    Chunks of zeros are stored too: an absent chunk could not be told from a lost one.
     `units_CHW` are the tile's integers, uint8 or uint16 `(C, H, W)`; `chunk_px` is the height and width of a chunk, `level` that
     of Zstandard.
     """
@@ -170,7 +182,8 @@ def encode_shard(units_CHW: NDArray[Any], chunk_px: tuple[int, int], level: int)
     for row, top in enumerate(range(0, units_CHW.shape[1], chunk_px[0])):
         frames.update(_encode_row(units_CHW[:, top : top + chunk_px[0]], row, chunk_px, zstd))
     order, index = _lay_out({place: len(frame) for place, frame in frames.items()})
-    return b"".join([*(frames[place] for place in order), _with_checksum(index.tobytes())])
+    shard = b"".join([*(frames[place] for place in order), _with_checksum(index.tobytes())])
+    return shard, b"".join(map(chunk_digest, frames.values()))
 
 
 def spill_shard(
@@ -181,17 +194,17 @@ def spill_shard(
 
     The file is not in the order of rows, so the chunks wait in `spill` until all are made; its errors are raised.
     """
-    zstd, spans = Zstd(level=level), {}
+    zstd, spans, digests = Zstd(level=level), {}, bytearray()
     for row, units_ChW in enumerate(rows_of_chunks):
         num_classes, rows, width = units_ChW.shape
         assert rows == min(chunk_px[0], height - row * chunk_px[0]), f"{rows} rows in row {row} of chunks"
         for place, frame in _encode_row(units_ChW, row, chunk_px, zstd):
             spans[place] = spill.put(frame), len(frame)
+            digests += chunk_digest(frame)
     order, index = _lay_out({place: length for place, (_, length) in spans.items()})
     assert len(index) == -(-height // chunk_px[0]), f"{len(index)} rows of chunks for {height} px"
-    return SpilledShard(
-        (num_classes, height, width), units_ChW.dtype, index, spill, {place: spans[place] for place in order}
-    )
+    spans = {place: spans[place] for place in order}
+    return SpilledShard((num_classes, height, width), units_ChW.dtype, index, spill, spans, bytes(digests))
 
 
 def _encode_row(
@@ -226,9 +239,15 @@ def _morton_code(place: tuple[int, int]) -> int:
     )
 
 
+def index_span(grid: tuple[int, int]) -> tuple[int, int]:
+    """Start, counted from the end, and length of the index in the file of a shard with so many rows and columns of chunks."""
+    length = grid[0] * grid[1] * INDEX_ENTRY_BYTES + CRC_BYTES
+    return -length, length
+
+
 def open_shard(metadata: bytes, read_ranges: ReadRanges) -> Shard:
     """
-    The shard with this `zarr.json`; its index is read from the file.
+    The shard with this `zarr.json`, without digests of its chunks; its index is read from the file.
 
     Raises `ValueError` where the metadata is not of the kind that the format has, or the index is damaged.
     """
@@ -258,9 +277,8 @@ def open_shard(metadata: bytes, read_ranges: ReadRanges) -> Shard:
     grid = (-(-height // chunk_h), -(-width // chunk_w))
     if grid[0] * grid[1] > MAX_CHUNKS:
         raise ValueError(f"its shape {content['shape']} is larger than any tile")
-    index_bytes = grid[0] * grid[1] * INDEX_ENTRY_BYTES + CRC_BYTES
-    index = np.frombuffer(_checked(read_ranges([(-index_bytes, index_bytes)])[0], "the index"), dtype="<u8")
-    return Shard((num_classes, height, width), (chunk_h, chunk_w), dtype, index.reshape(*grid, 2), attributes)
+    index = np.frombuffer(_checked(read_ranges([index_span(grid)])[0], "the index"), dtype="<u8").reshape(*grid, 2)
+    return Shard((num_classes, height, width), (chunk_h, chunk_w), dtype, index, attributes)
 
 
 def _with_checksum(data: bytes) -> bytes:

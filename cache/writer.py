@@ -196,7 +196,7 @@ def store_tile(
     if isinstance(units, SpilledShard):
         digest = hashlib.sha256()
         storage.write(f"{path}/{tile.SHARD_NAME}", _hashed(units.pieces(), digest))
-        vouched = units.size, digest.hexdigest()
+        vouched = units.size, digest.hexdigest(), units.digests
         metadata, record = tile.encode_receipt(units, *vouched, tile_id, image, recipe, entropy_error)
     else:
         shard, metadata, record = tile.encode_tile(units, tile_id, image, recipe, entropy_error, gaps_HW)

@@ -60,7 +60,7 @@ class PackedStorage:
         return self._place.mapped(self._name)[offset + before : offset + before + size]
 
     def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        # The header is not read again: the caller compares every chunk with a file that `read` returned before.
+        # The header is not read: the caller compares every chunk with a digest.
         offset, size = self._member(name)
         first = offset + zip_format.header_bytes(name, size)
         wanted = []

@@ -13,6 +13,7 @@ from helpers.caches import RECIPE, SIZES, distributions, fill
 
 from kdpipe.cache import CorruptCache, SoftTargetCache
 from kdpipe.cache.images import digest_image
+from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
 from kdpipe.cache.writer import open_writer
 from kdpipe.configs.errors import CacheError
@@ -69,6 +70,28 @@ def entropy(probs):
     """The entropy of every pixel in nats, in float64."""
     p = probs.astype(float)
     return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=0)
+
+
+@pytest.mark.parametrize("listing", ["folder", "object store"])
+def test_a_window_reads_the_bytes_of_its_chunks_and_no_others(listing, tmp_path):
+    """1024 x 1024 px have 16 chunks: bytes anywhere else in the shard may be damaged, those of the window may not."""
+    url = f"{tmp_path}/c.zarr" if listing == "folder" else "memory://kdpipe-tests/few-chunks.zarr"
+    storage = open_storage(url)
+    with open_writer(storage, RECIPE, device="cpu", libraries={}) as writer:
+        writer.begin()
+        writer.finish([writer.write("T/a", distributions(3, 1024, 1024), ImageDigest(size_bytes=1, sha256="0" * 64))])
+    whole, window = SoftTargetCache.open(url).read("T/a"), (300, 520, 200, 200)
+    content = bytearray(storage.read("tiles/T/a/0.0.0"))
+    offset, size = np.frombuffer(content[-16 * 16 - 4 : -4], "<u8").reshape(4, 4, 2)[1, 2].tolist()
+    for place in range(0, len(content) - 16 * 16 - 4, 997):
+        content[place] ^= 255 * (not offset <= place < offset + size)
+    storage.write("tiles/T/a/0.0.0", bytes(content))
+    cache = SoftTargetCache.open(url)
+    np.testing.assert_array_equal(cache.read("T/a", window), whole[:, 300:500, 520:720])
+    with pytest.raises(CorruptCache, match=r"T/a .* is damaged: .*chunk 0, 2 is not what was written"):
+        cache.read("T/a", (200, 520, 200, 200))
+    with pytest.raises(CorruptCache, match=r"its shard \(0\.0\.0\) is not what was written"):
+        SoftTargetCache.open(url).read("T/a")
 
 
 @pytest.mark.parametrize("window", [(0, 0, 70, 131), (64, 64, 6, 64), (10, 100, 57, 31), (69, 130, 1, 1)])

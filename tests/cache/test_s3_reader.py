@@ -53,8 +53,9 @@ def test_a_server_that_stops_responding_is_named_with_advice(s3, images, monkeyp
     with pytest.raises(CacheUnreachable, match=said) as caught:
         cache.read("Other/d")
     assert str(caught.value).count("\n") == 0
-    assert s3.count().total() == (2 if fault == "denied" else 3)
-    assert len(caplog.records) == (fault != "denied")
+    # For the metadata and the shard at once. Of a refusal s3fs is asked too, perhaps alone for the second.
+    assert s3.count().total() in ((3, 4) if fault == "denied" else (6,))
+    assert len(caplog.records) == 2 * (fault != "denied")
     s3.fault = lambda method, path: None
     assert cache.read("Other/d").shape == (3, 300, 257)
 

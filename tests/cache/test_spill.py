@@ -50,9 +50,10 @@ def test_the_bytes_are_those_of_a_shard_made_in_memory(storage, size, dtype):
     units = noise(3, *size, dtype=dtype)
     units[:, : size[0] // 2, : size[1] // 2] = 0
     chunk_px = min(256, size[0]), min(256, size[1])
-    whole = encode_shard(units, chunk_px, tile.ZSTD_LEVEL)
+    whole, digests = encode_shard(units, chunk_px, tile.ZSTD_LEVEL)
     with closing(Spill(storage)) as spill:
         shard = spilled(units, spill, chunk_px)
+        assert shard.digests == digests
         assert b"".join(shard.pieces()) == whole
         assert (shard.size, shard.shape, shard.dtype) == (len(whole), units.shape, units.dtype)
         record = store_tile(storage, "T/a", (shard, None), IMAGE, RECIPE)

@@ -22,8 +22,12 @@ CLASSES = {
     16: ["water", "forest", "meadow", "field", "town"],
 }
 MANY = [f"class {number}" for number in range(40)]
-BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,), "5.2": (8,), "6.0": (8,)}
-"""The caches of each format version; 4 holds soft targets, 2 logits, 5 soft targets of many classes, and 6 an index (here of 4)."""
+BITS = {"4.0": (6, 8, 16), "2.0": (8, 16), "4.2": (8,), "2.2": (8,), "5.2": (8,), "6.0": (8,), "4.2-chunks": (8,)}
+"""
+The caches of each format version: 4 holds soft targets, 2 logits, 5 soft targets of many classes, and 6 an index (here of 4).
+
+`4.2-chunks` has digests of chunks in its receipts, and the others are older.
+"""
 FOLDERS = {version: GOLDEN.with_name(f"cache-{version}") for version in BITS}
 CACHES = [(version, bits) for version in BITS for bits in BITS[version]]
 

@@ -156,6 +156,9 @@ class Cache:
             for column in range(columns):
                 start, size = map(int, places[row, column])
                 chunk = shard[start : start + size]
+                if "chunk_sha256" in receipt:
+                    at = 32 * (row * columns + column)
+                    assert sha256(chunk)[:32] == receipt["chunk_sha256"][at : at + 32], (row, column)
                 assert len(chunk) == size and crc32c(chunk[:-4]) == int.from_bytes(chunk[-4:], "little"), (row, column)
                 into = np.frombuffer(Zstd().decode(chunk[:-4]), values.dtype).reshape(shape[0], chunk_h, chunk_w)
                 values[:, row * chunk_h :][:, :chunk_h, column * chunk_w :][:, :, :chunk_w] = into

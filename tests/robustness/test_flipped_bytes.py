@@ -22,6 +22,7 @@ IMAGE = ImageDigest(size_bytes=1, sha256="0" * 64)
 SIDES = {"Train/a": (64, 40), "Train/b": (64, 40)}
 CHUNK_PX = 32  # so that a tile of a few hundred bytes has four chunks
 WINDOWS = [(0, 0, 64, 40), (0, 0, 32, 32), (40, 35, 20, 5), (30, 30, 4, 4)]
+FEW_CHUNKS = WINDOWS[1:3]  # the windows that touch at most half of the chunks, and so read no others
 
 
 def coarse(seed):
@@ -99,11 +100,17 @@ def flip_bytes(small, every):
             window = WINDOWS[position % len(WINDOWS)]
             for other in SIDES:
                 answer = reads(cache, other, window)
-                if other == tile:
+                if other == tile and isinstance(answer, str):
                     assert f"tile {tile} of " in answer
-                    assert f"its {what} ({file.name}) is not what was written" in answer
-                else:
+                    assert re.search(
+                        rf"its {what} \({re.escape(file.name)}\) is not what was written|its chunks|the index", answer
+                    )
+                else:  # it touches other chunks than the one with the flipped byte
+                    assert other != tile or (file.name == "0.0.0" and window in FEW_CHUNKS), position
                     np.testing.assert_array_equal(answer, right[other, window])
+            if tile is not None:
+                answer = reads(SoftTargetCache.open(str(small)), tile, WINDOWS[0])
+                assert f"its {what} ({file.name}) is not what was written" in answer
         file.write_bytes(before)
     assert check_full(storage, whole.manifest, images) == nothing
     return tried
@@ -111,12 +118,12 @@ def flip_bytes(small, every):
 
 @pytest.mark.long
 def test_every_seventh_byte_flipped_is_found_named_and_never_read_as_other_numbers(small):
-    assert flip_bytes(small, 7) > 1_000
+    assert flip_bytes(small, 7) > 900
 
 
 @pytest.mark.slow
 def test_every_single_byte_flipped_is_found_named_and_never_read_as_other_numbers(small):
-    assert flip_bytes(small, 1) == sum(len(data) for data in tree(small).values()) > 7_000
+    assert flip_bytes(small, 1) == sum(len(data) for data in tree(small).values()) > 6_000
 
 
 @pytest.mark.long
@@ -154,8 +161,15 @@ def test_every_byte_of_a_tile_flipped_behind_an_open_reader_gives_the_right_numb
     assert unnoticed == (sizes["zarr.json"] + index if remembered else 0)
 
 
-def test_a_tile_replaced_behind_an_open_reader_by_a_whole_one_of_another_cache_is_not_taken_for_it(tmp_path):
+@pytest.mark.parametrize(
+    ("has_digests", "message"), [(True, "is not what was written"), (False, "was replaced by another")]
+)
+def test_a_tile_replaced_behind_an_open_reader_by_a_whole_one_of_another_cache_is_not_taken_for_it(
+    tmp_path, monkeypatch, has_digests, message
+):
     """The other tile has the same size and one chunk at the same place, and all its checksums are right."""
+    if not has_digests:  # as in older caches
+        monkeypatch.setattr(tile_module, "read_chunk_digests", lambda attributes, grid: None)
     caches = {}
     for seed in range(100):
         path = tmp_path / f"{seed}.zarr"
@@ -170,5 +184,5 @@ def test_a_tile_replaced_behind_an_open_reader_by_a_whole_one_of_another_cache_i
     mine, theirs = cache.read("Train/a"), SoftTargetCache.open(str(other)).read("Train/a")
     assert not np.array_equal(mine, theirs)
     shutil.copy(other / "tiles/Train/a/0.0.0", path / "tiles/Train/a/0.0.0")
-    with pytest.raises(CorruptCache, match=r"tile Train/a of .*\(chunk 0, 0 was replaced by another\)"):
+    with pytest.raises(CorruptCache, match=rf"tile Train/a of .*\(chunk 0, 0 {message}\)"):
         cache.read("Train/a")
