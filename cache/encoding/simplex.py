@@ -149,8 +149,7 @@ def decode(units_CHW: NDArray[Any], levels: int) -> NDArray[np.float32]:
     """Probabilities `(C, H, W)`, float32: each integer divided by `levels`."""
     probs_CHW = np.empty(units_CHW.shape, dtype=np.float32)
     for probs_HW, units_HW in zip(probs_CHW, units_CHW, strict=True):  # class by class, while it is in the core's cache
-        probs_HW[...] = units_HW
-        probs_HW /= np.float32(levels)
+        np.divide(units_HW, np.float32(levels), out=probs_HW, dtype=np.float32)
     return probs_CHW
 
 

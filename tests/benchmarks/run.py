@@ -93,6 +93,7 @@ def benchmarks(config: str, folder: Path) -> dict[str, list[list[str]]]:
         "many_tiles": ["many_tiles.py", f"{folder}/many", "--tiles", "10000"],
         "views": ["views.py", config],
         "remote": ["remote.py", f"{folder}/remote"],
+        "peers": ["peers.py", f"{folder}/peers", config],
         "open_index": ["open_index.py", f"{folder}/index"],
         "demo_gain": ["demo_gain.py", f"{folder}/demo"],
     }
@@ -197,6 +198,16 @@ def rows(found: dict[str, dict]) -> list[Row]:
             ),
             Row("receipts of 1,000,000 tiles from S3, at this pace", 1e6 / receipts / 60, "min", at_most=10),
         ]
+    if "peers" in found:
+        ways = found["peers"]["ways"]
+        for way in [way for way in ways if way not in ("kdpipe", "pack")]:
+            least = 0.5 if way == "memmap" else 1
+            table += [
+                Row(f"random crops from kdpipe against {way}, {kind}", ratio, "x", at_least=least)
+                for kind, ratio in ways[way]["of_kdpipe"].items()
+            ]
+            smaller = ways["kdpipe"]["bytes_per_pixel"] / ways[way]["bytes_per_pixel"]
+            table.append(Row(f"bytes of kdpipe against {way}, equal values", smaller, "x", at_most=1))
     if "open_index" in found:
         opened = found["open_index"]
         what = f"open {opened['tiles']:,} tiles and read a window"

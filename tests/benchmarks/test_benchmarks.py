@@ -61,6 +61,12 @@ FOUND = {
             for way, pace in (("obstore", 19.0), ("s3fs", 10.0))
         }
     },
+    "peers": {
+        "ways": {
+            way: {"bytes_per_pixel": size, "of_kdpipe": {"1 core, cold": cold, "1 core, warm": 1.1}}
+            for way, size, cold in (("kdpipe", 0.7, 1.0), ("memmap", 6.0, 0.4), ("tensorstore", 0.6, 1.2))
+        }
+    },
     "open_index": {"tiles": 1_000_000, "bytes_a_tile": 132.0, "seconds": 0.7, "cpu_seconds": 0.7, "private_mb": 9.0},
     "demo_gain": {"miou": {"with": {"42": 0.6, "43": 0.5}, "without": {"42": 0.6, "43": 0.45}}, "gain": 2.5},
     "views": {
@@ -80,6 +86,8 @@ MISSED = [
     "peak memory of a scene four times as high, in windows",
     "crops from S3 through obstore against s3fs, one reader",
     "receipts of 1,000,000 tiles from S3, at this pace",
+    "random crops from kdpipe against memmap, 1 core, cold",
+    "bytes of kdpipe against tensorstore, equal values",
     "index",
     "mIoU that the demo's student gains, mean of 2 seeds",
 ]
@@ -187,6 +195,7 @@ def test_each_benchmark_runs_and_its_figures_fit_into_the_table(bench, landscape
         "memory": ["-c", memory],
         "many_tiles": ["many_tiles.py", tmp_path / "many", "--tiles", "200", "--missing", "1", "2"],
         "open_index": ["open_index.py", tmp_path / "index", "--tiles", "5000"],
+        "peers": ["peers.py", tmp_path / "peers", "demo", "--tiles", "16", "--rounds", "1", *overrides],
         "views": ["views.py", "demo", "--tiles", "2", "--views", "2", "--steps", "2", *overrides],
     }
     assert {*commands, "remote", "demo_gain"} == set(bench.benchmarks("demo", tmp_path))  # these two take minutes
