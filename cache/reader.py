@@ -192,7 +192,7 @@ class SoftTargetCache:
         inside = start, left, top + height - start, width
         shard = self._shard(record, inside)
         try:
-            stored = shard.read(inside, self._chunks_reader(record), self._checksums.get(tile_id))
+            stored = shard.read(inside, self._chunks_reader(record), self._checksums[tile_id])
         except (ValueError, RuntimeError, FileNotFoundError, CorruptCache) as err:
             raise self._unusable(tile_id, f"its chunks cannot be decoded ({err})") from err
         try:
@@ -227,8 +227,8 @@ class SoftTargetCache:
         self._pid: int | None = None
         self._records: dict[str, TileRecord] = {}  # those last asked for, as an index takes a search for each
         self._shards: OrderedDict[str, Shard] = OrderedDict()
-        # Chunk checksums of each tile without digests of its chunks, once its whole shard has been verified. Later reads are checked
-        # against them. 4 bytes per chunk, kept for the life of the object.
+        # Checksums of the chunks that have been compared with their digests, or whose whole shard has, zero for others. Later reads are
+        # checked against them. 4 bytes per chunk, kept for the life of the object.
         self._checksums: dict[str, NDArray[np.uint32]] = {}
         self._just_read = (
             "",
@@ -275,9 +275,12 @@ class SoftTargetCache:
         metadata, data = in_order(lambda read: read(), reads, min(storage.at_once, len(reads)))
         file = _intact(data, record, tile.SHARD_NAME) if takes_most else None
         shard = open_tile(self.manifest.recipe, record, metadata, in_memory(data))
-        if shard.digests is None and record.id not in self._checksums:
-            file = file or read_intact(storage, record, tile.SHARD_NAME)
-            self._checksums[record.id] = shard.checksums(file)
+        if record.id not in self._checksums:
+            if shard.digests is None:
+                file = file or read_intact(storage, record, tile.SHARD_NAME)
+            self._checksums[record.id] = (
+                np.zeros(shard.index.shape[:2], np.uint32) if file is None else shard.checksums(file)
+            )
         if file is not None:
             self._just_read = record.id, file
         return shard

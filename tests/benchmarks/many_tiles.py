@@ -25,6 +25,7 @@ from typing import TextIO
 FEW = 100
 SIDE = 32  # px of a tile
 LINKS = 60_000  # ext4 allows 65,000 links to a file
+SEAL = b"receipt_sha256"
 MARK = ".many_tiles"  # a file that says whose the folder is, locked while a run goes on
 CONFIG = {
     "name": "many", "group": "benchmark", "seed": 1,
@@ -98,9 +99,8 @@ def write(path: str, images: dict[str, Path]) -> None:
             else:
                 os.link(first, folder / tile_module.SHARD_NAME)
             unsealed = before + json.dumps(tile).encode() + after
-            sealed = unsealed.replace(
-                b'"receipt_sha256": ""', b'"receipt_sha256": "%s"' % tile_module.sha256(unsealed).encode()
-            )
+            sealed = unsealed.replace(b'"%s":""' % SEAL, b'"%s":"%s"' % (SEAL, tile_module.sha256(unsealed).encode()))
+            assert i or tile_module.is_sealed(sealed)
             (folder / tile_module.METADATA_NAME).write_bytes(sealed)
             records.append(replace(one, id=tile, metadata_sha256=tile_module.sha256(sealed)))
         writer.finish(records)

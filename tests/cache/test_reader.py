@@ -88,7 +88,7 @@ def test_a_window_reads_the_bytes_of_its_chunks_and_no_others(listing, tmp_path)
     storage.write("tiles/T/a/0.0.0", bytes(content))
     cache = SoftTargetCache.open(url)
     np.testing.assert_array_equal(cache.read("T/a", window), whole[:, 300:500, 520:720])
-    with pytest.raises(CorruptCache, match=r"T/a .* is damaged: .*chunk 0, 2 is not what was written"):
+    with pytest.raises(CorruptCache, match=r"T/a .* is damaged: .*chunk 0, 2 does not match its checksum"):
         cache.read("T/a", (200, 520, 200, 200))
     with pytest.raises(CorruptCache, match=r"its shard \(0\.0\.0\) is not what was written"):
         SoftTargetCache.open(url).read("T/a")

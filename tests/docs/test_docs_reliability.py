@@ -46,9 +46,9 @@ def test_limits_are_those_of_the_program():
 
 def test_numbers_of_other_tests_stand_in_them():
     flips = source("robustness/test_flipped_bytes.py")
-    assert "flip_bytes(small, 7) > 1_000" in flips
-    assert "> 7_000" in flips
-    assert "every 7th, more than 1,000; `slow`: every single one, more than 7,000" in PAGE
+    assert "flip_bytes(small, 7) > 900" in flips
+    assert "> 6_000" in flips
+    assert "every 7th, more than 900; `slow`: every single one, more than 6,000" in PAGE
     crashes = source("robustness/test_crashes.py")
     assert "assert points > 60" in crashes
     assert "assert reported > 30" in crashes
