@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kdpipe.cache.documents import read_recipe, whole_manifest
@@ -106,7 +107,7 @@ class Plan:
         """Whether not all headers of the missing tiles were read by `make_plan`, so that each is checked before it is predicted."""
         return len(self.missing) > MOST_BEFORE
 
-    @property
+    @cached_property  # as it compares each record
     def is_done(self) -> bool:
         """Whether the cache holds the wanted tiles, and its manifest lists exactly what it holds, in the order of the configuration."""
         if self.manifest is None or self.missing or self.manifest.recipe != self.recipe:
