@@ -86,7 +86,8 @@ SPLITS = {
     ),
 }
 
-# Settings of each arm, and whether it sees the unlabelled tiles. All have T 1, alpha 0.7 and KL alone unless they say otherwise.
+# Settings of each arm, and whether it sees the unlabelled tiles. All have T 1, alpha 0.7, KL alone and the last step's weights unless
+# they say otherwise.
 ARMS: dict[str, tuple[list[str], bool]] = {
     "none": (["distill.mode=none"], False),
     "none-averaged": (["distill.mode=none", *AVERAGED], False),
@@ -114,6 +115,7 @@ def settings_of(split: Split, arm: str, seed: int) -> list[str]:
         *([] if sees_unlabelled else split.labelled_alone),
         path.replace(".zarr", f"{suffix}.zarr"),
         "distill.loss=kl",
+        "train.average=null",
         *own,
         f"seed={seed}",
     ]
