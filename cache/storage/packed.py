@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,13 +35,14 @@ class PackedStorage:
         self._name = name
         self._rows: NDArray[Any] | None = None
         self._bytes = 0
+        self._opening = threading.Lock()  # or every thread of the first reads would ask for the table
 
     @property
     def at_once(self) -> int:
         return self._place.at_once
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None}
+    def __reduce__(self) -> tuple[type[PackedStorage], tuple[str, Storage, str]]:
+        return PackedStorage, (self.url, self._place, self._name)
 
     def read(self, name: str) -> bytes:
         offset, size = self._member(name)
@@ -153,14 +155,15 @@ class PackedStorage:
             raise CorruptCache(f"{self.url} has something else where its table says that {name} is")
 
     def _table(self) -> NDArray[Any]:
-        if self._rows is None:
-            count, start = self._end()
-            start += zip_format.header_bytes(zip_format.TABLE_NAME, count * zip_format.ROW.itemsize)
-            if isinstance(self._place, LocalStorage):
-                self._rows = np.memmap(self._place.folder / self._name, zip_format.ROW, "r", start, (count,))
-            else:
-                self._rows = np.frombuffer(self.piece(start, count * zip_format.ROW.itemsize), zip_format.ROW)
-        return self._rows
+        with self._opening:
+            if self._rows is None:
+                count, start = self._end()
+                start += zip_format.header_bytes(zip_format.TABLE_NAME, count * zip_format.ROW.itemsize)
+                if isinstance(self._place, LocalStorage):
+                    self._rows = np.memmap(self._place.folder / self._name, zip_format.ROW, "r", start, (count,))
+                else:
+                    self._rows = np.frombuffer(self.piece(start, count * zip_format.ROW.itemsize), zip_format.ROW)
+            return self._rows
 
     def _end(self) -> tuple[int, int]:
         """The number of members in the table, and the offset of its header."""
