@@ -99,7 +99,7 @@ def test_each_target_is_a_number_that_is_compared(bench):
     assert rows["peak memory of 128 tiles against 8"].cells()[1:] == ("1.050 x", "<= 1.1 x", "yes")
     assert rows["peak memory of a scene four times as high, in windows"].cells()[1:] == ("1.300 x", "<= 1.1 x", "no")
     assert rows["nothing to do, 100 tiles"].cells()[1:] == ("2.000 s", "", "")
-    reads = [what for what in rows if what.startswith("random crop")]
+    reads = [what for what in rows if what.startswith("random crop of")]
     assert len(reads) == 4 and all("up to 512 px" in what for what in reads)
     assert rows["receipts from S3 at once against one after another"].reached == 50
     assert rows["cached step with averaged against one without"].met

@@ -307,7 +307,9 @@ class TestS3:
         assert sum(s3.count().values()) <= 1
         in_a_worker = pickle.loads(pickle.dumps(opened))
         in_a_worker.read("Other/d")
-        assert sum(s3.count().values()) <= 5  # size, end and table, though two threads ask for their files at once; and these
+        assert (
+            sum(s3.count().values()) <= 5
+        )  # size, end and table, though two threads ask for their files at once; and these
         assert check_full(open_storage(remote), opened.manifest, images) == []
 
     def test_it_is_unpacked_and_a_cache_on_s3_is_packed(self, remote, s3, written, packed, tmp_path):

@@ -122,7 +122,7 @@ NETWORKS = {
     "teacher.model": {"architecture", "encoder"},
     "teacher.pretrained": {"architecture", "encoder", "checkpoint"},
     "teacher.file": {"architecture", "encoder", "checkpoint"},
-    "teacher.predictions": {"architecture", "encoder", "checkpoint"},
+    "teacher.predictions": {"architecture", "encoder", "checkpoint", "precision"},
     "teacher.given": {"architecture", "encoder", "checkpoint"},
 }
 

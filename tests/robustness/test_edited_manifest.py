@@ -71,7 +71,7 @@ RESIGNED = {
 
 @pytest.mark.parametrize("what", RESIGNED)
 def test_an_edited_manifest_that_was_signed_again_is_found_and_mended_without_the_teacher(finished, teacher, what):
-    config = finished()
+    config = finished(teacher__precision="auto")
     folder = Path(config.cache.path)
     before = tree(folder)
     change, quick, full = RESIGNED[what]
