@@ -122,7 +122,16 @@ class LocalStorage:
         return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def infos(self) -> Callable[[str], FileInfo | None]:
-        return self.info
+        def info(name: str) -> FileInfo | None:
+            try:
+                found = os.stat(f"{self.url}/{name}")  # noqa: PTH116  as above
+            except FileNotFoundError:
+                return None
+            except OSError:  # perhaps of a disk that answers the second time
+                return self.info(name)
+            return FileInfo(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
+
+        return info
 
     def last_write(self) -> float | None:
         """The time of the topmost folder, which changes at every write because `write` puts its partial file there."""
