@@ -254,6 +254,26 @@ def test_an_entropy_error_of_another_size_is_refused(tmp_path, lost):
         cache.entropy_error("Train/b.1")
 
 
+@pytest.mark.parametrize("digests", ["", "ab", "zz" * 16, "0" * 64, 5, None, ["0" * 32]])
+def test_digests_of_chunks_that_are_none_or_too_many_are_refused(tmp_path, digests):
+    cache = forged(tmp_path, lambda m: m["attributes"]["kdpipe"].update(chunk_sha256=digests))
+    with pytest.raises(CorruptCache, match=r"tile Train/b\.1 .* its chunk_sha256 do not fit its 1 × 1 chunks"):
+        cache.read("Train/b.1")
+
+
+def test_a_wrong_digest_of_a_chunk_is_found_though_the_shard_is_right(tmp_path):
+    def change(metadata):
+        receipt = metadata["attributes"]["kdpipe"]
+        del receipt["receipt_sha256"]
+        receipt["chunk_sha256"] = "0" * 32
+
+    cache = forged(tmp_path, change)
+    found = check_full(open_storage(str(tmp_path / "c")), cache.manifest, {})
+    assert [(f.tile, f.message) for f in found if f.code == "damaged-tile"] == [
+        ("Train/b.1", "chunk 0, 0 is not what was written")
+    ]
+
+
 def shard_of(frame):
     chunk = bytes(CRC32C(location="end").encode(np.frombuffer(frame, np.uint8)))
     index = np.array([0, len(chunk)], "<u8").tobytes()
