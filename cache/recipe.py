@@ -129,6 +129,11 @@ class _Recipe(Record):
         return f"{self.major_version}.{minor}"
 
     @property
+    def has_chunk_digests(self) -> bool:
+        """Whether receipts hold digests of chunks; caches of older minor versions go on as they are, for their readers."""
+        return self.format_version.endswith(".2")
+
+    @property
     def major_version(self) -> int:
         """The major version of the format."""
         raise NotImplementedError

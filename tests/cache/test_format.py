@@ -173,7 +173,7 @@ def test_the_writer_writes_the_values_and_metadata_of_the_golden_caches(version,
                 np.testing.assert_allclose(lost[0], lost[1], atol=1, rtol=0)
             assert all(len(receipt.pop("receipt_sha256")) == 64 for receipt in receipts)
             rows, columns = (-(-side // min(256, side)) for side in now["shape"][1:])
-            assert len(receipts[1].pop("chunk_sha256")) == 32 * rows * columns
+            assert len(receipts[1].pop("chunk_sha256", "")) == 32 * rows * columns * (version not in ("4.0", "2.0"))
             receipts[0].pop("chunk_sha256", None)  # compressed bytes, which older caches have no digests of
             assert without(receipts[0], compressed) == without(receipts[1], compressed)
         assert now == then, file

@@ -85,7 +85,7 @@ def test_indices_that_differ_anywhere_are_not_equal():
 
 
 def test_only_a_cache_of_many_tiles_has_an_index(tmp_path, monkeypatch, images):
-    for most, version in ((len(SIZES), "4.0"), (len(SIZES) - 1, "6.0")):
+    for most, version in ((len(SIZES), "4.2"), (len(SIZES) - 1, "6.0")):
         monkeypatch.setattr(manifest, "MAX_LISTED", most)
         fill(tmp_path / version, images)
         found = json.loads((tmp_path / version / "manifest.json").read_text())
@@ -166,7 +166,7 @@ def test_a_cache_that_loses_tiles_lists_them_again_and_has_no_index(indexed, ima
         writer.finish([found[tile] for tile in list(SIZES)[:3]])
     assert not (indexed / INDEX).exists()
     left = {tile: images[tile] for tile in list(SIZES)[:3]}
-    assert read_manifest(storage).format_version == "4.0"
+    assert read_manifest(storage).format_version == "4.2"
     assert check_full(storage, read_manifest(storage), left) == []
 
 

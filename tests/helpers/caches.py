@@ -17,7 +17,7 @@ RECIPE = Recipe(
     )],
     bands=[1, 2, 3],
     stretch=None, classes=["x", "y", "z"], class_map=[[1, 0, 0], [0, 0.5, 0.5]], temperature=2.0, kind="soft",
-    bits=8, levels=170, key_row_px=64, chunk_px=256,
+    bits=8, levels=170, key_row_px=64, chunk_px=256, decoder="pillow", temperature_applied="after class_map",
 )  # fmt: skip
 
 
