@@ -91,7 +91,7 @@ def draft_config(roots: Sequence[Root], teacher: Inspection | External | None, g
         ]),
         Key("distill", [
             Key("temperature", 1.0, "Guess: the teacher's own probabilities. The default, 2, gained nothing on the Dubai tiles."),
-            Key("loss", {"kl": 1, "dice": 1}, "Guess: of recipes/few_labels. dice kept Ohio's rare classes; on nine Dubai tiles kl alone did better."),
+            Key("loss", {"kl": 1, "dice": 1}, "Guess: of recipes/few_labels. dice kept rare classes on Ohio, and cost one on Dubai."),
         ]),
         Key("student", [
             Key("architecture", "linknet", "Guess: a small network to start with, 2.5 million parameters. Any of smp's, unetformer "
