@@ -273,9 +273,11 @@ class SoftTargetCache:
             lambda: _stored(storage, record, tile.SHARD_NAME, None if takes_most else index_span(grid)),
         ]
         metadata, data = in_order(lambda read: read(), reads, min(storage.at_once, len(reads)))
-        file = _intact(data, record, tile.SHARD_NAME) if takes_most else None
+        file, is_new = data if takes_most else None, record.id not in self._checksums
+        if takes_most and is_new:  # else its chunks are compared with the checksums that were kept
+            _intact(data, record, tile.SHARD_NAME)
         shard = open_tile(self.manifest.recipe, record, metadata, in_memory(data))
-        if record.id not in self._checksums:
+        if is_new:
             if shard.digests is None:
                 file = file or read_intact(storage, record, tile.SHARD_NAME)
             self._checksums[record.id] = (
