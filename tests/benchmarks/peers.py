@@ -24,19 +24,24 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from size import teacher_logits
 
 from kdpipe.cache import SoftTargetCache
+from kdpipe.cache.encoding.logits import Softening
+from kdpipe.cache.packing.pack import pack
 from kdpipe.configs import load_config
 from kdpipe.pipeline.devices import ask_for_huge_pages, keep_freed_memory
+from kdpipe.pipeline.teacher.soft_targets import SoftTargets
 
 CROP_PX, DISTINCT, CROPS = 512, 12, 200
 OTHERS = {
@@ -57,19 +62,12 @@ def fractions(units: NDArray[np.uint8], levels: int) -> NDArray[np.float32]:
 
 def write(folder: Path, config, tiles: int) -> dict[str, Any]:
     """The folders and files of all ways; returns the number of levels, and the size of each tile."""
-    from kdpipe.cache.encoding.logits import Softening
-    from kdpipe.pipeline.teacher.soft_targets import SoftTargets
-
     softening = Softening(config.distill.temperature, config.class_map_matrix())
-    import torch
-
     soft_targets = SoftTargets(softening, torch.device("cpu"))
     made = [soft_targets(z_CHW[None])[0].numpy() for z_CHW in teacher_logits(config, DISTINCT)]
     with SoftTargetCache.create(folder / "kdpipe.zarr", classes=list(config.classes.names)) as own:
         for number in range(tiles):
             own.write(f"T/{number:05d}", made[number % len(made)])
-    from kdpipe.cache.packing.pack import pack
-
     pack(str(folder / "kdpipe.zarr"), str(folder / "pack.zarr.zip"))
     cache = SoftTargetCache.open(folder / "kdpipe.zarr")
     units = [cache.read_units(f"T/{number:05d}") for number in range(len(made))]
@@ -234,20 +232,23 @@ def drop_from_memory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def require_equal(folder: Path, content: dict[str, Any], ways: list[str]) -> None:
-    """Assert that a window has the same values in all ways."""
+def first_window(way: str, folder: str, content: dict[str, Any]) -> NDArray[np.float32]:
+    """The same window of the first tile, whatever the way."""
     ((number, window),) = windows([0], content["sizes"], np.random.default_rng(0))
-    right = opened("kdpipe", folder, content["levels"])(number, window)
+    if way != "webdataset":
+        return opened(way, Path(folder), content["levels"])(number, window)
+    top, left, height, width = window
+    whole_CHW = next(tiles_of_tars(Path(folder), [0]))
+    return fractions(whole_CHW[:, top : top + height, left : left + width], content["levels"])
+
+
+def require_equal(folder: Path, content: dict[str, Any], ways: list[str]) -> None:
+    """Assert that a window has the same values in all ways, each read in a process of its own, as zarrs' setting would stay."""
+    right = first_window("kdpipe", str(folder), content)
     for way in ways:
-        if way == "webdataset":
-            top, left, height, width = window
-            whole_CHW = next(tiles_of_tars(folder, [0]))
-            found = fractions(whole_CHW[:, top : top + height, left : left + width], content["levels"])
-        elif way != "zarrs":  # whose setting would stay; it reads zarr-python's files
-            found = opened(way, folder, content["levels"])(number, window)
-        else:
-            continue
-        np.testing.assert_allclose(found, right, atol=1e-6)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            found = process.submit(first_window, way, str(folder), content).result()
+        np.testing.assert_allclose(found, right, atol=1e-6, err_msg=way)
 
 
 def main() -> None:
