@@ -276,7 +276,14 @@ class SoftTargetCache:
         file, is_new = data if takes_most else None, record.id not in self._checksums
         if takes_most and is_new:  # else its chunks are compared with the checksums that were kept
             _intact(data, record, tile.SHARD_NAME)
-        shard = open_tile(self.manifest.recipe, record, metadata, in_memory(data))
+
+        def index_of(
+            spans: Sequence[tuple[int, int]],
+        ) -> list[bytes]:  # of a tile with other chunks, the index is asked for again
+            is_here = takes_most or list(spans) == [index_span(grid)]
+            return (in_memory(data) if is_here else self._ranges_reader(record))(spans)
+
+        shard = open_tile(self.manifest.recipe, record, metadata, index_of)
         if is_new:
             if shard.digests is None:
                 file = file or read_intact(storage, record, tile.SHARD_NAME)

@@ -1,6 +1,7 @@
 """The reader returns what was written, by tile and by window, in any process, and never numbers that are damaged."""
 
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import zarr
 from helpers.caches import RECIPE, SIZES, distributions, fill
 
 from kdpipe.cache import CorruptCache, SoftTargetCache
+from kdpipe.cache import tile as tile_module
 from kdpipe.cache.images import digest_image
 from kdpipe.cache.index.records import ImageDigest
 from kdpipe.cache.storage.base import open_storage
@@ -92,6 +94,22 @@ def test_a_window_reads_the_bytes_of_its_chunks_and_no_others(listing, tmp_path)
         cache.read("T/a", (200, 520, 200, 200))
     with pytest.raises(CorruptCache, match=r"its shard \(0\.0\.0\) is not what was written"):
         SoftTargetCache.open(url).read("T/a")
+
+
+def test_the_chunks_of_a_tile_are_those_of_its_metadata(tmp_path, monkeypatch):
+    """Another writer may cut tiles otherwise; where a window needs few chunks, the index alone is read first."""
+    with (
+        monkeypatch.context() as patch,
+        open_writer(open_storage(f"{tmp_path}/c.zarr"), RECIPE, device="cpu", libraries={}) as writer,
+    ):
+        patch.setattr(tile_module, "CHUNK_PX", 128)
+        image = ImageDigest(size_bytes=1, sha256="0" * 64)
+        probs = np.full((3, 600, 600), [[[0.5]], [[0.25]], [[0.25]]], np.float32)
+        writer.finish([writer.write("T/a", probs, image)])
+    assert zarr.open_array(f"{tmp_path}/c.zarr/tiles/T/a", mode="r").chunks == (3, 128, 128)
+    cache = SoftTargetCache.open(f"{tmp_path}/c.zarr")
+    assert cache.largest_entropy_error("T/a") is not None
+    assert json.loads((tmp_path / "c.zarr/tiles/T/a/zarr.json").read_bytes())["attributes"]["kdpipe"]["chunk_sha256"]
 
 
 @pytest.mark.parametrize("window", [(0, 0, 70, 131), (64, 64, 6, 64), (10, 100, 57, 31), (69, 130, 1, 1)])
